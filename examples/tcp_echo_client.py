@@ -1,0 +1,49 @@
+"""Send a message to tcp_echo_server.py and print what comes back, on the backend of your choice.
+
+python examples/tcp_echo_client.py --backend uvloop "is anybody there?"
+"""
+
+from __future__ import annotations
+
+import _backend
+import anyio
+
+from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup
+
+
+class Caller(Protocol):
+    """Send one message, say that there will be no more, and collect the answer until the server closes."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+        self.answer = bytearray()
+        self.error: Exception | None = None
+        self.finished = anyio.Event()
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        assert isinstance(transport, Transport)
+        transport.write(self.message.encode())
+        transport.write_eof()
+
+    def data_received(self, data: bytes) -> None:
+        self.answer += data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.error = exc
+        self.finished.set()
+
+
+async def main(host: str, port: int, message: str) -> None:
+    async with TransportGroup() as group:
+        _, caller = await group.create_connection(lambda: Caller(message), host, port)
+        print(f"sent      {message!r}")
+        await caller.finished.wait()
+        print(f"received  {caller.answer.decode(errors='replace')!r}")
+        print("closed" + (f": {caller.error!r}" if caller.error else ""))
+
+
+if __name__ == "__main__":
+    parser = _backend.make_parser("Send a message over TCP and print the echo.")
+    parser.add_argument("message", nargs="?", default="Hello, is anybody there?", help="what to send")
+    options = parser.parse_args()
+    _backend.run(options.backend, main, options.host, options.port, options.message)

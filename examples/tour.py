@@ -1,0 +1,228 @@
+"""The tour: one echo protocol, served and visited on every backend, and what its callbacks saw, side by side.
+
+The first column is asyncio with its own transports; the others are transports_anyio. All of them have to be
+equal: then the exit status is 0, otherwise 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Protocol as Interface
+
+import anyio
+from _backend import BACKENDS
+from tcp_echo_server import Echo
+
+from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+HOST = "127.0.0.1"
+GREETING = b"hello!\n"
+#: More than the kernel takes at once, so that one write of it has to be buffered and pauses the writer.
+PAYLOAD = bytes(range(256)) * (16 * 2**20 // 256)
+#: Seconds after which a visit counts as hanging. It takes a fraction of one.
+PATIENCE = 60
+
+ORACLE = "asyncio's own transports"
+
+
+# -- the protocols ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """One callback with its argument. Adjacent pieces of one message are joined: TCP keeps no boundaries."""
+
+    name: str
+    argument: str = ""
+    data: bytearray = field(default_factory=bytearray)
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.argument or describe(self.data)})"
+
+
+def describe(data: bytearray) -> str:
+    if len(data) <= len(GREETING):
+        return repr(bytes(data)) if data else ""
+    size = f"{len(data) >> 20} MiB" if len(data) % 2**20 == 0 else f"{len(data)} B"
+    return f"{size} #{hashlib.sha256(data).hexdigest()[:5]}"
+
+
+class Recorder(Protocol):
+    """Note each callback, then pass it on to the protocol that this class is mixed into."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.finished = anyio.Event()
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        # The port is another one each time; only the address is compared.
+        peer = transport.get_extra_info("peername")
+        what = f"{peer[0]}:*" if isinstance(transport, Transport) else repr(transport)
+        self.calls.append(Call("connection_made", what))
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        last = self.calls[-1]
+        if last.name != "data_received" or len(last.data) in (len(GREETING), len(PAYLOAD)):
+            last = Call("data_received")
+            self.calls.append(last)
+        last.data += data
+        super().data_received(data)
+
+    def eof_received(self) -> bool | None:
+        self.calls.append(Call("eof_received"))
+        return super().eof_received()
+
+    def pause_writing(self) -> None:
+        self.calls.append(Call("pause_writing"))
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self.calls.append(Call("resume_writing"))
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.calls.append(Call("connection_lost", repr(exc)))
+        super().connection_lost(exc)
+        self.finished.set()
+
+
+class Host(Recorder, Echo):
+    """The echo server of tcp_echo_server.py, line for line; here it may buffer all that the visitor sends."""
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        super().connection_made(transport)
+        self.transport.set_write_buffer_limits(high=2 * len(PAYLOAD))
+
+
+class Guest(Protocol):
+    """Greet, push the payload, say that this was all, and only then take the echo."""
+
+    transport: Transport
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        assert isinstance(transport, Transport)
+        self.transport = transport
+        self.greeted = 0
+        transport.write(GREETING)
+
+    def data_received(self, data: bytes) -> None:
+        if self.greeted < len(GREETING):
+            self.greeted += len(data)
+            if self.greeted == len(GREETING):
+                self.transport.write(PAYLOAD)  # calls pause_writing before it returns
+
+    def pause_writing(self) -> None:
+        self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self.transport.write_eof()
+        self.transport.resume_reading()
+
+
+class Visitor(Recorder, Guest):
+    pass
+
+
+# -- the visits ------------------------------------------------------------------------------------------
+
+
+class Stack(Interface):
+    """What asyncio's event loop and a `TransportGroup` have in common: endpoint functions."""
+
+    @property
+    def create_server(self) -> Callable[..., Any]: ...
+
+    @property
+    def create_connection(self) -> Callable[..., Any]: ...
+
+
+async def visit(stack: Stack) -> dict[str, list[Call]]:
+    """Serve one visitor, and return what both ends saw."""
+    hosts: list[Host] = []
+
+    def make_host() -> Host:
+        hosts.append(Host())
+        return hosts[-1]
+
+    with anyio.fail_after(PATIENCE):
+        server = await stack.create_server(make_host, HOST, 0)
+        _, port = server.sockets[0].getsockname()
+        _, visitor = await stack.create_connection(Visitor, HOST, port)
+        await visitor.finished.wait()
+        (host,) = hosts
+        await host.finished.wait()
+        server.close()
+        await server.wait_closed()
+    return {"server": host.calls, "client": visitor.calls}
+
+
+async def visit_asyncio() -> dict[str, list[Call]]:
+    return await visit(asyncio.get_running_loop())
+
+
+async def visit_group() -> dict[str, list[Call]]:
+    async with TransportGroup() as group:
+        return await visit(group)
+
+
+def tour() -> dict[str, dict[str, list[Call]]]:
+    """What both ends saw, for each stack that can be had here."""
+    seen = {ORACLE: anyio.run(visit_asyncio, **BACKENDS["asyncio"])}
+    for backend, arguments in BACKENDS.items():
+        if importlib.util.find_spec(backend) is None:
+            print(f"{backend} is not installed and left out")
+            continue
+        seen[f"ours on {backend}"] = anyio.run(visit_group, **arguments)
+    return seen
+
+
+# -- the table -------------------------------------------------------------------------------------------
+
+BOLD, GREEN, RED, DIM = 1, 32, 31, 2
+
+
+def paint(text: str, style: int) -> str:
+    """The text in a colour, on a terminal that may have colours (https://no-color.org)."""
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        return f"\x1b[{style}m{text}\x1b[0m"
+    return text
+
+
+def line(cells: Sequence[str], style: int) -> str:
+    """Cells of 28 columns, so that four of them fit into 120."""
+    return paint("  ".join(f"{cell:28}" for cell in cells).rstrip(), style)
+
+
+def main() -> int:
+    seen = tour()
+    print(line(list(seen), BOLD))
+    total = different = 0
+    for end in ("server", "client"):
+        print(line([f"-- {end} ".ljust(28, "-")] * len(seen), DIM))
+        for calls in zip_longest(*(ends[end] for ends in seen.values()), fillvalue="(nothing)"):
+            cells = [str(call) for call in calls]
+            equal = len(set(cells)) == 1
+            total += 1
+            different += not equal
+            print(line(cells, GREEN if equal else RED))
+    print()
+    count = {1: "one", 2: "two", 3: "three", 4: "four"}[len(seen)]
+    if different:
+        print(paint(f"{different} of {total} callbacks differ", RED))
+        return 1
+    print(paint(f"the same {total} callbacks on all {count}: equal", GREEN))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

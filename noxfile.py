@@ -1,0 +1,154 @@
+"""Everything that is checked. Plain `nox` runs all of it, `nox -s tests-3.13 -- --backend trio` a part.
+
+One list of Pythons: the classifiers in pyproject.toml. One list of backends: `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import nox
+from nox.command import CommandFailed
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["lint", "types", "tour", "tests", "tests_oldest_anyio", "coverage"]
+
+ROOT = Path(__file__).parent
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PYPROJECT)
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+
+#: Each backend, and the extra that it needs.
+BACKENDS = {"asyncio": None, "uvloop": "uvloop", "trio": "trio"}
+
+
+def put_pyenv_interpreters_first() -> None:
+    """Let nox find the Pythons of pyenv, whichever of them pyenv has selected.
+
+    pyenv puts shims on PATH, which fail for every version that is installed but not selected. The
+    interpreters themselves take the place of the shims.
+    """
+    root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    folders = [str(folder) for folder in sorted(root.glob("versions/*/bin"))]
+    shims = str(root / "shims")
+    if folders:
+        path = [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if folder != shims]
+        os.environ["PATH"] = os.pathsep.join([*path, *folders])
+
+
+put_pyenv_interpreters_first()
+
+
+def group(*names: str) -> tuple[str, ...]:
+    return nox.project.dependency_groups(PYPROJECT, *names)
+
+
+def oldest(package: str) -> str:
+    """The oldest release of a run-time dependency that we support, as a requirement."""
+    (match,) = filter(
+        None, (re.match(rf"{package}\s*>=\s*([\d.]+)", each) for each in PYPROJECT["project"]["dependencies"])
+    )
+    return f"{package}=={match[1]}"
+
+
+def ask(session: nox.Session, program: str, *arguments: str) -> str:
+    """What a program prints that the session's Python runs."""
+    answer = session.run("python", "-c", program, *arguments, silent=True, log=False)
+    return str(answer or "").strip()
+
+
+def install_with_backends(session: nox.Session, *requirements: str) -> list[str]:
+    """Install the package with every backend that can be had here, and return their names."""
+    session.install("--editable", ".", *requirements)
+    for extra in filter(None, BACKENDS.values()):
+        try:
+            # Never built from source: that takes a compiler, and minutes.
+            session.install(f"--only-binary={extra}", *EXTRAS[extra])
+        except CommandFailed:
+            # A Python that is still to be released may have to wait for its wheels.
+            if ask(session, "import sys; print(sys.version_info.releaselevel)") == "final":
+                raise
+    find = "import sys; from importlib.util import find_spec; print(*filter(find_spec, sys.argv[1:]))"
+    there = ask(session, find, *filter(None, BACKENDS.values())).split()
+    for backend, extra in BACKENDS.items():
+        if extra and extra not in there:
+            session.warn(f"{backend} is not available for this Python: skipped")
+    return [backend for backend, extra in BACKENDS.items() if extra is None or extra in there]
+
+
+def run_tests(session: nox.Session, backends: list[str], *python: str) -> None:
+    """Run the tests, each backend in a process of its own; a failing one does not stop the others."""
+    if any(argument.startswith("--backend") for argument in session.posargs):
+        session.run("python", *python, "-m", "pytest", *session.posargs)
+        return
+    failed = []
+    for backend in backends:
+        session.log(f"tests on {backend}")
+        try:
+            session.run("python", *python, "-m", "pytest", "--backend", backend, *session.posargs)
+        except CommandFailed:
+            failed.append(backend)
+    if failed:
+        session.error(f"tests failed on {', '.join(failed)}")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run the tests on every backend, on every Python that is there."""
+    run_tests(session, install_with_backends(session, *group("test")))
+
+
+@nox.session
+def tests_oldest_anyio(session: nox.Session) -> None:
+    """Run the tests with the oldest AnyIO that we support."""
+    run_tests(session, install_with_backends(session, *group("test"), oldest("anyio")))
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the tests on every backend, and report which lines and branches none of them reached."""
+    backends = install_with_backends(session, *group("test"))
+    session.run("coverage", "erase")
+    run_tests(session, backends, "-m", "coverage", "run")
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    session.install(*group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, ours and those of users' code, with mypy and pyright."""
+    session.install("--editable", ".", *group("test", "types"))
+    sources = [name for name in ("transports_anyio", "examples", "tests/typing") if any(ROOT.glob(f"{name}/*.py"))]
+    session.run("mypy", *sources)
+    session.run("pyright", *sources)
+
+
+@nox.session
+def tour(session: nox.Session) -> None:
+    """Show one echo protocol on every backend, side by side with asyncio's own transports."""
+    install_with_backends(session)
+    session.run("python", "examples/tour.py", *session.posargs)
+
+
+if ROOT.joinpath("benchmarks").is_dir():
+
+    @nox.session
+    def benchmarks(session: nox.Session) -> None:
+        """Measure; pass `-- path` to choose which."""
+        session.install(".", *group("benchmarks"))
+        for path in session.posargs or sorted(map(str, ROOT.glob("benchmarks/bench_*.py"))):
+            session.run("python", path)

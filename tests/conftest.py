@@ -1,0 +1,122 @@
+"""The backends, the stacks under test, and the checks that surround every test.
+
+A *stack* is something that has the event loop's endpoint functions: asyncio itself (the oracle) or a
+`TransportGroup` on one of the backends. A test that takes the `stack` fixture runs on all of them, so that
+asyncio's own transports say what is right.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+
+import anyio
+import pytest
+import support
+import trustme
+from support import ORACLE, Stack, open_descriptors
+
+BACKENDS: dict[str, tuple[str, dict[str, object]]] = {
+    "asyncio": ("asyncio", {"use_uvloop": False}),
+    "uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=list(BACKENDS),
+        help="run on this backend only; may be given more than once (default: all)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "ours_only(reason): not run on asyncio's own transports, because we differ on purpose or "
+        "because asyncio has no such thing",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise by backend, and put the oracle in front for the tests that use a stack."""
+    backends = metafunc.config.getoption("--backend") or list(BACKENDS)
+    if "stack" in metafunc.fixturenames:
+        names = [name for name in BACKENDS if name in backends]
+        ours_only = metafunc.definition.get_closest_marker("ours_only") is not None
+        if "asyncio" in backends and not ours_only:
+            names.insert(0, ORACLE)
+        metafunc.parametrize(
+            "anyio_backend, stack",
+            [(BACKENDS["asyncio" if name == ORACLE else name], name) for name in names],
+            ids=names,
+            indirect=True,
+        )
+    elif "anyio_backend" in metafunc.fixturenames:
+        names = [name for name in BACKENDS if name in backends]
+        metafunc.parametrize("anyio_backend", [BACKENDS[name] for name in names], ids=names, indirect=True)
+
+
+@pytest.fixture
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, object]]:
+    name, options = request.param
+    if options.get("use_uvloop"):
+        pytest.importorskip("uvloop")
+    if name == "trio":
+        pytest.importorskip("trio")
+    return name, options
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_up() -> None:
+    """Run each backend once: uvloop opens a pipe with its first loop and keeps it, for the whole process."""
+    for name, options in BACKENDS.values():
+        try:
+            anyio.run(anyio.sleep, 0, backend=name, backend_options=options)
+        except ImportError:
+            pass  # Tests of a backend that is not installed are skipped one by one.
+
+
+@pytest.fixture
+def stack(request: pytest.FixtureRequest) -> Stack:
+    return Stack(request.param)
+
+
+@pytest.fixture(scope="session")
+def certificate_authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def _left_over_threads(before: set[threading.Thread]) -> list[threading.Thread]:
+    # trio keeps idle worker threads for some seconds, for everyone in the process.
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before and not thread.name.lower().startswith("trio")
+    ]
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fail a test that leaves a descriptor or a thread, or whose callbacks came in an illegal order."""
+    support.RECORDERS.clear()
+    gc.collect()
+    threads_before = set(threading.enumerate())
+    descriptors_before = open_descriptors()
+    yield
+    recorders = list(support.RECORDERS)
+    support.RECORDERS.clear()
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while _left_over_threads(threads_before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert _left_over_threads(threads_before) == []
+    after = open_descriptors()
+    leaked = {fd: what for fd, what in after.items() if descriptors_before.get(fd) != what}
+    assert leaked == {}, "descriptors left open"
+    for recorder in recorders:
+        recorder.check_finished()

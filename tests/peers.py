@@ -1,0 +1,82 @@
+"""Peers with blocking sockets, each run by a test as a process of its own: `python peers.py TASK PORT …`."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import sys
+import threading
+import time
+
+
+def exchange(port: int, size: int, chunk: int, pause: float) -> None:
+    """Send `size` bytes and read until the end at the same time, slowly; print both hashes."""
+    sock = socket.create_connection(("127.0.0.1", port))
+    sent = hashlib.sha256()
+
+    def send() -> None:
+        left = size
+        number = 0
+        while left:
+            block = number.to_bytes(8, "big") * 8192
+            block = block[:left]
+            sock.sendall(block)
+            sent.update(block)
+            left -= len(block)
+            number += 1
+        sock.shutdown(socket.SHUT_WR)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    received = hashlib.sha256()
+    count = 0
+    turn = 0
+    while data := sock.recv(chunk):
+        received.update(data)
+        count += len(data)
+        turn += 1
+        if turn % 64 == 0:
+            time.sleep(pause)
+    sender.join()
+    sock.close()
+    print(sent.hexdigest(), received.hexdigest(), count)
+
+
+def late_reader(port: int) -> None:
+    """Connect, read nothing until told to, then everything; print length and hash."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    sock.connect(("127.0.0.1", port))
+    print("connected")
+    sys.stdin.readline()
+    received = hashlib.sha256()
+    count = 0
+    while data := sock.recv(65536):
+        received.update(data)
+        count += len(data)
+    sock.close()
+    print(count, received.hexdigest())
+
+
+def flood(port: int) -> None:
+    """Connect and send without end."""
+    sock = socket.create_connection(("127.0.0.1", port))
+    block = bytes(65536)
+    print("connected")
+    try:
+        while True:
+            sock.sendall(block)
+    except OSError:
+        pass
+
+
+if __name__ == "__main__":
+    task, *arguments = sys.argv[1:]
+    if task == "exchange":
+        exchange(int(arguments[0]), int(arguments[1]), int(arguments[2]), float(arguments[3]))
+    elif task == "late_reader":
+        late_reader(int(arguments[0]))
+    elif task == "flood":
+        flood(int(arguments[0]))
+    else:
+        raise SystemExit(f"unknown task {task!r}")

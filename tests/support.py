@@ -1,0 +1,524 @@
+"""What the tests share: stacks, recording protocols, raw socket peers, peers in other processes."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import logging
+import os
+import socket
+import struct
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+else:
+    BaseExceptionGroup = BaseExceptionGroup  # noqa: PLW0127
+
+__all__ = [
+    "GUARD",
+    "ORACLE",
+    "BaseExceptionGroup",
+    "BufferedRecorder",
+    "Peer",
+    "Recorder",
+    "Stack",
+    "array",
+    "capture_log",
+    "collect_contexts",
+    "connected",
+    "fill",
+    "leaves",
+    "listening",
+    "pattern",
+    "peer_process",
+    "until",
+]
+
+#: Seconds after which a wait that should have ended long ago fails. A guard against hanging, not a measurement.
+GUARD = 15
+ORACLE = "oracle"
+HOST = "127.0.0.1"
+#: A kernel buffer small enough to fill at once, large enough not to be throttled by delayed acknowledgements.
+SMALL = 65536
+RECORDERS: list[Recorder | BufferedRecorder] = []
+
+
+def open_descriptors() -> dict[int, str]:
+    """Every open descriptor of this process, with what it refers to."""
+    found = {}
+    directory = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    for name in os.listdir(directory):
+        fd = int(name)
+        try:
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:  # the descriptor that listed the directory, or a system without /proc
+            try:
+                found[fd] = str(os.fstat(fd).st_ino)
+            except OSError:
+                continue
+    return found
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Give way to everything else until the condition holds."""
+    with anyio.fail_after(GUARD):
+        while not condition():
+            # A real if tiny pause: a bare checkpoint would keep a processor busy that the other side needs.
+            await anyio.sleep(0.001)
+
+
+async def turns(count: int = 10) -> None:
+    """Let everything that is ready run, a few times over."""
+    for _ in range(count):
+        await anyio.lowlevel.checkpoint()
+
+
+def pattern(size: int) -> bytes:
+    """Bytes in which a lost, doubled or exchanged block shows."""
+    words = (size + 3) // 4
+    return struct.pack(f"<{words}I", *range(words))[:size]
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """The exceptions inside nested groups, flat."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
+    return [error]
+
+
+@contextmanager
+def raises_inside(expected: type[BaseException]) -> Iterator[list[BaseException]]:
+    """Expect an exception, alone or as the only kind inside an exception group."""
+    caught: list[BaseException] = []
+    try:
+        yield caught
+    except BaseException as error:
+        found = leaves(error)
+        if not all(isinstance(leaf, expected) for leaf in found):
+            raise
+        caught.extend(found)
+    else:
+        raise AssertionError(f"{expected.__name__} was not raised")
+
+
+class _Recording:
+    """Record callbacks, let a test hook into each, and note every call in an illegal order."""
+
+    def __init__(self, **hooks: Callable[..., Any]) -> None:
+        unknown = [name for name in hooks if not name.startswith("on_")]
+        assert not unknown, unknown
+        self.hooks = {name[3:]: hook for name, hook in hooks.items()}
+        self.calls: list[tuple[Any, ...]] = []
+        self.received = bytearray()
+        self.transport: Any = None
+        self.violations: list[str] = []
+        self.state = "new"
+        self.writing_paused = False
+        self.inside: list[str] = []
+        self._changed: anyio.Event | None = None
+        RECORDERS.append(self)  # type: ignore[arg-type]
+
+    # -- looking at what happened ------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The callbacks in order; a run of the same one counts once."""
+        result: list[str] = []
+        for name, *_ in self.calls:
+            if not result or result[-1] != name:
+                result.append(name)
+        return result
+
+    def count(self, name: str) -> int:
+        return sum(call[0] == name for call in self.calls)
+
+    @property
+    def lost(self) -> bool:
+        return self.state == "lost"
+
+    @property
+    def lost_with(self) -> BaseException | None:
+        (call,) = [call for call in self.calls if call[0] == "connection_lost"]
+        error: BaseException | None = call[1]
+        return error
+
+    async def wait_until(self, condition: Callable[[], object]) -> None:
+        with anyio.fail_after(GUARD):
+            while not condition():
+                if self._changed is None:
+                    self._changed = anyio.Event()
+                await self._changed.wait()
+
+    async def wait_for(self, name: str, count: int = 1) -> None:
+        await self.wait_until(lambda: self.count(name) >= count)
+
+    async def wait_received(self, size: int) -> bytes:
+        await self.wait_until(lambda: len(self.received) >= size)
+        return bytes(self.received)
+
+    def check_finished(self) -> None:
+        assert self.violations == []
+        assert self.state in ("new", "lost"), f"connection_lost never came: {self.names}"
+
+    # -- recording ---------------------------------------------------------------------------------------
+
+    def _violation(self, name: str) -> None:
+        self.violations.append(f"{name} in state {self.state}, inside {self.inside}: {self.names}")
+
+    def _record(self, name: str, *args: Any) -> Any:
+        allowed = {
+            "connection_made": ("new",),
+            "data_received": ("open",),
+            "get_buffer": ("open",),
+            "buffer_updated": ("open",),
+            "eof_received": ("open",),
+            "pause_writing": ("open", "eof"),
+            "resume_writing": ("open", "eof"),
+            "connection_lost": ("open", "eof"),
+        }[name]
+        if self.state not in allowed:
+            self._violation(name)
+        if self.inside and name not in ("pause_writing", "resume_writing"):
+            self._violation(name)
+        if name in ("pause_writing", "resume_writing"):
+            if self.writing_paused == (name == "pause_writing"):
+                self._violation(name)
+            self.writing_paused = name == "pause_writing"
+        self.state = {"connection_made": "open", "eof_received": "eof", "connection_lost": "lost"}.get(name, self.state)
+        self.calls.append((name, *args))
+        if self._changed is not None:
+            changed, self._changed = self._changed, None
+            changed.set()
+        hook = self.hooks.get(name)
+        if hook is None:
+            return None
+        self.inside.append(name)
+        try:
+            return hook(self, *args)
+        finally:
+            self.inside.pop()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self._record("connection_made", transport)
+
+    def eof_received(self) -> Any:
+        return self._record("eof_received")
+
+    def pause_writing(self) -> None:
+        self._record("pause_writing")
+
+    def resume_writing(self) -> None:
+        self._record("resume_writing")
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._record("connection_lost", exc)
+
+
+class Recorder(_Recording, asyncio.Protocol):
+    """A recording `Protocol`."""
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        self._record("data_received", data)
+
+
+class BufferedRecorder(_Recording, asyncio.BufferedProtocol):
+    """A recording `BufferedProtocol`; a hook on `get_buffer` may give the buffer."""
+
+    def __init__(self, size: int = 4096, **hooks: Callable[..., Any]) -> None:
+        super().__init__(**hooks)
+        self.buffer = bytearray(size)
+
+    def get_buffer(self, sizehint: int) -> Any:
+        given = self._record("get_buffer", sizehint)
+        return self.buffer if given is None else given
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.received += self.buffer[:nbytes]
+        self._record("buffer_updated", nbytes)
+
+
+# -- stacks -----------------------------------------------------------------------------------------------
+
+
+class OracleGroup:
+    """asyncio's running loop behind the part of a `TransportGroup`'s interface that both have."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.transports: list[Any] = []
+        self.protocols: list[Any] = []
+        self.servers: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loop, name)
+
+    def _tracked(self, factory: Callable[[], Any]) -> Callable[[], Any]:
+        def make() -> Any:
+            protocol = factory()
+            self.protocols.append(protocol)
+            return protocol
+
+        return make
+
+    async def create_connection(self, factory: Any, *args: Any, **options: Any) -> Any:
+        transport, protocol = await self.loop.create_connection(self._tracked(factory), *args, **options)
+        self.transports.append(transport)
+        return transport, protocol
+
+    async def create_server(self, factory: Any, *args: Any, **options: Any) -> Any:
+        server = await self.loop.create_server(self._tracked(factory), *args, **options)
+        self.servers.append(server)
+        return server
+
+    def _open_recorders(self) -> list[_Recording]:
+        return [p for p in self.protocols if isinstance(p, _Recording) and p.state in ("open", "eof")]
+
+    async def finish(self, *, abort: bool) -> None:
+        with anyio.CancelScope(shield=True):
+            for server in self.servers:
+                server.close()
+            made = [getattr(protocol, "transport", None) for protocol in self.protocols]
+            for transport in [*self.transports, *made]:
+                if transport is not None:
+                    transport.abort() if abort else transport.close()
+            with anyio.fail_after(GUARD):
+                while self._open_recorders():
+                    await anyio.sleep(0.001)
+            await turns()
+
+
+class Stack:
+    """asyncio itself, or our group on the backend that runs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        #: How many tasks the test itself starts inside the block and lets outlive it.
+        self.expected_tasks = 0
+
+    @property
+    def is_oracle(self) -> bool:
+        return self.name == ORACLE
+
+    @property
+    def logger(self) -> str:
+        return "asyncio" if self.is_oracle else "transports_anyio"
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Any]:
+        if self.is_oracle:
+            group = OracleGroup()
+            try:
+                yield group
+            except BaseException:
+                await group.finish(abort=True)
+                raise
+            await group.finish(abort=False)
+            return
+        from transports_anyio import TransportGroup
+
+        before = {task.id for task in anyio.get_running_tasks()}
+        try:
+            async with TransportGroup() as group:
+                yield group
+        finally:
+            # Rule 2: no task of the group's is left the moment the block has been left.
+            after = [task for task in anyio.get_running_tasks() if task.id not in before]
+            if len(after) > self.expected_tasks:
+                raise AssertionError(f"tasks left: {after}")
+
+
+def collect_contexts(group: Any) -> list[dict[str, Any]]:
+    """Install an exception handler that collects what it is given."""
+    contexts: list[dict[str, Any]] = []
+    group.set_exception_handler(lambda _group, context: contexts.append(context))
+    return contexts
+
+
+@contextmanager
+def capture_log(stack: Stack) -> Iterator[list[logging.LogRecord]]:
+    """The records that the stack's own logger gets, whatever handlers there are."""
+    records: list[logging.LogRecord] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    logger = logging.getLogger(stack.logger)
+    handler = Keep()
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+# -- peers ------------------------------------------------------------------------------------------------
+
+
+class Peer:
+    """The other end of a connection: a bare non-blocking socket, driven by the test."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        sock.setblocking(False)
+
+    @classmethod
+    def connect(cls, address: Any, *, receive_buffer: int | None = None) -> Peer:
+        family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        if receive_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        try:
+            sock.connect(address)  # the kernel answers for a listening socket, so this does not block
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def send(self, data: bytes) -> None:
+        view = memoryview(data)
+        with anyio.fail_after(GUARD):
+            while view:
+                try:
+                    view = view[self.socket.send(view) :]
+                except BlockingIOError:
+                    await anyio.wait_writable(self.socket)
+
+    async def receive(self, size: int = 65536) -> bytes:
+        with anyio.fail_after(GUARD):
+            while True:
+                try:
+                    return self.socket.recv(size)
+                except BlockingIOError:
+                    await anyio.wait_readable(self.socket)
+
+    async def receive_exactly(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            more = await self.receive(min(size - len(data), 1 << 18))
+            assert more, f"end of file after {len(data)} of {size} bytes"
+            data += more
+        return bytes(data)
+
+    async def receive_all(self) -> bytes:
+        data = bytearray()
+        while more := await self.receive(1 << 18):
+            data += more
+        return bytes(data)
+
+    async def gone(self) -> bool:
+        """Read until the other side has ended the connection, in order or not."""
+        try:
+            await self.receive_all()
+        except ConnectionError:
+            pass
+        return True
+
+    def shutdown(self) -> None:
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def reset(self) -> None:
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.close()
+
+
+@contextmanager
+def listening(*, receive_buffer: int | None = None) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        if receive_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        sock.bind((HOST, 0))
+        sock.listen(200)
+        yield sock
+
+
+@asynccontextmanager
+async def connected(group: Any, protocol: Any = None, *, small: bool = False) -> AsyncIterator[tuple[Any, Any, Peer]]:
+    """A connection of the group's to a bare socket: `(transport, protocol, peer)`.
+
+    `small` asks for small kernel buffers on both sides.
+    """
+    protocol = Recorder() if protocol is None else protocol
+    with listening(receive_buffer=SMALL if small else None) as listener:
+        with anyio.fail_after(GUARD):
+            transport, made = await group.create_connection(lambda: protocol, *listener.getsockname())
+        assert made is protocol
+        sock, _ = listener.accept()
+    if small:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+    with Peer(sock) as peer:
+        yield transport, protocol, peer
+
+
+def fill(transport: Any, at_least: int = 1) -> int:
+    """Write until so many bytes wait in the transport's own buffer; returns what was written.
+
+    The kernel's buffers are full then, as far as one turn can tell.
+    """
+    chunk = bytes(65536)
+    written = 0
+    while transport.get_write_buffer_size() < at_least:
+        transport.write(chunk)
+        written += len(chunk)
+        assert written < 1 << 28, "the write buffer never fills"
+    return written
+
+
+class PeerProcess:
+    def __init__(self, process: anyio.abc.Process) -> None:
+        self._process = process
+        self._pending = b""
+
+    async def line(self) -> str:
+        """The next line that the peer printed."""
+        assert self._process.stdout is not None
+        with anyio.fail_after(4 * GUARD):
+            while b"\n" not in self._pending:
+                self._pending += await self._process.stdout.receive()
+        line, self._pending = self._pending.split(b"\n", 1)
+        return line.decode()
+
+    async def say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        await self._process.stdin.send(line.encode() + b"\n")
+
+
+@asynccontextmanager
+async def peer_process(task: str, *args: object) -> AsyncIterator[PeerProcess]:
+    """Run one of the peers of `peers.py`, blocking sockets in a process of its own."""
+    command = [sys.executable, "-u", str(Path(__file__).with_name("peers.py")), task, *map(str, args)]
+    process = await anyio.open_process(command, stderr=None)
+    try:
+        yield PeerProcess(process)
+    finally:
+        with anyio.CancelScope(shield=True):
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+            await process.aclose()

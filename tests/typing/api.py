@@ -1,0 +1,50 @@
+"""Users' code, as a type checker sees it: nothing here runs."""
+
+from __future__ import annotations
+
+from anyio.abc import ByteStream
+
+from transports_anyio import (
+    BaseTransport,
+    BufferedProtocol,
+    Protocol,
+    Server,
+    Transport,
+    TransportGroup,
+    current_group,
+)
+
+
+class Counting(Protocol):
+    def __init__(self, start: int) -> None:
+        self.count = start
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        current_group().call_later(1, transport.close)
+
+
+class Filling(BufferedProtocol):
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return memoryview(bytearray(max(sizehint, 1)))
+
+    def buffer_updated(self, nbytes: int) -> None: ...
+
+
+async def task(number: int) -> None: ...
+
+
+async def use(stream: ByteStream) -> None:
+    async with TransportGroup() as group:
+        server: Server = await group.create_server(Filling, "localhost", 0)
+        transport: Transport
+        transport, counting = await group.create_connection(lambda: Counting(3), "localhost", 80)
+        counting.count += 1  # the protocol keeps its own type
+        transport.writelines([b"a", bytearray(b"b"), memoryview(b"c")])
+        _, filling = await group.connect_stream(Filling, stream)
+        filling.buffer_updated(1)
+        handle = group.call_soon(print, "soon")
+        handle.cancel()
+        group.call_later(0.5, print).when()
+        group.start_soon(task, 1, name="a task")
+        async with server:
+            await group.wait_closed()

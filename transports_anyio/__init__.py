@@ -1,0 +1,36 @@
+"""asyncio's Transports and Protocols on asyncio, uvloop and trio, through AnyIO."""
+
+from asyncio import (
+    BaseProtocol,
+    BaseTransport,
+    BufferedProtocol,
+    DatagramProtocol,
+    DatagramTransport,
+    Protocol,
+    ReadTransport,
+    SubprocessProtocol,
+    SubprocessTransport,
+    Transport,
+    WriteTransport,
+)
+
+from ._door import current_group
+from ._group import TransportGroup
+from ._server import Server
+
+__all__ = [
+    "BaseProtocol",
+    "BaseTransport",
+    "BufferedProtocol",
+    "DatagramProtocol",
+    "DatagramTransport",
+    "Protocol",
+    "ReadTransport",
+    "Server",
+    "SubprocessProtocol",
+    "SubprocessTransport",
+    "Transport",
+    "TransportGroup",
+    "WriteTransport",
+    "current_group",
+]

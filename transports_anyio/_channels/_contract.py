@@ -1,0 +1,63 @@
+"""What a stream transport asks of a channel."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class Channel(ABC):
+    """Moves bytes without blocking, and says when it could move more.
+
+    Errors are translated here, at the edge: a call that cannot move anything now raises `BlockingIOError`, and a
+    connection that is broken raises an `OSError`. After a `send` that would block the same bytes are offered again,
+    perhaps with more behind them.
+    """
+
+    __slots__ = ()
+
+    can_write_eof = True
+
+    @abstractmethod
+    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
+        """Remember whom to call; nothing is called before an interest is set."""
+
+    @abstractmethod
+    def set_reading(self, reading: bool) -> None:
+        """Call `read_ready` whenever there is something to receive, or stop doing so."""
+
+    @abstractmethod
+    def set_writing(self, writing: bool) -> None:
+        """Call `write_ready` whenever something can be sent, or stop doing so."""
+
+    @abstractmethod
+    def receive(self) -> bytes:
+        """Return what has arrived, at least one byte; `b""` at the end of the stream."""
+
+    @abstractmethod
+    def receive_into(self, buffer: Buffer) -> int:
+        """Receive into `buffer` and return the number of bytes; 0 at the end of the stream."""
+
+    @abstractmethod
+    def send(self, data: bytes | bytearray | memoryview) -> int:
+        """Send from the start of `data` and return how many bytes were taken."""
+
+    @abstractmethod
+    def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
+        """Send from the start of `chunks`, gathered, and return how many bytes were taken."""
+
+    @abstractmethod
+    def send_eof(self) -> None:
+        """Shut down the sending side."""
+
+    @abstractmethod
+    def close(self, *, aborted: bool) -> None:
+        """Give everything back. `aborted` says that the other end need not be told politely."""
+
+    @abstractmethod
+    def extra_info(self) -> dict[str, Any]:
+        """What `get_extra_info` of the transport knows."""

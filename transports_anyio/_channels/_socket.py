@@ -1,0 +1,159 @@
+"""A non-blocking stream socket of ours, in the group's poller."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from .._poller import READ, WRITE, Poller
+from ._contract import Channel
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+# How much one readiness event may receive: asyncio's figure, for the same chunks at the protocol.
+RECEIVE_SIZE = 256 * 1024
+
+# The most buffers that one `sendmsg` takes (POSIX `IOV_MAX`); 16 is the least that POSIX allows.
+try:
+    GATHER_LIMIT = os.sysconf("SC_IOV_MAX")
+except (AttributeError, OSError, ValueError):
+    GATHER_LIMIT = 16
+
+# Received bytes pass through one buffer: `recv(262144)` makes the C library map and unmap 256 KiB for every message
+# until a process has freed its first such block. It is never held over a call of the user's code.
+_scratch = memoryview(bytearray(RECEIVE_SIZE))
+
+
+class SocketView:
+    """A socket to look at: options, names and `fileno`, but nothing that reads, writes or closes it."""
+
+    __slots__ = ("_socket",)
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    @property
+    def family(self) -> int:
+        return self._socket.family
+
+    @property
+    def type(self) -> int:
+        return self._socket.type
+
+    @property
+    def proto(self) -> int:
+        return self._socket.proto
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def get_inheritable(self) -> bool:
+        return self._socket.get_inheritable()
+
+    def getsockname(self) -> Any:
+        return self._socket.getsockname()
+
+    def getpeername(self) -> Any:
+        return self._socket.getpeername()
+
+    def getsockopt(self, *args: int) -> int | bytes:
+        return self._socket.getsockopt(*args)
+
+    def setsockopt(self, *args: Any) -> None:
+        self._socket.setsockopt(*args)
+
+    def gettimeout(self) -> float | None:
+        return self._socket.gettimeout()
+
+    def settimeout(self, value: float | None) -> None:
+        """Accept 0 and nothing else: the socket stays non-blocking."""
+        if value != 0:
+            msg = f"the socket of a transport stays non-blocking: expected 0, got {value!r}"
+            raise ValueError(msg)
+
+    def setblocking(self, flag: bool) -> None:
+        """Accept `False` and nothing else: the socket stays non-blocking."""
+        if flag:
+            msg = "the socket of a transport stays non-blocking"
+            raise ValueError(msg)
+
+    def __repr__(self) -> str:
+        return f"<SocketView of {self._socket!r}>"
+
+
+def set_nodelay(sock: socket.socket) -> None:
+    """Turn Nagle's algorithm off on a TCP socket, as asyncio does: small writes do not wait for an ACK."""
+    if (
+        sock.family in (socket.AF_INET, socket.AF_INET6)
+        and sock.type == socket.SOCK_STREAM
+        and sock.proto in (0, socket.IPPROTO_TCP)
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+class SocketChannel(Channel):
+    """Moves the bytes of a connected, non-blocking stream socket that the channel owns."""
+
+    __slots__ = ("_descriptor", "_interest", "_poller", "_read_ready", "_socket", "_write_ready")
+
+    def __init__(self, poller: Poller, sock: socket.socket) -> None:
+        self._poller = poller
+        self._socket = sock
+        self._descriptor = sock.fileno()
+        self._interest = 0
+
+    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
+        self._read_ready = read_ready
+        self._write_ready = write_ready
+
+    def _ready(self, mask: int) -> None:
+        # The interest is looked at again for each half: a callback of this batch may have changed it.
+        if mask & self._interest & READ:
+            self._read_ready()
+        if mask & self._interest & WRITE:
+            self._write_ready()
+
+    def _set_interest(self, interest: int) -> None:
+        before = self._interest
+        if interest != before:
+            self._poller.set_interest(self._descriptor, before, interest, self._ready)
+            self._interest = interest
+
+    def set_reading(self, reading: bool) -> None:
+        self._set_interest(self._interest | READ if reading else self._interest & ~READ)
+
+    def set_writing(self, writing: bool) -> None:
+        self._set_interest(self._interest | WRITE if writing else self._interest & ~WRITE)
+
+    def receive(self) -> bytes:
+        return bytes(_scratch[: self._socket.recv_into(_scratch)])
+
+    def receive_into(self, buffer: Buffer) -> int:
+        return self._socket.recv_into(buffer)
+
+    def send(self, data: bytes | bytearray | memoryview) -> int:
+        return self._socket.send(data)
+
+    def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
+        return self._socket.sendmsg(islice(chunks, GATHER_LIMIT))
+
+    def send_eof(self) -> None:
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def close(self, *, aborted: bool) -> None:
+        # Out of the poller first: a copy of the descriptor in a forked child would go on reporting it.
+        self._set_interest(0)
+        self._socket.close()
+
+    def extra_info(self) -> dict[str, Any]:
+        info: dict[str, Any] = {"socket": SocketView(self._socket)}
+        for name, look_up in (("sockname", self._socket.getsockname), ("peername", self._socket.getpeername)):
+            try:
+                info[name] = look_up()
+            except OSError:
+                info[name] = None  # As asyncio: the peer may already have gone (ENOTCONN).
+        return info

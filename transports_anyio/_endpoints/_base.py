@@ -1,0 +1,74 @@
+"""What every endpoint function asks of the group, and how a channel becomes a transport."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from .._door import Door
+from .._transports._stream import StreamTransport
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+    from .._channels._contract import Channel
+    from .._group import TransportGroup
+    from .._poller import Poller
+    from .._server import Server
+
+ProtocolT = TypeVar("ProtocolT")
+
+
+class Owned(Protocol):
+    """What a group owns: a transport of any kind."""
+
+    def close(self) -> None: ...
+    def abort(self) -> None: ...
+
+
+class Endpoints(ABC):
+    """The part of a group that the endpoint functions use."""
+
+    _servers: set[Server]
+    _task_group: TaskGroup
+
+    @abstractmethod
+    def _require_open(self) -> Poller:
+        """Return the group's poller, or raise `RuntimeError` outside the group's life."""
+
+    @abstractmethod
+    def _as_group(self) -> TransportGroup:
+        """Return the group itself."""
+
+    @abstractmethod
+    def _own(self, transport: Owned) -> None:
+        """End `transport` when the group ends."""
+
+    @abstractmethod
+    def _disown(self, transport: Owned) -> None:
+        """Forget `transport`: its `connection_lost` has been delivered."""
+
+    @abstractmethod
+    def _door(self) -> Door:
+        """Make the door of one connection."""
+
+    def _make_transport(
+        self,
+        protocol_factory: Callable[[], ProtocolT],
+        channel: Channel,
+        on_lost: Callable[[StreamTransport], None] | None = None,
+    ) -> tuple[StreamTransport, ProtocolT]:
+        """Give `channel` a protocol and a transport that the group owns; the caller starts it.
+
+        What the factory raises is the caller's to handle; the channel is closed first.
+        """
+        door = self._door()
+        try:
+            protocol: Any = door.run(protocol_factory)
+            transport = StreamTransport(door, channel, protocol, on_lost or self._disown)
+        except BaseException:
+            channel.close(aborted=True)
+            raise
+        self._own(transport)
+        return transport, protocol

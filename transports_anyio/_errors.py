@@ -1,0 +1,57 @@
+"""What goes wrong in the user's code, and how it is told.
+
+Holds: the one rule for an exception that leaves the user's code, and the exception handler.
+May know: logging and AnyIO's cancellation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import anyio
+
+if TYPE_CHECKING:
+    from ._group import TransportGroup
+
+logger = logging.getLogger("transports_anyio")
+
+ExceptionContext: TypeAlias = "dict[str, Any]"
+ExceptionHandler: TypeAlias = "Callable[[TransportGroup, ExceptionContext], object]"
+
+
+def leaves_through_the_group(exc: BaseException) -> bool:
+    """Whether `exc`, raised in the user's code, ends the group instead of being reported."""
+    return isinstance(exc, (KeyboardInterrupt, SystemExit, anyio.get_cancelled_exc_class()))
+
+
+class ErrorReporter:
+    """The exception handler of a group."""
+
+    __slots__ = ("_group", "handler")
+
+    def __init__(self, group: TransportGroup) -> None:
+        self._group = group
+        self.handler: ExceptionHandler | None = None
+
+    def report(self, context: ExceptionContext) -> None:
+        """Call the handler that is set, or the default one. A handler that raises is itself reported."""
+        if self.handler is None:
+            self.report_by_default(context)
+            return
+        try:
+            self.handler(self._group, context)
+        except BaseException as exc:
+            if leaves_through_the_group(exc):
+                raise
+            self.report_by_default(
+                {"message": "Unhandled error in exception handler", "exception": exc, "context": context}
+            )
+
+    def report_by_default(self, context: ExceptionContext) -> None:
+        """Log `context` to the logger `transports_anyio`, with the traceback of its exception."""
+        lines = [context.get("message") or "Unhandled exception in a transport group"]
+        lines += [f"{key}: {context[key]!r}" for key in sorted(context) if key not in {"message", "exception"}]
+        exc = context.get("exception")
+        logger.error("\n".join(lines), exc_info=exc if isinstance(exc, BaseException) else None)

@@ -1,0 +1,219 @@
+"""Listening: the server that accepts connections.
+
+May know: the poller, the operating system's listening sockets, and the endpoints that make transports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+
+from ._channels._socket import SocketChannel, SocketView, set_nodelay
+from ._errors import leaves_through_the_group, logger
+from ._poller import READ, Poller
+
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from typing_extensions import Self
+
+    from ._group import TransportGroup
+    from ._transports._stream import StreamTransport
+
+# Out of descriptors or memory: accepting again at once would fail again at once and starve everything else, so
+# wait a while as asyncio does (ACCEPT_RETRY_DELAY, in seconds). The connections stay in the backlog meanwhile.
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+RETRY_DELAY = 1.0
+
+# The client left between its connection and our `accept`; accept(2) also passes pending network errors of the new
+# connection on, none of which says anything about the listening socket.
+CLIENT_LEFT = {
+    errno.ECONNABORTED, errno.ECONNRESET, errno.EPROTO, errno.ENETDOWN, errno.ENOPROTOOPT, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH, errno.EPERM,
+}  # fmt: skip
+
+
+class Server(asyncio.AbstractServer):
+    """Listening sockets and the connections accepted from them; made by `TransportGroup.create_server`.
+
+    Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.Server
+    """
+
+    def __init__(
+        self,
+        group: TransportGroup,
+        poller: Poller,
+        sockets: list[socket.socket],
+        protocol_factory: Callable[[], Any],
+        backlog: int,
+    ) -> None:
+        self._group = group
+        self._poller = poller
+        self._sockets = sockets
+        self._protocol_factory = protocol_factory
+        self._backlog = backlog
+        self._listening: set[int] = set()
+        self._serving = False
+        self._serving_forever = False
+        self._closed = False
+        self._connections: set[StreamTransport] = set()
+        self._changed = anyio.Event()
+
+    @property
+    def sockets(self) -> tuple[SocketView, ...]:
+        """The listening sockets, to look at; none once the server is closed."""
+        return () if self._closed else tuple(SocketView(sock) for sock in self._sockets)
+
+    def get_loop(self) -> NoReturn:
+        """Raise `RuntimeError`: on trio there is no event loop, so a portable server has none to give."""
+        msg = "a server of a TransportGroup has no event loop: use current_group()"
+        raise RuntimeError(msg)
+
+    def is_serving(self) -> bool:
+        """Whether the server accepts connections."""
+        return self._serving
+
+    def listen(self) -> None:
+        """Accept connections from now on. Does nothing when it does already."""
+        if self._closed:
+            msg = f"server {self!r} is closed"
+            raise RuntimeError(msg)
+        if self._serving:
+            return
+        for sock in self._sockets:
+            sock.listen(self._backlog)
+        self._serving = True
+        for sock in self._sockets:
+            self._resume(sock)
+
+    async def start_serving(self) -> None:
+        """Accept connections from now on. Does nothing when it does already; raises `RuntimeError` when closed."""
+        self.listen()
+        await anyio.lowlevel.checkpoint()
+
+    async def serve_forever(self) -> None:
+        """Accept connections until cancelled, which closes the server, or until the server is closed.
+
+        Raises `RuntimeError` when closed, or while another `serve_forever` runs.
+        """
+        if self._serving_forever:
+            msg = f"server {self!r} is already being awaited on serve_forever()"
+            raise RuntimeError(msg)
+        self.listen()
+        self._serving_forever = True
+        try:
+            while not self._closed:
+                await self._changed.wait()
+        finally:
+            self._serving_forever = False
+            self.close()
+
+    def close(self) -> None:
+        """Stop listening. Connections that were accepted stay open. Does nothing when closed."""
+        if self._closed:
+            return
+        self._closed = True
+        self._serving = False
+        for sock in self._sockets:
+            self._pause(sock)
+            sock.close()
+        self._group.forget_server(self)
+        self._notify()
+
+    def close_clients(self) -> None:
+        """Close the transports of all accepted connections."""
+        for transport in tuple(self._connections):
+            transport.close()
+
+    def abort_clients(self) -> None:
+        """Abort the transports of all accepted connections."""
+        for transport in tuple(self._connections):
+            transport.abort()
+
+    async def wait_closed(self) -> None:
+        """Wait until the server is closed and all accepted connections are lost."""
+        await anyio.lowlevel.checkpoint()
+        while not self._closed or self._connections:
+            await self._changed.wait()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+        await self.wait_closed()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    def _resume(self, sock: socket.socket) -> None:
+        if self._serving and sock.fileno() not in self._listening:
+            self._listening.add(sock.fileno())
+            self._poller.set_interest(sock.fileno(), 0, READ, lambda mask: self._accept_ready(sock))
+
+    def _pause(self, sock: socket.socket) -> None:
+        if sock.fileno() in self._listening:
+            self._listening.discard(sock.fileno())
+            self._poller.set_interest(sock.fileno(), READ, 0, lambda mask: None)
+
+    def _accept_ready(self, listener: socket.socket) -> None:
+        """Accept up to the backlog: many connections a turn, and then everybody else's turn."""
+        for _ in range(max(self._backlog, 1)):
+            if not self._serving:
+                return  # A callback of the connection before closed the server.
+            try:
+                sock, _ = listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as exc:
+                if exc.errno in CLIENT_LEFT:
+                    continue
+                self._group.call_exception_handler(
+                    {"message": "socket.accept() failed", "exception": exc, "socket": SocketView(listener)}
+                )
+                if exc.errno in EXHAUSTED:
+                    logger.error("accepting again in %s s", RETRY_DELAY)
+                    self._pause(listener)
+                    self._group.call_later(RETRY_DELAY, self._resume, listener)
+                    return
+                self._pause(listener)
+                return
+            self._connect(sock)
+
+    def _connect(self, sock: socket.socket) -> None:
+        try:
+            sock.setblocking(False)
+            set_nodelay(sock)
+            channel = SocketChannel(self._poller, sock)
+        except OSError as exc:  # The client has gone already.
+            logger.debug("an accepted connection ended before it began: %r", exc)
+            sock.close()
+            return
+        try:
+            transport = self._group.accepted(self._protocol_factory, channel, self._lost)
+        except BaseException as exc:
+            if leaves_through_the_group(exc):
+                raise
+            self._group.call_exception_handler(
+                {"message": "Error on transport creation for incoming connection", "exception": exc}
+            )
+            return
+        self._connections.add(transport)
+        transport.start()
+
+    def _lost(self, transport: StreamTransport) -> None:
+        self._connections.discard(transport)
+        self._group.forget_transport(transport)
+        self._notify()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "serving" if self._serving else "not serving"
+        names = [] if self._closed else [sock.getsockname() for sock in self._sockets]
+        return f"<Server {state} on {names} connections={len(self._connections)}>"

@@ -1,0 +1,374 @@
+"""The stream transport: one state machine for every byte channel.
+
+Callbacks of a protocol, in order: `connection_made [data_received* | (get_buffer buffer_updated?)*] [eof_received]
+connection_lost`, with `pause_writing [resume_writing]` pairs anywhere between the first and the last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from .._errors import leaves_through_the_group, logger
+from ._flow_control import WriteBuffer, as_bytes_view, limits
+
+if TYPE_CHECKING:
+    from .._channels._contract import Channel
+    from .._door import Door
+
+# From this many writes after the connection was lost on, each is logged: asyncio's figure.
+LOST_WRITES_BEFORE_WARNING = 5
+
+
+class StreamTransport(asyncio.Transport):
+    """A connection, as asyncio's documentation describes `asyncio.Transport`.
+
+    Made by the endpoint functions of a `TransportGroup`. Every method is synchronous and never blocks, and none of
+    them calls `connection_lost`, `data_received` or `eof_received` before it returns; `write`, `writelines` and
+    `set_write_buffer_limits` may call `pause_writing` or `resume_writing`.
+
+    Source: https://docs.python.org/3/library/asyncio-protocol.html#transports
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_buffer",
+        "_buffered_protocol",
+        "_call",
+        "_channel",
+        "_closing",
+        "_door",
+        "_eof_received",
+        "_eof_written",
+        "_info",
+        "_lost",
+        "_on_lost",
+        "_protocol",
+        "_reading_paused",
+        "_writes_after_loss",
+    )
+
+    def __init__(
+        self,
+        door: Door,
+        channel: Channel,
+        protocol: Any,
+        on_lost: Callable[[StreamTransport], None],
+    ) -> None:
+        # asyncio's initialiser would only make a dictionary for extra info, which is the channel's to know.
+        self._door = door
+        self._call = door.run
+        self._channel = channel
+        self._on_lost = on_lost
+        self._buffer = WriteBuffer()
+        self._info: dict[str, Any] = channel.extra_info()
+        self._closing = False  # No more is read: `close`, `abort`, end of file or an error.
+        self._lost = False  # `connection_lost` is scheduled or delivered.
+        self._writes_after_loss = 0
+        self._reading_paused = False
+        self._eof_received = False
+        self._eof_written = False
+        self.set_protocol(protocol)
+        channel.open(self._read_ready, self._write_ready)
+
+    def start(self) -> None:
+        """Tell the protocol of its connection, then begin to read."""
+        try:
+            self._call(self._protocol.connection_made, self)
+        except BaseException as exc:
+            self._callback_failed(exc, "connection_made")
+        if not self._closing and not self._reading_paused:
+            self._channel.set_reading(True)
+
+    # Base
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return what is known under `name` (`socket`, `peername`, `sockname` …), or `default`."""
+        return self._info.get(name, default)
+
+    def set_protocol(self, protocol: Any) -> None:
+        """Give every later callback to `protocol`."""
+        self._protocol = protocol
+        self._buffered_protocol = isinstance(protocol, asyncio.BufferedProtocol)
+
+    def get_protocol(self) -> Any:
+        """Return the current protocol."""
+        return self._protocol
+
+    def is_closing(self) -> bool:
+        """Whether the transport is closing or closed."""
+        return self._closing
+
+    def close(self) -> None:
+        """Stop reading, flush what is buffered, then end with `connection_lost(None)`.
+
+        A peer that never reads makes the flush wait for ever: `abort`, or leaving the group by a cancellation,
+        ends it.
+        """
+        if self._closing:
+            return
+        self._closing = True
+        if self._buffer.size:
+            self._channel.set_reading(False)
+        else:
+            self._lose(None)
+
+    def abort(self) -> None:
+        """Drop what is buffered and end with `connection_lost(None)`."""
+        self._lose(None, aborted=True)
+
+    # Reading
+
+    def is_reading(self) -> bool:
+        """Whether the transport is neither closing nor paused."""
+        return not self._closing and not self._reading_paused
+
+    def pause_reading(self) -> None:
+        """Receive nothing until `resume_reading`. Does nothing when paused or closing."""
+        if self.is_reading():
+            self._reading_paused = True
+            self._channel.set_reading(False)
+
+    def resume_reading(self) -> None:
+        """Receive again. Does nothing when not paused, or closing."""
+        if self._reading_paused and not self._closing:
+            self._reading_paused = False
+            if not self._eof_received:
+                self._channel.set_reading(True)
+
+    def _read_ready(self) -> None:
+        if self._buffered_protocol:
+            self._read_into_protocol()
+            return
+        try:
+            data = self._channel.receive()
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as exc:
+            self._broken(exc, "read")
+            return
+        if not data:
+            self._end_of_file()
+            return
+        try:
+            self._call(self._protocol.data_received, data)
+        except BaseException as exc:
+            self._callback_failed(exc, "data_received")
+
+    def _read_into_protocol(self) -> None:
+        try:
+            buffer = self._call(self._protocol.get_buffer, -1)
+            if not len(buffer):
+                msg = "get_buffer() returned an empty buffer"
+                raise RuntimeError(msg)
+            if memoryview(buffer).readonly:
+                msg = "get_buffer() returned a read-only buffer"
+                raise RuntimeError(msg)
+        except BaseException as exc:
+            self._callback_failed(exc, "get_buffer")
+            return
+        if self._closing or self._reading_paused:
+            return  # `get_buffer` changed its mind: nothing has been taken from the channel.
+        try:
+            count = self._channel.receive_into(buffer)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as exc:
+            self._broken(exc, "read")
+            return
+        if not count:
+            self._end_of_file()
+            return
+        try:
+            self._call(self._protocol.buffer_updated, count)
+        except BaseException as exc:
+            self._callback_failed(exc, "buffer_updated")
+
+    def _end_of_file(self) -> None:
+        self._eof_received = True
+        # An ended stream stays readable for ever, so it leaves the poller whatever the protocol answers.
+        self._channel.set_reading(False)
+        try:
+            keep_open = self._call(self._protocol.eof_received)
+        except BaseException as exc:
+            self._callback_failed(exc, "eof_received")
+            return
+        if not keep_open or not self._channel.can_write_eof:
+            self.close()
+
+    # Writing
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send `data`, as much as possible at once, and buffer the rest.
+
+        The caller may change the buffer afterwards. After the connection is lost the data is dropped, with a
+        warning in the log from the fifth time on.
+
+        Raises `TypeError` for anything that is not bytes-like and `RuntimeError` after `write_eof`.
+        """
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            msg = f"data argument must be a bytes-like object, not {type(data).__name__!r}"
+            raise TypeError(msg)
+        if self._eof_written:
+            msg = "Cannot call write() after write_eof()"
+            raise RuntimeError(msg)
+        view = data if type(data) is bytes else as_bytes_view(data)
+        if not view:
+            return
+        if self._lost:
+            self._drop_write()
+            return
+        if not self._buffer.size:
+            try:
+                sent = self._channel.send(view)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError as exc:
+                self._broken(exc, "write")
+                return
+            if sent == len(view):
+                return
+            self._channel.set_writing(True)
+            if sent:
+                view = memoryview(view)[sent:]
+        # Only the bytes of a `bytes` object cannot be changed by the caller afterwards.
+        self._buffer.append(view if type(data) is bytes else bytes(view))
+        self._buffer.update(self._pause_writing, self._resume_writing)
+
+    def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
+        """Write the chunks of `list_of_data` in order, as one write. Raises as `write` does."""
+        if self._eof_written:
+            msg = "Cannot call writelines() after write_eof()"
+            raise RuntimeError(msg)
+        chunks = list(list_of_data)
+        try:
+            data = b"".join(chunks)
+        except (TypeError, BufferError):  # A view that is not contiguous; anything else raises again.
+            data = b"".join(map(as_bytes_view, chunks))
+        self.write(data)
+
+    def write_eof(self) -> None:
+        """Flush, then shut down the sending side; reading goes on. Does nothing when closing or called before.
+
+        Raises `NotImplementedError` when `can_write_eof` is false.
+        """
+        if not self.can_write_eof():
+            msg = "this transport cannot close its sending side alone"
+            raise NotImplementedError(msg)
+        if self._closing or self._eof_written:
+            return
+        self._eof_written = True
+        if not self._buffer.size:
+            self._send_eof()
+
+    def can_write_eof(self) -> bool:
+        """Whether `write_eof` is supported."""
+        return self._channel.can_write_eof
+
+    def get_write_buffer_size(self) -> int:
+        """Return how many bytes are written but not yet sent."""
+        return self._buffer.size
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        """Return the watermarks `(low, high)`, in bytes."""
+        return self._buffer.low, self._buffer.high
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Set the watermarks, in bytes; it takes effect at once.
+
+        `high` defaults to 64 KiB, or to four times `low`; `low` to a quarter of `high`. Raises `ValueError` unless
+        `high >= low >= 0`.
+        """
+        self._buffer.low, self._buffer.high = limits(high, low)
+        self._buffer.update(self._pause_writing, self._resume_writing)
+
+    def _write_ready(self) -> None:
+        buffer = self._buffer
+        try:
+            if len(buffer.chunks) == 1:
+                sent = self._channel.send(buffer.chunks[0])
+            else:
+                sent = self._channel.send_many(buffer.chunks)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as exc:
+            self._broken(exc, "write")
+            return
+        buffer.take(sent)
+        buffer.update(self._pause_writing, self._resume_writing)
+        # `resume_writing` may have written more, closed or aborted.
+        if not buffer.size and not self._lost:
+            self._channel.set_writing(False)
+            if self._closing:
+                self._lose(None)
+            elif self._eof_written:
+                self._send_eof()
+
+    def _send_eof(self) -> None:
+        try:
+            self._channel.send_eof()
+        except OSError as exc:
+            self._broken(exc, "shutdown")
+
+    def _drop_write(self) -> None:
+        self._writes_after_loss += 1
+        if self._writes_after_loss >= LOST_WRITES_BEFORE_WARNING:
+            logger.warning("%r: the connection is lost, the data of write() is dropped", self)
+
+    def _pause_writing(self) -> None:
+        self._flow_callback("pause_writing")
+
+    def _resume_writing(self) -> None:
+        self._flow_callback("resume_writing")
+
+    def _flow_callback(self, name: str) -> None:
+        try:
+            # Not in the connection's context: the caller of `write` may be in it already, and a context cannot be
+            # entered twice.
+            self._door.call_in_place(getattr(self._protocol, name))
+        except BaseException as exc:
+            self._callback_failed(exc, name)
+
+    # The end: every way out goes through `_lose`, and `connection_lost` is called in one place.
+
+    def _broken(self, exc: OSError, doing: str) -> None:
+        # As asyncio: a connection that breaks is the protocol's business, not the exception handler's.
+        logger.debug("%r: %s failed: %r", self, doing, exc)
+        self._lose(exc, aborted=True)
+
+    def _callback_failed(self, exc: BaseException, name: str) -> None:
+        self._lose(exc if isinstance(exc, Exception) else None, aborted=True)
+        if leaves_through_the_group(exc):
+            raise exc
+        self._door.report(f"Fatal error: protocol.{name}() call failed.", exc, self, self._protocol)
+
+    def _lose(self, exc: BaseException | None, *, aborted: bool = False) -> None:
+        if self._lost:
+            return
+        self._lost = self._closing = True
+        self._buffer.clear()
+        self._channel.set_reading(False)
+        self._channel.set_writing(False)
+        self._door.call_soon(self._connection_lost, exc, aborted)
+
+    def _connection_lost(self, exc: Exception | None, aborted: bool) -> None:
+        try:
+            self._call(self._protocol.connection_lost, exc)
+        except BaseException as error:
+            if leaves_through_the_group(error):
+                raise
+            self._door.report("Fatal error: protocol.connection_lost() call failed.", error, self, self._protocol)
+        finally:
+            self._channel.close(aborted=aborted)
+            self._on_lost(self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._lost else "closing" if self._closing else "open"
+        peer = self._info.get("peername")
+        parts = [type(self).__name__, state, f"peer={peer!r}", f"buffered={self._buffer.size}"]
+        if self._reading_paused:
+            parts.append("reading paused")
+        if self._buffer.paused:
+            parts.append("writing paused")
+        return f"<{' '.join(parts)}>"
