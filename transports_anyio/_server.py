@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from ._endpoints._tls import TLSOptions
     from ._group import TransportGroup
     from ._transports._stream import StreamTransport
 
@@ -52,7 +53,9 @@ class Server(asyncio.AbstractServer):
         sockets: list[socket.socket],
         protocol_factory: Callable[[], Any],
         backlog: int,
+        tls: TLSOptions | None = None,
     ) -> None:
+        self._tls = tls
         self._group = group
         self._poller = poller
         self._sockets = sockets

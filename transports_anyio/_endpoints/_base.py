@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from .._channels._socket import SocketChannel, set_nodelay
 from .._door import Door
 from .._transports._stream import StreamTransport
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from .._group import TransportGroup
     from .._poller import Poller
     from .._server import Server
+    from ._tls import TLSOptions
 
 ProtocolT = TypeVar("ProtocolT")
 
@@ -52,6 +55,26 @@ class Endpoints(ABC):
     @abstractmethod
     def _door(self) -> Door:
         """Make the door of one connection."""
+
+    async def _connect_socket(
+        self, protocol_factory: Callable[[], ProtocolT], sock: socket.socket, tls: TLSOptions | None = None
+    ) -> tuple[StreamTransport, ProtocolT]:
+        """Give a connected, non-blocking socket a protocol and a transport, after the handshake with `tls`.
+
+        The socket is the group's from here on: whatever goes wrong closes it.
+        """
+        try:
+            poller = self._require_open()
+            set_nodelay(sock)
+            if tls is not None:
+                raise NotImplementedError("ssl is not supported yet")
+            channel = SocketChannel(poller, sock)
+        except BaseException:
+            sock.close()
+            raise
+        transport, protocol = self._make_transport(protocol_factory, channel)
+        transport.start()
+        return transport, protocol
 
     def _make_transport(
         self,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import anyio
 import anyio.lowlevel
 
-from .._channels._socket import SocketChannel, set_nodelay
 from .._server import Server
 from ._base import Endpoints, ProtocolT
 
@@ -162,15 +161,7 @@ class TCPEndpoints(Endpoints):
         await anyio.lowlevel.checkpoint()
         addresses = await resolve(host, port, family=family, proto=proto, flags=flags)
         sock = await connect_to_any(addresses, all_errors=all_errors)
-        try:
-            poller = self._require_open()
-            set_nodelay(sock)
-        except BaseException:
-            sock.close()
-            raise
-        transport, protocol = self._make_transport(protocol_factory, SocketChannel(poller, sock))
-        transport.start()
-        return transport, protocol
+        return await self._connect_socket(protocol_factory, sock)
 
     async def create_server(
         self,

@@ -1,0 +1,84 @@
+"""TLS: what the endpoint functions are told about it, checked once for all of them.
+
+Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_connection
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+
+# Seconds; asyncio's defaults.
+HANDSHAKE_TIMEOUT = 60.0
+SHUTDOWN_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True)
+class TLSOptions:
+    """How one end of a connection speaks TLS."""
+
+    context: ssl.SSLContext
+    server_side: bool
+    server_hostname: str | None
+    handshake_timeout: float
+    shutdown_timeout: float
+
+
+def client_options(
+    context: ssl.SSLContext | bool | None,
+    *,
+    host: str | bytes | None,
+    server_hostname: str | None,
+    handshake_timeout: float | None,
+    shutdown_timeout: float | None,
+) -> TLSOptions | None:
+    """Return the options of a connecting end, `None` without `context`; an impossible combination is a `ValueError`.
+
+    The name to verify is `server_hostname`, or else `host`; `""` turns the check of the name off.
+    """
+    if not context:
+        if server_hostname is not None:
+            raise ValueError("server_hostname is only meaningful with ssl")
+        _refuse_timeouts(handshake_timeout, shutdown_timeout)
+        return None
+    if server_hostname is None:
+        if not host:
+            raise ValueError("You must set server_hostname when using ssl without a host")
+        server_hostname = host.decode("ascii") if isinstance(host, bytes) else host
+    if not isinstance(context, ssl.SSLContext):
+        context = ssl.create_default_context()
+        if not server_hostname:
+            context.check_hostname = False
+    return TLSOptions(context, False, server_hostname or None, *_checked_timeouts(handshake_timeout, shutdown_timeout))
+
+
+def server_options(
+    context: ssl.SSLContext | None, *, handshake_timeout: float | None, shutdown_timeout: float | None
+) -> TLSOptions | None:
+    """Return the options of an accepting end, `None` without `context`.
+
+    Raises `TypeError` for a `bool`: a server needs a context with a certificate.
+    """
+    if isinstance(context, bool):
+        raise TypeError("ssl argument must be an SSLContext or None")
+    if context is None:
+        _refuse_timeouts(handshake_timeout, shutdown_timeout)
+        return None
+    return TLSOptions(context, True, None, *_checked_timeouts(handshake_timeout, shutdown_timeout))
+
+
+def _refuse_timeouts(handshake_timeout: float | None, shutdown_timeout: float | None) -> None:
+    if handshake_timeout is not None:
+        raise ValueError("ssl_handshake_timeout is only meaningful with ssl")
+    if shutdown_timeout is not None:
+        raise ValueError("ssl_shutdown_timeout is only meaningful with ssl")
+
+
+def _checked_timeouts(handshake_timeout: float | None, shutdown_timeout: float | None) -> tuple[float, float]:
+    handshake_timeout = HANDSHAKE_TIMEOUT if handshake_timeout is None else handshake_timeout
+    shutdown_timeout = SHUTDOWN_TIMEOUT if shutdown_timeout is None else shutdown_timeout
+    if handshake_timeout <= 0:
+        raise ValueError(f"ssl_handshake_timeout should be a positive number, got {handshake_timeout}")
+    if shutdown_timeout <= 0:
+        raise ValueError(f"ssl_shutdown_timeout should be a positive number, got {shutdown_timeout}")
+    return handshake_timeout, shutdown_timeout
