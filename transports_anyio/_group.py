@@ -22,7 +22,7 @@ from ._endpoints._base import Owned
 from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
 from ._errors import ErrorReporter, ExceptionContext, ExceptionHandler, leaves_through_the_group
-from ._poller import Poller
+from ._poller import Poller, make_poller
 from ._scheduling import Handle, TimerHandle, Timers
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from ._channels._contract import Channel
     from ._server import Server
     from ._transports._stream import StreamTransport
+
+
+NOT_OPEN = "the group is not open: use it within `async with TransportGroup() as group:`"
 
 
 class TransportGroup(TCPEndpoints, StreamEndpoints):
@@ -51,25 +54,24 @@ class TransportGroup(TCPEndpoints, StreamEndpoints):
         self._servers: set[Server] = set()
         self._tasks_running = 0
         self._idle: anyio.Event | None = None
-        self._open = False
-        self._used = False
+        self._open = False  # Between entering and leaving the block: connections can be made.
+        self._alive = False  # Until the last `connection_lost`: callbacks can be scheduled.
 
     # Life
 
     async def __aenter__(self) -> Self:
-        if self._used:
+        if self._poller is not None:
             msg = "a TransportGroup is entered once: make a new one"
             raise RuntimeError(msg)
-        self._used = True
         async with AsyncExitStack() as stack:
-            self._poller = Poller()
+            self._poller = make_poller()
             stack.callback(self._poller.close)
             self._turns = anyio.CancelScope(shield=True)
             self._task_group = await stack.enter_async_context(anyio.create_task_group())
             self._task_group.start_soon(self._run, name="transports_anyio: turns of a group")
             self._stack = stack.pop_all()
         self._token = current.set(self)
-        self._open = True
+        self._open = self._alive = True
         return self
 
     async def __aexit__(
@@ -111,6 +113,11 @@ class TransportGroup(TCPEndpoints, StreamEndpoints):
                 self._run_ready()
             except BaseException as error:
                 leaving = leaving or error
+        self._alive = False
+        try:
+            self._run_ready()  # What `call_soon` was given before the end; timers that are pending never fire.
+        except BaseException as error:
+            leaving = leaving or error
         self._ready.clear()
         self._turns.cancel()
         return leaving
@@ -136,22 +143,20 @@ class TransportGroup(TCPEndpoints, StreamEndpoints):
     async def _run(self) -> None:
         poller = self._live_poller()
         with self._turns:
-            while True:
-                deadline = self._timers.next_deadline()
-                if self._ready or deadline <= anyio.current_time():
-                    await anyio.lowlevel.checkpoint()
-                else:
-                    await poller.wait(deadline)
-                poller.dispatch()
-                if deadline != inf:
-                    self._take_due()
-                if self._ready:
-                    self._run_ready()
+            await poller.run(lambda: self._take_turns(poller))
 
-    def _take_due(self) -> None:
-        due: deque[Handle] = deque()
-        self._timers.take_due(anyio.current_time(), due)
-        self._ready.extend(handle.run for handle in due)
+    async def _take_turns(self, poller: Poller) -> None:
+        while True:
+            deadline = self._timers.next_deadline()
+            if self._ready or deadline <= anyio.current_time():
+                await anyio.lowlevel.checkpoint()
+            else:
+                await poller.wait(deadline)
+            poller.dispatch()
+            if deadline != inf:
+                self._timers.take_due(anyio.current_time(), self._ready)
+            if self._ready:
+                self._run_ready()
 
     def _run_ready(self) -> None:
         """Run what was ready when this turn began; what it schedules waits for the next, so that I/O gets its turn."""
@@ -163,7 +168,10 @@ class TransportGroup(TCPEndpoints, StreamEndpoints):
             except BaseException as exc:
                 if leaves_through_the_group(exc):
                     raise
-                self.call_exception_handler({"message": f"Exception in callback {callback!r}", "exception": exc})
+                context: ExceptionContext = {"message": f"Exception in callback {callback!r}", "exception": exc}
+                if isinstance(callback, Handle):
+                    context["handle"] = callback
+                self.call_exception_handler(context)
 
     def call_internal(self, callback: Callable[..., object], *args: Any) -> None:
         """Run `callback` in the group's next turn, without a context or a handle."""
@@ -175,14 +183,17 @@ class TransportGroup(TCPEndpoints, StreamEndpoints):
 
     def _live_poller(self) -> Poller:
         if self._poller is None:
-            msg = "the group is not open: use it within `async with TransportGroup() as group:`"
-            raise RuntimeError(msg)
+            raise RuntimeError(NOT_OPEN)
         return self._poller
 
     def _require_open(self) -> Poller:
         if not self._open:
-            msg = "the group is not open: use it within `async with TransportGroup() as group:`"
-            raise RuntimeError(msg)
+            raise RuntimeError(NOT_OPEN)
+        return self._live_poller()
+
+    def _require_alive(self) -> Poller:
+        if not self._alive:
+            raise RuntimeError(NOT_OPEN)
         return self._live_poller()
 
     def _as_group(self) -> TransportGroup:
@@ -219,7 +230,7 @@ class TransportGroup(TCPEndpoints, StreamEndpoints):
 
         May be called from a callback. Raises `RuntimeError` when the group is not open.
         """
-        self._require_open()
+        self._require_alive()
         self._tasks_running += 1
         context = copy_context()
         context.run(current.set, self)
@@ -243,46 +254,63 @@ class TransportGroup(TCPEndpoints, StreamEndpoints):
         return anyio.current_time()
 
     def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> Handle:
-        """Call `callback(*args)` in the group's next turn, in `context` or a copy of the caller's."""
-        handle = self.call_soon_threadsafe(callback, *args, context=context, _wake=False)
-        self._live_poller().wake()
+        """Call `callback(*args)` in the group's next turn, in `context` or a copy of the caller's.
+
+        First in, first out. What the callback raises goes to the exception handler. Raises `RuntimeError` when the
+        group is not open, `TypeError` when `callback` cannot be called.
+        """
+        poller = self._require_alive()
+        handle = Handle(callback, args, context or self._copy_context(callback))
+        self._ready.append(handle)
+        poller.wake()
         return handle
 
     def call_soon_threadsafe(
-        self,
-        callback: Callable[..., object],
-        *args: Any,
-        context: Context | None = None,
-        _wake: bool = True,
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> Handle:
         """As `call_soon`, from any thread."""
-        poller = self._require_open()
-        handle = Handle(callback, args, self._context(context))
-        self._ready.append(handle.run)
-        if _wake:
+        poller = self._require_alive()
+        handle = Handle(callback, args, context or self._copy_context(callback))
+        self._ready.append(handle)
+        try:
             poller.wake_threadsafe()
+        except OSError as exc:  # The group has ended meanwhile, in its own thread.
+            raise RuntimeError(NOT_OPEN) from exc
         return handle
 
     def call_later(
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> TimerHandle:
-        """Call `callback(*args)` after `delay` seconds, in `context` or a copy of the caller's."""
-        return self.call_at(anyio.current_time() + delay, callback, *args, context=context)
+        """Call `callback(*args)` after `delay` seconds, as `call_soon` does."""
+        return self._set_timer(anyio.current_time() + delay, callback, args, context)
 
     def call_at(
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> TimerHandle:
-        """Call `callback(*args)` at `when`, in seconds of `time`, in `context` or a copy of the caller's."""
-        poller = self._require_open()
-        handle = TimerHandle(when, callback, args, self._context(context), self._timers)
-        if when < self._timers.next_deadline():
-            poller.wake()
-        self._timers.push(handle)
-        return handle
+        """Call `callback(*args)` at `when`, in seconds of `time`, as `call_soon` does.
 
-    def _context(self, context: Context | None) -> Context:
-        if context is None:
-            context = copy_context()
+        Timers run by time, then in the order in which they were made. One that is pending when the group ends never
+        runs.
+        """
+        return self._set_timer(when, callback, args, context)
+
+    def _set_timer(
+        self, when: float, callback: Callable[..., object], args: tuple[Any, ...], context: Context | None
+    ) -> TimerHandle:
+        poller = self._poller
+        if poller is None or not self._alive:
+            raise RuntimeError(NOT_OPEN)
+        timers = self._timers
+        if poller.waiting and when < timers.next_deadline():
+            poller.wake()
+        return TimerHandle(when, callback, args, context or self._copy_context(callback), timers)
+
+    def _copy_context(self, callback: object) -> Context:
+        if not callable(callback):
+            msg = f"a callable object was expected, got {callback!r}"
+            raise TypeError(msg)
+        context = copy_context()
+        if context.get(current) is not self:
             context.run(current.set, self)
         return context
 
@@ -311,5 +339,5 @@ class TransportGroup(TCPEndpoints, StreamEndpoints):
         self._errors.report_by_default(context)
 
     def __repr__(self) -> str:
-        state = "open" if self._open else "closed" if self._used else "not entered"
+        state = "open" if self._open else "new" if self._poller is None else "closing" if self._alive else "closed"
         return f"<TransportGroup {state} transports={len(self._transports)} servers={len(self._servers)}>"
