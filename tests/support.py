@@ -321,12 +321,18 @@ class Stack:
     async def open(self) -> AsyncIterator[Any]:
         if self.is_oracle:
             group = OracleGroup()
+            # AnyIO's pytest plugin has a handler of its own, which a fresh loop would not have.
+            plugins_handler = group.get_exception_handler()
+            group.set_exception_handler(None)
             try:
                 yield group
             except BaseException:
                 await group.finish(abort=True)
                 raise
-            await group.finish(abort=False)
+            else:
+                await group.finish(abort=False)
+            finally:
+                group.set_exception_handler(plugins_handler)
             return
         from transports_anyio import TransportGroup
 

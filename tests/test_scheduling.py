@@ -1,0 +1,647 @@
+"""Time and hand-over: `call_soon`, timers, threads, tasks, and the exception handler."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+from support import (
+    GUARD,
+    BufferedRecorder,
+    Recorder,
+    Stack,
+    capture_log,
+    collect_contexts,
+    connected,
+    fill,
+    leaves,
+    until,
+)
+
+from transports_anyio import TransportGroup, current_group
+
+pytestmark = pytest.mark.anyio
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+
+
+def scheduler(group: Any, name: str) -> Callable[..., Any]:
+    """`call_soon`, or one of its relatives with the time filled in."""
+    if name == "call_later":
+        return lambda callback, *args, **options: group.call_later(0.01, callback, *args, **options)
+    if name == "call_at":
+        return lambda callback, *args, **options: group.call_at(group.time() + 0.01, callback, *args, **options)
+    method: Callable[..., Any] = getattr(group, name)
+    return method
+
+
+every_scheduler = pytest.mark.parametrize("name", ["call_soon", "call_soon_threadsafe", "call_later", "call_at"])
+
+
+# -- order ------------------------------------------------------------------------------------------------
+
+
+@every_scheduler
+async def test_callbacks_get_their_arguments_and_run_later(stack: Stack, name: str) -> None:
+    calls: list[Any] = []
+    async with stack.open() as group:
+        scheduler(group, name)(lambda *args: calls.append(args), 1, "two")
+        assert calls == []
+        await until(lambda: calls)
+    assert calls == [(1, "two")]
+
+
+async def test_first_in_first_out(stack: Stack) -> None:
+    order: list[int] = []
+    async with stack.open() as group:
+        for number in range(200):
+            (group.call_soon if number % 3 else group.call_soon_threadsafe)(order.append, number)
+        await until(lambda: len(order) == 200)
+    assert order == list(range(200))
+
+
+async def test_what_a_callback_schedules_waits_for_the_next_turn(stack: Stack) -> None:
+    order: list[str] = []
+    async with stack.open() as group:
+
+        def first() -> None:
+            order.append("first")
+            group.call_soon(order.append, "third")
+
+        group.call_soon(first)
+        group.call_soon(order.append, "second")
+        await until(lambda: len(order) == 3)
+    assert order == ["first", "second", "third"]
+
+
+async def test_a_callback_that_schedules_itself_does_not_starve_connections(stack: Stack) -> None:
+    turns = 0
+    async with stack.open() as group, connected(group) as (_, protocol, peer):
+
+        def again() -> None:
+            nonlocal turns
+            turns += 1
+            if not protocol.received:
+                group.call_soon(again)
+
+        again()
+        await peer.send(b"let me in")
+        await protocol.wait_received(9)
+    assert turns > 0
+
+
+async def test_timers_run_by_time(stack: Stack) -> None:
+    order: list[int] = []
+    async with stack.open() as group:
+        now = group.time()
+        for number in (3, 1, 4, 0, 2):
+            group.call_at(now + number / 200, order.append, number)
+        await until(lambda: len(order) == 5)
+    assert order == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.ours_only("asyncio's heap keeps no order among timers of the same time")
+async def test_timers_of_the_same_time_run_in_the_order_in_which_they_were_made(stack: Stack) -> None:
+    order: list[int] = []
+    async with stack.open() as group:
+        when = group.time() + 0.01
+        for number in range(100):
+            group.call_at(when, order.append, number)
+        await until(lambda: len(order) == 100)
+    assert order == list(range(100))
+
+
+@pytest.mark.parametrize("delay", [0, -1])
+async def test_a_time_that_has_passed_is_due_at_once(stack: Stack, delay: float) -> None:
+    calls: list[int] = []
+    async with stack.open() as group:
+        group.call_later(delay, calls.append, 1)
+        assert calls == []
+        await until(lambda: calls)
+
+
+async def test_a_timer_never_fires_early(stack: Stack) -> None:
+    fired: list[float] = []
+    async with stack.open() as group:
+        when = group.time() + 0.03
+        group.call_at(when, lambda: fired.append(group.time()))
+        await until(lambda: fired)
+    # asyncio counts what is due within the resolution of its clock as due.
+    assert fired[0] >= when - 1e-6
+
+
+async def test_a_timer_that_comes_first_ends_the_wait_for_a_later_one(stack: Stack) -> None:
+    order: list[str] = []
+    async with stack.open() as group:
+        late = group.call_later(3600, order.append, "late")
+        await anyio.sleep(0.01)  # the group waits for the late one now
+        group.call_later(0.01, order.append, "early")
+        await until(lambda: order)
+        late.cancel()
+    assert order == ["early"]
+
+
+async def test_the_clock_is_the_backends(stack: Stack) -> None:
+    async with stack.open() as group:
+        before = anyio.current_time()
+        now = group.time()
+        assert before <= now <= anyio.current_time()
+
+
+# -- handles ----------------------------------------------------------------------------------------------
+
+
+@every_scheduler
+async def test_a_cancelled_callback_does_not_run(stack: Stack, name: str) -> None:
+    calls: list[str] = []
+    async with stack.open() as group:
+        handle = scheduler(group, name)(calls.append, "cancelled")
+        assert not handle.cancelled()
+        handle.cancel()
+        handle.cancel()
+        assert handle.cancelled()
+        scheduler(group, name)(calls.append, "last")
+        await until(lambda: calls)
+    assert calls == ["last"]
+
+
+async def test_a_handle_is_told_apart_by_its_repr(stack: Stack) -> None:
+    def callback(*args: object) -> None: ...
+
+    async with stack.open() as group:
+        handle = group.call_soon(callback, 1)
+        timer = group.call_later(3600, callback, 2)
+        assert "callback" in repr(handle)
+        assert "callback" in repr(timer)
+        assert "when=" in repr(timer)
+        timer.cancel()
+        handle.cancel()
+        assert "cancelled" in repr(handle)
+        assert "cancelled" in repr(timer)
+
+
+async def test_when_tells_the_time_of_a_timer(stack: Stack) -> None:
+    async with stack.open() as group:
+        when = group.time() + 3600
+        timer = group.call_at(when, print)
+        assert timer.when() == when
+        timer.cancel()
+        assert timer.when() == when
+
+
+async def test_cancelling_a_timer_after_it_ran_is_harmless(stack: Stack) -> None:
+    calls: list[int] = []
+    async with stack.open() as group:
+        timers = [group.call_later(0, calls.append, number) for number in range(3)]
+        await until(lambda: len(calls) == 3)
+        for timer in timers:
+            timer.cancel()
+        group.call_later(0, calls.append, 3)
+        await until(lambda: len(calls) == 4)
+
+
+async def test_cancelling_lets_go_of_what_the_callback_holds(stack: Stack) -> None:
+    class Thing: ...
+
+    async with stack.open() as group:
+        thing = Thing()
+        reference = weakref.ref(thing)
+        timer = group.call_later(3600, print, thing)
+        del thing
+        timer.cancel()
+        gc.collect()
+        assert reference() is None
+
+
+async def test_a_hundred_thousand_timers(stack: Stack) -> None:
+    fired: list[int] = []
+    async with stack.open() as group:
+        far = group.time() + 3600
+        timers = [group.call_at(far + (number * 7919) % 100_000, fired.append, number) for number in range(100_000)]
+        group.call_later(0, fired.append, -1)
+        await until(lambda: fired)
+        for timer in timers:
+            timer.cancel()
+        group.call_later(0, fired.append, -2)
+        await until(lambda: len(fired) == 2)
+    assert fired == [-1, -2]
+
+
+async def test_rearming_a_timer_keeps_nothing_of_the_cancelled_ones(stack: Stack) -> None:
+    class Thing: ...
+
+    alive: weakref.WeakSet[Thing] = weakref.WeakSet()
+
+    def callback(_: Thing) -> None: ...
+
+    async with stack.open() as group:
+        timer = group.call_later(3600, print)
+        for _ in range(5000):
+            timer.cancel()
+            thing = Thing()
+            alive.add(thing)
+            timer = group.call_later(3600, callback, thing)
+        del thing
+        gc.collect()
+        assert len(alive) == 1
+        timer.cancel()
+
+
+@pytest.mark.ours_only("counts the turns of our group")
+async def test_a_cancelled_timer_costs_no_wake_up(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = 0
+    wait = anyio.wait_readable
+
+    async def counting(*args: Any) -> None:
+        nonlocal waits
+        waits += 1
+        await wait(*args)
+
+    monkeypatch.setattr(anyio, "wait_readable", counting)
+    async with stack.open() as group:
+        fired: list[int] = []
+        group.call_later(0.05, fired.append, 1)
+        for timer in [group.call_later(0.001 * number, fired.append, 0) for number in range(1, 40)]:
+            timer.cancel()
+        await until(lambda: fired)
+        # One wait until the group first runs, one for the timer, and one after it.
+        assert waits <= 3
+    assert fired == [1]
+
+
+# -- bad calls --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ours_only("asyncio checks this in debug mode only")
+@every_scheduler
+async def test_something_that_cannot_be_called_is_refused_at_the_call(stack: Stack, name: str) -> None:
+    async with stack.open() as group:
+        with pytest.raises(TypeError, match="callable"):
+            scheduler(group, name)("not a function")
+
+
+@pytest.mark.parametrize("name", ["call_soon", "call_soon_threadsafe", "call_later", "call_at", "start_soon"])
+async def test_a_group_that_is_not_open_takes_no_callbacks(anyio_backend: Any, name: str) -> None:
+    def use(group: TransportGroup) -> None:
+        if name == "start_soon":
+            group.start_soon(anyio.sleep, 0)
+        else:
+            scheduler(group, name)(print)
+
+    group = TransportGroup()
+    with pytest.raises(RuntimeError, match="not open"):
+        use(group)
+    async with group:
+        pass
+    with pytest.raises(RuntimeError, match="not open"):
+        use(group)
+
+
+# -- threads ----------------------------------------------------------------------------------------------
+
+
+async def test_a_thread_wakes_a_group_whose_tasks_all_wait(stack: Stack) -> None:
+    threads: list[int] = []
+    async with stack.open() as group:
+        done = anyio.Event()
+
+        def callback() -> None:
+            threads.append(threading.get_ident())
+            done.set()
+
+        thread = threading.Thread(target=lambda: group.call_soon_threadsafe(callback))
+        with anyio.fail_after(GUARD):
+            await anyio.sleep(0.02)
+            thread.start()
+            await done.wait()
+        thread.join()
+    assert threads == [threading.get_ident()]
+
+
+async def test_many_threads_at_once(stack: Stack) -> None:
+    calls: list[tuple[int, int]] = []
+    async with stack.open() as group:
+
+        def work(me: int) -> None:
+            for number in range(500):
+                group.call_soon_threadsafe(calls.append, (me, number))
+
+        async with anyio.create_task_group() as tasks:
+            for me in range(8):
+                tasks.start_soon(anyio.to_thread.run_sync, work, me)
+        await until(lambda: len(calls) == 8 * 500)
+    for me in range(8):
+        assert [number for who, number in calls if who == me] == list(range(500))
+
+
+async def test_a_thread_that_comes_too_late_is_told(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        pass
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            group.call_soon_threadsafe(print)
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    (error,) = errors
+    assert "not open" in str(error)
+
+
+# -- contexts ---------------------------------------------------------------------------------------------
+
+
+@every_scheduler
+async def test_the_context_is_that_of_the_call(stack: Stack, name: str) -> None:
+    seen: list[str] = []
+    async with stack.open() as group:
+        variable.set("at the call")
+        scheduler(group, name)(lambda: seen.append(variable.get()))
+        variable.set("later")
+        await until(lambda: seen)
+    assert seen == ["at the call"]
+
+
+@every_scheduler
+async def test_a_context_can_be_given(stack: Stack, name: str) -> None:
+    seen: list[str] = []
+    context = contextvars.copy_context()
+    context.run(variable.set, "given")
+
+    def callback() -> None:
+        seen.append(variable.get())
+        variable.set("changed by the callback")
+
+    async with stack.open() as group:
+        scheduler(group, name)(callback, context=context)
+        await until(lambda: seen)
+    assert seen == ["given"]
+    assert context[variable] == "changed by the callback"
+
+
+async def test_callbacks_do_not_see_one_anothers_variables(stack: Stack) -> None:
+    seen: list[str] = []
+    variable.set("outside")
+    async with stack.open() as group:
+        for number in range(3):
+            group.call_soon(lambda number: (seen.append(variable.get()), variable.set(str(number))), number)
+        await until(lambda: len(seen) == 3)
+    assert seen == ["outside"] * 3
+    assert variable.get() == "outside"
+
+
+# -- errors -----------------------------------------------------------------------------------------------
+
+
+@every_scheduler
+async def test_an_exception_is_reported_and_the_next_callback_runs(stack: Stack, name: str) -> None:
+    calls: list[str] = []
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+
+        def failing() -> None:
+            raise ZeroDivisionError(name)
+
+        handle = scheduler(group, name)(failing)
+        scheduler(group, name)(calls.append, "next")
+        await until(lambda: calls)
+    (context,) = contexts
+    assert isinstance(context["exception"], ZeroDivisionError)
+    assert "failing" in context["message"]
+    assert context["handle"] is handle
+
+
+async def test_the_exception_handler_can_be_set_and_reset(stack: Stack) -> None:
+    async with stack.open() as group:
+        assert group.get_exception_handler() is None
+
+        def handler(_: Any, context: dict[str, Any]) -> None: ...
+
+        group.set_exception_handler(handler)
+        assert group.get_exception_handler() is handler
+        with pytest.raises(TypeError):
+            group.set_exception_handler("no handler")
+        assert group.get_exception_handler() is handler
+        group.set_exception_handler(None)
+        assert group.get_exception_handler() is None
+
+
+async def test_the_handler_gets_the_group_and_the_context(stack: Stack) -> None:
+    seen: list[Any] = []
+    async with stack.open() as group:
+        group.set_exception_handler(lambda *args: seen.append(args))
+        group.call_exception_handler({"message": "hello", "more": 1})
+        group.set_exception_handler(None)
+        owner = group.loop if stack.is_oracle else group
+    assert seen == [(owner, {"message": "hello", "more": 1})]
+
+
+async def test_the_default_handler_logs(stack: Stack) -> None:
+    async with stack.open() as group:
+        with capture_log(stack) as records:
+            try:
+                raise ValueError("what happened")
+            except ValueError as exc:
+                error = exc
+            group.call_exception_handler({"message": "a message", "exception": error, "transport": "a transport"})
+            group.default_exception_handler({"message": "another message"})
+            group.call_exception_handler({})
+    first, second, third = records
+    assert "a message" in first.getMessage()
+    assert "a transport" in first.getMessage()
+    assert first.exc_info is not None
+    assert first.exc_info[1] is error
+    assert first.levelno == logging.ERROR
+    assert "another message" in second.getMessage()
+    assert not second.exc_info
+    assert "Unhandled exception" in third.getMessage()
+
+
+async def test_a_handler_that_raises_is_itself_reported(stack: Stack) -> None:
+    calls: list[int] = []
+
+    def handler(*_: Any) -> None:
+        raise LookupError("in the handler")
+
+    def failing() -> None:
+        raise ZeroDivisionError
+
+    async with stack.open() as group, connected(group) as (_, protocol, peer):
+        with capture_log(stack) as records:
+            group.set_exception_handler(handler)
+            group.call_soon(failing)
+            group.call_soon(calls.append, 1)
+            await until(lambda: calls)
+            await peer.send(b"still here")
+            await protocol.wait_received(10)
+        group.set_exception_handler(None)
+    (record,) = records
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], LookupError)
+    assert "exception handler" in record.getMessage()
+    assert "ZeroDivisionError" in record.getMessage()
+
+
+# -- the end of the group ---------------------------------------------------------------------------------
+
+
+async def test_pending_timers_never_fire(anyio_backend: Any) -> None:
+    fired: list[int] = []
+    async with TransportGroup() as group:
+        group.call_later(0.005, fired.append, 1)
+        group.call_later(0.01, fired.append, 2).cancel()
+        group.call_later(0.02, fired.append, 3)
+    await anyio.sleep(0.05)
+    assert fired == []
+
+
+async def test_what_call_soon_was_given_runs_before_the_block_is_left(anyio_backend: Any) -> None:
+    calls: list[str] = []
+    async with TransportGroup() as group:
+        group.call_soon(calls.append, "in time")
+    assert calls == ["in time"]
+
+
+@pytest.mark.parametrize("how", ["normally", "by an exception"])
+async def test_connection_lost_may_schedule_while_the_group_ends(stack: Stack, how: str) -> None:
+    problems: list[BaseException] = []
+    fired: list[int] = []
+
+    def connection_lost(protocol: Any, exc: Exception | None) -> None:
+        try:
+            protocol.group.call_soon(fired.append, 1)
+            protocol.group.call_later(0.001, fired.append, 2)
+        except BaseException as error:
+            problems.append(error)
+            raise
+
+    protocol: Any = Recorder(on_connection_lost=connection_lost)
+    try:
+        async with stack.open() as group, connected(group, protocol):
+            protocol.group = group
+            if how != "normally":
+                raise LookupError
+    except BaseException as error:
+        assert [type(leaf) for leaf in leaves(error)] == [LookupError]
+    assert problems == []
+    assert 1 in fired
+
+
+# -- tasks ------------------------------------------------------------------------------------------------
+
+
+async def test_a_task_belongs_to_the_group(anyio_backend: Any) -> None:
+    log: list[Any] = []
+
+    async def task(number: int) -> None:
+        log.append((number, current_group()))
+        await anyio.sleep(0.01)
+        log.append("done")
+
+    async with TransportGroup() as group:
+        group.start_soon(task, 1, name="the name")
+        await anyio.lowlevel.checkpoint()
+        await until(lambda: log)
+        assert "the name" in {info.name for info in anyio.get_running_tasks()}
+    assert log == [(1, group), "done"]
+
+
+async def test_the_failure_of_a_task_cancels_the_group(anyio_backend: Any) -> None:
+    async def failing() -> None:
+        raise LookupError("the task's")
+
+    ended = False
+    with pytest.raises(BaseException) as caught:
+        async with TransportGroup() as group:
+            group.start_soon(failing)
+            try:
+                await anyio.sleep(GUARD)
+            finally:
+                ended = True
+    assert ended
+    assert [str(leaf) for leaf in leaves(caught.value)] == ["the task's"]
+
+
+async def test_a_failing_task_aborts_the_connections(anyio_backend: Any) -> None:
+    async def failing() -> None:
+        raise LookupError
+
+    stack = Stack(str(anyio_backend))
+    protocol = Recorder()
+    with pytest.raises(BaseException) as caught:
+        async with stack.open() as group, connected(group, protocol, small=True) as (transport, _, _):
+            fill(transport, 1 << 20)
+            group.start_soon(failing)
+            await anyio.sleep(GUARD)
+    assert protocol.lost
+    assert protocol.lost_with is None
+    assert [type(leaf) for leaf in leaves(caught.value)] == [LookupError]
+
+
+CALLBACKS = [
+    "connection_made", "data_received", "get_buffer", "buffer_updated", "eof_received", "pause_writing",
+    "resume_writing", "connection_lost",
+]  # fmt: skip
+
+
+@pytest.mark.ours_only("asyncio has no group")
+@pytest.mark.parametrize("callback", [*CALLBACKS, "timer", "call_soon", "task"])
+async def test_a_task_waits_for_what_a_callback_signals(stack: Stack, callback: str) -> None:
+    """From every callback: the current group, a task of its own, and an event that another task waits for."""
+    groups: list[Any] = []
+    async with stack.open() as group:
+        signal = anyio.Event()
+        answered = anyio.Event()
+
+        async def answer() -> None:
+            groups.append(current_group())
+            answered.set()
+
+        def hook(*_: Any) -> None:
+            if not groups:
+                groups.append(current_group())
+                current_group().start_soon(answer)
+                signal.set()
+
+        async def task() -> None:
+            hook()
+
+        if callback == "timer":
+            group.call_later(0, hook)
+        elif callback == "call_soon":
+            group.call_soon(hook)
+        elif callback == "task":
+            group.start_soon(task)
+        else:
+            kind = BufferedRecorder if "buffer" in callback else Recorder
+            protocol = kind(**{f"on_{callback}": hook})
+            async with connected(group, protocol, small=True) as (transport, _, peer):
+                if "writing" in callback:
+                    size = fill(transport, 1 << 17)
+                    await peer.receive_exactly(size)
+                else:
+                    await peer.send(b"data")
+                    if callback in ("eof_received", "connection_lost"):
+                        peer.close()
+                    else:
+                        await protocol.wait_received(4)
+                with anyio.fail_after(GUARD):
+                    await signal.wait()
+                    await answered.wait()
+        with anyio.fail_after(GUARD):
+            await signal.wait()
+            await answered.wait()
+    assert groups == [group, group]
