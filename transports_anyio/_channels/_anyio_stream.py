@@ -21,6 +21,10 @@ AnyByteStream = ByteReceiveStream | ByteSendStream
 # How much one turn may receive or send: enough for a large stream's throughput, little enough to take turns.
 CHUNK_SIZE = 64 * 1024
 
+# How long, in seconds, a stream may take to close in an orderly way (a TLS stream waits for the peer's close_notify):
+# asyncio's default `ssl_shutdown_timeout`.
+CLOSE_TIMEOUT = 30.0
+
 
 def as_os_error(exc: Exception) -> OSError:
     """Return what asyncio would say for an error of an AnyIO stream, with the cause attached."""
@@ -175,15 +179,16 @@ class AnyIOStreamChannel(Channel):
             await self._close_stream()
 
     async def _close_stream(self) -> None:
-        if self._aborted or not self._closing:
-            with anyio.CancelScope(shield=True):
-                await anyio.aclose_forcefully(self._stream)
-            return
-        try:
-            await self._stream.aclose()
-        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
-            # The connection has ended for the protocol; that the peer did not stay for the farewell is no news.
-            logger.debug("closing %r: %r", self._stream, exc)
+        if self._closing and not self._aborted:
+            try:
+                with anyio.move_on_after(CLOSE_TIMEOUT):
+                    await self._stream.aclose()
+                    return
+            except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
+                # The connection has ended for the protocol; that the peer did not stay for the farewell is no news.
+                logger.debug("closing %r: %r", self._stream, exc)
+        with anyio.CancelScope(shield=True):
+            await anyio.aclose_forcefully(self._stream)
 
     async def _receive(self) -> None:
         stream = self._stream

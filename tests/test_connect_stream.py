@@ -1,0 +1,529 @@
+"""`connect_stream`: a protocol on any AnyIO byte stream, the other end driven as a bare AnyIO stream."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+import trustme
+from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketAttribute
+from anyio.streams.buffered import BufferedByteReceiveStream
+from anyio.streams.stapled import StapledByteStream
+from anyio.streams.tls import TLSStream
+from support import GUARD, BufferedRecorder, Recorder, collect_contexts, leaves, pattern, until
+
+from transports_anyio import TransportGroup
+
+if TYPE_CHECKING:
+    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+pytestmark = pytest.mark.anyio
+
+
+class MemoryReceiver(ByteReceiveStream):
+    """A user's own stream: what comes out of a memory object stream, at most so much at a time."""
+
+    def __init__(self, items: MemoryObjectReceiveStream[bytes]) -> None:
+        self.buffered = BufferedByteReceiveStream(items)
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        return await self.buffered.receive(max_bytes)
+
+    async def aclose(self) -> None:
+        await self.buffered.aclose()
+
+
+class MemorySender(ByteSendStream):
+    def __init__(self, items: MemoryObjectSendStream[bytes]) -> None:
+        self.items = items
+        self.closed = 0
+
+    async def send(self, item: bytes) -> None:
+        await self.items.send(item)
+
+    async def aclose(self) -> None:
+        self.closed += 1
+        await self.items.aclose()
+
+
+def one_way(capacity: int = 0) -> tuple[MemorySender, MemoryReceiver]:
+    sender, receiver = anyio.create_memory_object_stream[bytes](capacity)
+    return MemorySender(sender), MemoryReceiver(receiver)
+
+
+@asynccontextmanager
+async def memory_pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
+    to_b, from_a = one_way()
+    to_a, from_b = one_way()
+    async with StapledByteStream(to_b, from_b) as a, StapledByteStream(to_a, from_a) as b:
+        yield a, b
+
+
+@asynccontextmanager
+async def tcp_pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        a = await anyio.connect_tcp(*listener.getsockname())
+        accepted, _ = listener.accept()
+    b = await anyio.abc.SocketStream.from_socket(accepted)
+    async with a, b:
+        yield a, b
+
+
+@asynccontextmanager
+async def tls_pair(authority: trustme.CA) -> AsyncIterator[tuple[ByteStream, ByteStream]]:
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(server)
+    client = ssl.create_default_context()
+    authority.configure_trust(client)
+    wrapped: list[ByteStream] = []
+
+    async def accept(stream: ByteStream) -> None:
+        wrapped.append(await TLSStream.wrap(stream, server_side=True, ssl_context=server))
+
+    async with tcp_pair() as (plain_a, plain_b):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(accept, plain_b)
+            a = await TLSStream.wrap(plain_a, hostname="localhost", ssl_context=client)
+        yield a, wrapped[0]
+
+
+@pytest.fixture(params=["memory", "tcp", "tls"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def pair(kind: str, certificate_authority: trustme.CA) -> Any:
+    return {"memory": memory_pair, "tcp": tcp_pair, "tls": lambda: tls_pair(certificate_authority)}[kind]()
+
+
+async def farewell(transport: Any, protocol: Any, theirs: ByteStream) -> None:
+    """Close both ends: over TLS each waits for the other's close_notify."""
+    transport.close()
+    with anyio.fail_after(GUARD):
+        await theirs.aclose()
+    await protocol.wait_for("connection_lost")
+
+
+async def receive_exactly(stream: ByteReceiveStream, size: int) -> bytes:
+    data = bytearray()
+    with anyio.fail_after(GUARD):
+        while len(data) < size:
+            data += await stream.receive(min(65536, size - len(data)))
+    return bytes(data)
+
+
+async def receive_all(stream: ByteReceiveStream) -> bytes:
+    data = bytearray()
+    with anyio.fail_after(GUARD), contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+        while True:
+            data += await stream.receive()
+    return bytes(data)
+
+
+async def test_bytes_go_both_ways(anyio_backend: Any, pair: Any) -> None:
+    async with pair as (ours, theirs), TransportGroup() as group:
+        transport, protocol = await group.connect_stream(Recorder, ours)
+        assert protocol.calls == [("connection_made", transport)]
+        await theirs.send(b"hello")
+        assert await protocol.wait_received(5) == b"hello"
+        transport.write(b"good ")
+        transport.writelines([b"d", bytearray(b"a"), memoryview(b"y")])
+        assert await receive_exactly(theirs, 8) == b"good day"
+        await farewell(transport, protocol, theirs)
+        assert protocol.lost_with is None
+
+
+@pytest.mark.parametrize("protocol_class", [Recorder, BufferedRecorder])
+async def test_bulk_in_both_directions_at_once(anyio_backend: Any, pair: Any, protocol_class: Any) -> None:
+    size = 1 << 20
+    there, back = pattern(size), pattern(size)[::-1]
+    received = b""
+
+    async def read(stream: ByteStream) -> None:
+        nonlocal received
+        received = await receive_exactly(stream, size)
+
+    async with pair as (ours, theirs), TransportGroup() as group:
+        transport, protocol = await group.connect_stream(protocol_class, ours)
+        async with anyio.create_task_group() as tasks:
+            for start in range(0, size, 10_000):
+                transport.write(there[start : start + 10_000])
+            tasks.start_soon(read, theirs)
+            await theirs.send(back)
+        assert await protocol.wait_received(size) == back
+        assert received == there
+        await farewell(transport, protocol, theirs)
+
+
+async def test_writing_is_paused_and_resumed(anyio_backend: Any, pair: Any) -> None:
+    size = 8 << 20
+    async with pair as (ours, theirs), TransportGroup() as group:
+        transport, protocol = await group.connect_stream(Recorder, ours)
+        transport.write(bytes(size))
+        assert protocol.names == ["connection_made", "pause_writing"]
+        assert transport.get_write_buffer_size() == size
+        assert await receive_exactly(theirs, size) == bytes(size)
+        await protocol.wait_for("resume_writing")
+        assert transport.get_write_buffer_size() <= 16 * 1024
+        await farewell(transport, protocol, theirs)
+
+
+async def test_what_is_written_is_the_data_of_the_moment(anyio_backend: Any, pair: Any) -> None:
+    async with pair as (ours, theirs), TransportGroup() as group:
+        transport, protocol = await group.connect_stream(Recorder, ours)
+        data = bytearray(pattern(300_000))
+        expected = bytes(data)
+        transport.write(data)
+        data[:] = bytes(len(data))
+        data.clear()
+        assert await receive_exactly(theirs, len(expected)) == expected
+        await farewell(transport, protocol, theirs)
+
+
+async def test_close_flushes(anyio_backend: Any, pair: Any) -> None:
+    data = pattern(2 << 20)
+    received = b""
+
+    async def read(stream: ByteStream) -> None:
+        nonlocal received
+        received = await receive_all(stream)
+        await stream.aclose()
+
+    async with pair as (ours, theirs):
+        async with TransportGroup() as group, anyio.create_task_group() as tasks:
+            transport, protocol = await group.connect_stream(Recorder, ours)
+            transport.write(data)
+            transport.close()
+            assert transport.is_closing()
+            assert not protocol.lost
+            tasks.start_soon(read, theirs)
+        assert protocol.lost_with is None
+        assert received == data
+
+
+async def test_abort_drops_what_is_buffered(anyio_backend: Any, pair: Any) -> None:
+    size = 32 << 20
+    async with pair as (ours, theirs), TransportGroup() as group:
+        transport, protocol = await group.connect_stream(Recorder, ours)
+        transport.write(bytes(size))
+        transport.abort()
+        assert transport.get_write_buffer_size() == 0
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+        assert len(await receive_all(theirs)) < size
+
+
+@pytest.mark.parametrize("peer", ["silent", "gone"])
+async def test_a_peer_that_does_not_say_goodbye(
+    anyio_backend: Any, certificate_authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, peer: str
+) -> None:
+    """A TLS stream says goodbye and waits for the answer, for so long and no longer."""
+    monkeypatch.setattr("transports_anyio._channels._anyio_stream.CLOSE_TIMEOUT", 0.05)
+    async with tls_pair(certificate_authority) as (ours, theirs):
+        with anyio.fail_after(GUARD):
+            async with TransportGroup() as group:
+                contexts = collect_contexts(group)
+                transport, protocol = await group.connect_stream(Recorder, ours)
+                if peer == "gone":
+                    await anyio.aclose_forcefully(theirs)
+                transport.close()
+                await protocol.wait_for("connection_lost")
+        assert contexts == []
+        assert peer == "gone" or protocol.lost_with is None
+        await anyio.aclose_forcefully(theirs)
+
+
+async def test_the_end_of_the_stream(anyio_backend: Any, pair: Any) -> None:
+    async with pair as (ours, theirs), TransportGroup() as group:
+        _, protocol = await group.connect_stream(Recorder, ours)
+        await theirs.send(b"bye")
+        await theirs.aclose()
+        await protocol.wait_for("connection_lost")
+        assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
+        assert protocol.lost_with is None
+
+
+async def test_half_close(anyio_backend: Any) -> None:
+    protocol = Recorder(on_eof_received=lambda _: True)
+    async with tcp_pair() as (ours, theirs), TransportGroup() as group:
+        transport, _ = await group.connect_stream(lambda: protocol, ours)
+        assert transport.can_write_eof()
+        await theirs.send(b"question")
+        await theirs.send_eof()
+        await protocol.wait_for("eof_received")
+        assert not transport.is_closing()
+        answer = pattern(1 << 20)
+        transport.write(answer)
+        transport.write_eof()
+        assert await receive_all(theirs) == answer
+        transport.close()
+        await protocol.wait_for("connection_lost")
+
+
+async def test_write_eof_then_close(anyio_backend: Any) -> None:
+    async with tcp_pair() as (ours, theirs), TransportGroup() as group:
+        transport, protocol = await group.connect_stream(Recorder, ours)
+        transport.write(b"all of it")
+        transport.write_eof()
+        transport.close()
+        assert await receive_all(theirs) == b"all of it"
+        await protocol.wait_for("connection_lost")
+
+
+async def test_tls_has_no_half_close(anyio_backend: Any, certificate_authority: trustme.CA) -> None:
+    protocol = Recorder(on_eof_received=lambda _: True)
+    async with tls_pair(certificate_authority) as (ours, theirs), TransportGroup() as group:
+        transport, _ = await group.connect_stream(lambda: protocol, ours)
+        assert not transport.can_write_eof()
+        with pytest.raises(NotImplementedError):
+            transport.write_eof()
+        await theirs.aclose()
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+
+
+async def test_pausing_reading_holds_everything_back(anyio_backend: Any, pair: Any) -> None:
+    async with pair as (ours, theirs), TransportGroup() as group:
+        transport, protocol = await group.connect_stream(Recorder, ours)
+        transport.pause_reading()
+        assert not transport.is_reading()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(theirs.send, b"held back")
+            await anyio.sleep(0.02)
+            assert not protocol.received
+            transport.resume_reading()
+            assert await protocol.wait_received(9) == b"held back"
+        await farewell(transport, protocol, theirs)
+
+
+async def test_a_paused_reader_bounds_what_is_taken_from_the_stream(anyio_backend: Any) -> None:
+    taken = 0
+
+    class Endless(ByteReceiveStream):
+        async def receive(self, max_bytes: int = 65536) -> bytes:
+            nonlocal taken
+            await anyio.lowlevel.checkpoint()
+            taken += max_bytes
+            return bytes(max_bytes)
+
+        async def aclose(self) -> None: ...
+
+    async with TransportGroup() as group:
+        transport, protocol = await group.connect_stream(Recorder, Endless())
+        await protocol.wait_received(1 << 20)
+        transport.pause_reading()
+        before = len(protocol.received)
+        await anyio.sleep(0.05)
+        assert len(protocol.received) == before
+        assert taken <= before + 65536
+        transport.abort()
+
+
+async def test_extra_info_comes_from_the_typed_attributes(anyio_backend: Any, certificate_authority: Any) -> None:
+    async with tls_pair(certificate_authority) as (ours, theirs), TransportGroup() as group:
+        transport, protocol = await group.connect_stream(Recorder, ours)
+        assert transport.get_extra_info("peername") == ours.extra(SocketAttribute.remote_address)
+        assert transport.get_extra_info("sockname") == ours.extra(SocketAttribute.local_address)
+        assert transport.get_extra_info("socket").fileno() == ours.extra(SocketAttribute.raw_socket).fileno()
+        assert transport.get_extra_info("ssl_object").version().startswith("TLS")
+        assert transport.get_extra_info("cipher")[0]
+        assert transport.get_extra_info("peercert")["subjectAltName"] == (("DNS", "localhost"),)
+        assert transport.get_extra_info("nothing like it", "default") == "default"
+        await farewell(transport, protocol, theirs)
+
+
+async def test_a_stream_without_attributes_has_no_extra_info(anyio_backend: Any) -> None:
+    async with memory_pair() as (ours, _), TransportGroup() as group:
+        transport, _ = await group.connect_stream(Recorder, ours)
+        assert transport.get_extra_info("peername") is None
+        assert "closed" not in repr(transport)
+
+
+async def test_a_receiving_stream(anyio_backend: Any) -> None:
+    sender, receiver = one_way()
+    async with sender, TransportGroup() as group:
+        transport, protocol = await group.connect_stream(Recorder, receiver)
+        assert not transport.can_write_eof()
+        await sender.send(b"one way")
+        assert await protocol.wait_received(7) == b"one way"
+        await sender.aclose()
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+
+
+async def test_a_sending_stream(anyio_backend: Any) -> None:
+    sender, receiver = one_way()
+    async with receiver, TransportGroup() as group:
+        transport, protocol = await group.connect_stream(Recorder, sender)
+        transport.write(b"one way")
+        assert await receive_exactly(receiver, 7) == b"one way"
+        transport.close()
+        await protocol.wait_for("connection_lost")
+    assert sender.closed
+
+
+class Failing(ByteStream):
+    """Fails in each direction the way it is told."""
+
+    def __init__(self, receiving: Exception | None, sending: Exception | None) -> None:
+        self.receiving = receiving
+        self.sending = sending
+        self.closed = 0
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        if self.receiving is None:
+            await anyio.sleep_forever()
+            raise AssertionError
+        raise self.receiving
+
+    async def send(self, item: bytes) -> None:
+        if self.sending is not None:
+            raise self.sending
+
+    async def send_eof(self) -> None:
+        await self.send(b"")
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+
+def broken_by(cause: BaseException) -> Exception:
+    error = anyio.BrokenResourceError()
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("direction", ["receiving", "sending"])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (anyio.BrokenResourceError(), ConnectionResetError),
+        (broken_by(BrokenPipeError(32, "broken pipe")), BrokenPipeError),
+        (broken_by(ssl.SSLError(1, "bad record")), ssl.SSLError),
+        (anyio.ClosedResourceError(), ConnectionAbortedError),
+        (ConnectionRefusedError(111, "refused"), ConnectionRefusedError),
+        (ValueError("a user's own"), OSError),
+    ],
+    ids=["broken", "broken by a pipe", "broken by TLS", "closed", "an OSError", "anything else"],
+)
+async def test_errors_become_os_errors_with_their_cause(
+    anyio_backend: Any, direction: str, error: Exception, expected: type[OSError]
+) -> None:
+    stream = Failing(error if direction == "receiving" else None, error if direction == "sending" else None)
+    async with TransportGroup() as group:
+        contexts = collect_contexts(group)
+        transport, protocol = await group.connect_stream(Recorder, stream)
+        if direction == "sending":
+            transport.write(b"x")
+        await protocol.wait_for("connection_lost")
+        lost_with = protocol.lost_with
+        assert isinstance(lost_with, expected)
+        assert lost_with is error or lost_with.__cause__ is error
+        assert contexts == []
+    assert stream.closed
+
+
+async def test_a_failing_end_of_sending_breaks_the_connection(anyio_backend: Any) -> None:
+    stream = Failing(None, anyio.BrokenResourceError())
+    async with TransportGroup() as group:
+        transport, protocol = await group.connect_stream(Recorder, stream)
+        transport.write_eof()
+        await protocol.wait_for("connection_lost")
+        assert isinstance(protocol.lost_with, ConnectionResetError)
+
+
+@pytest.mark.parametrize("callback", ["connection_made", "data_received", "eof_received", "connection_lost"])
+async def test_a_callback_that_raises_ends_this_connection_only(anyio_backend: Any, callback: str) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError(callback)
+
+    protocol = Recorder(**{f"on_{callback}": fail})
+    async with memory_pair() as (ours, theirs), memory_pair() as (other_ours, other_theirs), TransportGroup() as group:
+        contexts = collect_contexts(group)
+        await group.connect_stream(lambda: protocol, ours)
+        _, other = await group.connect_stream(Recorder, other_ours)
+        if callback != "connection_made":
+            await theirs.send(b"x")
+        if callback in ("eof_received", "connection_lost"):
+            await theirs.aclose()
+        await protocol.wait_for("connection_lost")
+        await until(lambda: contexts)
+        (context,) = contexts
+        assert str(context["exception"]) == callback
+        assert context["protocol"] is protocol
+        if callback != "connection_lost":
+            assert protocol.lost_with is context["exception"]
+        await other_theirs.send(b"alive")
+        await other.wait_received(5)
+
+
+async def test_a_factory_that_raises_leaves_the_stream_to_the_caller(anyio_backend: Any) -> None:
+    def factory() -> Any:
+        raise LookupError
+
+    async with memory_pair() as (ours, theirs), TransportGroup() as group:
+        with pytest.raises(LookupError):
+            await group.connect_stream(factory, ours)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(theirs.send, b"still open")
+            assert await ours.receive() == b"still open"
+
+
+async def test_cancelling_the_group_closes_the_streams(anyio_backend: Any, pair: Any) -> None:
+    protocol = Recorder()
+    async with pair as (ours, theirs):
+        with anyio.CancelScope() as scope:
+            async with TransportGroup() as group:
+                transport, _ = await group.connect_stream(lambda: protocol, ours)
+                transport.write(bytes(32 << 20))
+                await anyio.sleep(0.01)
+                scope.cancel()
+                await anyio.sleep_forever()
+        assert protocol.lost
+        assert protocol.lost_with is None
+        with pytest.raises((anyio.ClosedResourceError, anyio.BrokenResourceError)):
+            await ours.receive()
+        assert len(await receive_all(theirs)) < 32 << 20
+
+
+async def test_an_exception_of_the_block_aborts(anyio_backend: Any, pair: Any) -> None:
+    protocol = Recorder()
+    async with pair as (ours, _):
+        with pytest.raises(BaseException) as caught:
+            async with TransportGroup() as group:
+                transport, _ = await group.connect_stream(lambda: protocol, ours)
+                transport.write(bytes(32 << 20))
+                raise LookupError
+        assert [type(leaf) for leaf in leaves(caught.value)] == [LookupError]
+        assert protocol.lost
+
+
+async def test_a_protocol_on_a_stream_from_inside_a_callback_free_task(anyio_backend: Any) -> None:
+    """Two protocols back to back, each on one end of a pair, through tasks of the group."""
+    received: list[bytes] = []
+
+    def answer(protocol: Any, data: bytes) -> None:
+        received.append(data)
+        protocol.transport.write(data.upper())
+
+    async with memory_pair() as (a, b), TransportGroup() as group:
+        await group.connect_stream(lambda: Recorder(on_data_received=answer), a)
+        transport, asking = await group.connect_stream(Recorder, b)
+        for word in (b"one", b"two", b"three"):
+            transport.write(word)
+            size = len(asking.received) + len(word)
+            await asking.wait_received(size)
+        assert asking.received == b"ONETWOTHREE"
+        transport.close()
+        await group.wait_closed()
+    assert b"".join(received) == b"onetwothree"
