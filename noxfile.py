@@ -144,11 +144,8 @@ def tour(session: nox.Session) -> None:
     session.run("python", "examples/tour.py", *session.posargs)
 
 
-if ROOT.joinpath("benchmarks").is_dir():
-
-    @nox.session
-    def benchmarks(session: nox.Session) -> None:
-        """Measure; pass `-- path` to choose which."""
-        session.install(".", *group("benchmarks"))
-        for path in session.posargs or sorted(map(str, ROOT.glob("benchmarks/bench_*.py"))):
-            session.run("python", path)
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Measure processor time beside asyncio, uvloop, trio, AnyIO and trio-asyncio; takes half an hour."""
+    session.install(".", *group("benchmarks"))
+    session.run("python", "benchmarks/bench_transports.py", *session.posargs)

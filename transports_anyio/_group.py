@@ -15,14 +15,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import anyio.lowlevel
 
 from ._door import Door, current
 from ._endpoints._base import Owned
 from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
 from ._errors import ErrorReporter, ExceptionContext, ExceptionHandler, leaves_through_the_group
-from ._poller import Poller, make_poller
+from ._loop_poller import make_poller
+from ._poller import Poller
 from ._scheduling import Handle, TimerHandle, Timers
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from ._server import Server
     from ._transports._stream import StreamTransport
 
+
+# How many descriptors a turn serves before it lets the tasks and the timers have theirs.
+SERVED_IN_A_TURN = 64
 
 NOT_OPEN = "the group is not open: use it within `async with TransportGroup() as group:`"
 
@@ -141,22 +144,34 @@ class TransportGroup(TCPEndpoints, StreamEndpoints):
     # The group's turn
 
     async def _run(self) -> None:
-        poller = self._live_poller()
         with self._turns:
-            await poller.run(lambda: self._take_turns(poller))
+            await self._live_poller().run(self)
 
-    async def _take_turns(self, poller: Poller) -> None:
-        while True:
-            deadline = self._timers.next_deadline()
-            if self._ready or deadline <= anyio.current_time():
-                await anyio.lowlevel.checkpoint()
-            else:
-                await poller.wait(deadline)
-            poller.dispatch()
-            if deadline != inf:
-                self._timers.take_due(anyio.current_time(), self._ready)
+    def turn(self) -> None:
+        """Let everything that is ready move its bytes once, then run the timers that are due and the callbacks."""
+        dispatch = self._live_poller().dispatch
+        count = served = dispatch()
+        self._run_due()
+        # What came in meanwhile can be had for one system call, where another wait costs a round through the backend;
+        # but tasks and timers want their turn too.
+        while count and served < SERVED_IN_A_TURN:
+            count = dispatch()
+            served += count
             if self._ready:
                 self._run_ready()
+
+    def _run_due(self) -> None:
+        deadline = self._timers.next_deadline()
+        if deadline != inf:
+            now = self.time()
+            if deadline <= now:
+                self._timers.take_due(now, self._ready)
+        if self._ready:
+            self._run_ready()
+
+    def next_turn(self) -> float:
+        """When the next turn is due: minus infinity for at once."""
+        return -inf if self._ready else self._timers.next_deadline()
 
     def _run_ready(self) -> None:
         """Run what was ready when this turn began; what it schedules waits for the next, so that I/O gets its turn."""
@@ -251,7 +266,7 @@ class TransportGroup(TCPEndpoints, StreamEndpoints):
 
     def time(self) -> float:
         """Return the time of the group's clock, in seconds: the backend's, as `anyio.current_time`."""
-        return anyio.current_time()
+        return self._live_poller().time()
 
     def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> Handle:
         """Call `callback(*args)` in the group's next turn, in `context` or a copy of the caller's.
@@ -274,7 +289,7 @@ class TransportGroup(TCPEndpoints, StreamEndpoints):
         self._ready.append(handle)
         try:
             poller.wake_threadsafe()
-        except OSError as exc:  # The group has ended meanwhile, in its own thread.
+        except RuntimeError as exc:  # The group has ended meanwhile, in its own thread.
             raise RuntimeError(NOT_OPEN) from exc
         return handle
 
@@ -282,7 +297,10 @@ class TransportGroup(TCPEndpoints, StreamEndpoints):
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> TimerHandle:
         """Call `callback(*args)` after `delay` seconds, as `call_soon` does."""
-        return self._set_timer(anyio.current_time() + delay, callback, args, context)
+        poller = self._poller
+        if poller is None:
+            raise RuntimeError(NOT_OPEN)
+        return self._set_timer(poller.time() + delay, callback, args, context)
 
     def call_at(
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None

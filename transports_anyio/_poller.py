@@ -9,10 +9,12 @@ from __future__ import annotations
 import selectors
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from math import inf
+from typing import Protocol
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 READ = selectors.EVENT_READ
@@ -21,22 +23,26 @@ WRITE = selectors.EVENT_WRITE
 ReadyCallback = Callable[[int], None]
 
 
+class Turns(Protocol):
+    """Whose turn it is when something is ready: the group."""
+
+    def turn(self) -> None:
+        """Take what is ready, and run what is due."""
+        ...
+
+    def next_turn(self) -> float:
+        """When a turn has to be taken even if nothing is ready: minus infinity for at once."""
+        ...
+
+
 class Poller(ABC):
-    """Readiness of descriptors, taken in batches: `wait`, then `dispatch`.
-
-    A poller is waited for by one task, from the inside of `run`.
-    """
-
-    __slots__ = ("_receiver", "_sender", "waiting")
+    """Readiness of descriptors, taken in batches by `dispatch`, and the loop that gives its owner its turns."""
 
     def __init__(self) -> None:
-        # A socket pair rather than a pipe: it is non-blocking and wakes a selector on every platform.
-        self._receiver, self._sender = socket.socketpair()
-        self._receiver.setblocking(False)
-        self._sender.setblocking(False)
-        #: Whether the group's task is in `wait`.
+        #: The clock, in seconds.
+        self.time: Callable[[], float] = anyio.current_time
+        #: Whether a `wake` is needed for the next turn.
         self.waiting = False
-        self.set_interest(self._receiver.fileno(), 0, READ, self._woken)
 
     @abstractmethod
     def set_interest(self, descriptor: int, before: int, interest: int, ready: ReadyCallback) -> None:
@@ -47,41 +53,69 @@ class Poller(ABC):
         """
 
     @abstractmethod
-    async def run(self, turns: Callable[[], Awaitable[object]]) -> None:
-        """Await `turns()`, with everything around it that `wait` needs."""
+    async def run(self, turns: Turns) -> None:
+        """Take turns until cancelled; raises what a turn raises."""
 
-    async def wait(self, deadline: float = inf) -> None:
-        """Wait until a descriptor is ready, `wake` is called or the clock reaches `deadline`."""
-        self.waiting = True
-        try:
-            if deadline == inf:
-                await self._wait()
+    @abstractmethod
+    def dispatch(self) -> int:
+        """Call everybody who is ready now, once, and return how many that were."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Take the next turn at once, from the thread that takes turns."""
+
+    @abstractmethod
+    def wake_threadsafe(self) -> None:
+        """Take the next turn at once, from any thread. Raises `RuntimeError` when the poller is closed."""
+
+    def close(self) -> None:  # noqa: B027  # there may be nothing
+        """Give everything back."""
+
+
+class WaitingPoller(Poller):
+    """A poller that waits in a task, through AnyIO: what every backend can do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A socket pair rather than a pipe: it is non-blocking and wakes a selector on every platform.
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.setblocking(False)
+        self._sender.setblocking(False)
+        self.set_interest(self._receiver.fileno(), 0, READ, self._woken)
+
+    async def run(self, turns: Turns) -> None:
+        while True:
+            deadline = turns.next_turn()
+            if deadline == -inf or (deadline != inf and deadline <= self.time()):
+                await anyio.lowlevel.checkpoint()
             else:
-                with anyio.CancelScope(deadline=deadline):
-                    await self._wait()
-        finally:
-            self.waiting = False
+                self.waiting = True
+                try:
+                    if deadline == inf:
+                        await self._wait()
+                    else:
+                        with anyio.CancelScope(deadline=deadline):
+                            await self._wait()
+                finally:
+                    self.waiting = False
+            turns.turn()
 
     @abstractmethod
     async def _wait(self) -> None:
         """Wait until a descriptor is ready."""
 
-    @abstractmethod
-    def dispatch(self) -> None:
-        """Call everybody who is ready now, once."""
-
     def wake(self) -> None:
-        """End a `wait` of this thread; costs nothing while nobody waits."""
         if self.waiting:
             self.waiting = False
             self.wake_threadsafe()
 
     def wake_threadsafe(self) -> None:
-        """End a `wait`, from any thread. Raises `OSError` when the poller is closed."""
         try:
             self._sender.send(b"\0")
         except BlockingIOError:
             pass  # The pair is full of wake-ups that nobody has read: the next wait returns at once.
+        except OSError as exc:
+            raise RuntimeError("the poller is closed") from exc
 
     def _woken(self, mask: int) -> None:
         try:
@@ -94,14 +128,12 @@ class Poller(ABC):
         self._sender.close()
 
 
-class SelectorPoller(Poller):
-    """One selector in which every descriptor stays registered, and which is itself waited for.
+class SelectorReadiness(Poller):
+    """One selector in which every descriptor stays registered: how a poller finds out who is ready.
 
-    An epoll or kqueue descriptor is readable when anything registered in it is ready, so a wait costs the same for any
-    number of descriptors, and the whole batch is taken with `select(0)`.
+    An epoll or kqueue descriptor is readable when anything registered in it is ready, so to wait for it costs the same
+    for any number of descriptors, and the whole batch is taken with `select(0)`.
     """
-
-    __slots__ = ("_descriptor", "_selector")
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -119,19 +151,22 @@ class SelectorPoller(Poller):
         else:
             self._selector.register(descriptor, interest, ready)
 
-    async def run(self, turns: Callable[[], Awaitable[object]]) -> None:
-        await turns()
-
-    async def _wait(self) -> None:
-        await anyio.wait_readable(self._descriptor)
-
-    def dispatch(self) -> None:
-        for key, mask in self._selector.select(0):
+    def dispatch(self) -> int:
+        batch = self._selector.select(0)
+        for key, mask in batch:
             key.data(mask)
+        return len(batch)
 
     def close(self) -> None:
         self._selector.close()
         super().close()
+
+
+class SelectorPoller(SelectorReadiness, WaitingPoller):
+    """A selector that a task waits for."""
+
+    async def _wait(self) -> None:
+        await anyio.wait_readable(self._descriptor)
 
 
 class _Watch:
@@ -145,14 +180,12 @@ class _Watch:
         self.ready: ReadyCallback
 
 
-class TaskPoller(Poller):
+class TaskPoller(WaitingPoller):
     """A waiting task for each descriptor and direction: for platforms whose selector cannot be waited for (Windows).
 
     A task ends with the first readiness it sees, and is started anew by the `dispatch` that reports it: readiness is
     a state, so nothing is missed in between. A task whose mark is no longer its watch's has nothing to say.
     """
-
-    __slots__ = ("_due", "_something", "_tasks", "_watches")
 
     def __init__(self) -> None:
         self._watches: dict[int, _Watch] = {}
@@ -175,12 +208,11 @@ class TaskPoller(Poller):
         else:
             del self._watches[descriptor]
 
-    async def run(self, turns: Callable[[], Awaitable[object]]) -> None:
+    async def run(self, turns: Turns) -> None:
         async with anyio.create_task_group() as self._tasks:
             for descriptor, watch in self._watches.items():
                 self._watch(descriptor, watch)
-            await turns()
-            self._tasks.cancel_scope.cancel()
+            await super().run(turns)
 
     def _watch(self, descriptor: int, watch: _Watch) -> None:
         if self._tasks is None:
@@ -203,7 +235,7 @@ class TaskPoller(Poller):
     async def _wait(self) -> None:
         await self._something.wait()
 
-    def dispatch(self) -> None:
+    def dispatch(self) -> int:
         due, self._due = self._due, []
         self._something = anyio.Event()
         for descriptor, watch, event, mark in due:
@@ -212,8 +244,4 @@ class TaskPoller(Poller):
                 watch.ready(event)
                 if self._watches.get(descriptor) is watch:
                     self._watch(descriptor, watch)
-
-
-def make_poller() -> Poller:
-    """Return the best poller that the platform has."""
-    return SelectorPoller() if hasattr(selectors.DefaultSelector, "fileno") else TaskPoller()
+        return len(due)

@@ -1,0 +1,296 @@
+"""Measure the processor time that a server spends on a request, on every backend and beside its peers.
+
+    nox -s benchmarks                       all of it
+    nox -s benchmarks -- --only 'tcp 1 KiB'   the workloads whose names contain this
+    nox -s benchmarks -- --rounds 3
+
+Each server runs in a process of its own, the load generator in another, each pinned to a processor. The figure is the
+server's processor time, user plus system, as the operating system accounts it, for each request. Every round measures
+every peer once, so that whatever disturbs the machine disturbs them alike; the result is the median of the rounds and
+their spread. A server is measured twice, "fresh" before any connection has ended, and "used" after some have: asyncio's cost
+differs by a factor between the two, and users live in the second.
+
+Writes `results.json`, and the table and chart of docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import trustme
+
+HERE = Path(__file__).parent
+SERVER_CPU, LOAD_CPU = (sorted(os.sched_getaffinity(0)) * 2)[:2]
+
+LOOPS = ["asyncio", "uvloop", "trio", "trio-asyncio", "ours/asyncio", "ours/uvloop", "ours/trio"]
+STREAMS = ["anyio streams/asyncio", "anyio streams/trio"]
+EVERYBODY = ["epoll", *LOOPS, *STREAMS]
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of a server: the kind of it, and the load generator's arguments."""
+
+    name: str
+    server: str
+    mode: str
+    connections: int
+    size: int
+    peers: tuple[str, ...]
+    one_cpu: bool = False
+    idle: int = 0
+
+
+def echo(size: int, connections: int, **options: Any) -> Workload:
+    name = f"tcp {size // KIB} KiB x {connections}"
+    return Workload(name, "echo", "tcp", connections, size, tuple(EVERYBODY), **options)
+
+
+def tls(size: int, connections: int) -> Workload:
+    peers = tuple(peer for peer in EVERYBODY if peer != "epoll")
+    return Workload(f"tls {size // KIB} KiB x {connections}", "tls", "tls", connections, size, peers)
+
+
+BUFFERED = tuple(peer for peer in LOOPS if peer != "trio")
+WORKLOADS = [
+    *(echo(KIB, connections) for connections in (1, 16, 256)),
+    Workload("tcp 1 KiB x 1, one processor", "echo", "tcp", 1, KIB, tuple(EVERYBODY), one_cpu=True),
+    *(echo(64 * KIB, connections) for connections in (1, 16, 256)),
+    *(
+        Workload(f"buffered {size // KIB} KiB x {count}", "buffered", "tcp", count, size, (*BUFFERED, "trio"))
+        for size in (KIB, 64 * KIB)
+        for count in (16,)
+    ),
+    Workload("accept, echo, close", "echo", "conn", 16, KIB, tuple(EVERYBODY)),
+    *(tls(size, count) for size in (KIB, 64 * KIB, 256 * KIB) for count in (1, 16)),
+    Workload("udp 512 B", "udp", "udp", 16, 512, tuple(EVERYBODY)),
+    Workload("writelines 1000 x 100 B", "lines", "tcp", 1, 100_000, tuple(LOOPS)),
+    Workload("10,000 idle connections", "echo", "tcp", 16, KIB, tuple(EVERYBODY), idle=10_000),
+    Workload("an AnyIO stream", "stream", "tcp", 16, KIB, ("ours/asyncio", "ours/uvloop", "ours/trio")),
+]
+#: Measured inside one process.
+TASKS = {"connect": "outgoing connection", "spawn": "spawn of true", "pipe": "64 MiB through cat", "timers": "timer"}
+SLOW_READER = "64 MiB, slow reader"
+
+Results = dict[str, dict[str, list[float]]]
+
+
+def pin(cpu: int) -> Any:
+    return lambda: os.sched_setaffinity(0, {cpu})
+
+
+def processor_time(pid: int) -> float:
+    """Seconds that a process has spent on processors, user and system, to the nanosecond."""
+    total = 0
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        total += int(path.read_text().split()[0])
+    return total / 1e9
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process has resident."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Bench:
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.seconds = seconds
+        self.load = str(folder / "load")
+        certificate = folder / "certificate.pem"
+        trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(certificate)
+        self.environment = {**os.environ, "BENCHMARK_CERTIFICATE": str(certificate)}
+        self.results: Results = {}
+        self.compile()
+
+    def compile(self) -> None:
+        compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+        source = str(HERE / "load.c")
+        self.with_tls = False
+        if compiler is not None:
+            command = [compiler, "-O2", "-o", self.load, source]
+            if not subprocess.run([*command, "-DWITH_TLS", "-lssl", "-lcrypto"], stderr=subprocess.DEVNULL).returncode:
+                self.command = [self.load]
+                self.with_tls = True
+                return
+            if not subprocess.run(command).returncode:
+                print("no OpenSSL headers: the TLS load comes from Python, which is slower than some servers")
+                self.command = [self.load]
+                return
+        print("no C compiler: the load comes from Python, which is slower than most servers; mind the figures")
+        self.command = [sys.executable, str(HERE / "load.py")]
+
+    def note(self, workload: str, peer: str, value: float) -> None:
+        self.results.setdefault(workload, {}).setdefault(peer, []).append(value)
+
+    @contextmanager
+    def server(self, peer: str, kind: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+        with subprocess.Popen(
+            [sys.executable, str(HERE / "servers.py"), peer, kind],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment,
+            preexec_fn=pin(SERVER_CPU),
+        ) as process:  # fmt: skip
+            try:
+                assert process.stdout is not None
+                line = process.stdout.readline()
+                if not line:
+                    raise RuntimeError(f"{peer} cannot serve {kind}")
+                yield process, int(line)
+            finally:
+                process.kill()
+
+    def run_load(self, workload: Workload, port: int, pid: int) -> tuple[float, float]:
+        """Return processor time for each request, in microseconds, and bytes for each idle connection."""
+        command = self.command
+        if workload.mode == "tls" and not self.with_tls:
+            command = [sys.executable, str(HERE / "load.py")]
+        arguments = [workload.mode, str(port), str(workload.connections), str(workload.size), str(self.seconds)]
+        environment = {**self.environment, "LOAD_IDLE": str(workload.idle)} if workload.idle else self.environment
+        memory = resident(pid)
+        with subprocess.Popen(
+            [*command, *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            preexec_fn=pin(SERVER_CPU if workload.one_cpu else LOAD_CPU),
+        ) as load:  # fmt: skip
+            assert load.stdout is not None
+            assert load.stdin is not None
+            per_connection = 0.0
+            if workload.idle:
+                assert load.stdout.readline() == "open\n"
+                wait_until_quiet(pid)
+                per_connection = (resident(pid) - memory) / workload.idle
+            before = processor_time(pid)
+            if workload.idle:
+                load.stdin.write("\n")
+                load.stdin.flush()
+            answers = int(load.stdout.readline().split()[0])
+            spent = processor_time(pid) - before
+        wait_until_quiet(pid)
+        return spent / answers * 1e6, per_connection
+
+    def measure(self, workload: Workload, peer: str) -> None:
+        with self.server(peer, workload.server) as (process, port):
+            for state in ("fresh", "used"):
+                cost, memory = self.run_load(workload, port, process.pid)
+                self.note(f"{workload.name} ({state})", peer, cost)
+                if workload.idle and state == "fresh":
+                    self.note("memory of an idle connection, KiB", peer, memory / KIB)
+
+    def measure_task(self, task: str, peer: str) -> None:
+        command = [sys.executable, str(HERE / "tasks.py"), peer, task]
+        if task != "connect":
+            port = None
+        else:
+            port = subprocess.Popen(
+                [*self.command, "serve", "0", "0", "0", "5"],
+                stdout=subprocess.PIPE, text=True, preexec_fn=pin(LOAD_CPU),
+            )  # fmt: skip
+            assert port.stdout is not None
+            command.append(port.stdout.readline().strip())
+        try:
+            answer = subprocess.run(
+                command, capture_output=True, text=True, preexec_fn=pin(SERVER_CPU), check=True, env=self.environment
+            )
+        finally:
+            if port is not None:
+                port.kill()
+                port.communicate()
+        self.note(f"{TASKS[task]}", peer, float(answer.stdout))
+
+    def measure_slow_reader(self, peer: str) -> None:
+        with self.server(peer, "push") as (process, port):
+            before = processor_time(process.pid)
+            memory = resident(process.pid)
+            subprocess.run(
+                [sys.executable, str(HERE / "slow_reader.py"), str(port)], preexec_fn=pin(LOAD_CPU), check=True
+            )
+            wait_until_quiet(process.pid)
+            self.note(f"{SLOW_READER}: us for each MiB", peer, (processor_time(process.pid) - before) * 1e6 / 64)
+            out, _ = process.communicate()
+            self.note(f"{SLOW_READER}: peak memory, KiB", peer, int(out) - memory / KIB)
+
+
+def wait_until_quiet(pid: int) -> None:
+    """Until a process does nothing any more: it has seen the connections of the run before come and go."""
+    import time
+
+    before = -1.0
+    while (now := processor_time(pid)) != before:
+        before = now
+        time.sleep(0.02)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.6, help="of each measurement")
+    parser.add_argument("--only", action="append", default=[], help="part of a workload's name")
+    parser.add_argument("--peers", action="append", default=[], help="part of a peer's name")
+    parser.add_argument("--json", type=Path, default=HERE / "results.json")
+    options = parser.parse_args()
+
+    def wanted(name: str, parts: list[str]) -> bool:
+        return not parts or any(part in name for part in parts)
+
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), options.seconds)
+        jobs: list[tuple[str, str, Any]] = []
+        for workload in WORKLOADS:
+            jobs += [(workload.name, peer, (bench.measure, workload)) for peer in workload.peers]
+        for task, name in TASKS.items():
+            jobs += [(name, peer, (bench.measure_task, task)) for peer in LOOPS if (task, peer) != ("timers", "trio")]
+        jobs += [(SLOW_READER, peer, (bench.measure_slow_reader,)) for peer in LOOPS]
+        jobs = [job for job in jobs if wanted(job[0], options.only) and wanted(job[1], options.peers)]
+        for number in range(options.rounds):
+            for name, peer, (function, *arguments) in jobs:
+                print(f"round {number + 1}/{options.rounds}: {name}: {peer}".ljust(100), end="\r", file=sys.stderr)
+                try:
+                    function(*arguments, peer)
+                except (RuntimeError, subprocess.CalledProcessError, AssertionError, ValueError, IndexError) as exc:
+                    print(f"\n{name}: {peer}: {exc}", file=sys.stderr)
+    report(bench.results, options)
+
+
+def report(results: Results, options: argparse.Namespace) -> None:
+    document = {
+        "machine": f"{processor()}, {os.cpu_count()} processors, {platform.system()} {platform.release()}",
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("anyio", "trio", "uvloop", "trio-asyncio")},
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "results": results,
+    }
+    options.json.write_text(json.dumps(document, indent=1) + "\n")
+    peers = [peer for peer in EVERYBODY if any(peer in row for row in results.values())]
+    print(" " * 44 + "".join(f"{peer[-14:]:>16}" for peer in peers))
+    for name, row in results.items():
+        cells = []
+        for peer in peers:
+            values = row.get(peer)
+            cells.append(f"{statistics.median(values):16.2f}" if values else " " * 16)
+        print(f"{name:44}" + "".join(cells))
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

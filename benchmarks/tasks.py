@@ -1,0 +1,175 @@
+"""What is measured inside one process: `python tasks.py PEER TASK [PORT]` prints microseconds of its processor time.
+
+`connect` opens and closes connections to PORT one after the other, `spawn` runs `true`, `pipe` sends 64 MiB through
+`cat`, `timers` makes and cancels a timer, as a server does for each message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+from servers import HOST, with_anyio
+
+CONNECTIONS = 1500
+CHILDREN = 150
+TIMERS = 100_000
+PIECE = bytes(64 * 1024)
+PIECES = 1024
+
+
+class Ending(asyncio.Protocol):
+    def __init__(self) -> None:
+        self.ended = anyio.Event()
+
+    def connection_made(self, transport: Any) -> None:
+        transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set()
+
+
+class Child(asyncio.SubprocessProtocol):
+    """Feed the child's standard input, and count what comes out of it."""
+
+    def __init__(self, pieces: int = 0) -> None:
+        self.ended = anyio.Event()
+        self.pieces = pieces
+        self.paused = False
+        self.received = 0
+
+    def connection_made(self, transport: Any) -> None:
+        if self.pieces:
+            self.stdin = transport.get_pipe_transport(0)
+            self.feed()
+
+    def feed(self) -> None:
+        while self.pieces and not self.paused:
+            self.pieces -= 1
+            self.stdin.write(PIECE)
+        if not self.pieces:
+            self.stdin.close()
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        self.feed()
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        self.received += len(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set()
+
+
+async def measured(count: int, once: Callable[[], Awaitable[object]]) -> float:
+    for _ in range(max(count // 20, 1)):
+        await once()
+    gc.collect()
+    before = time.process_time()
+    for _ in range(count):
+        await once()
+    return (time.process_time() - before) / count * 1e6
+
+
+async def with_transports(owner: Any, task: str, port: int) -> float:
+    async def connect() -> None:
+        _, protocol = await owner.create_connection(Ending, HOST, port)
+        await protocol.ended.wait()
+
+    async def spawn() -> None:
+        _, protocol = await owner.subprocess_exec(Child, "true", stdin=None, stdout=None, stderr=None)
+        await protocol.ended.wait()
+
+    async def pipe() -> None:
+        _, protocol = await owner.subprocess_exec(lambda: Child(PIECES), "cat", stderr=None)
+        await protocol.ended.wait()
+        assert protocol.received == len(PIECE) * PIECES
+
+    if task == "timers":
+        later = owner.call_later
+        before = time.process_time()
+        for _ in range(TIMERS):
+            later(60, print).cancel()
+        return (time.process_time() - before) / TIMERS * 1e6
+    count, once = {"connect": (CONNECTIONS, connect), "spawn": (CHILDREN, spawn), "pipe": (3, pipe)}[task]
+    return await measured(count, once)
+
+
+async def in_loop(task: str, port: int) -> float:
+    return await with_transports(asyncio.get_running_loop(), task, port)
+
+
+async def in_group(task: str, port: int) -> float:
+    from transports_anyio import TransportGroup
+
+    async with TransportGroup() as group:
+        return await with_transports(group, task, port)
+
+
+async def with_trio_streams(task: str, port: int) -> float:
+    import trio
+
+    async def connect() -> None:
+        await (await trio.open_tcp_stream(HOST, port)).aclose()
+
+    async def spawn() -> None:
+        await trio.run_process(["true"], stdin=None)
+
+    async def pipe() -> None:
+        received = 0
+
+        async def read(stream: Any) -> None:
+            nonlocal received
+            async for data in stream:
+                received += len(data)
+
+        async with trio.open_nursery() as nursery:
+            process = await trio.lowlevel.open_process(["cat"], stdin=-1, stdout=-1)
+            nursery.start_soon(read, process.stdout)
+            assert process.stdin is not None
+            for _ in range(PIECES):
+                await process.stdin.send_all(PIECE)
+            await process.stdin.aclose()
+        await process.wait()
+        assert received == len(PIECE) * PIECES
+
+    count, once = {"connect": (CONNECTIONS, connect), "spawn": (CHILDREN, spawn), "pipe": (3, pipe)}[task]
+    return await measured(count, once)
+
+
+def main(peer: str, task: str, port: int) -> None:
+    result: list[float] = []
+
+    async def keep(function: Callable[[str, int], Awaitable[float]]) -> None:
+        result.append(await function(task, port))
+
+    if peer == "asyncio":
+        asyncio.run(keep(in_loop))
+    elif peer == "uvloop":
+        import uvloop
+
+        uvloop.run(keep(in_loop))
+    elif peer == "trio":
+        import trio
+
+        trio.run(keep, with_trio_streams)
+    elif peer == "trio-asyncio":
+        import trio_asyncio
+
+        trio_asyncio.run(trio_asyncio.aio_as_trio(keep), in_loop)
+    else:
+        with_anyio(lambda _: keep(in_group), peer.partition("/")[2], "")
+    print(json.dumps(result[0]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 0)

@@ -1,0 +1,101 @@
+"""The poller where an asyncio event loop runs, and the choice of a poller.
+
+May know: asyncio's public event loop methods. No other module knows which backend runs.
+
+A wait through AnyIO registers the selector in the loop's own and takes it out again, and switches tasks, for every
+batch: with one connection in lock-step that is for every message, and costs more than everything else together. So the
+selector stays registered in the loop, and the turn is taken in the loop's own callback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from math import inf
+
+import anyio
+
+from ._poller import Poller, SelectorPoller, SelectorReadiness, TaskPoller, Turns
+
+
+class LoopPoller(SelectorReadiness):
+    """A selector registered in the running event loop, asyncio's or uvloop's."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self.time = loop.time
+        self._loop = loop
+        self._turns: Turns | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = inf
+        self._failure: BaseException | None = None
+        self._stopped = anyio.Event()
+
+    async def run(self, turns: Turns) -> None:
+        self._turns = turns
+        self._loop.add_reader(self._descriptor, self._turn)
+        self._turn()
+        try:
+            await self._stopped.wait()
+        finally:
+            self._stop()
+        if self._failure is not None:
+            raise self._failure
+
+    def _turn(self) -> None:
+        turns = self._turns
+        if turns is None:
+            return  # A wake-up that comes before the first turn, or after the last.
+        self.waiting = False
+        try:
+            turns.turn()
+        except BaseException as exc:
+            # Out of the task that awaits `run`, as on every backend, and not out of the loop's callback.
+            self._failure = exc
+            self._stop()
+            self._stopped.set()
+            return
+        deadline = turns.next_turn()
+        if deadline == -inf:
+            self._loop.call_soon(self._turn)
+            return
+        self.waiting = True
+        if deadline != self._deadline:
+            self._set_timer(deadline)
+
+    def _set_timer(self, deadline: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._deadline = deadline
+        self._timer = None if deadline == inf else self._loop.call_at(deadline, self._timer_due)
+
+    def _timer_due(self) -> None:
+        self._deadline = inf
+        self._timer = None
+        self._turn()
+
+    def _stop(self) -> None:
+        if self._turns is not None:
+            self._turns = None
+            self._loop.remove_reader(self._descriptor)
+            self._set_timer(inf)
+
+    def wake(self) -> None:
+        if self.waiting:
+            self.waiting = False
+            self._loop.call_soon(self._turn)
+
+    def wake_threadsafe(self) -> None:
+        self._loop.call_soon_threadsafe(self._turn)  # Raises `RuntimeError` when the loop is closed.
+
+
+def make_poller() -> Poller:
+    """Return the best poller that there is for what runs here."""
+    if not hasattr(selectors.DefaultSelector, "fileno"):
+        return TaskPoller()
+    try:
+        # A current task, because a loop may also run beside another backend that drives this task (trio's guest mode).
+        loop = asyncio.get_running_loop() if asyncio.current_task() is not None else None
+    except RuntimeError:
+        loop = None
+    return SelectorPoller() if loop is None else LoopPoller(loop)
