@@ -7,8 +7,8 @@
 Each server runs in a process of its own, the load generator in another, each pinned to a processor. The figure is the
 server's processor time, user plus system, as the operating system accounts it, for each request. Every round measures
 every peer once, so that whatever disturbs the machine disturbs them alike; the result is the median of the rounds and
-their spread. A server is measured twice, "fresh" before any connection has ended, and "used" after some have: asyncio's cost
-differs by a factor between the two, and users live in the second.
+their spread. A server is measured twice, "fresh" before any connection has ended and "used" after some have: the cost
+of asyncio differs by a factor between the two, and users live in the second.
 
 Writes `results.json`, and the table and chart of docs/performance.md.
 """
