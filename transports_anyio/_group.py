@@ -20,6 +20,7 @@ from ._door import Door, current
 from ._endpoints._base import Owned
 from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
+from ._endpoints._unix import UNIXEndpoints
 from ._errors import ErrorReporter, ExceptionContext, ExceptionHandler, leaves_through_the_group
 from ._loop_poller import make_poller
 from ._poller import Poller
@@ -39,7 +40,7 @@ SERVED_IN_A_TURN = 64
 NOT_OPEN = "the group is not open: use it within `async with TransportGroup() as group:`"
 
 
-class TransportGroup(TCPEndpoints, StreamEndpoints):
+class TransportGroup(TCPEndpoints, UNIXEndpoints, StreamEndpoints):
     """Makes transports and owns them: an async context manager on an AnyIO task group.
 
     Leaving the block normally closes the servers, closes the transports (buffered data is flushed) and waits for

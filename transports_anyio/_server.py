@@ -9,12 +9,14 @@ import asyncio
 import errno
 import socket
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
 
 from ._channels._socket import SocketChannel, SocketView, set_nodelay
+from ._endpoints._addresses import address_error
 from ._errors import leaves_through_the_group, logger
 from ._poller import READ, Poller
 
@@ -54,8 +56,13 @@ class Server(asyncio.AbstractServer):
         protocol_factory: Callable[[], Any],
         backlog: int,
         tls: TLSOptions | None = None,
+        *,
+        on_close: Callable[[], object] | None = None,
     ) -> None:
         self._tls = tls
+        self._on_close = on_close
+        # Connections see the variables of whoever made the server, as in asyncio.
+        self._context = copy_context()
         self._group = group
         self._poller = poller
         self._sockets = sockets
@@ -90,7 +97,10 @@ class Server(asyncio.AbstractServer):
         if self._serving:
             return
         for sock in self._sockets:
-            sock.listen(self._backlog)
+            try:
+                sock.listen(self._backlog)
+            except OSError as exc:
+                raise address_error("error while attempting to listen on address", sock.getsockname(), exc) from None
         self._serving = True
         for sock in self._sockets:
             self._resume(sock)
@@ -123,6 +133,8 @@ class Server(asyncio.AbstractServer):
             return
         self._closed = True
         self._serving = False
+        if self._on_close is not None:
+            self._on_close()
         for sock in self._sockets:
             self._pause(sock)
             sock.close()
@@ -159,7 +171,7 @@ class Server(asyncio.AbstractServer):
     def _resume(self, sock: socket.socket) -> None:
         if self._serving and sock.fileno() not in self._listening:
             self._listening.add(sock.fileno())
-            self._poller.set_interest(sock.fileno(), 0, READ, lambda mask: self._accept_ready(sock))
+            self._poller.set_interest(sock.fileno(), 0, READ, lambda mask: self._context.run(self._accept_ready, sock))
 
     def _pause(self, sock: socket.socket) -> None:
         if sock.fileno() in self._listening:
@@ -172,29 +184,31 @@ class Server(asyncio.AbstractServer):
             if not self._serving:
                 return  # A callback of the connection before closed the server.
             try:
-                sock, _ = listener.accept()
+                sock, address = listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as exc:
                 if exc.errno in CLIENT_LEFT:
                     continue
-                self._group.call_exception_handler(
-                    {"message": "socket.accept() failed", "exception": exc, "socket": SocketView(listener)}
-                )
-                if exc.errno in EXHAUSTED:
-                    logger.error("accepting again in %s s", RETRY_DELAY)
-                    self._pause(listener)
-                    self._group.call_later(RETRY_DELAY, self._resume, listener)
-                    return
-                self._pause(listener)
+                self._accept_failed(listener, exc)
                 return
-            self._connect(sock)
+            self._connect(sock, address)
 
-    def _connect(self, sock: socket.socket) -> None:
+    def _accept_failed(self, listener: socket.socket, exc: OSError) -> None:
+        # The listener would stay ready, and each turn fail again.
+        self._pause(listener)
+        if exc.errno in EXHAUSTED:
+            message = f"socket.accept() out of system resource: trying again in {RETRY_DELAY:g} s"
+            self._group.call_later(RETRY_DELAY, self._resume, listener)
+        else:
+            message = "socket.accept() failed: this socket accepts no more connections"
+        self._group.call_exception_handler({"message": message, "exception": exc, "socket": SocketView(listener)})
+
+    def _connect(self, sock: socket.socket, peername: Any) -> None:
         try:
             sock.setblocking(False)
             set_nodelay(sock)
-            channel = SocketChannel(self._poller, sock)
+            channel = SocketChannel(self._poller, sock, peername)
         except OSError as exc:  # The client has gone already.
             logger.debug("an accepted connection ended before it began: %r", exc)
             sock.close()

@@ -98,13 +98,15 @@ def set_nodelay(sock: socket.socket) -> None:
 class SocketChannel(Channel):
     """Moves the bytes of a connected, non-blocking stream socket that the channel owns."""
 
-    __slots__ = ("_descriptor", "_interest", "_poller", "_read_ready", "_socket", "_write_ready")
+    __slots__ = ("_descriptor", "_interest", "_peername", "_poller", "_read_ready", "_socket", "_write_ready")
 
-    def __init__(self, poller: Poller, sock: socket.socket) -> None:
+    def __init__(self, poller: Poller, sock: socket.socket, peername: Any = None) -> None:
+        """`peername` is what `accept` told, which is still true when the peer has already gone."""
         self._poller = poller
         self._socket = sock
         self._descriptor = sock.fileno()
         self._interest = 0
+        self._peername = peername
 
     def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         self._read_ready = read_ready
@@ -156,4 +158,6 @@ class SocketChannel(Channel):
                 info[name] = look_up()
             except OSError:
                 info[name] = None  # As asyncio: the peer may already have gone (ENOTCONN).
+        if self._peername is not None:
+            info["peername"] = self._peername
         return info

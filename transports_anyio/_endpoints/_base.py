@@ -5,10 +5,14 @@ from __future__ import annotations
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from ssl import SSLSocket
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import anyio.lowlevel
 
 from .._channels._socket import SocketChannel, set_nodelay
 from .._door import Door
+from .._server import Server
 from .._transports._stream import StreamTransport
 
 if TYPE_CHECKING:
@@ -17,10 +21,17 @@ if TYPE_CHECKING:
     from .._channels._contract import Channel
     from .._group import TransportGroup
     from .._poller import Poller
-    from .._server import Server
     from ._tls import TLSOptions
 
 ProtocolT = TypeVar("ProtocolT")
+
+
+def check_stream_socket(sock: socket.socket, family: int | None = None) -> None:
+    """Raise `TypeError` for a TLS socket, `ValueError` for one that is no stream socket (of `family`)."""
+    if isinstance(sock, SSLSocket):
+        raise TypeError("Socket cannot be of type SSLSocket")
+    if sock.type != socket.SOCK_STREAM or family not in (None, sock.family):
+        raise ValueError(f"A {'' if family is None else 'UNIX Domain '}Stream Socket was expected, got {sock!r}")
 
 
 class Owned(Protocol):
@@ -75,6 +86,46 @@ class Endpoints(ABC):
         transport, protocol = self._make_transport(protocol_factory, channel)
         transport.start()
         return transport, protocol
+
+    async def _adopt_socket(
+        self, protocol_factory: Callable[[], ProtocolT], sock: socket.socket, tls: TLSOptions | None
+    ) -> tuple[StreamTransport, ProtocolT]:
+        """As `_connect_socket`, for a connected socket that somebody else has made."""
+        try:
+            sock.setblocking(False)
+            await anyio.lowlevel.checkpoint()
+        except BaseException:
+            sock.close()
+            raise
+        return await self._connect_socket(protocol_factory, sock, tls)
+
+    def _serve(
+        self,
+        protocol_factory: Callable[[], Any],
+        sockets: list[socket.socket],
+        backlog: int,
+        tls: TLSOptions | None,
+        *,
+        start_serving: bool,
+        on_close: Callable[[], object] | None = None,
+    ) -> Server:
+        """Make the server of bound sockets. They are the group's from here on: whatever goes wrong closes them."""
+        try:
+            server = Server(
+                self._as_group(), self._require_open(), sockets, protocol_factory, backlog, tls, on_close=on_close
+            )
+        except BaseException:
+            for sock in sockets:
+                sock.close()
+            raise
+        self._servers.add(server)
+        if start_serving:
+            try:
+                server.listen()
+            except BaseException:
+                server.close()
+                raise
+        return server
 
     def _make_transport(
         self,

@@ -1,4 +1,4 @@
-"""TCP: `create_connection` and `create_server`."""
+"""TCP: `create_connection`, `create_server`, and `connect_accepted_socket` for any stream socket."""
 
 from __future__ import annotations
 
@@ -6,238 +6,255 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from ssl import SSLContext
+from typing import TYPE_CHECKING, Any
 
-import anyio
 import anyio.lowlevel
 
+from .._errors import logger
 from .._server import Server
-from ._base import Endpoints, ProtocolT
+from ._addresses import BIND_FAILED, AddressInfo, Host, Port, address_error, resolve
+from ._base import Endpoints, ProtocolT, check_stream_socket
+from ._happy_eyeballs import connect_to_any, interleave as interleaved
+from ._tls import client_options, server_options
 
 if TYPE_CHECKING:
     from asyncio import Transport
 
-AddressInfo: TypeAlias = "tuple[int, int, int, Any]"
-Port: TypeAlias = "str | bytes | int | None"
-
-if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
-
-
-def refuse_unsupported(function: str, arguments: dict[str, Any]) -> None:
-    """Raise `NotImplementedError` for an argument of asyncio's that is not supported, given with any value."""
-    if arguments:
-        msg = f"{function}() does not support {', '.join(sorted(arguments))}"
-        raise NotImplementedError(msg)
-
-
-async def resolve(
-    host: str | bytes | None, port: Port, *, family: int = 0, proto: int = 0, flags: int = 0
-) -> list[AddressInfo]:
-    """Return the stream addresses of `host` and `port`; a numeric address needs no thread."""
-    if isinstance(host, bytes):
-        host = host.decode("ascii")
-    if isinstance(port, bytes):
-        port = port.decode("ascii")
-    number = 0 if port in (None, "") else int(port) if isinstance(port, int) or str(port).isdecimal() else None
-    if host and number is not None and family in (0, socket.AF_INET, socket.AF_INET6) and "%" not in host:
-        try:
-            version = ip_address(host).version
-        except ValueError:
-            pass  # A name, which the resolver knows.
-        else:
-            found = socket.AF_INET if version == 4 else socket.AF_INET6
-            address = (host, number) if version == 4 else (host, number, 0, 0)
-            if family in (0, found):
-                return [(found, socket.SOCK_STREAM, proto or socket.IPPROTO_TCP, address)]
-    found_addresses = await anyio.getaddrinfo(
-        host or None, port, family=family, type=socket.SOCK_STREAM, proto=proto, flags=flags
-    )
-    if not found_addresses:
-        msg = f"getaddrinfo({host!r}) returned an empty list"
-        raise OSError(msg)
-    return [(f, kind, protocol, address) for f, kind, protocol, _, address in found_addresses]
-
-
-async def connect(info: AddressInfo) -> socket.socket:
-    """Return a non-blocking socket connected to one address."""
-    family, kind, proto, address = info
-    sock = socket.socket(family, kind, proto)
-    try:
-        sock.setblocking(False)
-        try:
-            sock.connect(address)
-        except BlockingIOError:
-            await anyio.wait_writable(sock)
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, os.strerror(code)) from None
-    except OSError as exc:
-        sock.close()
-        msg = f"Connect call failed {address}: {os.strerror(exc.errno) if exc.errno else exc}"
-        raise OSError(exc.errno, msg) from exc
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-async def connect_to_any(addresses: list[AddressInfo], *, all_errors: bool) -> socket.socket:
-    """Return a socket connected to the first address that accepts."""
-    errors: list[OSError] = []
-    for info in addresses:
-        try:
-            return await connect(info)
-        except OSError as exc:
-            errors.append(exc)
-    if all_errors:
-        raise ExceptionGroup("create_connection failed", errors)
-    if len({str(error) for error in errors}) == 1:
-        raise errors[0]
-    msg = f"Multiple exceptions: {', '.join(map(str, errors))}"
-    raise OSError(msg)
-
-
-def listen(info: AddressInfo, *, reuse_address: bool, reuse_port: bool) -> socket.socket:
-    """Return a non-blocking socket bound to one address."""
-    family, kind, proto, address = info
-    sock = socket.socket(family, kind, proto)
-    try:
-        sock.setblocking(False)
-        if reuse_address:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            if not hasattr(socket, "SO_REUSEPORT"):
-                msg = "reuse_port is not supported by the socket module"
-                raise ValueError(msg)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            # The IPv4 wildcard gets a socket of its own, so this one must not take its port as well.
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            sock.bind(address)
-        except OSError as exc:
-            reason = os.strerror(exc.errno).lower() if exc.errno else str(exc)
-            msg = f"error while attempting to bind on address {address!r}: {reason}"
-            raise OSError(exc.errno, msg) from None
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-class TCPEndpoints(Endpoints):
-    """`create_connection` and `create_server`."""
-
-    async def create_connection(
-        self,
-        protocol_factory: Callable[[], ProtocolT],
-        host: str | bytes | None = None,
-        port: Port = None,
-        *,
-        family: int = 0,
-        proto: int = 0,
-        flags: int = 0,
-        all_errors: bool = False,
-        **not_supported: Any,
-    ) -> tuple[Transport, ProtocolT]:
-        """Connect to `host` and `port` over TCP and return `(transport, protocol)`.
-
-        Every address that `host` has is tried in turn. `connection_made` runs before this returns.
-
-        Raises `RuntimeError` when the group is not open, `OSError` when no address accepts (an `ExceptionGroup` of
-        them with `all_errors`), `NotImplementedError` for a parameter of asyncio's that is not supported, and
-        whatever `protocol_factory` raises.
-
-        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_connection
-        """
-        refuse_unsupported("create_connection", not_supported)
-        self._require_open()
-        if host is None and port is None:
-            msg = "host and port was not specified and no sock specified"
-            raise ValueError(msg)
-        await anyio.lowlevel.checkpoint()
-        addresses = await resolve(host, port, family=family, proto=proto, flags=flags)
-        sock = await connect_to_any(addresses, all_errors=all_errors)
-        return await self._connect_socket(protocol_factory, sock)
-
-    async def create_server(
-        self,
-        protocol_factory: Callable[[], Any],
-        host: str | bytes | Sequence[str | bytes] | None = None,
-        port: Port = None,
-        *,
-        family: int = 0,
-        flags: int = socket.AI_PASSIVE,
-        backlog: int = 100,
-        reuse_address: bool | None = None,
-        reuse_port: bool | None = None,
-        start_serving: bool = True,
-        **not_supported: Any,
-    ) -> Server:
-        """Listen on `host` and `port` over TCP and return the `Server`.
-
-        `host` is a name or address, several of them, or `None` or `""` for all interfaces. With port 0 the system
-        chooses, the same port for every address. `backlog` is how many connections may wait to be accepted.
-
-        Raises `RuntimeError` when the group is not open, `OSError` that names the address when one cannot be bound
-        (all are closed then), `NotImplementedError` for a parameter of asyncio's that is not supported.
-
-        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_server
-        """
-        refuse_unsupported("create_server", not_supported)
-        poller = self._require_open()
-        if host is None and port is None:
-            msg = "Neither host/port nor sock were specified"
-            raise ValueError(msg)
-        await anyio.lowlevel.checkpoint()
-        hosts: Sequence[str | bytes | None] = (
-            [None] if host is None or host in ("", b"") else [host] if isinstance(host, (str, bytes)) else host
-        )
-        addresses: dict[AddressInfo, None] = {}
-        for name in hosts:
-            addresses.update(dict.fromkeys(await resolve(name, port, family=family, flags=flags)))
-        self._require_open()
-        if reuse_address is None:
-            reuse_address = os.name == "posix" and sys.platform != "cygwin"
-        sockets = bind_all(list(addresses), reuse_address=reuse_address, reuse_port=bool(reuse_port))
-        server = Server(self._as_group(), poller, sockets, protocol_factory, backlog)
-        self._servers.add(server)
-        if start_serving:
-            try:
-                server.listen()
-            except BaseException:
-                server.close()
-                raise
-        return server
-
+# No socket of such a kind can be made here, however often one tries.
+UNSUPPORTED = {errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.ESOCKTNOSUPPORT, errno.EPROTOTYPE}
 
 # How often a port that the system chose for the first address may turn out to be taken on another.
 PORT_ATTEMPTS = 20
 
 
-def bind_all(addresses: list[AddressInfo], *, reuse_address: bool, reuse_port: bool) -> list[socket.socket]:
+class TCPEndpoints(Endpoints):
+    """`create_connection`, `create_server` and `connect_accepted_socket`."""
+
+    async def create_connection(
+        self,
+        protocol_factory: Callable[[], ProtocolT],
+        host: Host = None,
+        port: Port = None,
+        *,
+        ssl: SSLContext | bool | None = None,
+        family: int = 0,
+        proto: int = 0,
+        flags: int = 0,
+        sock: socket.socket | None = None,
+        local_addr: tuple[Any, ...] | None = None,
+        server_hostname: str | None = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+        happy_eyeballs_delay: float | None = None,
+        interleave: int | None = None,
+        all_errors: bool = False,
+    ) -> tuple[Transport, ProtocolT]:
+        """Connect to `host` and `port` over TCP and return `(transport, protocol)`.
+
+        `connection_made` runs before this returns. `port` is a number or the name of a service. Every address that
+        `host` has is tried: one after the other, or with `happy_eyeballs_delay` staggered by so many seconds (RFC
+        8305 recommends 0.25). `interleave` lets the address families take turns after so many addresses of the first
+        one; 0 keeps the resolver's order. It defaults to 1 with `happy_eyeballs_delay`, to 0 without. `local_addr`
+        is the `(host, port)` to connect from.
+
+        `sock` is a connected stream socket to use instead of `host` and `port`. It belongs to the group from now on,
+        which makes it non-blocking, and closes it whatever happens.
+
+        Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for arguments that do not go
+        together, `socket.gaierror` when a name is not known, `OSError` that names every address when none accepts
+        (an `ExceptionGroup` of them with `all_errors`), and whatever `protocol_factory` raises.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_connection
+        """
+        tls = client_options(
+            ssl,
+            host=host,
+            server_hostname=server_hostname,
+            handshake_timeout=ssl_handshake_timeout,
+            shutdown_timeout=ssl_shutdown_timeout,
+        )
+        self._require_open()
+        if sock is not None:
+            check_stream_socket(sock)
+            if host is not None or port is not None:
+                raise ValueError("host/port and sock can not be specified at the same time")
+            return await self._adopt_socket(protocol_factory, sock, tls)
+        if host is None and port is None:
+            raise ValueError("host and port was not specified and no sock specified")
+        await anyio.lowlevel.checkpoint()
+        addresses = await resolve(host, port, family=family, proto=proto, flags=flags)
+        local_addresses = None
+        if local_addr is not None:
+            local_addresses = await resolve(*local_addr, family=family, proto=proto, flags=flags)
+        if interleave is None:
+            interleave = 0 if happy_eyeballs_delay is None else 1
+        if interleave:
+            addresses = interleaved(addresses, interleave)
+        sock = await connect_to_any(addresses, local_addresses, delay=happy_eyeballs_delay, all_errors=all_errors)
+        return await self._connect_socket(protocol_factory, sock, tls)
+
+    async def create_server(
+        self,
+        protocol_factory: Callable[[], Any],
+        host: Host | Iterable[Host] = None,
+        port: Port = None,
+        *,
+        family: int = socket.AF_UNSPEC,
+        flags: int = socket.AI_PASSIVE,
+        sock: socket.socket | None = None,
+        backlog: int = 100,
+        ssl: SSLContext | None = None,
+        reuse_address: bool | None = None,
+        reuse_port: bool | None = None,
+        keep_alive: bool | None = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+        start_serving: bool = True,
+    ) -> Server:
+        """Listen on `host` and `port` over TCP and return the `Server`.
+
+        `host` is a name or address, several of them, or `None` or `""` for all interfaces. With port 0 the system
+        chooses, the same port for every address. IPv6 sockets take no IPv4 connections. `backlog` is how many
+        connections may wait to be accepted. `reuse_address` defaults to true on POSIX, which allows to bind while old
+        connections linger; `reuse_port` lets several sockets, also of other processes, share the port. `keep_alive`
+        makes the system probe connections that are idle.
+
+        `sock` is a bound stream socket to use instead of `host` and `port`. It belongs to the server from now on.
+
+        Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for arguments that do not go
+        together and for `reuse_port` where the platform lacks it, `socket.gaierror` when a name is not known, and
+        `OSError` that names the address when one cannot be bound; all are closed then. An address that this machine
+        does not have is left out, as long as there are others.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_server
+        """
+        tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
+        self._require_open()
+        if sock is not None:
+            check_stream_socket(sock)
+            if host is not None or port is not None:
+                raise ValueError("host/port and sock can not be specified at the same time")
+            sock.setblocking(False)
+            await anyio.lowlevel.checkpoint()
+            sockets = [sock]
+        else:
+            if host is None and port is None:
+                raise ValueError("Neither host/port nor sock were specified")
+            await anyio.lowlevel.checkpoint()
+            hosts = [host or None] if host is None or isinstance(host, (str, bytes)) else host
+            addresses: dict[AddressInfo, None] = {}  # Each once, in order.
+            for name in hosts:
+                addresses.update(dict.fromkeys(await resolve(name, port, family=family, flags=flags)))
+            if reuse_address is None:
+                reuse_address = os.name == "posix" and sys.platform != "cygwin"
+            options = [
+                option
+                for option, wanted in (
+                    ("SO_REUSEADDR", reuse_address),
+                    ("SO_REUSEPORT", reuse_port),
+                    ("SO_KEEPALIVE", keep_alive),
+                )
+                if wanted
+            ]
+            sockets = bind_all(list(addresses), options)
+        return self._serve(protocol_factory, sockets, backlog, tls, start_serving=start_serving)
+
+    async def connect_accepted_socket(
+        self,
+        protocol_factory: Callable[[], ProtocolT],
+        sock: socket.socket,
+        *,
+        ssl: SSLContext | bool | None = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+    ) -> tuple[Transport, ProtocolT]:
+        """Give a connection that was accepted elsewhere a protocol and return `(transport, protocol)`.
+
+        For servers that accept by themselves, and for what systemd, inetd or a parent process hand over. `sock` is a
+        connected stream socket of any family. It belongs to the group from now on, which makes it non-blocking, and
+        closes it whatever happens. With `ssl` it is the server's end of TLS.
+
+        Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for bad arguments, and whatever
+        `protocol_factory` raises.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_accepted_socket
+        """
+        check_stream_socket(sock)
+        if ssl is True:
+            raise ValueError("the server's end of TLS needs an SSLContext with a certificate")
+        tls = server_options(
+            ssl or None, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout
+        )
+        self._require_open()
+        return await self._adopt_socket(protocol_factory, sock, tls)
+
+
+def bind_all(addresses: Sequence[AddressInfo], options: Sequence[str]) -> list[socket.socket]:
     """Bind every address, all on one port when the port is 0; on failure none stays open."""
-    port_is_chosen = any(address[1] == 0 for _, _, _, address in addresses)
     for attempt in range(PORT_ATTEMPTS):
         sockets: list[socket.socket] = []
-        port = None
+        port = 0
         try:
             for family, kind, proto, address in addresses:
-                wanted = address if port is None else (address[0], port, *address[2:])
-                sockets.append(
-                    listen((family, kind, proto, wanted), reuse_address=reuse_address, reuse_port=reuse_port)
-                )
-                if port_is_chosen:
-                    port = sockets[0].getsockname()[1]
+                wanted = (address[0], address[1] or port, *address[2:])
+                sock = bind((family, kind, proto, wanted), options)
+                if sock is not None:
+                    sockets.append(sock)
+                    port = port or sock.getsockname()[1]
         except BaseException as exc:
             for sock in sockets:
                 sock.close()
-            again = port is not None and isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE
+            port_was_chosen = bool(sockets) and any(address[1] == 0 for _, _, _, address in addresses)
+            again = port_was_chosen and isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE
             if not again or attempt == PORT_ATTEMPTS - 1:
                 raise
         else:
+            if not sockets:
+                raise OSError(
+                    errno.EADDRNOTAVAIL,
+                    f"could not bind on any address out of {[address for _, _, _, address in addresses]!r}",
+                )
             return sockets
     raise AssertionError  # The last attempt returned or raised.
+
+
+def bind(info: AddressInfo, options: Sequence[str]) -> socket.socket | None:
+    """Return a non-blocking socket bound to one address, `None` when there is no such address on this machine."""
+    family, kind, proto, address = info
+    try:
+        sock = socket.socket(family, kind, proto)
+    except OSError as exc:
+        if exc.errno in UNSUPPORTED:
+            logger.debug("create_server() leaves out %r: %s", address, exc)
+            return None
+        raise
+    try:
+        sock.setblocking(False)
+        for option in options:
+            set_option(sock, option)
+        if family == socket.AF_INET6:
+            # The IPv4 wildcard gets a socket of its own, so this one must not take its port as well.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+    except OSError as exc:
+        sock.close()
+        error = address_error(BIND_FAILED, address, exc)
+        if exc.errno == errno.EADDRNOTAVAIL:  # The name may well have addresses of a family that is turned off.
+            logger.debug("create_server() leaves an address out: %s", error)
+            return None
+        raise error from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def set_option(sock: socket.socket, name: str) -> None:
+    """Turn on the socket option called `name`. Raises `ValueError` where it does not exist."""
+    try:
+        option = getattr(socket, name)
+        sock.setsockopt(socket.SOL_SOCKET, option, 1)
+    except (AttributeError, OSError) as exc:
+        raise ValueError(f"{name} is not supported by this platform") from exc

@@ -1,0 +1,70 @@
+"""Hosts and ports, as users write them, made into addresses that sockets take.
+
+May know: AnyIO's resolver. Knows nothing of connecting or listening.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, TypeAlias
+
+import anyio
+
+Host: TypeAlias = "str | bytes | None"
+Port: TypeAlias = "str | bytes | int | None"
+
+#: Family, type, protocol and address of a socket.
+AddressInfo: TypeAlias = "tuple[int, int, int, Any]"
+
+HIGHEST_PORT = 65535
+
+BIND_FAILED = "error while attempting to bind on address"
+
+
+async def resolve(
+    host: Host,
+    port: Port,
+    *scope: int,
+    family: int = 0,
+    kind: int = socket.SOCK_STREAM,
+    proto: int = 0,
+    flags: int = 0,
+) -> list[AddressInfo]:
+    """Return the addresses of `host` and `port`; numbers need no thread.
+
+    `scope` is what an IPv6 address may have behind its port, flow information and scope id: it counts for a numeric
+    `host`. Raises `socket.gaierror` for what cannot be resolved, `OverflowError` for a port out of range.
+    """
+    if isinstance(port, bytes):
+        port = port.decode("ascii")
+    if isinstance(port, str) and port.isdecimal():
+        port = int(port)
+    if isinstance(port, int) and not 0 <= port <= HIGHEST_PORT:
+        # The C library would take it modulo 65536.
+        raise OverflowError(f"port must be 0-{HIGHEST_PORT}, got {port}")
+    if isinstance(host, str) and host.isascii():
+        host = host.encode("ascii")  # Bytes pass AnyIO untouched, a `str` as an internationalised name.
+    try:
+        found = numeric(host, port, family=family, kind=kind, proto=proto, flags=flags)
+    except socket.gaierror:
+        resolved = await anyio.getaddrinfo(host, port, family=family, type=kind, proto=proto, flags=flags)
+    else:
+        return [(f, t, p, (*address[:2], *scope) if scope and f == socket.AF_INET6 else address)
+                for f, t, p, address in found]  # fmt: skip
+    # AnyIO leaves out flow information and writes the scope id behind the address, where sockets do not look.
+    return [info for f, t, p, _, address in resolved for info in numeric(*address[:2], family=f, kind=t, proto=p)]
+
+
+def numeric(
+    host: Host, port: str | int | None, *, family: int, kind: int, proto: int, flags: int = 0
+) -> list[AddressInfo]:
+    """Return the addresses of a number or of no host at all; never blocks. Raises `socket.gaierror` for a name."""
+    flags |= socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+    return [(f, t, p, address) for f, t, p, _, address in socket.getaddrinfo(host, port, family, kind, proto, flags)]
+
+
+def address_error(doing: str, address: Any, exc: OSError) -> OSError:
+    """Return `exc` with what failed and the address in its message."""
+    reason = os.strerror(exc.errno) if exc.errno else str(exc)
+    return OSError(exc.errno, f"{doing} {address!r}: {reason[:1].lower()}{reason[1:]}")
