@@ -21,6 +21,7 @@ class Channel(ABC):
     __slots__ = ()
 
     can_write_eof = True
+    can_send_file = False
 
     @abstractmethod
     def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
@@ -49,6 +50,13 @@ class Channel(ABC):
     @abstractmethod
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
         """Send from the start of `chunks`, gathered, and return how many bytes were taken."""
+
+    def send_file(self, descriptor: int, offset: int, count: int) -> int:
+        """Send up to `count` bytes of a file from `offset` on and return how many were taken, 0 at its end.
+
+        Only where `can_send_file`. A `ConnectionError` is the connection's, any other `OSError` may be the file's.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def send_eof(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterable
@@ -100,6 +101,8 @@ class SocketChannel(Channel):
 
     __slots__ = ("_descriptor", "_interest", "_peername", "_poller", "_read_ready", "_socket", "_write_ready")
 
+    can_send_file = True
+
     def __init__(self, poller: Poller, sock: socket.socket, peername: Any = None) -> None:
         """`peername` is what `accept` told, which is still true when the peer has already gone."""
         self._poller = poller
@@ -142,6 +145,16 @@ class SocketChannel(Channel):
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
         return self._socket.sendmsg(islice(chunks, GATHER_LIMIT))
+
+    def send_file(self, descriptor: int, offset: int, count: int) -> int:
+        if not hasattr(os, "sendfile"):
+            raise OSError(errno.ENOSYS, "os.sendfile() is not available")
+        try:
+            return os.sendfile(self._descriptor, descriptor, offset, count)
+        except OSError as exc:
+            if exc.errno == errno.ENOTCONN:  # What macOS says of a connection that has broken.
+                raise ConnectionResetError(exc.errno, exc.strerror) from exc
+            raise
 
     def send_eof(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)

@@ -10,15 +10,31 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import anyio
+import anyio.lowlevel
+
 from .._errors import leaves_through_the_group, logger
 from ._flow_control import WriteBuffer, as_bytes_view, limits
 
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from .._channels._contract import Channel
     from .._door import Door
 
 # From this many writes after the connection was lost on, each is logged: asyncio's figure.
 LOST_WRITES_BEFORE_WARNING = 5
+
+
+class FileUnderWay:
+    """What a transport keeps in mind while a file is sent over it."""
+
+    __slots__ = ("error", "progress", "was_reading")
+
+    def __init__(self, *, was_reading: bool) -> None:
+        self.was_reading = was_reading
+        self.progress = anyio.Event()  # Everything buffered is sent and the channel writable, or the transport closing.
+        self.error: BaseException | None = None  # Why the connection was lost.
 
 
 class StreamTransport(asyncio.Transport):
@@ -41,12 +57,14 @@ class StreamTransport(asyncio.Transport):
         "_door",
         "_eof_received",
         "_eof_written",
+        "_file",
         "_info",
         "_lost",
         "_on_lost",
         "_protocol",
         "_reading_paused",
         "_writes_after_loss",
+        "_writing_refused",
     )
 
     def __init__(
@@ -69,6 +87,8 @@ class StreamTransport(asyncio.Transport):
         self._reading_paused = False
         self._eof_received = False
         self._eof_written = False
+        self._file: FileUnderWay | None = None
+        self._writing_refused = False  # After `write_eof`, and while a file is under way.
         self.set_protocol(protocol)
         channel.open(self._read_ready, self._write_ready)
 
@@ -109,6 +129,8 @@ class StreamTransport(asyncio.Transport):
         if self._closing:
             return
         self._closing = True
+        if self._file is not None:
+            self._file.progress.set()
         if self._buffer.size:
             self._channel.set_reading(False)
         else:
@@ -210,9 +232,8 @@ class StreamTransport(asyncio.Transport):
         if not isinstance(data, (bytes, bytearray, memoryview)):
             msg = f"data argument must be a bytes-like object, not {type(data).__name__!r}"
             raise TypeError(msg)
-        if self._eof_written:
-            msg = "Cannot call write() after write_eof()"
-            raise RuntimeError(msg)
+        if self._writing_refused:
+            self._refuse_writing("write")
         view = data if type(data) is bytes else as_bytes_view(data)
         if not view:
             return
@@ -238,15 +259,19 @@ class StreamTransport(asyncio.Transport):
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write the chunks of `list_of_data` in order, as one write. Raises as `write` does."""
-        if self._eof_written:
-            msg = "Cannot call writelines() after write_eof()"
-            raise RuntimeError(msg)
+        if self._writing_refused:
+            self._refuse_writing("writelines")
         chunks = list(list_of_data)
         try:
             data = b"".join(chunks)
         except (TypeError, BufferError):  # A view that is not contiguous; anything else raises again.
             data = b"".join(map(as_bytes_view, chunks))
         self.write(data)
+
+    def _refuse_writing(self, name: str) -> NoReturn:
+        if self._eof_written:
+            raise RuntimeError(f"Cannot call {name}() after write_eof()")
+        raise RuntimeError(f"unable to {name}; sendfile is in progress")
 
     def write_eof(self) -> None:
         """Flush, then shut down the sending side; reading goes on. Does nothing when closing or called before.
@@ -258,8 +283,8 @@ class StreamTransport(asyncio.Transport):
             raise NotImplementedError(msg)
         if self._closing or self._eof_written:
             return
-        self._eof_written = True
-        if not self._buffer.size:
+        self._eof_written = self._writing_refused = True
+        if not self._buffer.size and self._file is None:
             self._send_eof()
 
     def can_write_eof(self) -> bool:
@@ -281,27 +306,33 @@ class StreamTransport(asyncio.Transport):
         `high >= low >= 0`.
         """
         self._buffer.low, self._buffer.high = limits(high, low)
-        self._buffer.update(self._pause_writing, self._resume_writing)
+        if self._file is None:
+            self._buffer.update(self._pause_writing, self._resume_writing)
 
     def _write_ready(self) -> None:
         buffer = self._buffer
         try:
             if len(buffer.chunks) == 1:
                 sent = self._channel.send(buffer.chunks[0])
-            else:
+            elif buffer.chunks or self._file is None:  # With no chunks, a channel may have a failure to tell.
                 sent = self._channel.send_many(buffer.chunks)
+            else:
+                sent = 0  # It is `until_writable` that wants to know.
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
             self._broken(exc, "write")
             return
         buffer.take(sent)
-        buffer.update(self._pause_writing, self._resume_writing)
+        if self._file is None:
+            buffer.update(self._pause_writing, self._resume_writing)
         # `resume_writing` may have written more, closed or aborted.
         if not buffer.size and not self._lost:
             self._channel.set_writing(False)
             if self._closing:
                 self._lose(None)
+            elif self._file is not None:
+                self._file.progress.set()
             elif self._eof_written:
                 self._send_eof()
 
@@ -330,6 +361,79 @@ class StreamTransport(asyncio.Transport):
         except BaseException as exc:
             self._callback_failed(exc, name)
 
+    # Sending a file, for one task at a time: `begin_sendfile`, then the others in any order, then `end_sendfile`.
+
+    @property
+    def can_send_file(self) -> bool:
+        """Whether the channel can send from a file by itself."""
+        return self._channel.can_send_file
+
+    def begin_sendfile(self) -> None:
+        """Until `end_sendfile`, refuse `write`, read nothing, and tell the protocol nothing of the buffer.
+
+        Raises `RuntimeError` after `write_eof` and while another file is under way.
+        """
+        if self._writing_refused:
+            self._refuse_writing("sendfile")
+        self._file = FileUnderWay(was_reading=self.is_reading())
+        self._writing_refused = True
+        self.pause_reading()
+
+    async def flush(self) -> None:
+        """Wait until nothing is buffered. Raises `ConnectionError` when the transport is closing."""
+        await anyio.lowlevel.checkpoint()
+        self._require_open()
+        if self._buffer.size:
+            await self.until_writable()
+
+    async def until_writable(self) -> None:
+        """Wait until nothing is buffered and something could be sent. Raises as `flush` does."""
+        file = self._require_open()
+        file.progress = anyio.Event()
+        self._channel.set_writing(True)
+        await file.progress.wait()
+        self._require_open()
+
+    def _require_open(self) -> FileUnderWay:
+        file = self._file
+        assert file is not None
+        if self._closing:
+            if isinstance(file.error, OSError):
+                raise file.error
+            raise ConnectionError("the connection was closed while a file was sent") from file.error
+        return file
+
+    def send_file(self, descriptor: int, offset: int, count: int) -> int:
+        """Send from a file, past the buffer, and return how many bytes went, 0 at its end. Raises `OSError`."""
+        try:
+            return self._channel.send_file(descriptor, offset, count)
+        except ConnectionError as exc:
+            self._broken(exc, "sendfile")
+            raise
+
+    def send_block(self, data: bytes) -> None:
+        """Send `data`, or buffer what cannot be sent yet. Raises as `flush` does."""
+        self._require_open()
+        self._buffer.append(data)
+        self._channel.set_writing(True)
+        self._write_ready()
+
+    def end_sendfile(self) -> None:
+        """Let the transport and its protocol go on."""
+        file = self._file
+        assert file is not None
+        self._file = file.error = None  # Its traceback may have the frame that asked: no cycle.
+        self._writing_refused = self._eof_written
+        if self._lost:
+            return
+        if not self._buffer.size:
+            self._channel.set_writing(False)
+            if self._eof_written:
+                self._send_eof()
+        self._buffer.update(self._pause_writing, self._resume_writing)
+        if file.was_reading:
+            self.resume_reading()
+
     # The end: every way out goes through `_lose`, and `connection_lost` is called in one place.
 
     def _broken(self, exc: OSError, doing: str) -> None:
@@ -347,6 +451,9 @@ class StreamTransport(asyncio.Transport):
         if self._lost:
             return
         self._lost = self._closing = True
+        if self._file is not None:
+            self._file.error = exc
+            self._file.progress.set()
         self._buffer.clear()
         self._channel.set_reading(False)
         self._channel.set_writing(False)

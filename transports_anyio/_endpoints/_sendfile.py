@@ -1,0 +1,151 @@
+"""Files: `sendfile`.
+
+May know: stream transports, the operating system's files, AnyIO's threads.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from asyncio import SendfileNotAvailableError
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import anyio.to_thread
+
+from .._transports._stream import StreamTransport
+
+if TYPE_CHECKING:
+    from asyncio import WriteTransport
+
+# The most that is asked of one `os.sendfile`, in bytes: below the limits of every platform.
+MOST_AT_ONCE = 1 << 30
+
+# How much is read at a time where the system cannot send a file by itself: asyncio's figure for sockets.
+BLOCK_SIZE = 256 * 1024
+
+
+class FileEndpoints:
+    """`sendfile`."""
+
+    async def sendfile(
+        self,
+        transport: WriteTransport,
+        file: BinaryIO,
+        offset: int = 0,
+        count: int | None = None,
+        *,
+        fallback: bool = True,
+    ) -> int:
+        """Send `file` over `transport`, behind what was written before, and return how many bytes were sent.
+
+        It begins at `offset` bytes, wherever the file stands, and ends after `count` bytes, or at the end of the file.
+        The file is left behind the last byte sent, also by an error or a cancellation; a file of which nothing was
+        sent stays where it was. Where the transport is a plain socket the system moves the bytes (`os.sendfile`).
+        Otherwise, and for files that the system cannot send, they are read in a thread and written block by block,
+        unless `fallback` is false; a cancellation leaves a block that was begun to be sent by the transport.
+
+        Meanwhile `write`, `writelines` and another `sendfile` raise `RuntimeError`, nothing is read from the
+        transport, and `write_eof` and `resume_writing` wait.
+
+        Raises `RuntimeError` when the transport is closing, after `write_eof`, and for a transport that cannot send
+        files (without `fallback`: that cannot do so by itself); `asyncio.SendfileNotAvailableError` without `fallback`
+        for a file that the system cannot send; `ValueError` for a file in text mode; `ValueError` and `TypeError` for
+        a bad `offset` or `count`; `ConnectionError` when the transport is closed or broken before the end; and
+        whatever reading the file raises.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sendfile
+        """
+        if transport.is_closing():
+            raise RuntimeError("Transport is closing")
+        if not isinstance(transport, StreamTransport):
+            # A datagram transport, or one that is not ours.
+            raise RuntimeError(f"sendfile is not supported for transport {transport!r}")  # noqa: TRY004 -- as asyncio
+        check_arguments(file, offset, count)
+        if not transport.can_send_file and not fallback:
+            raise RuntimeError(f"fallback is disabled and native sendfile is not supported for transport {transport!r}")
+        transport.begin_sendfile()
+        try:
+            if transport.can_send_file:
+                try:
+                    return await send_by_system(transport, file, offset, count)
+                except SendfileNotAvailableError:
+                    if not fallback:
+                        raise
+            return await send_by_reading(transport, file, offset, count)
+        finally:
+            transport.end_sendfile()
+
+
+def check_arguments(file: Any, offset: Any, count: Any) -> None:
+    """Raise asyncio's `ValueError` or `TypeError` for what cannot be sent."""
+    mode = getattr(file, "mode", "b")
+    if isinstance(file, io.TextIOBase) or (isinstance(mode, str) and "b" not in mode):
+        raise ValueError("file should be opened in binary mode")
+    if count is not None:
+        if not isinstance(count, int):
+            raise TypeError(f"count must be a positive integer (got {count!r})")
+        if count <= 0:
+            raise ValueError(f"count must be a positive integer (got {count!r})")
+    if not isinstance(offset, int):
+        raise TypeError(f"offset must be a non-negative integer (got {offset!r})")
+    if offset < 0:
+        raise ValueError(f"offset must be a non-negative integer (got {offset!r})")
+
+
+async def send_by_system(transport: StreamTransport, file: BinaryIO, offset: int, count: int | None) -> int:
+    """Send with `os.sendfile`. Raises `SendfileNotAvailableError`, before anything was sent, when it refuses."""
+    try:
+        descriptor = file.fileno()
+    except (AttributeError, io.UnsupportedOperation) as exc:
+        raise SendfileNotAvailableError(f"{file!r} has no descriptor") from exc
+    sent = 0
+    try:
+        while count is None or sent < count:
+            await transport.flush()
+            try:
+                size = MOST_AT_ONCE if count is None else min(count - sent, MOST_AT_ONCE)
+                more = transport.send_file(descriptor, offset + sent, size)
+            except (BlockingIOError, InterruptedError):
+                await transport.until_writable()
+                continue
+            except ConnectionError:
+                raise
+            except OSError as exc:
+                if sent:
+                    raise
+                # A pipe, a terminal, a file system without it: which of them differs with the platform.
+                raise SendfileNotAvailableError(f"os.sendfile() refuses {file!r}") from exc
+            if not more:
+                break
+            sent += more
+        return sent
+    finally:
+        if sent:
+            if hasattr(file, "seek"):
+                file.seek(offset + sent)
+            else:
+                os.lseek(descriptor, offset + sent, os.SEEK_SET)
+
+
+async def send_by_reading(transport: StreamTransport, file: BinaryIO, offset: int, count: int | None) -> int:
+    """Read blocks in a thread, and send each before the next is read."""
+    is_seekable = getattr(file, "seekable", None)
+    seekable = hasattr(file, "seek") if is_seekable is None else is_seekable()
+    if offset or seekable:
+        file.seek(offset)
+    sent = 0
+    try:
+        while count is None or sent < count:
+            await transport.flush()
+            size = BLOCK_SIZE if count is None else min(count - sent, BLOCK_SIZE)
+            # A pipe may keep the thread waiting for ever. A read of a file ends, and must not move it any later.
+            block = await anyio.to_thread.run_sync(file.read, size, abandon_on_cancel=not seekable)
+            if not block:
+                break
+            transport.send_block(block)
+            sent += len(block)
+        await transport.flush()
+        return sent
+    finally:
+        if sent and seekable:
+            file.seek(offset + sent)
