@@ -8,6 +8,7 @@ asyncio's own transports say what is right.
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "stack" in metafunc.fixturenames:
         names = [name for name in BACKENDS if name in backends]
         ours_only = metafunc.definition.get_closest_marker("ours_only") is not None
-        if "asyncio" in backends and not ours_only:
+        # Where Python versions differ, the newest behaviour is right: older ones are no oracle.
+        if "asyncio" in backends and not ours_only and sys.version_info >= (3, 13):
             names.insert(0, ORACLE)
         metafunc.parametrize(
             "anyio_backend, stack",

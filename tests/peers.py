@@ -70,6 +70,26 @@ def flood(port: int) -> None:
         pass
 
 
+def udp_flood(port: int) -> None:
+    """Send datagrams without end."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.connect(("127.0.0.1", port))
+    print("flooding")
+    try:
+        while True:
+            sock.send(bytes(512))
+    except OSError:
+        pass
+
+
+def resolve(port: int, name: str) -> None:
+    """Ask a name server for the address of `name`, and print it."""
+    import dnslib
+
+    answer = dnslib.DNSRecord.parse(dnslib.DNSRecord.question(name).send("127.0.0.1", port, timeout=30))
+    print(answer.a.rdata)
+
+
 if __name__ == "__main__":
     task, *arguments = sys.argv[1:]
     if task == "exchange":
@@ -78,5 +98,9 @@ if __name__ == "__main__":
         late_reader(int(arguments[0]))
     elif task == "flood":
         flood(int(arguments[0]))
+    elif task == "udp_flood":
+        udp_flood(int(arguments[0]))
+    elif task == "resolve":
+        resolve(int(arguments[0]), arguments[1])
     else:
         raise SystemExit(f"unknown task {task!r}")

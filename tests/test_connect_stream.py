@@ -228,7 +228,7 @@ async def test_a_peer_that_does_not_say_goodbye(
     anyio_backend: Any, certificate_authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, peer: str
 ) -> None:
     """A TLS stream says goodbye and waits for the answer, for so long and no longer."""
-    monkeypatch.setattr("transports_anyio._channels._anyio_stream.CLOSE_TIMEOUT", 0.05)
+    monkeypatch.setattr("transports_anyio._channels._anyio.CLOSE_TIMEOUT", 0.05)
     async with tls_pair(certificate_authority) as (ours, theirs):
         with anyio.fail_after(GUARD):
             async with TransportGroup() as group:

@@ -44,11 +44,11 @@ class Door:
         self.run(current.set, group)
         self.call_soon = group.call_internal
 
-    def call_in_place(self, callback: Callable[[], object]) -> None:
+    def call_in_place(self, callback: Callable[..., object], *args: object) -> None:
         """Call `callback` in the caller's context, with the group current."""
         token = current.set(self._group)
         try:
-            callback()
+            callback(*args)
         finally:
             current.reset(token)
 

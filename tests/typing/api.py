@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from anyio.abc import ByteStream
+from anyio.abc import ByteStream, UDPSocket
 
 from transports_anyio import (
     BaseTransport,
     BufferedProtocol,
+    DatagramProtocol,
     Protocol,
     Server,
     Transport,
@@ -33,7 +34,11 @@ class Filling(BufferedProtocol):
 async def task(number: int) -> None: ...
 
 
-async def use(stream: ByteStream) -> None:
+class Replying(DatagramProtocol):
+    def datagram_received(self, data: bytes, addr: object) -> None: ...
+
+
+async def use(stream: ByteStream, udp: UDPSocket) -> None:
     async with TransportGroup() as group:
         server: Server = await group.create_server(Filling, "localhost", 0)
         transport: Transport
@@ -42,6 +47,10 @@ async def use(stream: ByteStream) -> None:
         transport.writelines([b"a", bytearray(b"b"), memoryview(b"c")])
         _, filling = await group.connect_stream(Filling, stream)
         filling.buffer_updated(1)
+        endpoint, replying = await group.create_datagram_endpoint(Replying, ("localhost", 0))
+        endpoint.sendto(b"", ("localhost", 9))
+        replying.datagram_received(b"", None)
+        await group.connect_datagram_socket(Replying, udp)
         handle = group.call_soon(print, "soon")
         handle.cancel()
         group.call_later(0.5, print).when()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from .._poller import READ, WRITE, Poller
+from .._poller import Poller
 from ._contract import Channel
+from ._polled import Polled
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -26,7 +27,7 @@ except (AttributeError, OSError, ValueError):
 
 # Received bytes pass through one buffer: `recv(262144)` makes the C library map and unmap 256 KiB for every message
 # until a process has freed its first such block. It is never held over a call of the user's code.
-_scratch = memoryview(bytearray(RECEIVE_SIZE))
+scratch = memoryview(bytearray(RECEIVE_SIZE))
 
 
 class SocketView:
@@ -86,6 +87,17 @@ class SocketView:
         return f"<SocketView of {self._socket!r}>"
 
 
+def describe_socket(sock: socket.socket) -> dict[str, Any]:
+    """Return the extra info of every transport over a socket."""
+    info: dict[str, Any] = {"socket": SocketView(sock)}
+    for name, look_up in (("sockname", sock.getsockname), ("peername", sock.getpeername)):
+        try:
+            info[name] = look_up()
+        except OSError:
+            info[name] = None  # As asyncio: there is no peer, or it has already gone (ENOTCONN).
+    return info
+
+
 def set_nodelay(sock: socket.socket) -> None:
     """Turn Nagle's algorithm off on a TCP socket, as asyncio does: small writes do not wait for an ACK."""
     if (
@@ -96,46 +108,21 @@ def set_nodelay(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-class SocketChannel(Channel):
+class SocketChannel(Polled, Channel):
     """Moves the bytes of a connected, non-blocking stream socket that the channel owns."""
 
-    __slots__ = ("_descriptor", "_interest", "_peername", "_poller", "_read_ready", "_socket", "_write_ready")
+    __slots__ = ("_peername", "_socket")
 
     can_send_file = True
 
     def __init__(self, poller: Poller, sock: socket.socket, peername: Any = None) -> None:
         """`peername` is what `accept` told, which is still true when the peer has already gone."""
-        self._poller = poller
+        super().__init__(poller, sock.fileno())
         self._socket = sock
-        self._descriptor = sock.fileno()
-        self._interest = 0
         self._peername = peername
 
-    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
-        self._read_ready = read_ready
-        self._write_ready = write_ready
-
-    def _ready(self, mask: int) -> None:
-        # The interest is looked at again for each half: a callback of this batch may have changed it.
-        if mask & self._interest & READ:
-            self._read_ready()
-        if mask & self._interest & WRITE:
-            self._write_ready()
-
-    def _set_interest(self, interest: int) -> None:
-        before = self._interest
-        if interest != before:
-            self._poller.set_interest(self._descriptor, before, interest, self._ready)
-            self._interest = interest
-
-    def set_reading(self, reading: bool) -> None:
-        self._set_interest(self._interest | READ if reading else self._interest & ~READ)
-
-    def set_writing(self, writing: bool) -> None:
-        self._set_interest(self._interest | WRITE if writing else self._interest & ~WRITE)
-
     def receive(self) -> bytes:
-        return bytes(_scratch[: self._socket.recv_into(_scratch)])
+        return bytes(scratch[: self._socket.recv_into(scratch)])
 
     def receive_into(self, buffer: Buffer) -> int:
         return self._socket.recv_into(buffer)
@@ -165,12 +152,7 @@ class SocketChannel(Channel):
         self._socket.close()
 
     def extra_info(self) -> dict[str, Any]:
-        info: dict[str, Any] = {"socket": SocketView(self._socket)}
-        for name, look_up in (("sockname", self._socket.getsockname), ("peername", self._socket.getpeername)):
-            try:
-                info[name] = look_up()
-            except OSError:
-                info[name] = None  # As asyncio: the peer may already have gone (ENOTCONN).
+        info = describe_socket(self._socket)
         if self._peername is not None:
             info["peername"] = self._peername
         return info

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 DEFAULT_HIGH = 64 * 1024
 
@@ -24,16 +25,35 @@ def limits(high: int | None, low: int | None) -> tuple[int, int]:
     return low, high
 
 
-class WriteBuffer:
-    """Chunks waiting to be sent. Adding and taking count the size in one place each."""
+class Watermarks:
+    """How many bytes wait, and whether they have paused the protocol."""
 
-    __slots__ = ("chunks", "high", "low", "paused", "size")
+    __slots__ = ("high", "low", "paused", "size")
 
     def __init__(self) -> None:
-        self.chunks: deque[bytes | memoryview] = deque()
         self.size = 0
         self.low, self.high = limits(None, None)
         self.paused = False
+
+    def update(self, pause: Callable[[], None], resume: Callable[[], None]) -> None:
+        """Call `pause` or `resume` if the size has crossed a mark since the last call."""
+        if self.paused:
+            if self.size <= self.low:
+                self.paused = False
+                resume()
+        elif self.size > self.high:
+            self.paused = True
+            pause()
+
+
+class WriteBuffer(Watermarks):
+    """Chunks waiting to be sent. Adding and taking count the size in one place each."""
+
+    __slots__ = ("chunks",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chunks: deque[bytes | memoryview] = deque()
 
     def append(self, chunk: bytes | memoryview) -> None:
         self.chunks.append(chunk)
@@ -54,15 +74,33 @@ class WriteBuffer:
         self.chunks.clear()
         self.size = 0
 
-    def update(self, pause: Callable[[], None], resume: Callable[[], None]) -> None:
-        """Call `pause` or `resume` if the size has crossed a mark since the last call."""
-        if self.paused:
-            if self.size <= self.low:
-                self.paused = False
-                resume()
-        elif self.size > self.high:
-            self.paused = True
-            pause()
+
+# What a waiting datagram counts beyond its data, in bytes: asyncio's figure, the size of a UDP header (RFC 768). So
+# empty datagrams count as well.
+DATAGRAM_HEADER_SIZE = 8
+
+
+class DatagramBuffer(Watermarks):
+    """Datagrams waiting to be sent, each with its address."""
+
+    __slots__ = ("datagrams",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.datagrams: deque[tuple[bytes, Any]] = deque()
+
+    def append(self, data: bytes, address: Any) -> None:
+        self.datagrams.append((data, address))
+        self.size += len(data) + DATAGRAM_HEADER_SIZE
+
+    def take(self) -> None:
+        """Remove the first datagram, which has been sent."""
+        data, _ = self.datagrams.popleft()
+        self.size -= len(data) + DATAGRAM_HEADER_SIZE
+
+    def clear(self) -> None:
+        self.datagrams.clear()
+        self.size = 0
 
 
 def as_bytes_view(data: bytes | bytearray | memoryview) -> bytes | memoryview:

@@ -1,0 +1,776 @@
+"""Datagram endpoints: UDP and UNIX, against bare sockets and asyncio's own endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+from support import GUARD, HOST, PeerProcess, Stack, capture_log, collect_contexts, leaves, peer_process, until
+
+from transports_anyio import TransportGroup, current_group
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+pytestmark = pytest.mark.anyio
+
+
+class Endpoint(asyncio.DatagramProtocol):
+    """Record what comes, and answer if asked to."""
+
+    def __init__(self, *, echo: bool = False) -> None:
+        self.echo = echo
+        self.transport: Any = None
+        self.received: list[tuple[bytes, Any]] = []
+        self.errors: list[Exception] = []
+        self.flow: list[str] = []
+        self.lost: list[Exception | None] = []
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.received.append((data, addr))
+        if self.echo:
+            self.transport.sendto(data, addr)
+
+    def error_received(self, exc: Exception) -> None:
+        self.errors.append(exc)
+
+    def pause_writing(self) -> None:
+        self.flow.append("pause")
+
+    def resume_writing(self) -> None:
+        self.flow.append("resume")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost.append(exc)
+
+    @property
+    def data(self) -> list[bytes]:
+        return [data for data, _ in self.received]
+
+
+@contextmanager
+def udp_peer(family: int = socket.AF_INET, host: str = HOST) -> Iterator[socket.socket]:
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind((host, 0))
+        sock.setblocking(False)
+        yield sock
+
+
+async def receive(sock: socket.socket, size: int = 65536) -> tuple[bytes, Any]:
+    with anyio.fail_after(GUARD):
+        while True:
+            try:
+                return sock.recvfrom(size)
+            except BlockingIOError:
+                await anyio.wait_readable(sock)
+
+
+class Endpoints:
+    """Makes endpoints of a stack's, and sees them closed at the end, on the oracle too."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.made: list[tuple[Any, Endpoint]] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for transport, protocol in self.made:
+            if not protocol.lost:  # asyncio's `abort` raises after the end
+                transport.abort()
+            await until(lambda protocol=protocol: protocol.lost)
+            assert len(protocol.lost) == 1
+
+    async def make(self, protocol: Any = None, **options: Any) -> tuple[Any, Any]:
+        protocol = protocol or Endpoint()
+        with anyio.fail_after(GUARD):
+            transport, made = await self.group.create_datagram_endpoint(lambda: protocol, **options)
+        assert made is protocol
+        if isinstance(protocol, Endpoint):
+            self.made.append((transport, protocol))
+            await until(lambda: protocol.transport)
+        return transport, protocol
+
+
+# -- exchanging ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, HOST), (socket.AF_INET6, "::1")])
+async def test_datagrams_both_ways(stack: Stack, family: int, host: str) -> None:
+    with udp_peer(family, host) as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, protocol = await endpoints.make(local_addr=(host, 0))
+            assert isinstance(transport, asyncio.DatagramTransport)
+            address = transport.get_extra_info("sockname")
+            peer.sendto(b"hello", address)
+            await until(lambda: protocol.received)
+            assert protocol.received == [(b"hello", peer.getsockname())]
+            transport.sendto(b"answer", peer.getsockname())
+            assert await receive(peer) == (b"answer", address)
+            assert transport.get_extra_info("peername") is None
+            assert transport.get_extra_info("socket").family == family
+
+
+async def test_a_remote_address(stack: Stack) -> None:
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, protocol = await endpoints.make(remote_addr=peer.getsockname())
+            assert transport.get_extra_info("peername") == peer.getsockname()
+            transport.sendto(b"one")
+            transport.sendto(b"two", peer.getsockname())
+            assert [(await receive(peer))[0], (await receive(peer))[0]] == [b"one", b"two"]
+            with pytest.raises(ValueError, match="address"):
+                transport.sendto(b"three", (HOST, 9))
+            peer.sendto(b"answer", transport.get_extra_info("sockname"))
+            await until(lambda: protocol.received)
+            assert protocol.received == [(b"answer", peer.getsockname())]
+
+
+async def test_both_addresses(stack: Stack) -> None:
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, _ = await endpoints.make(local_addr=(HOST, 0), remote_addr=peer.getsockname())
+            transport.sendto(b"x")
+            assert await receive(peer) == (b"x", transport.get_extra_info("sockname"))
+
+
+async def test_neither_address_but_a_family(stack: Stack) -> None:
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, _ = await endpoints.make(family=socket.AF_INET)
+            transport.sendto(b"x", peer.getsockname())
+            assert (await receive(peer))[0] == b"x"
+
+
+async def test_names_are_resolved(stack: Stack) -> None:
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            address = ("localhost", peer.getsockname()[1])
+            transport, _ = await endpoints.make(remote_addr=address, family=socket.AF_INET)
+            transport.sendto(b"x")
+            assert (await receive(peer))[0] == b"x"
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+async def test_what_sendto_accepts(stack: Stack, kind: Any) -> None:
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, _ = await endpoints.make(remote_addr=peer.getsockname())
+            transport.sendto(kind(b"payload"))
+            assert (await receive(peer))[0] == b"payload"
+
+
+@pytest.mark.parametrize("data", ["text", 3, None, [1]])
+async def test_what_sendto_refuses(stack: Stack, data: Any) -> None:
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, _ = await endpoints.make(remote_addr=peer.getsockname())
+            with pytest.raises(TypeError, match="bytes-like"):
+                transport.sendto(data)
+            assert not transport.is_closing()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+async def test_d6_empty_datagrams(stack: Stack, remote: bool) -> None:
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            where: Any = {"remote_addr": peer.getsockname()} if remote else {"local_addr": (HOST, 0)}
+            transport, protocol = await endpoints.make(**where)
+            address = transport.get_extra_info("sockname")
+            transport.sendto(b"", None if remote else peer.getsockname())
+            assert await receive(peer) == (b"", address)
+            peer.sendto(b"", address)
+            await until(lambda: protocol.received)
+            assert protocol.received == [(b"", peer.getsockname())]
+
+
+async def test_an_adopted_socket(stack: Stack) -> None:
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.bind((HOST, 0))
+            transport, protocol = await endpoints.make(sock=sock)
+            assert transport.get_extra_info("sockname") == sock.getsockname()
+            peer.sendto(b"x", sock.getsockname())
+            await until(lambda: protocol.received)
+            assert sock.gettimeout() == 0
+
+
+async def test_d3_an_adopted_socket_that_is_connected(stack: Stack) -> None:
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.connect(peer.getsockname())
+            transport, protocol = await endpoints.make(sock=sock)
+            assert transport.get_extra_info("peername") == peer.getsockname()
+            transport.sendto(b"without an address")
+            transport.sendto(b"with one", peer.getsockname())
+            assert [(await receive(peer))[0] for _ in range(2)] == [b"without an address", b"with one"]
+            assert protocol.errors == []
+
+
+# -- flow control -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def clogged_unix_peer(directory: Path) -> Iterator[socket.socket]:
+    """A peer whose queue can be filled: UNIX datagrams wait, where UDP's are dropped."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(directory / "peer"))
+        sock.setblocking(False)
+        yield sock
+
+
+@pytest.mark.ours_only("asyncio 3.13.0 never gets the header's size out of the buffer")
+async def test_what_cannot_be_sent_waits_in_order(stack: Stack, tmp_path: Path) -> None:
+    with clogged_unix_peer(tmp_path) as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, protocol = await endpoints.make(family=socket.AF_UNIX, remote_addr=peer.getsockname())
+            sent = [struct.pack("<I", number) * 256 for number in range(500)]
+            mutable = bytearray()
+            for data in sent:
+                mutable[:] = data
+                transport.sendto(mutable)
+            assert transport.get_write_buffer_size() > 0
+            assert protocol.flow == ["pause"]
+            received = [(await receive(peer))[0] for _ in sent]
+            assert received == sent
+            await until(lambda: protocol.flow == ["pause", "resume"])
+            assert transport.get_write_buffer_size() == 0
+
+
+@pytest.mark.ours_only("asyncio 3.13.0 never gets the header's size out of the buffer")
+async def test_d2_the_buffer_counts_headers_in_and_out(stack: Stack, tmp_path: Path) -> None:
+    with clogged_unix_peer(tmp_path) as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, protocol = await endpoints.make(family=socket.AF_UNIX, remote_addr=peer.getsockname())
+            transport.set_write_buffer_limits(high=100, low=0)
+            assert transport.get_write_buffer_limits() == (0, 100)
+            filled = 0
+            while transport.get_write_buffer_size() == 0:
+                transport.sendto(b"12")
+                filled += 1
+            assert transport.get_write_buffer_size() == 10
+            for _ in range(9):
+                transport.sendto(b"12")
+            assert transport.get_write_buffer_size() == 100
+            assert protocol.flow == []
+            transport.sendto(b"")
+            assert transport.get_write_buffer_size() == 108
+            assert protocol.flow == ["pause"]
+            for _ in range(filled + 10):
+                await receive(peer)
+            await until(lambda: protocol.flow == ["pause", "resume"])
+            assert transport.get_write_buffer_size() == 0
+
+
+async def test_w13_close_sends_what_waits(stack: Stack, tmp_path: Path) -> None:
+    with clogged_unix_peer(tmp_path) as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, protocol = await endpoints.make(family=socket.AF_UNIX, remote_addr=peer.getsockname())
+            for number in range(300):
+                transport.sendto(struct.pack("<I", number))
+            transport.close()
+            assert transport.is_closing()
+            assert protocol.lost == []
+            received = [(await receive(peer))[0] for _ in range(300)]
+            assert received == [struct.pack("<I", number) for number in range(300)]
+            await until(lambda: protocol.lost)
+            assert protocol.lost == [None]
+
+
+@pytest.mark.ours_only("asyncio 3.13.0 never gets the header's size out of the buffer")
+async def test_abort_drops_what_waits(stack: Stack, tmp_path: Path) -> None:
+    with clogged_unix_peer(tmp_path) as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, protocol = await endpoints.make(family=socket.AF_UNIX, remote_addr=peer.getsockname())
+            for _ in range(300):
+                transport.sendto(b"x")
+            transport.abort()
+            assert protocol.lost == []
+            await until(lambda: protocol.lost)
+            assert protocol.lost == [None]
+            assert transport.get_write_buffer_size() == 0
+
+
+@pytest.mark.ours_only("asyncio has no group")
+async def test_leaving_the_block_by_an_exception_drops_what_waits(stack: Stack, tmp_path: Path) -> None:
+    protocol = Endpoint()
+    with clogged_unix_peer(tmp_path) as peer:
+        with pytest.raises(BaseException) as caught:
+            async with stack.open() as group:
+                transport, _ = await group.create_datagram_endpoint(
+                    lambda: protocol, family=socket.AF_UNIX, remote_addr=peer.getsockname()
+                )
+                for _ in range(300):
+                    transport.sendto(b"x")
+                raise LookupError
+        assert [type(leaf) for leaf in leaves(caught.value)] == [LookupError]
+    assert protocol.lost == [None]
+
+
+async def test_d5_close_in_connection_made_right_after_sendto(stack: Stack) -> None:
+    class Hasty(Endpoint):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            transport.sendto(b"in haste")
+            transport.close()
+
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            contexts = collect_contexts(group)
+            _, protocol = await endpoints.make(Hasty(), remote_addr=peer.getsockname())
+            assert (await receive(peer))[0] == b"in haste"
+            await until(lambda: protocol.lost)
+            assert protocol.lost == [None]
+            assert protocol.errors == []
+            assert contexts == []
+
+
+async def test_sending_after_the_end_is_dropped_with_a_warning_from_the_fifth_on(stack: Stack) -> None:
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, protocol = await endpoints.make(remote_addr=peer.getsockname())
+            transport.close()
+            await until(lambda: protocol.lost)
+            with capture_log(stack) as records:
+                for _ in range(4):
+                    transport.sendto(b"x")
+                before = len(records)
+                for _ in range(3):
+                    transport.sendto(b"x")
+            assert before == 0
+            assert len(records) in (2, 3)  # asyncio counts `close` as one
+            with pytest.raises(BlockingIOError):
+                peer.recv(1)
+
+
+# -- errors -------------------------------------------------------------------------------------------------
+
+
+async def test_d1_a_peer_that_refuses(stack: Stack) -> None:
+    with udp_peer() as peer:
+        address = peer.getsockname()
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        transport, protocol = await endpoints.make(remote_addr=address)
+        transport.sendto(b"is anybody there?")
+        await until(lambda: protocol.errors)
+        assert isinstance(protocol.errors[0], ConnectionRefusedError)
+        assert not transport.is_closing()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+            peer.bind(address)
+            peer.setblocking(False)
+            transport.sendto(b"now?")
+            assert (await receive(peer))[0] == b"now?"
+            peer.sendto(b"yes", transport.get_extra_info("sockname"))
+            await until(lambda: protocol.received)
+
+
+async def test_d1_a_datagram_that_is_too_large(stack: Stack) -> None:
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, protocol = await endpoints.make(remote_addr=peer.getsockname())
+            transport.sendto(bytes(100_000))
+            (error,) = protocol.errors
+            assert isinstance(error, OSError)
+            transport.sendto(b"small")
+            assert (await receive(peer))[0] == b"small"
+
+
+async def test_d4_a_protocol_without_error_received(stack: Stack) -> None:
+    class Minimal:
+        def __init__(self) -> None:
+            self.received: list[bytes] = []
+
+        def connection_made(self, transport: Any) -> None: ...
+
+        def datagram_received(self, data: bytes, addr: Any) -> None:
+            self.received.append(data)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.received.append(b"lost")
+
+    if stack.is_oracle:
+        pytest.skip("asyncio raises AttributeError out of sendto")
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            contexts = collect_contexts(group)
+            transport, protocol = await endpoints.make(Minimal(), remote_addr=peer.getsockname())
+            for _ in range(3):
+                transport.sendto(bytes(100_000))
+            (context,) = contexts
+            assert isinstance(context["exception"], AttributeError)
+            peer.sendto(b"alive", transport.get_extra_info("sockname"))
+            await until(lambda: protocol.received)
+            transport.close()
+            await until(lambda: protocol.received == [b"alive", b"lost"])
+
+
+@pytest.mark.parametrize("callback", ["connection_made", "datagram_received", "error_received", "pause_writing"])
+async def test_a_callback_that_raises_is_reported_and_the_endpoint_lives_on(
+    stack: Stack, callback: str, tmp_path: Path
+) -> None:
+    if stack.is_oracle and callback == "error_received":
+        pytest.skip("asyncio raises it out of sendto")
+
+    class Failing(Endpoint):
+        failed = False
+
+    def fail(self: Failing, *args: Any) -> None:
+        if not self.failed:
+            self.failed = True
+            raise ZeroDivisionError(callback)
+        getattr(Endpoint, callback)(self, *args)
+
+    setattr(Failing, callback, fail)
+    if callback == "connection_made":
+        Failing.transport = True  # type: ignore[assignment]
+    with clogged_unix_peer(tmp_path) as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            contexts = collect_contexts(group)
+            protocol = Failing()
+            protocol.transport = callback == "connection_made"
+            transport, _ = await endpoints.make(
+                protocol,
+                family=socket.AF_UNIX,
+                local_addr=str(tmp_path / "ours"),
+                remote_addr=peer.getsockname(),
+            )
+            if callback == "datagram_received":
+                peer.sendto(b"the first", str(tmp_path / "ours"))
+            elif callback == "error_received":
+                transport.sendto(bytes(10 << 20))
+            elif callback == "pause_writing":
+                transport.set_write_buffer_limits(high=0)
+                for _ in range(300):
+                    transport.sendto(b"x")
+            await until(lambda: contexts)
+            (context,) = contexts
+            assert str(context["exception"]) == callback
+            assert not transport.is_closing()
+            peer.sendto(b"the second", str(tmp_path / "ours"))
+            await until(lambda: protocol.data[-1:] == [b"the second"])
+
+
+async def test_an_address_that_is_none_is_fatal(stack: Stack) -> None:
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        contexts = collect_contexts(group)
+        transport, protocol = await endpoints.make(local_addr=(HOST, 0))
+        transport.sendto(b"x", "nonsense")
+        assert transport.is_closing()
+        await until(lambda: protocol.lost)
+        assert isinstance(protocol.lost[0], TypeError)
+        (context,) = contexts
+        assert context["exception"] is protocol.lost[0]
+
+
+# -- arguments ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({}, ValueError),
+        ({"local_addr": "localhost"}, TypeError),
+        ({"local_addr": ("localhost", 0, 0)}, TypeError),
+        ({"remote_addr": "nowhere"}, TypeError),
+        ({"local_addr": (HOST, 0), "remote_addr": ("::1", 9)}, ValueError),
+        ({"family": socket.AF_UNIX, "local_addr": (HOST, 0)}, TypeError),
+        ({"local_addr": ("192.0.2.1", 0)}, OSError),
+        ({"local_addr": ("no such host.invalid", 0)}, socket.gaierror),
+        ({"family": socket.AF_UNIX, "remote_addr": "/nonexistent/socket"}, FileNotFoundError),
+    ],
+)
+async def test_arguments_that_do_not_work(stack: Stack, options: Any, error: type[Exception]) -> None:
+    async with stack.open() as group:
+        with pytest.raises(error):
+            await group.create_datagram_endpoint(Endpoint, **options)
+
+
+async def test_an_adopted_socket_of_the_wrong_kind(stack: Stack) -> None:
+    async with stack.open() as group:
+        with socket.socket() as sock, pytest.raises(ValueError, match="datagram socket"):
+            await group.create_datagram_endpoint(Endpoint, sock=sock)
+
+
+@pytest.mark.parametrize(
+    "option", ["local_addr", "remote_addr", "family", "proto", "flags", "reuse_port", "allow_broadcast"]
+)
+async def test_an_adopted_socket_comes_alone(stack: Stack, option: str) -> None:
+    async with stack.open() as group:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            with pytest.raises(ValueError, match=option):
+                await group.create_datagram_endpoint(Endpoint, sock=sock, **{option: 1})
+
+
+async def test_a_factory_that_raises_leaves_nothing_open(stack: Stack) -> None:
+    def factory() -> Any:
+        raise LookupError
+
+    if stack.is_oracle:
+        pytest.skip("asyncio leaves the socket open")
+    async with stack.open() as group:
+        with pytest.raises(LookupError):
+            await group.create_datagram_endpoint(factory, local_addr=(HOST, 0))
+
+
+async def test_sharing_a_port(stack: Stack) -> None:
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        first, _ = await endpoints.make(local_addr=(HOST, 0), reuse_port=True)
+        address = first.get_extra_info("sockname")
+        second, _ = await endpoints.make(local_addr=address, reuse_port=True)
+        assert second.get_extra_info("sockname") == address
+        with pytest.raises(OSError, match="in use"):
+            await group.create_datagram_endpoint(Endpoint, local_addr=address)
+
+
+async def test_broadcasting(stack: Stack) -> None:
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        with udp_peer(host="0.0.0.0") as peer:
+            port = peer.getsockname()[1]
+            transport, _ = await endpoints.make(remote_addr=("127.255.255.255", port), allow_broadcast=True)
+            sock = transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST)
+            transport.sendto(b"to all")
+            assert (await receive(peer))[0] == b"to all"
+            with pytest.raises(ValueError, match="address"):
+                transport.sendto(b"x", (HOST, port))
+
+
+async def test_multicast_on_loopback(stack: Stack) -> None:
+    address = "239.192.7.7"
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        transport, protocol = await endpoints.make(local_addr=("0.0.0.0", 0))
+        sock = transport.get_extra_info("socket")
+        membership = socket.inet_aton(address) + socket.inet_aton(HOST)
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+        with udp_peer() as peer:
+            peer.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(HOST))
+            peer.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 1)
+            peer.sendto(b"to the group", (address, sock.getsockname()[1]))
+            await until(lambda: protocol.received)
+            assert protocol.received == [(b"to the group", peer.getsockname())]
+
+
+# -- UNIX ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+async def test_unix_datagrams(stack: Stack, tmp_path: Path, abstract: bool) -> None:
+    path = f"\0transports_anyio-{os.getpid()}-{id(tmp_path)}" if abstract else str(tmp_path / "socket")
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        _, server = await endpoints.make(Endpoint(echo=True), family=socket.AF_UNIX, local_addr=path)
+        client, answers = await endpoints.make(
+            family=socket.AF_UNIX, local_addr=str(tmp_path / "client"), remote_addr=path
+        )
+        client.sendto(b"hello")
+        await until(lambda: answers.received)
+        assert answers.data == [b"hello"]
+        assert server.received == [(b"hello", str(tmp_path / "client"))]
+
+
+async def test_a_stale_unix_socket_is_replaced_and_another_file_is_not(stack: Stack, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(path)
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        await endpoints.make(family=socket.AF_UNIX, local_addr=path)
+        (tmp_path / "file").write_text("precious")
+        with pytest.raises(OSError, match="in use"):
+            await group.create_datagram_endpoint(Endpoint, family=socket.AF_UNIX, local_addr=str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+# -- many ---------------------------------------------------------------------------------------------------
+
+
+async def test_d7_ten_thousand_datagrams_in_a_burst(stack: Stack, tmp_path: Path) -> None:
+    """Over UNIX, where nothing is dropped: all arrive, in order."""
+    count = 10_000
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        _, receiver = await endpoints.make(family=socket.AF_UNIX, local_addr=str(tmp_path / "receiver"))
+        sender, protocol = await endpoints.make(family=socket.AF_UNIX, remote_addr=str(tmp_path / "receiver"))
+        for number in range(count):
+            sender.sendto(struct.pack("<I", number))
+        await until(lambda: len(receiver.received) == count)
+        assert receiver.data == [struct.pack("<I", number) for number in range(count)]
+        assert protocol.errors == []
+
+
+async def test_r5_a_flood_leaves_the_others_their_turn(stack: Stack) -> None:
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        flooded, flood = await endpoints.make(local_addr=(HOST, 0))
+        other, quiet = await endpoints.make(Endpoint(echo=True), local_addr=(HOST, 0))
+        timer: list[int] = []
+        async with peer_process("udp_flood", flooded.get_extra_info("sockname")[1]) as process:
+            assert isinstance(process, PeerProcess)
+            assert await process.line() == "flooding"
+            await until(lambda: len(flood.received) > 100)
+            with udp_peer() as peer:
+                peer.sendto(b"and I?", other.get_extra_info("sockname"))
+                assert (await receive(peer))[0] == b"and I?"
+            group.call_later(0.01, timer.append, 1)
+            await until(lambda: timer)
+            assert quiet.data == [b"and I?"]
+
+
+async def test_closing_in_the_middle_of_a_batch_ends_it(stack: Stack) -> None:
+    class Once(Endpoint):
+        def datagram_received(self, data: bytes, addr: Any) -> None:
+            super().datagram_received(data, addr)
+            self.transport.close()
+
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, protocol = await endpoints.make(Once(), local_addr=(HOST, 0))
+            address = transport.get_extra_info("sockname")
+            for number in range(5):
+                peer.sendto(str(number).encode(), address)
+            await until(lambda: protocol.lost)
+            assert protocol.data == [b"0"]
+
+
+@pytest.mark.ours_only("asyncio has no current group")
+async def test_the_current_group(stack: Stack) -> None:
+    groups = []
+
+    class Asking(Endpoint):
+        def datagram_received(self, data: bytes, addr: Any) -> None:
+            groups.append(current_group())
+
+        def error_received(self, exc: Exception) -> None:
+            groups.append(current_group())
+
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, _ = await endpoints.make(Asking(), remote_addr=peer.getsockname())
+            peer.sendto(b"x", transport.get_extra_info("sockname"))
+            await until(lambda: groups)
+            transport.sendto(bytes(100_000))
+            assert groups == [group, group]
+
+
+# -- other peers --------------------------------------------------------------------------------------------
+
+
+async def test_a_resolver_of_another_library(stack: Stack) -> None:
+    """A name server made with dnslib, asked by a resolver in another process."""
+    dnslib = pytest.importorskip("dnslib")
+
+    class NameServer(Endpoint):
+        def datagram_received(self, data: bytes, addr: Any) -> None:
+            super().datagram_received(data, addr)
+            request = dnslib.DNSRecord.parse(data)
+            reply = request.reply()
+            reply.add_answer(*dnslib.RR.fromZone(f"{request.q.qname} 60 A 192.0.2.53"))
+            self.transport.sendto(reply.pack(), addr)
+
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        transport, _ = await endpoints.make(NameServer(), local_addr=(HOST, 0))
+        async with peer_process("resolve", transport.get_extra_info("sockname")[1], "example.org") as process:
+            assert await process.line() == "192.0.2.53"
+
+
+# -- AnyIO's sockets ----------------------------------------------------------------------------------------
+
+
+async def test_an_anyio_udp_socket(anyio_backend: Any) -> None:
+    with udp_peer() as peer:
+        async with TransportGroup() as group:
+            udp = await anyio.create_udp_socket(local_host=HOST)
+            transport, protocol = await group.connect_datagram_socket(Endpoint, udp)
+            address = transport.get_extra_info("sockname")
+            for data in (b"one", b"", b"three"):
+                peer.sendto(data, address)
+            await until(lambda: len(protocol.received) == 3)
+            assert protocol.data == [b"one", b"", b"three"]
+            assert protocol.received[0][1] == peer.getsockname()
+            for data in (b"1", b"22", b"333"):
+                transport.sendto(data, peer.getsockname())
+            assert [(await receive(peer))[0] for _ in range(3)] == [b"1", b"22", b"333"]
+            transport.close()
+            await group.wait_closed()
+            assert protocol.lost == [None]
+
+
+async def test_a_connected_anyio_udp_socket(anyio_backend: Any) -> None:
+    with udp_peer() as peer:
+        async with TransportGroup() as group:
+            udp = await anyio.create_connected_udp_socket(*peer.getsockname(), local_host=HOST)
+            transport, protocol = await group.connect_datagram_socket(Endpoint, udp)
+            assert transport.get_extra_info("peername") == peer.getsockname()
+            transport.sendto(b"hello")
+            transport.sendto(b"you", peer.getsockname())
+            assert [(await receive(peer))[0] for _ in range(2)] == [b"hello", b"you"]
+            with pytest.raises(ValueError, match="address"):
+                transport.sendto(b"x", (HOST, 1))
+            peer.sendto(b"answer", transport.get_extra_info("sockname"))
+            await until(lambda: protocol.received)
+            assert protocol.received == [(b"answer", peer.getsockname())]
+        assert protocol.lost == [None]
+
+
+@pytest.mark.parametrize("connected", [False, True])
+async def test_anyio_unix_datagram_sockets(anyio_backend: Any, tmp_path: Path, connected: bool) -> None:
+    with clogged_unix_peer(tmp_path) as peer:
+        async with TransportGroup() as group:
+            ours = str(tmp_path / "ours")
+            sock: Any
+            if connected:
+                sock = await anyio.create_connected_unix_datagram_socket(peer.getsockname(), local_path=ours)
+            else:
+                sock = await anyio.create_unix_datagram_socket(local_path=ours)
+            transport, protocol = await group.connect_datagram_socket(Endpoint, sock)
+            transport.sendto(b"hello", None if connected else peer.getsockname())
+            assert await receive(peer) == (b"hello", ours)
+            peer.sendto(b"answer", ours)
+            await until(lambda: protocol.received)
+            assert protocol.received == [(b"answer", peer.getsockname())]
+            for _ in range(2000):
+                transport.sendto(b"x" * 100, None if connected else peer.getsockname())
+            assert protocol.flow == ["pause"]
+            for _ in range(2000):
+                await receive(peer)
+            await until(lambda: protocol.flow == ["pause", "resume"])
+
+
+async def test_cancelling_the_group_closes_an_anyio_socket(anyio_backend: Any) -> None:
+    protocol = Endpoint()
+    with anyio.CancelScope() as scope:
+        async with TransportGroup() as group:
+            udp = await anyio.create_udp_socket(local_host=HOST)
+            await group.connect_datagram_socket(lambda: protocol, udp)
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert protocol.lost == [None]
+    with pytest.raises(anyio.ClosedResourceError):
+        await udp.receive()
+
+
+async def test_an_anyio_socket_that_somebody_else_closes(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        udp = await anyio.create_udp_socket(local_host=HOST)
+        _, protocol = await group.connect_datagram_socket(Endpoint, udp)
+        await until(lambda: protocol.transport)
+        await anyio.sleep(0.01)
+        await udp.aclose()
+        await until(lambda: protocol.lost)
+        assert isinstance(protocol.lost[0], OSError)
+
+
+async def test_only_anyio_sockets_are_connected(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, pytest.raises(TypeError, match="AnyIO"):
+            await group.connect_datagram_socket(Endpoint, sock)  # type: ignore[arg-type]

@@ -1,0 +1,193 @@
+"""What every channel over an AnyIO object has: a task that receives, a task that sends, and errors as asyncio's."""
+
+from __future__ import annotations
+
+import errno
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+from anyio.abc import AsyncResource
+
+from .._errors import logger
+
+# How long, in seconds, a stream may take to close in an orderly way (a TLS stream waits for the peer's close_notify):
+# asyncio's default `ssl_shutdown_timeout`.
+CLOSE_TIMEOUT = 30.0
+
+
+def as_os_error(exc: Exception) -> OSError:
+    """Return what asyncio would say for an error of an AnyIO stream, with the cause attached."""
+    if isinstance(exc, OSError):
+        return exc
+    cause: BaseException | None = exc.__cause__ or exc.__context__
+    error: OSError
+    if isinstance(exc, anyio.BrokenResourceError) and isinstance(cause, OSError):
+        error = type(cause)(*cause.args)
+    elif isinstance(exc, anyio.ClosedResourceError):
+        error = ConnectionAbortedError(errno.ECONNABORTED, "the stream was closed by somebody else")
+    elif isinstance(exc, anyio.BrokenResourceError):
+        error = ConnectionResetError(errno.ECONNRESET, "the stream is broken")
+    else:
+        error = OSError(errno.EIO, f"the stream failed: {exc!r}")
+    error.__cause__ = exc
+    return error
+
+
+class AnyIOChannel:
+    """The tasks of a channel; `run` is its life and belongs in a task.
+
+    `_receive_next` and `_send_offered` move one thing at a time. A send that is under way keeps its bytes in the
+    transport's buffer: they are offered once, sent by the task, and taken when they are offered again.
+    """
+
+    __slots__ = (
+        "_aborted",
+        "_closing",
+        "_offered",
+        "_read_ready",
+        "_reading",
+        "_received",
+        "_resource",
+        "_scope",
+        "_sent",
+        "_write_ready",
+        "_writing",
+    )
+
+    #: Which tasks there are.
+    can_receive = True
+    can_send = True
+
+    def __init__(self, resource: AsyncResource) -> None:
+        self._resource = resource
+        self._reading: anyio.Event | bool = False  # An event while the receiving task waits to be let go.
+        self._writing: anyio.Event | bool = False
+        self._received: Any = None  # What no one has taken yet: data, or an `OSError`.
+        self._offered: Any = None
+        self._sent: int | OSError = 0
+        self._closing = False
+        self._aborted = False
+        self._scope = anyio.CancelScope()
+
+    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
+        self._read_ready = read_ready
+        self._write_ready = write_ready
+
+    # The transport's side: synchronous.
+
+    def set_reading(self, reading: bool) -> None:
+        if isinstance(self._reading, anyio.Event):
+            if not reading:
+                return  # The task waits already.
+            self._reading.set()
+        self._reading = reading
+
+    def set_writing(self, writing: bool) -> None:
+        if isinstance(self._writing, anyio.Event):
+            if not writing:
+                return  # The task waits already.
+            self._writing.set()
+        self._writing = writing
+
+    def _take_received(self) -> Any:
+        received, self._received = self._received, None
+        if received is None:
+            raise BlockingIOError
+        if isinstance(received, OSError):
+            raise received
+        return received
+
+    def _take_sent(self) -> int:
+        """Return how much of what was offered has been sent since the last call."""
+        sent, self._sent = self._sent, 0
+        if isinstance(sent, OSError):
+            raise sent
+        return sent
+
+    def close(self, *, aborted: bool) -> None:
+        self._closing = True
+        self._aborted = aborted
+        if self._says_farewell() and not aborted:
+            return  # `_send` ends the task after it.
+        self._scope.cancel()
+
+    def _says_farewell(self) -> bool:
+        """Whether the sending task is busy with the last thing that it has to send."""
+        return False
+
+    # The tasks.
+
+    @abstractmethod
+    async def _receive_next(self) -> Any:
+        """Wait for something, and return it."""
+
+    @abstractmethod
+    async def _send_offered(self, offered: Any) -> int:
+        """Send what was offered, and return its size."""
+
+    @abstractmethod
+    def _ends(self, received: Any) -> bool:
+        """Whether nothing comes after `received`."""
+
+    async def run(self) -> None:
+        """Receive and send until `close`; then close the AnyIO object."""
+        try:
+            with self._scope:
+                async with anyio.create_task_group() as tasks:
+                    if self.can_receive:
+                        tasks.start_soon(self._receive)
+                    if self.can_send:
+                        tasks.start_soon(self._send)
+        finally:
+            await self._close_resource()
+
+    async def _close_resource(self) -> None:
+        if self._closing and not self._aborted:
+            try:
+                with anyio.move_on_after(CLOSE_TIMEOUT):
+                    await self._resource.aclose()
+                    return
+            except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
+                # The connection has ended for the protocol; that the peer did not stay for the farewell is no news.
+                logger.debug("closing %r: %r", self._resource, exc)
+        with anyio.CancelScope(shield=True):
+            await anyio.aclose_forcefully(self._resource)
+
+    async def _receive(self) -> None:
+        ended = False
+        while not ended:
+            if self._received is None:
+                try:
+                    self._received = await self._receive_next()
+                except Exception as exc:
+                    self._received = as_os_error(exc)
+            ended = self._ends(self._received)
+            while self._received is not None:
+                if not self._reading:
+                    self._reading = event = anyio.Event()
+                    await event.wait()
+                self._read_ready()
+                # A protocol whose buffer is small, or that paused, takes the rest later.
+
+    async def _send(self) -> None:
+        while True:
+            if not self._writing:
+                self._writing = event = anyio.Event()
+                await event.wait()
+            offered = self._offered
+            if offered is None:
+                self._write_ready()
+                continue
+            try:
+                self._sent = await self._send_offered(offered)
+            except Exception as exc:
+                self._sent = as_os_error(exc)
+            self._offered = None
+            if self._sent:
+                self._write_ready()
+            else:  # The end of the stream, which nobody waits for.
+                self._writing = False
+                if self._closing:
+                    self._scope.cancel()

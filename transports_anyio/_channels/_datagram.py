@@ -1,0 +1,90 @@
+"""A non-blocking datagram socket of ours, in the group's poller; and what a datagram transport asks of a channel."""
+
+from __future__ import annotations
+
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from .._poller import Poller
+from ._polled import Polled
+from ._socket import describe_socket, scratch
+
+
+class ChannelEnded(Exception):  # noqa: N818  # the end of a channel need not be an error
+    """The channel will never move anything again; the cause is the `OSError` to tell of."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class DatagramChannel(ABC):
+    """Moves datagrams without blocking, and says when it could move more.
+
+    A call that cannot move anything now raises `BlockingIOError`. An `OSError` concerns one datagram, `ChannelEnded`
+    all of them.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
+        """Remember whom to call; nothing is called before an interest is set."""
+
+    @abstractmethod
+    def set_reading(self, reading: bool) -> None:
+        """Call `read_ready` whenever there is something to receive, or stop doing so."""
+
+    @abstractmethod
+    def set_writing(self, writing: bool) -> None:
+        """Call `write_ready` whenever something can be sent, or stop doing so."""
+
+    @abstractmethod
+    def receive(self) -> tuple[bytes, Any]:
+        """Return a datagram and where it came from."""
+
+    @abstractmethod
+    def send(self, data: bytes | bytearray | memoryview, address: Any) -> None:
+        """Send a datagram, to the peer of a connected channel when `address` is `None`."""
+
+    @abstractmethod
+    def close(self, *, aborted: bool) -> None:
+        """Give everything back."""
+
+    @abstractmethod
+    def extra_info(self) -> dict[str, Any]:
+        """What `get_extra_info` of the transport knows."""
+
+
+class DatagramSocketChannel(Polled, DatagramChannel):
+    """Moves the datagrams of a non-blocking socket that the channel owns."""
+
+    __slots__ = ("_connected", "_socket")
+
+    def __init__(self, poller: Poller, sock: socket.socket) -> None:
+        super().__init__(poller, sock.fileno())
+        self._socket = sock
+        self._connected = False
+
+    def receive(self) -> tuple[bytes, Any]:
+        size, address = self._socket.recvfrom_into(scratch)
+        return bytes(scratch[:size]), address
+
+    def send(self, data: bytes | bytearray | memoryview, address: Any) -> None:
+        # A connected socket refuses an address on some systems (EISCONN), even its peer's.
+        if self._connected:
+            self._socket.send(data)
+        else:
+            self._socket.sendto(data, address)
+
+    def close(self, *, aborted: bool) -> None:
+        self._set_interest(0)  # Before it is closed, as with every descriptor in the poller.
+        self._socket.close()
+
+    def extra_info(self) -> dict[str, Any]:
+        info = describe_socket(self._socket)
+        # An unbound UNIX peer has an empty name; a connected socket always has one that is not.
+        self._connected = bool(info["peername"])
+        return info

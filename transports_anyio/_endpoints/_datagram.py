@@ -1,0 +1,189 @@
+"""Datagrams: `create_datagram_endpoint` and `connect_datagram_socket`."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import anyio.lowlevel
+
+from .._channels._anyio_datagram import AnyDatagramSocket, AnyIODatagramChannel
+from .._channels._datagram import DatagramChannel, DatagramSocketChannel
+from .._transports._datagram import DatagramTransport
+from ._addresses import BIND_FAILED, address_error, resolve
+from ._base import Endpoints, ProtocolT
+from ._happy_eyeballs import connect
+from ._tcp import set_option
+from ._unix import remove_stale
+
+#: Family and protocol of a socket, and its local and remote address.
+AddressPair = tuple[int, int, Any, Any]
+
+
+class DatagramEndpoints(Endpoints):
+    """`create_datagram_endpoint` and `connect_datagram_socket`."""
+
+    async def create_datagram_endpoint(
+        self,
+        protocol_factory: Callable[[], ProtocolT],
+        local_addr: tuple[str, int] | str | None = None,
+        remote_addr: tuple[str, int] | str | None = None,
+        *,
+        family: int = 0,
+        proto: int = 0,
+        flags: int = 0,
+        reuse_port: bool | None = None,
+        allow_broadcast: bool | None = None,
+        sock: socket.socket | None = None,
+    ) -> tuple[DatagramTransport, ProtocolT]:
+        """Make a datagram endpoint and return `(transport, protocol)`.
+
+        `local_addr` is bound, `remote_addr` connected to (with `allow_broadcast` only sent to): a host and a port, or
+        with the family `AF_UNIX` a path, an abstract one (behind a NUL) included. Without either, a `family` is needed.
+        Every address that the names have is tried. `sock` is a datagram socket that somebody else has made; the
+        transport owns it from now on. `connection_made` runs before this returns.
+
+        Raises `RuntimeError` when the group is not open; `ValueError` for a `sock` that is no datagram socket, for one
+        together with parameters of a new one, for addresses that do not go together and for `reuse_port` where the
+        platform has none; `TypeError` for an address that is none; `OSError` when no address works, and then leaves
+        nothing open; and whatever `protocol_factory` raises.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_datagram_endpoint
+        """
+        self._require_open()
+        remote: Any = None
+        if sock is None:
+            pairs = await address_pairs(local_addr, remote_addr, family, proto, flags)
+            sock, remote = await first_that_works(pairs, bool(reuse_port), bool(allow_broadcast))
+        else:
+            check_datagram_socket(
+                sock,
+                local_addr=local_addr,
+                remote_addr=remote_addr,
+                family=family,
+                proto=proto,
+                flags=flags,
+                reuse_port=reuse_port,
+                allow_broadcast=allow_broadcast,
+            )
+            sock.setblocking(False)
+            await anyio.lowlevel.checkpoint()
+        try:
+            channel = DatagramSocketChannel(self._require_open(), sock)
+        except BaseException:
+            sock.close()
+            raise
+        return self._start_datagrams(protocol_factory, channel, remote)
+
+    async def connect_datagram_socket(
+        self, protocol_factory: Callable[[], ProtocolT], datagram_socket: AnyDatagramSocket
+    ) -> tuple[DatagramTransport, ProtocolT]:
+        """Give one of AnyIO's datagram sockets a protocol and return `(transport, protocol)`.
+
+        `datagram_socket` is a `UDPSocket`, `ConnectedUDPSocket`, `UNIXDatagramSocket` or `ConnectedUNIXDatagramSocket`;
+        the transport owns it from now on and closes it. Addresses are AnyIO's: an IPv6 one has host and port only, its
+        scope behind the host.
+
+        Raises `RuntimeError` when the group is not open, `TypeError` for anything else than such a socket, and whatever
+        `protocol_factory` raises; the socket is then left to the caller.
+        """
+        self._require_open()
+        await anyio.lowlevel.checkpoint()
+        self._require_open()
+        channel = AnyIODatagramChannel(datagram_socket)
+        result = self._start_datagrams(protocol_factory, channel, channel.remote_address)
+        self._task_group.start_soon(channel.run, name=f"transports_anyio: {datagram_socket!r}")
+        return result
+
+    def _start_datagrams(
+        self, protocol_factory: Callable[[], ProtocolT], channel: DatagramChannel, remote: Any
+    ) -> tuple[DatagramTransport, ProtocolT]:
+        door = self._door()
+        try:
+            protocol: Any = door.run(protocol_factory)
+            transport = DatagramTransport(door, channel, protocol, self._disown, remote)
+        except BaseException:
+            channel.close(aborted=True)
+            raise
+        self._own(transport)
+        transport.start()
+        return transport, protocol
+
+
+def check_datagram_socket(sock: socket.socket, **others: Any) -> None:
+    """Raise asyncio's `ValueError` for a socket that is no datagram socket, or comes with what is for a new one."""
+    if sock.type == socket.SOCK_STREAM:
+        raise ValueError(f"A datagram socket was expected, got {sock!r}")
+    problems = ", ".join(f"{name}={value}" for name, value in others.items() if value)
+    if problems:
+        raise ValueError(f"socket modifier keyword arguments can not be used when sock is specified. ({problems})")
+
+
+async def address_pairs(local: Any, remote: Any, family: int, proto: int, flags: int) -> list[AddressPair]:
+    """Return every pair of addresses that `local` and `remote` make together, in the resolver's order."""
+    if not (local or remote):
+        if family == 0:
+            raise ValueError("unexpected address family")
+        await anyio.lowlevel.checkpoint()
+        return [(family, proto, None, None)]
+    if hasattr(socket, "AF_UNIX") and family == socket.AF_UNIX:
+        for address in (local, remote):
+            if address is not None and not isinstance(address, str):
+                raise TypeError("string is expected")
+        if local and local[0] != "\0":  # An abstract address leaves nothing behind.
+            remove_stale(local)
+        await anyio.lowlevel.checkpoint()
+        return [(family, proto, local, remote)]
+    found: list[dict[tuple[int, int], Any]] = []
+    for address in (local, remote):
+        if address is not None and not (isinstance(address, tuple) and len(address) == 2):
+            raise TypeError("2-tuple is expected")
+    for address in (local, remote):
+        if address is None:
+            continue
+        infos = await resolve(*address, family=family, kind=socket.SOCK_DGRAM, proto=proto, flags=flags)
+        found.append({(f, p): a for f, _, p, a in reversed(infos)})
+        found[-1] = {(f, p): found[-1][f, p] for f, _, p, _ in infos}
+    common = [key for key in found[0] if all(key in addresses for addresses in found)]
+    if not common:
+        raise ValueError("can not get address information")
+    return [
+        (*key, found[0][key] if local is not None else None, found[-1][key] if remote is not None else None)
+        for key in common
+    ]
+
+
+async def first_that_works(
+    pairs: list[AddressPair], reuse_port: bool, allow_broadcast: bool
+) -> tuple[socket.socket, Any]:
+    """Return a non-blocking socket with the first pair of addresses that can be had, and its remote address."""
+    errors: list[OSError] = []
+    for family, proto, local, remote in pairs:
+        try:
+            sock = socket.socket(family, socket.SOCK_DGRAM, proto)
+        except OSError as exc:
+            errors.append(exc)
+            continue
+        try:
+            sock.setblocking(False)
+            if reuse_port:
+                set_option(sock, "SO_REUSEPORT")
+            if allow_broadcast:
+                set_option(sock, "SO_BROADCAST")
+            if local:
+                try:
+                    sock.bind(local)
+                except OSError as exc:
+                    raise address_error(BIND_FAILED, local, exc) from None
+            if remote and not allow_broadcast:
+                await connect(sock, remote)
+        except OSError as exc:
+            sock.close()
+            errors.append(exc)
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock, remote
+    raise errors[0]

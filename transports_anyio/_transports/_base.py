@@ -1,0 +1,183 @@
+"""What every transport is, whatever it moves: its protocol, its watermarks, and its end.
+
+Every way out goes through `_lose`, and `connection_lost` is called in one place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .._errors import leaves_through_the_group, logger
+from ._flow_control import DatagramBuffer, WriteBuffer, limits
+
+if TYPE_CHECKING:
+    from .._door import Door
+
+# From this many writes after the connection was lost on, each is logged: asyncio's figure.
+LOST_WRITES_BEFORE_WARNING = 5
+
+
+class AnyChannel(Protocol):
+    """What every transport asks of its channel, of whatever kind."""
+
+    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None: ...
+    def set_reading(self, reading: bool) -> None: ...
+    def set_writing(self, writing: bool) -> None: ...
+    def close(self, *, aborted: bool) -> None: ...
+    def extra_info(self) -> dict[str, Any]: ...
+
+
+class ChannelTransport(asyncio.BaseTransport):
+    """A transport over one channel."""
+
+    __slots__ = (
+        "__weakref__",
+        "_buffer",
+        "_call",
+        "_channel",
+        "_closing",
+        "_door",
+        "_info",
+        "_lost",
+        "_on_lost",
+        "_protocol",
+        "_writes_after_loss",
+    )
+
+    #: Narrower in each kind of transport.
+    _buffer: Any
+
+    def __init__(
+        self,
+        door: Door,
+        channel: AnyChannel,
+        buffer: WriteBuffer | DatagramBuffer,
+        protocol: Any,
+        on_lost: Callable[[Any], None],
+    ) -> None:
+        # asyncio's initialiser would only make a dictionary for extra info, which is the channel's to know.
+        self._door = door
+        self._call = door.run
+        self._channel: Any = channel
+        self._on_lost = on_lost
+        self._buffer = buffer
+        self._info: dict[str, Any] = channel.extra_info()
+        self._closing = False  # No more is read: `close`, `abort`, end of file or an error.
+        self._lost = False  # `connection_lost` is scheduled or delivered.
+        self._writes_after_loss = 0
+        self.set_protocol(protocol)
+        channel.open(self._read_ready, self._write_ready)
+
+    @abstractmethod
+    def _read_ready(self) -> None:
+        """Take what has arrived to the protocol."""
+
+    @abstractmethod
+    def _write_ready(self) -> None:
+        """Send what is buffered."""
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return what is known under `name` (`socket`, `peername`, `sockname` …), or `default`."""
+        return self._info.get(name, default)
+
+    def set_protocol(self, protocol: Any) -> None:
+        """Give every later callback to `protocol`."""
+        self._protocol = protocol
+
+    def get_protocol(self) -> Any:
+        """Return the current protocol."""
+        return self._protocol
+
+    def is_closing(self) -> bool:
+        """Whether the transport is closing or closed."""
+        return self._closing
+
+    def abort(self) -> None:
+        """Drop what is buffered and end with `connection_lost(None)`."""
+        self._lose(None, aborted=True)
+
+    # The buffer
+
+    def get_write_buffer_size(self) -> int:
+        """Return how many bytes are written but not yet sent."""
+        size: int = self._buffer.size
+        return size
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        """Return the watermarks `(low, high)`, in bytes."""
+        return self._buffer.low, self._buffer.high
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Set the watermarks, in bytes; it takes effect at once.
+
+        `high` defaults to 64 KiB, or to four times `low`; `low` to a quarter of `high`. Raises `ValueError` unless
+        `high >= low >= 0`.
+        """
+        self._buffer.low, self._buffer.high = limits(high, low)
+        self._update_flow()
+
+    def _update_flow(self) -> None:
+        self._buffer.update(self._pause_writing, self._resume_writing)
+
+    def _pause_writing(self) -> None:
+        self._flow_callback("pause_writing")
+
+    def _resume_writing(self) -> None:
+        self._flow_callback("resume_writing")
+
+    def _flow_callback(self, name: str, *args: Any) -> None:
+        try:
+            # Not in the connection's context: the caller of `write` may be in it already, and a context cannot be
+            # entered twice.
+            self._door.call_in_place(getattr(self._protocol, name), *args)
+        except BaseException as exc:
+            self._callback_failed(exc, name)
+
+    def _drop_write(self) -> None:
+        self._writes_after_loss += 1
+        if self._writes_after_loss >= LOST_WRITES_BEFORE_WARNING:
+            logger.warning("%r: the connection is lost, the data written to it is dropped", self)
+
+    # The end
+
+    def _callback_failed(self, exc: BaseException, name: str) -> None:
+        self._lose(exc if isinstance(exc, Exception) else None, aborted=True)
+        self._report_callback(exc, name)
+
+    def _report_callback(self, exc: BaseException, name: str) -> None:
+        if leaves_through_the_group(exc):
+            raise exc
+        self._door.report(f"Fatal error: protocol.{name}() call failed.", exc, self, self._protocol)
+
+    def _lose(self, exc: BaseException | None, *, aborted: bool = False) -> None:
+        if self._lost:
+            return
+        self._lost = self._closing = True
+        self._buffer.clear()
+        self._channel.set_reading(False)
+        self._channel.set_writing(False)
+        self._door.call_soon(self._connection_lost, exc, aborted)
+
+    def _connection_lost(self, exc: Exception | None, aborted: bool) -> None:
+        try:
+            self._call(self._protocol.connection_lost, exc)
+        except BaseException as error:
+            self._report_callback(error, "connection_lost")
+        finally:
+            self._channel.close(aborted=aborted)
+            self._on_lost(self)
+
+    def _describe(self) -> list[str]:
+        state = "closed" if self._lost else "closing" if self._closing else "open"
+        parts = [type(self).__name__, state]
+        parts += [f"{name}={self._info[name]!r}" for name in ("sockname", "peername") if self._info.get(name)]
+        parts.append(f"buffered={self._buffer.size}")
+        if self._buffer.paused:
+            parts.append("writing paused")
+        return parts
+
+    def __repr__(self) -> str:
+        return f"<{' '.join(self._describe())}>"

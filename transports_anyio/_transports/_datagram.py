@@ -1,0 +1,162 @@
+"""The datagram transport: one state machine for every channel that moves datagrams.
+
+Callbacks of a protocol, in order: `connection_made [datagram_received | error_received]* connection_lost`, with
+`pause_writing [resume_writing]` pairs anywhere between the first and the last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .._channels._datagram import ChannelEnded
+from ._base import ChannelTransport
+from ._flow_control import DatagramBuffer
+
+if TYPE_CHECKING:
+    from .._channels._datagram import DatagramChannel
+    from .._door import Door
+
+# How many datagrams one readiness event may receive: a flood costs less, and everybody else still gets a turn.
+RECEIVES_AT_ONCE = 32
+
+
+class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
+    """A datagram endpoint, as asyncio's documentation describes `asyncio.DatagramTransport`.
+
+    Made by `TransportGroup.create_datagram_endpoint` and `connect_datagram_socket`. Every method is synchronous and
+    never blocks. `sendto` may call `pause_writing` and `error_received`, as in asyncio.
+
+    A callback that raises is reported, and the endpoint lives on: one peer's datagram must not end it for the others.
+
+    Source: https://docs.python.org/3/library/asyncio-protocol.html#datagram-transports
+    """
+
+    __slots__ = ("_address", "_error_received_missed")
+
+    _buffer: DatagramBuffer
+    _channel: DatagramChannel
+
+    def __init__(
+        self,
+        door: Door,
+        channel: DatagramChannel,
+        protocol: Any,
+        on_lost: Callable[[DatagramTransport], None],
+        address: Any = None,
+    ) -> None:
+        super().__init__(door, channel, DatagramBuffer(), protocol, on_lost)
+        self._address = address  # The only one there is to send to, if any.
+        self._error_received_missed = False
+
+    def start(self) -> None:
+        """Tell the protocol of its endpoint, then begin to receive."""
+        try:
+            self._call(self._protocol.connection_made, self)
+        except BaseException as exc:
+            self._report_callback(exc, "connection_made")
+        if not self._closing:
+            self._channel.set_reading(True)
+
+    def _callback_failed(self, exc: BaseException, name: str) -> None:
+        self._report_callback(exc, name)
+
+    def close(self) -> None:
+        """Receive no more, send what is buffered, then end with `connection_lost(None)`."""
+        if self._closing:
+            return
+        self._closing = True
+        self._channel.set_reading(False)
+        if not self._buffer.datagrams:
+            self._lose(None)
+
+    def _read_ready(self) -> None:
+        receive = self._channel.receive
+        for _ in range(RECEIVES_AT_ONCE):
+            try:
+                data, address = receive()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as exc:
+                self._tell_error(exc)
+                return
+            except ChannelEnded as exc:
+                self._lose(exc.error, aborted=True)
+                return
+            try:
+                self._call(self._protocol.datagram_received, data, address)
+            except BaseException as exc:
+                self._report_callback(exc, "datagram_received")
+            if self._closing:
+                return
+
+    def _tell_error(self, exc: OSError) -> None:
+        if not hasattr(self._protocol, "error_received"):
+            # Reported once: a peer that is not there would otherwise fill the log.
+            if self._error_received_missed:
+                return
+            self._error_received_missed = True
+        # In the caller's context, which may be the connection's: a context cannot be entered twice.
+        self._flow_callback("error_received", exc)
+
+    def sendto(self, data: bytes | bytearray | memoryview, addr: Any = None) -> None:
+        """Send `data`, which may be empty, to `addr`; at once if possible, otherwise in order as soon as it is.
+
+        `addr` is needed unless the endpoint has a remote address: then it may be left out, and must be that otherwise.
+        The caller may change the buffer afterwards. An `OSError` goes to `error_received`, and the endpoint lives on;
+        anything else, such as an address that is none, ends it.
+
+        Raises `TypeError` for data that is not bytes-like and `ValueError` for another address than the remote one.
+        """
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+        if self._address is not None:
+            if addr not in (None, self._address):
+                raise ValueError(f"Invalid address: must be None or {self._address}")
+            addr = self._address
+        if self._lost:
+            self._drop_write()
+            return
+        if not self._buffer.datagrams:
+            try:
+                self._channel.send(data, addr)
+            except (BlockingIOError, InterruptedError):
+                self._channel.set_writing(True)
+            except OSError as exc:
+                self._tell_error(exc)
+                return
+            except Exception as exc:
+                self._fatal(exc)
+                return
+            else:
+                return
+        self._buffer.append(bytes(data), addr)
+        self._update_flow()
+
+    def _write_ready(self) -> None:
+        waiting = self._buffer.datagrams
+        while waiting:
+            data, addr = waiting[0]
+            try:
+                self._channel.send(data, addr)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as exc:
+                self._buffer.take()
+                self._tell_error(exc)
+                break  # The rest in the next turn: `error_received` may have closed or aborted.
+            except Exception as exc:
+                self._fatal(exc)
+                return
+            self._buffer.take()
+        self._update_flow()
+        # `resume_writing` may have sent more, closed or aborted.
+        if not waiting and not self._lost:
+            self._channel.set_writing(False)
+            if self._closing:
+                self._lose(None)
+
+    def _fatal(self, exc: Exception) -> None:
+        self._lose(exc, aborted=True)
+        self._door.report("Fatal write error on datagram transport", exc, self, self._protocol)
