@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.abc
 import anyio.lowlevel
+import pytest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -284,6 +285,21 @@ class OracleGroup:
         self.servers.append(server)
         return server
 
+    async def create_unix_connection(self, factory: Any, *args: Any, **options: Any) -> Any:
+        transport, protocol = await self.loop.create_unix_connection(self._tracked(factory), *args, **options)
+        self.transports.append(transport)
+        return transport, protocol
+
+    async def connect_accepted_socket(self, factory: Any, *args: Any, **options: Any) -> Any:
+        transport, protocol = await self.loop.connect_accepted_socket(self._tracked(factory), *args, **options)
+        self.transports.append(transport)
+        return transport, protocol
+
+    async def create_unix_server(self, factory: Any, *args: Any, **options: Any) -> Any:
+        server = await self.loop.create_unix_server(self._tracked(factory), *args, **options)
+        self.servers.append(server)
+        return server
+
     def _open_recorders(self) -> list[_Recording]:
         return [p for p in self.protocols if isinstance(p, _Recording) and p.state in ("open", "eof")]
 
@@ -312,6 +328,11 @@ class Stack:
     @property
     def is_oracle(self) -> bool:
         return self.name == ORACLE
+
+    def needs_python(self, *version: int, why: str) -> None:
+        """Skip the test where the oracle of this Python does not have what a later one has."""
+        if self.is_oracle and sys.version_info < version:
+            pytest.skip(f"asyncio of Python {'.'.join(map(str, version))}: {why}")
 
     @property
     def logger(self) -> str:

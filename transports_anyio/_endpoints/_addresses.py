@@ -48,10 +48,15 @@ async def resolve(
     try:
         found = numeric(host, port, family=family, kind=kind, proto=proto, flags=flags)
     except socket.gaierror:
-        resolved = await anyio.getaddrinfo(host, port, family=family, type=kind, proto=proto, flags=flags)
+        pass  # A name, which the resolver knows or not.
     else:
-        return [(f, t, p, (*address[:2], *scope) if scope and f == socket.AF_INET6 else address)
-                for f, t, p, address in found]  # fmt: skip
+        return [
+            (f, t, p, (*address[:2], *scope) if scope and f == socket.AF_INET6 else address)
+            for f, t, p, address in found
+        ]
+    resolved = await anyio.getaddrinfo(host, port, family=family, type=kind, proto=proto, flags=flags)
+    if not resolved:  # AnyIO leaves IPv6 out where Python has been built without it.
+        raise OSError(f"getaddrinfo({host!r}) returned an empty list")
     # AnyIO leaves out flow information and writes the scope id behind the address, where sockets do not look.
     return [info for f, t, p, _, address in resolved for info in numeric(*address[:2], family=f, kind=t, proto=p)]
 

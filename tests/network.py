@@ -1,0 +1,159 @@
+"""What the tests of the endpoint functions share: addresses that behave in a certain way, and peers."""
+
+from __future__ import annotations
+
+import resource
+import select
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import Any
+
+import anyio
+import pytest
+from support import GUARD, Recorder, open_descriptors
+
+HOST = "127.0.0.1"
+HOST_6 = "::1"
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="a loopback network of more than one address")
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
+            sock.bind((HOST_6, 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="IPv6 is not configured")
+
+
+@contextmanager
+def bound(host: str = HOST, port: int = 0, *, backlog: int | None = None) -> Iterator[socket.socket]:
+    """A bare stream socket of the host's family, which listens if there is a backlog."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.bind((host, port))
+        if backlog is not None:
+            sock.listen(backlog)
+        yield sock
+
+
+def unused_port() -> int:
+    """A port that nobody listens on, and that the system does not give out twice in a row."""
+    with bound() as sock:
+        return int(sock.getsockname()[1])
+
+
+@contextmanager
+def black_hole(host: str, port: int = 0) -> Iterator[int]:
+    """A port at which connections are neither accepted nor refused: the backlog of its listener is full."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(bound(host, port, backlog=0))
+        for _ in range(16):
+            sock = stack.enter_context(socket.socket(listener.family))
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+            if not select.select([], [sock], [], 0.3)[1]:
+                break
+        else:
+            pytest.skip("this system's backlogs are never full")
+        yield listener.getsockname()[1]
+
+
+@contextmanager
+def few_descriptors(more: int = 0) -> Iterator[Callable[[], None]]:
+    """Let the process open only so many descriptors more; yields what lifts the limit early."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened: list[socket.socket] = []
+
+    def lift() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for sock in opened:
+            sock.close()
+        opened.clear()
+
+    try:
+        # The limit is one for the highest number, so the gaps below it are filled.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 1 + more, hard))
+        while True:
+            try:
+                opened.append(socket.socket())
+            except OSError:
+                break
+        for sock in opened[len(opened) - more :]:
+            opened.remove(sock)
+            sock.close()
+        yield lift
+    finally:
+        lift()
+
+
+@contextmanager
+def names(monkeypatch: pytest.MonkeyPatch, known: dict[str, list[str]], backend: Any) -> Iterator[None]:
+    """Make the C library's resolver know other names, each of some numeric addresses."""
+    if backend[1].get("use_uvloop"):
+        pytest.skip("uvloop brings a resolver of its own")
+    original = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, port: Any, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        if name not in known or flags & socket.AI_NUMERICHOST:
+            return original(host, port, family, type, proto, flags)
+        found = []
+        for address in known[name]:
+            if family in (0, socket.AF_INET6 if ":" in address else socket.AF_INET):
+                found += original(address, port, family, type, proto, flags)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        yield
+
+
+class Echo(Recorder):
+    """Send everything back."""
+
+    def __init__(self) -> None:
+        super().__init__(on_data_received=lambda self, data: self.transport.write(data))
+
+
+class Web(Recorder):
+    """Answer one request, whatever it asks for, with its first line, as HTTP/1.1."""
+
+    def __init__(self) -> None:
+        super().__init__(on_data_received=Web.answer)
+
+    def answer(self, data: bytes) -> None:
+        if b"\r\n\r\n" in self.received and not self.transport.is_closing():
+            body = self.received.split(b"\r\n")[0]
+            self.transport.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
+            self.transport.write(bytes(body))
+            self.transport.close()
+
+
+async def run_program(*command: str, input: bytes | None = None) -> bytes:
+    """What another program prints."""
+    with anyio.fail_after(4 * GUARD):
+        return (await anyio.run_process(command, input=input)).stdout
+
+
+@asynccontextmanager
+async def cancelled_after(checkpoints: int) -> AsyncIterator[anyio.CancelScope]:
+    """Cancel the block after so many turns of the event loop."""
+
+    async def count() -> None:
+        for _ in range(checkpoints):
+            await anyio.lowlevel.checkpoint()
+        scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        with anyio.CancelScope() as scope:
+            tasks.start_soon(count)
+            yield scope
+        tasks.cancel_scope.cancel()
+
+
