@@ -155,5 +155,3 @@ async def cancelled_after(checkpoints: int) -> AsyncIterator[anyio.CancelScope]:
             tasks.start_soon(count)
             yield scope
         tasks.cancel_scope.cancel()
-
-
