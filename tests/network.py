@@ -99,14 +99,14 @@ def names(monkeypatch: pytest.MonkeyPatch, known: dict[str, list[str]], backend:
         pytest.skip("uvloop brings a resolver of its own")
     original = socket.getaddrinfo
 
-    def getaddrinfo(host: Any, port: Any, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0) -> Any:
+    def getaddrinfo(host: Any, port: Any, family: int = 0, kind: int = 0, proto: int = 0, flags: int = 0) -> Any:
         name = host.decode() if isinstance(host, bytes) else host
         if name not in known or flags & socket.AI_NUMERICHOST:
-            return original(host, port, family, type, proto, flags)
+            return original(host, port, family, kind, proto, flags)
         found = []
         for address in known[name]:
             if family in (0, socket.AF_INET6 if ":" in address else socket.AF_INET):
-                found += original(address, port, family, type, proto, flags)
+                found += original(address, port, family, kind, proto, flags)
         return found
 
     with monkeypatch.context() as patch:
@@ -135,10 +135,10 @@ class Web(Recorder):
             self.transport.close()
 
 
-async def run_program(*command: str, input: bytes | None = None) -> bytes:
+async def run_program(*command: str, stdin: bytes | None = None) -> bytes:
     """What another program prints."""
     with anyio.fail_after(4 * GUARD):
-        return (await anyio.run_process(command, input=input)).stdout
+        return (await anyio.run_process(command, input=stdin)).stdout
 
 
 @asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import errno
 import http.client
+import itertools
 import shutil
 import socket
 import ssl
@@ -183,7 +184,7 @@ async def test_s7_a_chosen_port_is_not_looked_for_for_ever(stack: Stack) -> None
 @linux_only
 async def test_an_address_that_this_machine_does_not_have(stack: Stack) -> None:
     """As asyncio: a name may have addresses of a family that is turned off."""
-    stack.needs_python(3, 13, why="it is an error: CPython 75128")
+    stack.needs_python(3, 13, why="it is an error: bpo-30945")
     elsewhere = "198.51.100.1"  # Set aside for documentation (RFC 5737).
     async with stack.open() as group:
         server = await group.create_server(Echo, [HOST, elsewhere], 0)
@@ -367,7 +368,7 @@ async def test_many_connections_a_turn_up_to_the_backlog(stack: Stack) -> None:
             await server.start_serving()
             await until(lambda: len(made.connected) == 20)
             assert {8, 16} <= set(seen)
-            assert all(after - before <= 8 for before, after in zip(seen, seen[1:]))
+            assert all(after - before <= 8 for before, after in itertools.pairwise(seen))
         server.close()
 
 
@@ -619,7 +620,7 @@ async def test_nc(stack: Stack) -> None:
     async with stack.open() as group:
         server = await group.create_server(made, HOST, 0)
         host, port = addresses(server)[0]
-        assert await run_program("nc", "-N", host, str(port), input=b"x" * 100_000) == b"x" * 100_000
+        assert await run_program("nc", "-N", host, str(port), stdin=b"x" * 100_000) == b"x" * 100_000
         assert made[0].lost_with is None
         server.close()
 
