@@ -269,7 +269,7 @@ async def test_an_adopted_listener(stack: Stack, folder: Path) -> None:
                 assert sock.gettimeout() == 0
                 await echoes(path)
                 server.close()
-                await until(lambda: sock.fileno() == -1)  # noqa: B023
+                await until(lambda: sock.fileno() == -1)
             assert path.exists() is not cleanup
 
 

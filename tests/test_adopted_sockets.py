@@ -1,0 +1,230 @@
+"""Sockets that others have made: `connect_accepted_socket`, inetd, systemd, a parent process, another process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.abc
+import pytest
+from network import HOST, HOST_6, Echo, bound, needs_ipv6, unused_port
+from support import GUARD, Peer, Recorder, Stack, until
+
+pytestmark = pytest.mark.anyio
+
+SERVER = Path(__file__).with_name("adopting.py")
+
+
+# -- connections that were accepted elsewhere -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, pytest.param(socket.AF_INET6, marks=needs_ipv6), socket.AF_UNIX])
+async def test_a_server_that_accepts_by_itself(stack: Stack, family: int) -> None:
+    async with stack.open() as group:
+        with socket.socket(family) as listener, socket.socket(family) as client:
+            listener.bind(
+                {socket.AF_INET: (HOST, 0), socket.AF_INET6: (HOST_6, 0)}.get(family, f"\0adopted {id(stack)}")
+            )
+            listener.listen()
+            client.connect(listener.getsockname())
+            accepted, _ = listener.accept()
+            transport, protocol = await group.connect_accepted_socket(Echo, accepted)
+            assert accepted.gettimeout() == 0
+            assert protocol.transport is transport
+            assert transport.get_extra_info("peername") == client.getsockname()
+            assert transport.get_extra_info("sockname") == listener.getsockname()
+            if family != socket.AF_UNIX:
+                nodelay = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert bool(nodelay) or (stack.is_oracle and accepted.proto == 0)
+            with Peer(client) as peer:
+                await peer.send(b"hello")
+                assert await peer.receive_exactly(5) == b"hello"
+            await protocol.wait_for("connection_lost")
+            await until(lambda: accepted.fileno() == -1)
+
+
+async def test_names_stay_known_after_the_peer_has_gone(stack: Stack) -> None:
+    async with stack.open() as group:
+        with bound(backlog=1) as listener:
+            peer = Peer.connect(listener.getsockname())
+            name = peer.socket.getsockname()
+            accepted, _ = listener.accept()
+            transport, protocol = await group.connect_accepted_socket(Recorder, accepted)
+            peer.reset()
+            await protocol.wait_for("connection_lost")
+            assert isinstance(protocol.lost_with, ConnectionResetError)
+            assert transport.get_extra_info("peername") == name
+            assert transport.get_extra_info("sockname") == listener.getsockname()
+
+
+async def test_sockets_that_cannot_be_adopted(stack: Stack) -> None:
+    context = ssl.create_default_context()
+    async with stack.open() as group:
+        with socket.socket(type=socket.SOCK_DGRAM) as datagram:
+            with pytest.raises(ValueError, match="A Stream Socket was expected, got <socket"):
+                await group.connect_accepted_socket(Recorder, datagram)
+        with context.wrap_socket(socket.socket(), server_hostname="localhost") as tls:
+            with pytest.raises(TypeError, match="SSLSocket"):
+                await group.connect_accepted_socket(Recorder, tls)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            with pytest.raises(ValueError, match="only meaningful with ssl"):
+                await group.connect_accepted_socket(Recorder, ours, ssl_handshake_timeout=1)
+            if not stack.is_oracle or sys.version_info >= (3, 11):
+                with pytest.raises(ValueError, match="only meaningful with ssl"):
+                    await group.connect_accepted_socket(Recorder, ours, ssl_shutdown_timeout=1)
+            assert ours.fileno() != -1
+
+
+@pytest.mark.ours_only("asyncio leaves a transport behind that was never connected")
+async def test_tls_needs_a_certificate(stack: Stack) -> None:
+    ours, theirs = socket.socketpair()
+    async with stack.open() as group:
+        with ours, theirs, pytest.raises(ValueError, match="SSLContext"):
+            await group.connect_accepted_socket(Recorder, ours, ssl=True)
+
+
+async def test_no_ssl_is_spelt_in_two_ways(stack: Stack) -> None:
+    ours, theirs = socket.socketpair()
+    async with stack.open() as group:
+        _, protocol = await group.connect_accepted_socket(Recorder, ours, ssl=False)
+        theirs.close()
+        await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio leaves the socket open")
+async def test_the_socket_is_closed_whatever_happens(stack: Stack) -> None:
+    def fail() -> Any:
+        raise ZeroDivisionError
+
+    async with stack.open() as group:
+        ours, theirs = socket.socketpair()
+        with theirs, pytest.raises(ZeroDivisionError):
+            await group.connect_accepted_socket(fail, ours)
+        assert ours.fileno() == -1
+        ours, theirs = socket.socketpair()
+        with theirs, anyio.CancelScope() as scope:
+            scope.cancel()
+            await group.connect_accepted_socket(Recorder, ours)
+        assert ours.fileno() == -1
+
+
+@pytest.mark.ours_only("asyncio has no group")
+async def test_a_group_that_is_over_takes_no_socket(stack: Stack) -> None:
+    async with stack.open() as group:
+        pass
+    ours, theirs = socket.socketpair()
+    with theirs, ours:
+        with pytest.raises(RuntimeError, match="not open"):
+            await group.connect_accepted_socket(Recorder, ours)
+        assert ours.fileno() != -1
+
+
+# -- handed over to a process -----------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def child(stack: Stack, *arguments: object, command: tuple[str, ...] = (), **options: Any) -> AsyncIterator[Any]:
+    """A process that serves what it is handed, with a group on the backend of the test."""
+    backend = stack.name
+    program = [*command, sys.executable, str(SERVER), backend, *map(str, arguments)]
+    process = await anyio.open_process(program, stderr=None, **options)
+    try:
+        yield process
+    finally:
+        with anyio.CancelScope(shield=True):
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+            await process.aclose()
+
+
+async def finished(process: anyio.abc.Process) -> int:
+    with anyio.fail_after(2 * GUARD):
+        return await process.wait()
+
+
+@pytest.mark.ours_only("a process of ours")
+async def test_inetd_hands_over_the_connection_as_standard_input(stack: Stack) -> None:
+    """With `wait` set to "no": one process for each connection, which is its descriptor 0."""
+    with bound(backlog=1) as listener:
+        with Peer.connect(listener.getsockname()) as peer:
+            accepted, _ = listener.accept()
+            async with child(stack, "inetd", stdin=accepted.fileno()) as process:
+                accepted.close()
+                await peer.send(b"hello")
+                assert await peer.receive_exactly(5) == b"hello"
+                peer.shutdown()
+                assert await peer.receive() == b""
+                assert await finished(process) == 0
+
+
+@pytest.mark.ours_only("a process of ours")
+async def test_a_parent_hands_over_its_listener(stack: Stack) -> None:
+    with bound(backlog=5) as listener:
+        async with child(stack, "listener", listener.fileno(), pass_fds=[listener.fileno()]) as process:
+            name = listener.getsockname()
+            listener.close()  # The child's copy lives on.
+            for _ in range(3):
+                with Peer.connect(name) as peer:
+                    await peer.send(b"hello")
+                    assert await peer.receive_exactly(5) == b"hello"
+            process.send_signal(signal.SIGTERM)
+            assert await finished(process) == -signal.SIGTERM
+
+
+@pytest.mark.ours_only("a process of ours")
+async def test_another_process_sends_a_connection_over_a_unix_socket(stack: Stack) -> None:
+    """SCM_RIGHTS: see unix(7)."""
+    ours, theirs = socket.socketpair()
+    with ours, bound(backlog=1) as listener:
+        async with child(stack, "received", theirs.fileno(), pass_fds=[theirs.fileno()]) as process:
+            theirs.close()
+            with Peer.connect(listener.getsockname()) as peer:
+                accepted, _ = listener.accept()
+                socket.send_fds(ours, [b"x"], [accepted.fileno()])
+                accepted.close()
+                await peer.send(b"hello")
+                assert await peer.receive_exactly(5) == b"hello"
+                peer.shutdown()
+                assert await peer.receive() == b""
+                assert await finished(process) == 0
+
+
+@pytest.mark.ours_only("a process of ours")
+@pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="there is no systemd")
+@pytest.mark.parametrize("accept", [False, True], ids=["listener", "connection"])
+async def test_systemd_hands_over_a_socket(stack: Stack, accept: bool) -> None:
+    """`LISTEN_FDS` descriptors from 3 on: see sd_listen_fds(3)."""
+    port = unused_port()
+    # It hands over nothing of the environment that it is not told to.
+    packages = os.pathsep.join(filter(None, sys.path))
+    command = ["systemd-socket-activate", f"--listen={HOST}:{port}", "-E", f"PYTHONPATH={packages}"]
+    if accept:
+        command += ["--inetd", "--accept"]
+    arguments = ("inetd",) if accept else ("systemd",)
+    async with child(stack, *arguments, command=tuple(command), stdin=subprocess.DEVNULL) as process:
+        with anyio.fail_after(2 * GUARD):
+            while True:  # Until systemd listens.
+                try:
+                    peer = Peer.connect((HOST, port))
+                    break
+                except ConnectionRefusedError:
+                    await anyio.sleep(0.01)
+        with peer:
+            await peer.send(b"hello")
+            assert await peer.receive_exactly(5) == b"hello"
+            peer.shutdown()
+            assert await peer.receive() == b""
+        process.terminate()
+        await finished(process)
