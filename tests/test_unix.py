@@ -304,7 +304,7 @@ async def test_sockets_that_cannot_be_adopted(stack: Stack, folder: Path) -> Non
             for function in (group.create_unix_connection, group.create_unix_server):
                 with pytest.raises(ValueError, match="can not be specified at the same time"):
                     await function(Recorder, folder / "socket", sock=stream)
-                with pytest.raises(ValueError, match="no (path and )?sock"):
+                with pytest.raises(ValueError, match=r"no (path and )?sock"):
                     await function(Recorder)
             assert stream.fileno() != -1
 
