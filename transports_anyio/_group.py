@@ -19,6 +19,8 @@ import anyio
 from ._door import Door, current
 from ._endpoints._base import Owned
 from ._endpoints._datagram import DatagramEndpoints
+from ._endpoints._pipes import PipeEndpoints
+from ._endpoints._processes import ProcessEndpoints
 from ._endpoints._sendfile import FileEndpoints
 from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
@@ -42,7 +44,15 @@ SERVED_IN_A_TURN = 64
 NOT_OPEN = "the group is not open: use it within `async with TransportGroup() as group:`"
 
 
-class TransportGroup(TCPEndpoints, UNIXEndpoints, DatagramEndpoints, StreamEndpoints, FileEndpoints):
+class TransportGroup(
+    TCPEndpoints,
+    UNIXEndpoints,
+    DatagramEndpoints,
+    PipeEndpoints,
+    ProcessEndpoints,
+    StreamEndpoints,
+    FileEndpoints,
+):
     """Makes transports and owns them: an async context manager on an AnyIO task group.
 
     Leaving the block normally closes the servers, closes the transports (buffered data is flushed) and waits for

@@ -56,7 +56,7 @@ class LoopPoller(SelectorReadiness):
             self._stopped.set()
             return
         deadline = turns.next_turn()
-        if deadline == -inf:
+        if deadline == -inf or self._always_ready:
             self._loop.call_soon(self._turn)
             return
         self.waiting = True

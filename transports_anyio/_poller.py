@@ -60,6 +60,11 @@ class Poller(ABC):
     def dispatch(self) -> int:
         """Call everybody who is ready now, once, and return how many that were."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether something is ready without a wait."""
+        return False
+
     @abstractmethod
     def wake(self) -> None:
         """Take the next turn at once, from the thread that takes turns."""
@@ -86,7 +91,7 @@ class WaitingPoller(Poller):
     async def run(self, turns: Turns) -> None:
         while True:
             deadline = turns.next_turn()
-            if deadline == -inf or (deadline != inf and deadline <= self.time()):
+            if deadline == -inf or self.is_ready or (deadline != inf and deadline <= self.time()):
                 await anyio.lowlevel.checkpoint()
             else:
                 self.waiting = True
@@ -137,6 +142,8 @@ class SelectorReadiness(Poller):
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+        # What is always ready (`/dev/null`), and epoll therefore refuses: its interest and whom to call.
+        self._always_ready: dict[int, tuple[int, ReadyCallback]] = {}
         # Every selector that can be waited for has `fileno`; `SelectSelector` and `PollSelector` have not.
         self._descriptor: int = self._selector.fileno()  # type: ignore[attr-defined,unused-ignore]
         super().__init__()
@@ -144,17 +151,31 @@ class SelectorReadiness(Poller):
     def set_interest(self, descriptor: int, before: int, interest: int, ready: ReadyCallback) -> None:
         # A selector reports errors and hang-ups whatever the interest, so a descriptor with nothing to wait for is
         # taken out instead of staying in with an empty interest.
-        if not interest:
+        if self._always_ready.pop(descriptor, None) is not None:
+            if interest:
+                self._always_ready[descriptor] = (interest, ready)
+        elif not interest:
             self._selector.unregister(descriptor)
         elif before:
             self._selector.modify(descriptor, interest, ready)
         else:
-            self._selector.register(descriptor, interest, ready)
+            try:
+                self._selector.register(descriptor, interest, ready)
+            except PermissionError:
+                self._always_ready[descriptor] = (interest, ready)
+                self.wake()
+
+    @property
+    def is_ready(self) -> bool:
+        return bool(self._always_ready)
 
     def dispatch(self) -> int:
         batch = self._selector.select(0)
         for key, mask in batch:
             key.data(mask)
+        if self._always_ready:
+            for interest, ready in tuple(self._always_ready.values()):
+                ready(interest)
         return len(batch)
 
     def close(self) -> None:

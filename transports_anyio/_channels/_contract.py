@@ -22,6 +22,7 @@ class Channel(ABC):
 
     can_write_eof = True
     can_send_file = False
+    can_notice_hangup = False
 
     @abstractmethod
     def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
@@ -61,6 +62,10 @@ class Channel(ABC):
     @abstractmethod
     def send_eof(self) -> None:
         """Shut down the sending side."""
+
+    def has_hung_up(self) -> bool:
+        """Whether nobody can receive any more what is sent. Only where `can_notice_hangup`."""
+        raise NotImplementedError
 
     @abstractmethod
     def close(self, *, aborted: bool) -> None:

@@ -132,6 +132,8 @@ class Endpoints(ABC):
         protocol_factory: Callable[[], ProtocolT],
         channel: Channel,
         on_lost: Callable[[StreamTransport], None] | None = None,
+        *,
+        transport_class: type[StreamTransport] = StreamTransport,
     ) -> tuple[StreamTransport, ProtocolT]:
         """Give `channel` a protocol and a transport that the group owns; the caller starts it.
 
@@ -140,7 +142,7 @@ class Endpoints(ABC):
         door = self._door()
         try:
             protocol: Any = door.run(protocol_factory)
-            transport = StreamTransport(door, channel, protocol, on_lost or self._disown)
+            transport = transport_class(door, channel, protocol, on_lost or self._disown)
         except BaseException:
             channel.close(aborted=True)
             raise

@@ -1,0 +1,82 @@
+"""One end of a pipe, FIFO, socket or character device, non-blocking and in the group's poller."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import sys
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from .._poller import Poller
+from ._contract import Channel
+from ._polled import Polled
+from ._socket import GATHER_LIMIT
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+# What a pipe holds on Linux, in bytes: one read can empty it.
+READ_SIZE = 64 * 1024
+
+# Descriptors that outlive us: whoever writes to them later must not meet another file.
+STANDARD_STREAMS = range(3)
+
+
+class PipeChannel(Polled, Channel):
+    """Moves bytes in one direction; the channel owns `pipe`, a file object, and closes it.
+
+    The descriptor becomes non-blocking. That is a property of the open file, which other processes may share (a
+    terminal, say), so `close` gives it back as it was. Standard input, output and error are not closed.
+    """
+
+    __slots__ = ("_blocking", "_pipe", "can_notice_hangup")
+
+    can_write_eof = False
+
+    def __init__(self, poller: Poller, pipe: Any) -> None:
+        descriptor = pipe.fileno()
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)):
+            raise ValueError(f"a pipe, socket or character device was expected, got {pipe!r}")
+        super().__init__(poller, descriptor)
+        self._pipe = pipe
+        # A terminal's hang-up cannot be told from its input; a FIFO's writing end looks hung up on macOS while data is
+        # unread (CPython issue 145030), and on AIX always.
+        self.can_notice_hangup = stat.S_ISSOCK(mode) or (
+            stat.S_ISFIFO(mode) and not sys.platform.startswith(("darwin", "aix"))
+        )
+        self._blocking = os.get_blocking(descriptor)
+        os.set_blocking(descriptor, False)
+
+    def receive(self) -> bytes:
+        return os.read(self._descriptor, READ_SIZE)
+
+    def receive_into(self, buffer: Buffer) -> int:
+        return os.readv(self._descriptor, [buffer])
+
+    def send(self, data: bytes | bytearray | memoryview) -> int:
+        return os.write(self._descriptor, data)
+
+    def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
+        return os.writev(self._descriptor, list(islice(chunks, GATHER_LIMIT)))
+
+    def send_eof(self) -> None:
+        raise NotImplementedError  # The end of a pipe is its close.
+
+    def has_hung_up(self) -> bool:
+        poll = select.poll()
+        poll.register(self._descriptor, 0)  # Asks for nothing but hang-ups and errors.
+        return bool(poll.poll(0))
+
+    def close(self, *, aborted: bool) -> None:
+        self._set_interest(0)  # Before it is closed, as with every descriptor in the poller.
+        if self._blocking:
+            os.set_blocking(self._descriptor, True)
+        if self._descriptor not in STANDARD_STREAMS:
+            self._pipe.close()
+
+    def extra_info(self) -> dict[str, Any]:
+        return {"pipe": self._pipe}

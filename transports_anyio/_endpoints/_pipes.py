@@ -1,0 +1,60 @@
+"""Pipes: `connect_read_pipe` and `connect_write_pipe`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import anyio.lowlevel
+
+from .._channels._pipe import PipeChannel
+from .._transports._pipe import ReadPipeTransport, WritePipeTransport
+from .._transports._stream import StreamTransport
+from ._base import Endpoints, ProtocolT
+
+if TYPE_CHECKING:
+    from asyncio import ReadTransport, WriteTransport
+
+
+class PipeEndpoints(Endpoints):
+    """`connect_read_pipe` and `connect_write_pipe`."""
+
+    async def connect_read_pipe(
+        self, protocol_factory: Callable[[], ProtocolT], pipe: Any
+    ) -> tuple[ReadTransport, ProtocolT]:
+        """Read from `pipe` and return `(transport, protocol)`.
+
+        `pipe` is a file object: a pipe, FIFO, socket, character device or terminal. The transport makes it
+        non-blocking and closes it, standard input excepted: that is left as it was. `connection_made` runs before this
+        returns.
+
+        Raises `RuntimeError` when the group is not open, `ValueError` for a regular file, which is left open, and
+        whatever `protocol_factory` raises.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_read_pipe
+        """
+        return await self._connect_pipe(protocol_factory, pipe, ReadPipeTransport)
+
+    async def connect_write_pipe(
+        self, protocol_factory: Callable[[], ProtocolT], pipe: Any
+    ) -> tuple[WriteTransport, ProtocolT]:
+        """Write to `pipe` and return `(transport, protocol)`; as `connect_read_pipe`.
+
+        That the reader has gone is noticed while nothing is written, too.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_write_pipe
+        """
+        return await self._connect_pipe(protocol_factory, pipe, WritePipeTransport)
+
+    async def _connect_pipe(
+        self,
+        protocol_factory: Callable[[], ProtocolT],
+        pipe: Any,
+        transport_class: type[ReadPipeTransport | WritePipeTransport],
+    ) -> tuple[StreamTransport, ProtocolT]:
+        self._require_open()
+        await anyio.lowlevel.checkpoint()
+        channel = PipeChannel(self._require_open(), pipe)
+        transport, protocol = self._make_transport(protocol_factory, channel, transport_class=transport_class)
+        transport.start()
+        return transport, protocol

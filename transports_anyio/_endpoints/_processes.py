@@ -1,0 +1,163 @@
+"""Child processes: `subprocess_exec`, `subprocess_shell` and `connect_process`."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import anyio.lowlevel
+from anyio.abc import Process
+
+from .._channels._anyio_stream import AnyIOStreamChannel
+from .._channels._child import AnyIOChild, PopenChild
+from .._channels._contract import Channel
+from .._channels._pipe import PipeChannel
+from .._transports._pipe import ReadPipeTransport, WritePipeTransport
+from .._transports._stream import StreamTransport
+from .._transports._subprocess import PipeProtocol, SubprocessTransport
+from ._base import Endpoints, ProtocolT
+
+if TYPE_CHECKING:
+    import os
+
+    Argument = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+#: asyncio takes these for the sake of `subprocess.Popen`'s signature, with one value only: pipes carry bytes.
+ONLY_VALUES: dict[str, Any] = {
+    "universal_newlines": False,
+    "bufsize": 0,
+    "text": False,
+    "encoding": None,
+    "errors": None,
+}
+
+
+def check_options(options: dict[str, Any], *, shell: bool) -> None:
+    """Raise asyncio's `ValueError` for an option that it refuses, and take it out if it has the right value."""
+    for name, value in {**ONLY_VALUES, "shell": shell}.items():
+        given = options.pop(name, value)
+        wrong = given is not None if value is None else bool(given) != bool(value)
+        if wrong:
+            raise ValueError(f"{name} must be {value}")
+
+
+class ProcessEndpoints(Endpoints):
+    """`subprocess_exec`, `subprocess_shell` and `connect_process`."""
+
+    async def subprocess_exec(
+        self,
+        protocol_factory: Callable[[], ProtocolT],
+        program: Argument,
+        *args: Argument,
+        stdin: Any = subprocess.PIPE,
+        stdout: Any = subprocess.PIPE,
+        stderr: Any = subprocess.PIPE,
+        **options: Any,
+    ) -> tuple[SubprocessTransport, ProtocolT]:
+        """Run `program` with `args` as a child process and return `(transport, protocol)`.
+
+        `stdin`, `stdout` and `stderr` are each `PIPE`, `DEVNULL`, a file or descriptor, or `None` for ours; `stderr`
+        may be `STDOUT`. `options` are those of `subprocess.Popen`. `connection_made` runs before this returns.
+
+        Raises `RuntimeError` when the group is not open, `OSError` when the program cannot be run (it does not exist,
+        say), `ValueError` for an option that makes no sense for pipes of bytes, and whatever `protocol_factory` and
+        `Popen` raise; nothing is left behind then.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.subprocess_exec
+        """
+        check_options(options, shell=False)
+        return await self._spawn(
+            protocol_factory, [program, *args], stdin=stdin, stdout=stdout, stderr=stderr, **options
+        )
+
+    async def subprocess_shell(
+        self,
+        protocol_factory: Callable[[], ProtocolT],
+        cmd: str | bytes,
+        *,
+        stdin: Any = subprocess.PIPE,
+        stdout: Any = subprocess.PIPE,
+        stderr: Any = subprocess.PIPE,
+        **options: Any,
+    ) -> tuple[SubprocessTransport, ProtocolT]:
+        """Run `cmd` in the platform's shell; as `subprocess_exec`. To quote what is in it is the caller's duty.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.subprocess_shell
+        """
+        if not isinstance(cmd, (str, bytes)):
+            raise ValueError("cmd must be a string")  # noqa: TRY004  # as asyncio
+        check_options(options, shell=True)
+        return await self._spawn(
+            protocol_factory, cmd, shell=True, stdin=stdin, stdout=stdout, stderr=stderr, **options
+        )
+
+    async def connect_process(
+        self, protocol_factory: Callable[[], ProtocolT], process: Process
+    ) -> tuple[SubprocessTransport, ProtocolT]:
+        """Give an AnyIO process a protocol and return `(transport, protocol)`.
+
+        The transport owns the process and its streams from now on, and waits for its end. The extra info `subprocess`
+        is `process`.
+
+        Raises `RuntimeError` when the group is not open, and whatever `protocol_factory` raises; the process is then
+        left to the caller.
+        """
+        self._require_open()
+        await anyio.lowlevel.checkpoint()
+        self._require_open()
+        streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
+        channels = {fd: AnyIOStreamChannel(stream) for fd, stream in streams.items()}
+        result = self._start_child(
+            protocol_factory, AnyIOChild(process), channels, WritePipeTransport, ReadPipeTransport
+        )
+        for channel in channels.values():
+            self._task_group.start_soon(channel.run, name=f"transports_anyio: a pipe of {process!r}")
+        return result
+
+    async def _spawn(
+        self, protocol_factory: Callable[[], ProtocolT], args: Any, **options: Any
+    ) -> tuple[SubprocessTransport, ProtocolT]:
+        self._require_open()
+        await anyio.lowlevel.checkpoint()
+        poller = self._require_open()
+        # From here on nothing waits, so nothing can be cancelled half-way.
+        door = self._door()
+        protocol = door.run(protocol_factory)
+        popen = subprocess.Popen(args, bufsize=0, **options)  # noqa: S603  # that is what the caller asks for
+        child = PopenChild(poller, popen)
+        channels: dict[int, Channel] = {}
+        try:
+            for fd, pipe in enumerate((popen.stdin, popen.stdout, popen.stderr)):
+                if pipe is not None:
+                    channels[fd] = PipeChannel(poller, pipe)
+        except BaseException:
+            child.kill_for_good()
+            for pipe in filter(None, (popen.stdin, popen.stdout, popen.stderr)):
+                pipe.close()
+            raise
+        return self._start_child(lambda: protocol, child, channels, WritePipeTransport, ReadPipeTransport)
+
+    def _start_child(
+        self,
+        protocol_factory: Callable[[], ProtocolT],
+        child: PopenChild | AnyIOChild,
+        channels: Any,
+        writing: type[StreamTransport],
+        reading: type[StreamTransport],
+    ) -> tuple[SubprocessTransport, ProtocolT]:
+        door = self._door()
+        protocol: Any = door.run(protocol_factory)
+        transport = SubprocessTransport(door, child, protocol, self._disown)
+        self._own(transport)
+        transport.start(
+            {
+                fd: (reading if fd else writing)(
+                    self._door(), channel, PipeProtocol(transport, fd), lambda pipe_transport: None
+                )
+                for fd, channel in channels.items()
+            }
+        )
+        if child.needs_task:
+            self._task_group.start_soon(child.run, name=f"transports_anyio: process {child.pid}")
+        return transport, protocol

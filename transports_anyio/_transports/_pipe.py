@@ -1,0 +1,56 @@
+"""The transports of one-way pipes: the stream transport, less one direction.
+
+Source: https://docs.python.org/3/library/asyncio-eventloop.html#working-with-pipes
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ._stream import StreamTransport
+
+
+class ReadPipeTransport(StreamTransport):
+    """The reading end of a pipe. At its end of file it closes, whatever `eof_received` answers."""
+
+    __slots__ = ()
+
+
+class WritePipeTransport(StreamTransport):
+    """The writing end of a pipe. To close it is its end of file, so `write_eof` does the same as `close`.
+
+    When its reader has gone it ends: with `connection_lost(None)` while nothing is buffered, with a `BrokenPipeError`
+    otherwise.
+    """
+
+    __slots__ = ()
+
+    def start(self) -> None:
+        self._reading_paused = True
+        super().start()
+        if not self._closing and self._channel.can_notice_hangup:
+            self._channel.set_reading(True)
+
+    def _read_ready(self) -> None:
+        if self._channel.has_hung_up():
+            error = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+            self._lose(error if self._buffer.size else None, aborted=True)
+        else:
+            # Input, which a descriptor that can do both may get, and nobody here wants. It stays, and would be
+            # reported for ever; that the reader has gone shows at the next write.
+            self._channel.set_reading(False)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._closing and isinstance(data, (bytes, bytearray, memoryview)):
+            self._drop_write()
+        else:
+            super().write(data)
+
+    def can_write_eof(self) -> bool:
+        """Whether `write_eof` is supported: always."""
+        return True
+
+    def write_eof(self) -> None:
+        """Flush, then close."""
+        self.close()

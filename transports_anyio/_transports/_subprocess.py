@@ -1,0 +1,207 @@
+"""The transport of a child process.
+
+Callbacks of a protocol, in order: `connection_made [pipe_data_received | pipe_connection_lost | process_exited]*
+connection_lost`: `process_exited` once, `pipe_connection_lost` once for each pipe, `connection_lost` after all of them;
+with `pause_writing [resume_writing]` pairs, for standard input, anywhere between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .._errors import leaves_through_the_group
+
+if TYPE_CHECKING:
+    from .._channels._child import Child
+    from .._door import Door
+    from ._stream import StreamTransport
+
+
+class PipeProtocol(asyncio.Protocol):
+    """What one pipe of a child tells, passed on to the child's transport."""
+
+    def __init__(self, child: SubprocessTransport, fd: int) -> None:
+        self._child = child
+        self._fd = fd
+
+    def data_received(self, data: bytes) -> None:
+        self._child.tell("pipe_data_received", self._fd, data)
+
+    def pause_writing(self) -> None:
+        self._child.tell_in_place("pause_writing")
+
+    def resume_writing(self) -> None:
+        self._child.tell_in_place("resume_writing")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._child.pipe_lost(self._fd, exc)
+
+
+class SubprocessTransport(asyncio.SubprocessTransport):
+    """A child process, as asyncio's documentation describes `asyncio.SubprocessTransport`.
+
+    Made by `TransportGroup.subprocess_exec`, `subprocess_shell` and `connect_process`. Every method is synchronous.
+
+    Source: https://docs.python.org/3/library/asyncio-protocol.html#subprocess-transports
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_child",
+        "_closed",
+        "_door",
+        "_failure",
+        "_on_lost",
+        "_open_pipes",
+        "_pipes",
+        "_protocol",
+        "_returncode",
+    )
+
+    def __init__(self, door: Door, child: Child, protocol: Any, on_lost: Callable[[SubprocessTransport], None]) -> None:
+        self._door = door
+        self._child = child
+        self._protocol = protocol
+        self._on_lost = on_lost
+        self._pipes: dict[int, StreamTransport] = {}
+        self._open_pipes = 0
+        self._returncode: int | None = None
+        self._closed = False
+        self._failure: BaseException | None = None  # What a callback has raised: `connection_lost` gets it.
+
+    def start(self, pipes: dict[int, StreamTransport]) -> None:
+        """Tell the protocol of its child, then begin to read from the pipes and to wait for the end."""
+        self._pipes = pipes
+        self._open_pipes = len(pipes)
+        self.tell("connection_made", self)
+        for pipe in pipes.values():
+            pipe.start()
+        if self._returncode is None:
+            self._child.watch(self._exited)
+
+    # What users ask for
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return what is known under `name`: `subprocess` is the `subprocess.Popen`, or AnyIO's process."""
+        return self._child.handle if name == "subprocess" else default
+
+    def set_protocol(self, protocol: Any) -> None:
+        """Give every later callback to `protocol`."""
+        self._protocol = protocol
+
+    def get_protocol(self) -> Any:
+        """Return the current protocol."""
+        return self._protocol
+
+    def get_pid(self) -> int:
+        """Return the number of the process."""
+        return self._child.pid
+
+    def get_pipe_transport(self, fd: int) -> Any:
+        """Return the transport of standard input (0), output (1) or error (2), `None` unless it is a pipe."""
+        return self._pipes.get(fd)
+
+    def get_returncode(self) -> int | None:
+        """Return the exit status, negative for a signal; `None` until `process_exited`."""
+        return self._returncode
+
+    def send_signal(self, signal: int) -> None:
+        """Send `signal` to the process. Raises `ProcessLookupError` once it has ended: never signals a stranger."""
+        if self._child.has_ended():
+            raise ProcessLookupError("the process has ended")
+        self._child.send_signal(signal)
+
+    def terminate(self) -> None:
+        """Send `SIGTERM`. Raises as `send_signal`."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send `SIGKILL`. Raises as `send_signal`."""
+        self.send_signal(signal.SIGKILL)
+
+    def is_closing(self) -> bool:
+        """Whether the transport is closing or closed."""
+        return self._closed
+
+    def close(self) -> None:
+        """Close the pipes, standard input after what is buffered, and kill the process if it still runs."""
+        if self._closed:
+            return
+        self._closed = True
+        for pipe in self._pipes.values():
+            pipe.close()
+        try:
+            self.kill()
+        except (ProcessLookupError, PermissionError):
+            pass  # It has ended already, or runs as somebody else.
+
+    def abort(self) -> None:
+        """Kill the process, wait for its end, and drop what is buffered: the end of the group, which is final."""
+        self._closed = True
+        for pipe in self._pipes.values():
+            pipe.abort()
+        if self._returncode is None:
+            returncode = self._child.kill_for_good()
+            self._door.call_soon(self._exited, -signal.SIGKILL if returncode is None else returncode)
+
+    # The protocol
+
+    def tell(self, name: str, *args: Any) -> None:
+        """Call one of the protocol's callbacks. What it raises is reported and ends the child."""
+        try:
+            self._door.run(getattr(self._protocol, name), *args)
+        except BaseException as exc:
+            self._failed(name, exc)
+
+    def tell_in_place(self, name: str) -> None:
+        """As `tell`, from inside `write`: in the caller's context, which may be the protocol's."""
+        try:
+            self._door.call_in_place(getattr(self._protocol, name))
+        except BaseException as exc:
+            self._failed(name, exc)
+
+    def _failed(self, name: str, exc: BaseException) -> None:
+        if self._failure is None and isinstance(exc, Exception):
+            self._failure = exc
+        self.close()
+        if leaves_through_the_group(exc):
+            raise exc
+        self._door.report(f"Fatal error: protocol.{name}() call failed.", exc, self, self._protocol)
+
+    def pipe_lost(self, fd: int, exc: Exception | None) -> None:
+        """Take note that a pipe is gone."""
+        self._open_pipes -= 1
+        try:
+            self.tell("pipe_connection_lost", fd, exc)
+        finally:
+            self._finish()
+
+    def _exited(self, returncode: int) -> None:
+        if self._returncode is not None:
+            return  # `abort` came while the end was being told.
+        self._returncode = returncode
+        try:
+            self.tell("process_exited")
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._returncode is not None and not self._open_pipes:
+            self._door.call_soon(self._connection_lost)
+
+    def _connection_lost(self) -> None:
+        self._closed = True
+        try:
+            self.tell("connection_lost", self._failure)
+        finally:
+            self._failure = None
+            self._on_lost(self)
+
+    def __repr__(self) -> str:
+        state = "running" if self._returncode is None else f"returncode={self._returncode}"
+        pipes = " ".join(f"{('stdin', 'stdout', 'stderr')[fd]}={pipe!r}" for fd, pipe in self._pipes.items())
+        closed = " closed" if self._closed else ""
+        return f"<SubprocessTransport{closed} pid={self._child.pid} {state}{' ' if pipes else ''}{pipes}>"
