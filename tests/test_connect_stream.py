@@ -527,3 +527,31 @@ async def test_a_protocol_on_a_stream_from_inside_a_callback_free_task(anyio_bac
         transport.close()
         await group.wait_closed()
     assert b"".join(received) == b"onetwothree"
+
+
+async def test_a_send_that_ends_together_with_the_connection(anyio_backend: Any) -> None:
+    """The task hears of what it has sent when the buffer is gone already."""
+
+    class Slow(ByteSendStream):
+        def __init__(self) -> None:
+            self.begun = anyio.Event()
+            self.done = anyio.Event()
+
+        async def send(self, item: bytes) -> None:
+            self.begun.set()
+            await self.done.wait()
+
+        async def aclose(self) -> None:
+            pass
+
+    # On trio, which of two tasks runs first is a matter of chance.
+    for _ in range(20):
+        async with TransportGroup() as group:
+            stream = Slow()
+            transport, protocol = await group.connect_stream(Recorder, stream)
+            transport.write(b"hello")
+            await stream.begun.wait()
+            stream.done.set()
+            transport.abort()
+            await protocol.wait_for("connection_lost")
+            assert protocol.lost_with is None

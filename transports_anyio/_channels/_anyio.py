@@ -186,7 +186,8 @@ class AnyIOChannel:
                 self._sent = as_os_error(exc)
             self._offered = None
             if self._sent:
-                self._write_ready()
+                if self._writing:  # Or else the connection was lost in the meantime, and its buffer with it.
+                    self._write_ready()
             else:  # The end of the stream, which nobody waits for.
                 self._writing = False
                 if self._closing:

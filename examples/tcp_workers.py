@@ -1,0 +1,72 @@
+"""Echo on every core: workers in processes of their own share one port, and the system spreads the clients.
+
+python examples/tcp_workers.py --backend trio --workers 4
+
+Every worker has a listening socket of its own on the same port (`reuse_port`). Linux gives each new connection to one
+of them; a worker that ends takes only its own clients along. Other systems share the port too, but may give all the
+connections to one socket: FreeBSD has SO_REUSEPORT_LB for it, macOS has nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import _backend
+from tcp_echo_server import Echo
+
+from transports_anyio import BaseTransport, TransportGroup
+
+
+class Worker(Echo):
+    """Echo, and say who serves whom."""
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        super().connection_made(transport)
+        print(f"worker {os.getpid()} serves {transport.get_extra_info('peername')}", flush=True)
+
+
+async def serve(host: str, port: int) -> None:
+    """What each worker does: it is an ordinary server but for `reuse_port`."""
+    async with TransportGroup() as group:
+        server = await group.create_server(Worker, host, port, reuse_port=True)
+        print(f"worker {os.getpid()} is ready", flush=True)
+        await server.serve_forever()
+
+
+def supervise(host: str, port: int, backend: str, count: int) -> None:
+    """Reserve the port, start the workers on it, and end all of them as soon as one has ended."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as reserved:
+        # Bound but never listening: with port 0 the system chooses one here, and keeps it while workers come and go.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind((host, port))
+        port = reserved.getsockname()[1]
+        print(f"echoing on {host}:{port} with {count} workers; Ctrl-C ends it", flush=True)
+        command = [sys.executable, __file__, "--backend", backend, "--host", host, "--port", str(port), "--work"]
+        # In sessions of their own, so that Ctrl-C comes here alone, and each worker is told once.
+        workers = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]  # noqa: S603 -- ourselves
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            os.wait()
+            print("a worker has ended: so do the others", flush=True)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            for worker in workers:
+                worker.send_signal(signal.SIGINT)
+            for worker in workers:
+                worker.wait()
+
+
+if __name__ == "__main__":
+    parser = _backend.make_parser("Send back whatever comes in over TCP, on several cores.")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="how many processes")
+    parser.add_argument("--work", action="store_true", help="be one of them")
+    options = parser.parse_args()
+    if options.work:
+        _backend.run(options.backend, serve, options.host, options.port)
+    else:
+        supervise(options.host, options.port, options.backend, options.workers)
