@@ -29,8 +29,13 @@ class WritePipeTransport(StreamTransport):
     def start(self) -> None:
         self._reading_paused = True
         super().start()
-        if not self._closing and self._channel.can_notice_hangup:
+        if not self._closing and self.can_notice_hangup:
             self._channel.set_reading(True)
+
+    @property
+    def can_notice_hangup(self) -> bool:
+        """Whether it shows that the reader has gone while nothing is written."""
+        return self._channel.can_notice_hangup
 
     def _read_ready(self) -> None:
         if self._channel.has_hung_up():

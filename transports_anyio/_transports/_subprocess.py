@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._errors import leaves_through_the_group
+from ._pipe import WritePipeTransport
 
 if TYPE_CHECKING:
     from .._channels._child import Child
@@ -183,6 +184,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if self._returncode is not None:
             return  # `abort` came while the end was being told.
         self._returncode = returncode
+        stdin = self._pipes.get(0)
+        if isinstance(stdin, WritePipeTransport) and not stdin.can_notice_hangup:
+            stdin.close()  # Nothing else would ever end it.
         try:
             self.tell("process_exited")
         finally:
