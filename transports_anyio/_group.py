@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from ._door import Door, current
-from ._endpoints._base import Owned
+from ._endpoints._base import Owned, PendingHandshake
 from ._endpoints._datagram import DatagramEndpoints
 from ._endpoints._pipes import PipeEndpoints
 from ._endpoints._processes import ProcessEndpoints
 from ._endpoints._sendfile import FileEndpoints
+from ._endpoints._start_tls import StartTLSEndpoint
 from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
 from ._endpoints._unix import UNIXEndpoints
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ._channels._contract import Channel
+    from ._channels._tls import TLSChannel
     from ._server import Server
     from ._transports._stream import StreamTransport
 
@@ -51,6 +53,7 @@ class TransportGroup(
     PipeEndpoints,
     ProcessEndpoints,
     StreamEndpoints,
+    StartTLSEndpoint,
     FileEndpoints,
 ):
     """Makes transports and owns them: an async context manager on an AnyIO task group.
@@ -242,6 +245,10 @@ class TransportGroup(
     ) -> StreamTransport:
         """Make the transport of a connection that a server accepted."""
         return self._make_transport(protocol_factory, channel, on_lost)[0]
+
+    def pending_handshake(self, channel: TLSChannel) -> PendingHandshake:
+        """Own the handshake of a connection that a server accepted."""
+        return PendingHandshake(channel, self._own, self._disown)
 
     def forget_transport(self, transport: Owned) -> None:
         """Take note that `transport` has ended."""

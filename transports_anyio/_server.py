@@ -16,6 +16,7 @@ import anyio
 import anyio.lowlevel
 
 from ._channels._socket import SocketChannel, SocketView, set_nodelay
+from ._channels._tls import TLSChannel
 from ._endpoints._addresses import address_error
 from ._errors import leaves_through_the_group, logger
 from ._poller import READ, Poller
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from ._endpoints._tls import TLSOptions
+    from ._channels._contract import Channel
+    from ._channels._tls import TLSOptions
+    from ._endpoints._base import Owned
     from ._group import TransportGroup
     from ._transports._stream import StreamTransport
 
@@ -72,7 +75,7 @@ class Server(asyncio.AbstractServer):
         self._serving = False
         self._serving_forever = False
         self._closed = False
-        self._connections: set[StreamTransport] = set()
+        self._connections: set[Owned] = set()
         self._changed = anyio.Event()
 
     @property
@@ -213,17 +216,47 @@ class Server(asyncio.AbstractServer):
             logger.debug("an accepted connection ended before it began: %r", exc)
             sock.close()
             return
+        if self._tls is None:
+            self._begin(channel)
+        else:
+            self._shake_hands(channel, self._tls)
+
+    def _shake_hands(self, inner: SocketChannel, tls: TLSOptions) -> None:
+        try:
+            channel = TLSChannel(inner, tls, self._group)
+        except Exception as exc:
+            inner.close(aborted=True)
+            self._report_lost_client(exc)
+            return
+        pending = self._group.pending_handshake(channel)
+        self._connections.add(pending)
+
+        def over() -> None:
+            self._connections.discard(pending)
+            failure, pending.failure = pending.failure, None
+            if failure is None:
+                self._context.copy().run(self._begin, channel)
+            elif not pending.aborted:
+                self._report_lost_client(failure)
+            self._notify()
+
+        pending.begin(over)
+
+    def _begin(self, channel: Channel) -> None:
         try:
             transport = self._group.accepted(self._protocol_factory, channel, self._lost)
         except BaseException as exc:
             if leaves_through_the_group(exc):
                 raise
-            self._group.call_exception_handler(
-                {"message": "Error on transport creation for incoming connection", "exception": exc}
-            )
+            self._report_lost_client(exc)
             return
         self._connections.add(transport)
         transport.start()
+
+    def _report_lost_client(self, exc: BaseException) -> None:
+        self._group.call_exception_handler(
+            {"message": "Error on transport creation for incoming connection", "exception": exc}
+        )
 
     def _lost(self, transport: StreamTransport) -> None:
         self._connections.discard(transport)

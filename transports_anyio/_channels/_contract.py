@@ -67,6 +67,14 @@ class Channel(ABC):
         """Whether nobody can receive any more what is sent. Only where `can_notice_hangup`."""
         raise NotImplementedError
 
+    def finish(self, done: Callable[[Exception | None, bool], None]) -> bool:
+        """Take leave of the other end; everything has been sent. Return whether that is all over.
+
+        Otherwise `done` is called once, later: with what went wrong, and whether the end of the stream was met.
+        From now on nobody is told of readiness. `close` ends it at any time, and `done` is then not called.
+        """
+        return True
+
     @abstractmethod
     def close(self, *, aborted: bool) -> None:
         """Give everything back. `aborted` says that the other end need not be told politely."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import anyio.lowlevel
 
 from .._channels._socket import SocketChannel, set_nodelay
+from .._channels._tls import TLSChannel, TLSOptions
 from .._door import Door
 from .._server import Server
 from .._transports._stream import StreamTransport
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from .._channels._contract import Channel
     from .._group import TransportGroup
     from .._poller import Poller
-    from ._tls import TLSOptions
 
 ProtocolT = TypeVar("ProtocolT")
 
@@ -39,6 +39,41 @@ class Owned(Protocol):
 
     def close(self) -> None: ...
     def abort(self) -> None: ...
+
+
+class PendingHandshake:
+    """A TLS handshake under way, which the group owns until it is over; whoever began it hears of the outcome."""
+
+    __slots__ = ("_channel", "_disown", "_over", "_own", "aborted", "failure")
+
+    def __init__(self, channel: TLSChannel, own: Callable[[Owned], None], disown: Callable[[Owned], None]) -> None:
+        self._channel = channel
+        self._own = own
+        self._disown = disown
+        self.aborted = False  # By this side.
+        self.failure: Exception | None = None
+
+    def begin(self, over: Callable[[], None]) -> None:
+        """Call `over` once, perhaps before this returns. The channel is closed after a failure."""
+        self._over = over
+        self._own(self)
+        self._channel.handshake(self._done)
+
+    def _done(self, exc: Exception | None) -> None:
+        self._disown(self)
+        self.failure = exc
+        if exc is not None:
+            self._channel.close(aborted=True)
+        over = self._over
+        del self._over  # It may well refer to this object: no cycle.
+        over()
+
+    def close(self) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        self.aborted = True
+        self._channel.close(aborted=True)
 
 
 class Endpoints(ABC):
@@ -77,12 +112,14 @@ class Endpoints(ABC):
         try:
             poller = self._require_open()
             set_nodelay(sock)
-            if tls is not None:
-                raise NotImplementedError("ssl is not supported yet")
-            channel = SocketChannel(poller, sock)
+            channel: Channel = SocketChannel(poller, sock)
+            encrypted = None if tls is None else TLSChannel(channel, tls, self._as_group())
         except BaseException:
             sock.close()
             raise
+        if encrypted is not None:
+            await self._shake_hands(encrypted)
+            channel = encrypted
         transport, protocol = self._make_transport(protocol_factory, channel)
         transport.start()
         return transport, protocol
@@ -126,6 +163,26 @@ class Endpoints(ABC):
                 server.close()
                 raise
         return server
+
+    async def _shake_hands(self, channel: TLSChannel) -> None:
+        """Wait for the handshake of `channel`, which is closed when that fails or is cancelled.
+
+        Raises `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves, and
+        `ConnectionAbortedError` when it takes too long or the group ends.
+        """
+        over = anyio.Event()
+        pending = PendingHandshake(channel, self._own, self._disown)
+        try:
+            pending.begin(over.set)
+            await over.wait()
+            if pending.failure is not None:
+                raise pending.failure
+            self._require_open()  # The group may have ended before this task had its turn.
+        except BaseException:
+            pending.abort()
+            raise
+        finally:
+            pending.failure = None  # Its traceback has this frame: no cycle.
 
     def _make_transport(
         self,

@@ -6,19 +6,33 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import anyio.lowlevel
+from anyio.abc import ByteReceiveStream, ByteSendStream
 
 from .._channels._anyio_stream import AnyByteStream, AnyIOStreamChannel
+from .._channels._tls import TLSChannel
 from ._base import Endpoints, ProtocolT
+from ._tls import stream_options
 
 if TYPE_CHECKING:
+    import ssl as ssl_module
     from asyncio import Transport
+
+    from .._channels._contract import Channel
 
 
 class StreamEndpoints(Endpoints):
     """`connect_stream`."""
 
     async def connect_stream(
-        self, protocol_factory: Callable[[], ProtocolT], stream: AnyByteStream
+        self,
+        protocol_factory: Callable[[], ProtocolT],
+        stream: AnyByteStream,
+        *,
+        ssl: ssl_module.SSLContext | bool | None = None,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
     ) -> tuple[Transport, ProtocolT]:
         """Give `stream` a protocol and return `(transport, protocol)`.
 
@@ -26,14 +40,36 @@ class StreamEndpoints(Endpoints):
         on and closes it. Extra info comes from the stream's typed attributes. An error of the stream reaches
         `connection_lost` as an `OSError` with the AnyIO exception as its cause.
 
-        Raises `RuntimeError` when the group is not open, and whatever `protocol_factory` raises; the stream is then
-        left to the caller.
+        With `ssl` the bytes are encrypted, which takes a stream of both directions. A client (`server_side` false)
+        gives a context or `True`, and the name to verify, or `""` for none, as `server_hostname`; a server a context.
+        The time-outs are in seconds, 60 and 30 by default.
+
+        Raises `RuntimeError` when the group is not open, `TypeError` and `ValueError` for parameters that contradict
+        each other, and whatever `protocol_factory` raises; the stream is then left to the caller. Raises
+        `ssl.SSLError` when the ends do not agree on TLS, `ConnectionResetError` when the peer leaves,
+        `ConnectionAbortedError` when the handshake takes too long; the stream is then closed, and also when the
+        handshake is cancelled or `protocol_factory` raises after it.
         """
+        tls = stream_options(
+            ssl,
+            server_side=server_side,
+            server_hostname=server_hostname,
+            handshake_timeout=ssl_handshake_timeout,
+            shutdown_timeout=ssl_shutdown_timeout,
+        )
+        if tls is not None and not (isinstance(stream, ByteReceiveStream) and isinstance(stream, ByteSendStream)):
+            raise TypeError(f"TLS takes a stream of both directions, got {stream!r}")
         self._require_open()
         await anyio.lowlevel.checkpoint()
         self._require_open()
-        channel = AnyIOStreamChannel(stream)
+        plain = AnyIOStreamChannel(stream)
+        channel: Channel = plain
+        if tls is not None:
+            channel = encrypted = TLSChannel(plain, tls, self._as_group())
+            self._task_group.start_soon(plain.run, name=f"transports_anyio: {stream!r}")
+            await self._shake_hands(encrypted)
         transport, protocol = self._make_transport(protocol_factory, channel)
-        self._task_group.start_soon(channel.run, name=f"transports_anyio: {stream!r}")
+        if tls is None:
+            self._task_group.start_soon(plain.run, name=f"transports_anyio: {stream!r}")
         transport.start()
         return transport, protocol

@@ -6,22 +6,14 @@ Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.cr
 from __future__ import annotations
 
 import ssl
-from dataclasses import dataclass
+
+from .._channels._tls import TLSOptions
+
+__all__ = ["TLSOptions", "client_options", "server_options", "stream_options", "upgrade_options"]
 
 # Seconds; asyncio's defaults.
 HANDSHAKE_TIMEOUT = 60.0
 SHUTDOWN_TIMEOUT = 30.0
-
-
-@dataclass(frozen=True)
-class TLSOptions:
-    """How one end of a connection speaks TLS."""
-
-    context: ssl.SSLContext
-    server_side: bool
-    server_hostname: str | None
-    handshake_timeout: float
-    shutdown_timeout: float
 
 
 def client_options(
@@ -65,6 +57,46 @@ def server_options(
         _refuse_timeouts(handshake_timeout, shutdown_timeout)
         return None
     return TLSOptions(context, True, None, *_checked_timeouts(handshake_timeout, shutdown_timeout))
+
+
+def stream_options(
+    context: ssl.SSLContext | bool | None,
+    *,
+    server_side: bool,
+    server_hostname: str | None,
+    handshake_timeout: float | None,
+    shutdown_timeout: float | None,
+) -> TLSOptions | None:
+    """Return the options of either end of a connection whose host is unknown, `None` without `context`.
+
+    Raises as `client_options` and `server_options` do.
+    """
+    timeouts = {"handshake_timeout": handshake_timeout, "shutdown_timeout": shutdown_timeout}
+    if not server_side:
+        return client_options(context, host=None, server_hostname=server_hostname, **timeouts)
+    if server_hostname is not None:
+        raise ValueError("server_hostname is only meaningful for a client")
+    if not context or isinstance(context, bool):
+        raise TypeError(f"a server needs an SSLContext, got ssl={context!r}")
+    return server_options(context, **timeouts)
+
+
+def upgrade_options(
+    context: ssl.SSLContext,
+    *,
+    server_side: bool,
+    server_hostname: str | None,
+    handshake_timeout: float | None,
+    shutdown_timeout: float | None,
+) -> TLSOptions:
+    """Return the options of either end of a connection that is open already.
+
+    Raises `TypeError` for anything that is not a context. A server verifies no name, so `server_hostname` is ignored.
+    """
+    if not isinstance(context, ssl.SSLContext):
+        raise TypeError(f"sslcontext is expected to be an instance of ssl.SSLContext, got {context!r}")
+    name = None if server_side else server_hostname or None
+    return TLSOptions(context, server_side, name, *_checked_timeouts(handshake_timeout, shutdown_timeout))
 
 
 def _refuse_timeouts(handshake_timeout: float | None, shutdown_timeout: float | None) -> None:

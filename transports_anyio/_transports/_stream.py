@@ -7,8 +7,9 @@ connection_lost`, with `pause_writing [resume_writing]` pairs anywhere between t
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from .._channels._contract import Channel
     from .._door import Door
+
+    ChannelT = TypeVar("ChannelT", bound=Channel)
 
 # From this many writes after the connection was lost on, each is logged: asyncio's figure.
 LOST_WRITES_BEFORE_WARNING = 5
@@ -58,11 +61,13 @@ class StreamTransport(asyncio.Transport):
         "_eof_received",
         "_eof_written",
         "_file",
+        "_flushed",
         "_info",
         "_lost",
         "_on_lost",
         "_protocol",
         "_reading_paused",
+        "_successor",
         "_writes_after_loss",
         "_writing_refused",
     )
@@ -82,13 +87,15 @@ class StreamTransport(asyncio.Transport):
         self._buffer = WriteBuffer()
         self._info: dict[str, Any] = channel.extra_info()
         self._closing = False  # No more is read: `close`, `abort`, end of file or an error.
+        self._flushed = False  # No more is sent: the flush of `close` is over, or the connection is lost.
         self._lost = False  # `connection_lost` is scheduled or delivered.
         self._writes_after_loss = 0
         self._reading_paused = False
         self._eof_received = False
         self._eof_written = False
         self._file: FileUnderWay | None = None
-        self._writing_refused = False  # After `write_eof`, and while a file is under way.
+        self._writing_refused = False  # After `write_eof` or `start_tls`, and while a file is under way.
+        self._successor: StreamTransport | None = None  # Who has taken over the connection, after `start_tls`.
         self.set_protocol(protocol)
         channel.open(self._read_ready, self._write_ready)
 
@@ -126,6 +133,8 @@ class StreamTransport(asyncio.Transport):
         A peer that never reads makes the flush wait for ever: `abort`, or leaving the group by a cancellation,
         ends it.
         """
+        if self._successor is not None:
+            self._successor.close()
         if self._closing:
             return
         self._closing = True
@@ -134,10 +143,12 @@ class StreamTransport(asyncio.Transport):
         if self._buffer.size:
             self._channel.set_reading(False)
         else:
-            self._lose(None)
+            self._finish()
 
     def abort(self) -> None:
         """Drop what is buffered and end with `connection_lost(None)`."""
+        if self._successor is not None:
+            self._successor.abort()
         self._lose(None, aborted=True)
 
     # Reading
@@ -216,6 +227,8 @@ class StreamTransport(asyncio.Transport):
         except BaseException as exc:
             self._callback_failed(exc, "eof_received")
             return
+        if keep_open and not self._channel.can_write_eof:
+            logger.warning("%r: returning true from eof_received() has no effect without write_eof()", self)
         if not keep_open or not self._channel.can_write_eof:
             self.close()
 
@@ -237,7 +250,7 @@ class StreamTransport(asyncio.Transport):
         view = data if type(data) is bytes else as_bytes_view(data)
         if not view:
             return
-        if self._lost:
+        if self._flushed:
             self._drop_write()
             return
         if not self._buffer.size:
@@ -269,6 +282,8 @@ class StreamTransport(asyncio.Transport):
         self.write(data)
 
     def _refuse_writing(self, name: str) -> NoReturn:
+        if self._successor is not None:
+            raise RuntimeError(f"Cannot call {name}() after start_tls(): it returned a new transport")
         if self._eof_written:
             raise RuntimeError(f"Cannot call {name}() after write_eof()")
         raise RuntimeError(f"unable to {name}; sendfile is in progress")
@@ -330,7 +345,7 @@ class StreamTransport(asyncio.Transport):
         if not buffer.size and not self._lost:
             self._channel.set_writing(False)
             if self._closing:
-                self._lose(None)
+                self._finish()
             elif self._file is not None:
                 self._file.progress.set()
             elif self._eof_written:
@@ -434,7 +449,74 @@ class StreamTransport(asyncio.Transport):
         if file.was_reading:
             self.resume_reading()
 
+    # Encryption in mid-stream. The connection passes from this transport to a new one.
+
+    def interpose(self, wrap: Callable[[Channel, bytes], ChannelT], protocol: Any) -> ChannelT:
+        """Put a channel over the present one, and give every later callback to `protocol`.
+
+        `wrap` makes it of the present channel and of what that has not sent yet. What is written from now on waits for
+        the new channel. Raises `RuntimeError` when closing, after `write_eof` and during `sendfile`,
+        `ConnectionResetError` after the end of file, and what `wrap` raises: the transport then goes on as before.
+        """
+        if self._closing:
+            raise RuntimeError("Transport is closing")
+        if self._writing_refused:
+            self._refuse_writing("start_tls")
+        if self._eof_received:
+            raise ConnectionResetError(errno.ECONNRESET, "the peer has ended the stream already")
+        channel = wrap(self._channel, b"".join(self._buffer.chunks))
+        # A protocol that was paused stays so until the new transport has begun: the bytes still wait.
+        self._buffer.clear()
+        self._channel = channel
+        channel.open(self._read_ready, self._write_ready)
+        self.set_protocol(protocol)
+        return channel
+
+    def break_off(self, exc: Exception) -> None:
+        """End with `connection_lost(exc)`: the new channel did not come about."""
+        self._lose(exc, aborted=True)
+
+    def succeed(self) -> StreamTransport:
+        """Return a transport that goes on with this one's connection, paused; this one can only end it from now on."""
+        successor = StreamTransport(self._door, self._channel, self._protocol, lambda _: self._on_lost(self))
+        successor._reading_paused = True
+        successor._buffer = self._buffer
+        self._successor = successor
+        self._closing = self._lost = self._writing_refused = True
+        return successor
+
+    def resume_after_upgrade(self) -> None:
+        """Read, and write what was written during the upgrade."""
+        self._buffer.update(self._pause_writing, self._resume_writing)
+        if self._buffer.size:
+            self._channel.set_writing(True)
+        self.resume_reading()
+
     # The end: every way out goes through `_lose`, and `connection_lost` is called in one place.
+
+    def _finish(self) -> None:
+        """End in order, now that everything is flushed."""
+        if self._flushed:
+            return
+        self._flushed = True
+        try:
+            over = self._channel.finish(self._finished)
+        except OSError as exc:
+            self._broken(exc, "close")
+            return
+        if over:
+            self._lose(None)
+
+    def _finished(self, exc: Exception | None, eof: bool) -> None:
+        # asyncio tells the protocol of an end of file that comes during the farewell of TLS.
+        if eof and not self._eof_received:
+            self._eof_received = True
+            try:
+                self._call(self._protocol.eof_received)
+            except BaseException as error:
+                self._callback_failed(error, "eof_received")
+                return
+        self._lose(exc, aborted=exc is not None)
 
     def _broken(self, exc: OSError, doing: str) -> None:
         # As asyncio: a connection that breaks is the protocol's business, not the exception handler's.
@@ -450,7 +532,7 @@ class StreamTransport(asyncio.Transport):
     def _lose(self, exc: BaseException | None, *, aborted: bool = False) -> None:
         if self._lost:
             return
-        self._lost = self._closing = True
+        self._lost = self._flushed = self._closing = True
         if self._file is not None:
             self._file.error = exc
             self._file.progress.set()

@@ -1,0 +1,570 @@
+"""TLS over any channel.
+
+OpenSSL works on two memory buffers; the channel below moves the ciphertext. A connection passes through three phases,
+each with callbacks of its own at the channel below: the handshake, the exchange of data, and the farewell, in which
+both ends send `close_notify`.
+
+Memory buffers, and not a descriptor in OpenSSL's hands, because then OpenSSL reads only what it was fed:
+
+- It can say `close_notify` while data of the peer is on its way. `SSL_shutdown` on a descriptor would read that data
+  and break the connection ("application data after close notify").
+- A connection that was cut is known from one that was closed, whatever the options of the context
+  (`SSL_OP_IGNORE_UNEXPECTED_EOF`, which Python sets, makes them look the same).
+- One `recv` takes many records, where OpenSSL would call `read` twice for each.
+- The same code runs over sockets, streams, and TLS itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import ssl
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from ._contract import Channel
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+# How much plaintext is encrypted before the ciphertext is sent. It bounds what waits, twice, behind a peer that does
+# not read. Both sizes also bound what the memory buffers of a connection keep allocated once they were that full.
+ENCRYPT_SIZE = 128 * 1024
+
+# How much ciphertext one readiness event may receive: asyncio's figure, for the same chunks at the protocol.
+RECEIVE_SIZE = 256 * 1024
+
+# How often in a row one readiness event may call a protocol whose buffer is smaller than what was received.
+READS_IN_A_ROW = 16
+
+# How much a peer may still send after our `close_notify` before the connection ends without waiting for its own.
+# What is on its way when we close should fit; a download without end should not be read to the end.
+DISCARD_LIMIT = 1024 * 1024
+
+# As in `_socket`: bytes on their way in pass through these, and they are never held over a call of the user's code.
+_ciphertext = memoryview(bytearray(RECEIVE_SIZE))
+_plaintext = memoryview(bytearray(RECEIVE_SIZE))
+
+
+def _ignore() -> None: ...
+
+
+@dataclass(frozen=True)
+class TLSOptions:
+    """How one end of a connection speaks TLS; the time-outs are seconds."""
+
+    context: ssl.SSLContext
+    server_side: bool
+    server_hostname: str | None
+    handshake_timeout: float
+    shutdown_timeout: float
+
+
+class Cancellable(Protocol):
+    def cancel(self) -> None: ...
+
+
+class Scheduler(Protocol):
+    """Who calls back later: in the group's next turn, or after a time."""
+
+    def call_internal(self, callback: Callable[..., object], *args: Any) -> None: ...
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> Cancellable: ...
+
+
+class TLSChannel(Channel):
+    """Moves the plaintext of a TLS connection over `inner`, which it owns.
+
+    `handshake` comes first, before or after a transport has opened the channel: until it has succeeded, nothing
+    is received and nothing sent.
+
+    `unsent` is what is to be sent before the handshake, in the clear; `received` is ciphertext that has arrived
+    already. Raises `ValueError` for options that OpenSSL refuses; `inner` is then left to the caller.
+    """
+
+    __slots__ = (
+        "_blocked",
+        "_closed",
+        "_discarded",
+        "_eof",
+        "_eof_reported",
+        "_failure",
+        "_held",
+        "_incoming",
+        "_info",
+        "_inner",
+        "_more",
+        "_on_finished",
+        "_on_handshake",
+        "_options",
+        "_outgoing",
+        "_read",
+        "_read_ready",
+        "_reading",
+        "_scheduled",
+        "_scheduler",
+        "_timer",
+        "_tls",
+        "_unsent",
+        "_verdict",
+        "_write_needs_read",
+        "_write_ready",
+        "_writing",
+    )
+
+    can_write_eof = False
+
+    def __init__(
+        self, inner: Channel, options: TLSOptions, scheduler: Scheduler, *, unsent: bytes = b"", received: bytes = b""
+    ) -> None:
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = options.context.wrap_bio(
+            self._incoming,
+            self._outgoing,
+            server_side=options.server_side,
+            server_hostname=options.server_hostname,
+        )
+        # With a buffer, `read` returns a number.
+        self._read = cast("Callable[[int, memoryview], int]", self._tls.read)
+        self._inner = inner
+        self._options = options
+        self._scheduler = scheduler
+        self._unsent: bytes | memoryview = unsent
+        if received:
+            self._incoming.write(received)
+        self._info: dict[str, Any] = {}
+        self._reading = False
+        self._writing = False
+        self._scheduled = False
+        self._more = False  # Something may be had without receiving: records in memory, `close_notify`, a failure.
+        self._blocked = True  # `send` has something to do before it may encrypt.
+        self._held = 0  # So many bytes of plaintext are encrypted, but not yet reported as sent.
+        self._write_needs_read = False  # OpenSSL cannot write before it has read (renegotiation in TLS 1.2).
+        self._failure: OSError | None = None  # Met outside of `send` and `receive`, which will raise it.
+        self._discarded = 0
+        self._closed = False
+        self._on_handshake: Callable[[Exception | None], None] | None = None
+        self._on_finished: Callable[[Exception | None, bool], None] | None = None
+        self._verdict: Exception | None = None  # Why the handshake failed, while the peer is being told.
+        self._eof = False  # The peer has sent `close_notify`, or left.
+        self._eof_reported = False
+        self._timer: Cancellable | None = None
+
+    # The first phase.
+
+    def handshake(self, done: Callable[[Exception | None], None]) -> None:
+        """Begin the handshake; `done` is called once, perhaps before this returns, with what went wrong.
+
+        That is an `ssl.SSLError`, `ConnectionAbortedError` when it took too long or the channel was closed, or
+        `ConnectionResetError` when the peer has left. The caller closes the channel.
+        """
+        self._on_handshake = done
+        self._timer = self._scheduler.call_later(self._options.handshake_timeout, self._handshake_timed_out)
+        self._inner.open(self._handshake_readable, self._handshake_writable)
+        self._inner.set_reading(True)
+        self._advance_handshake()
+
+    def _handshake_readable(self) -> None:
+        try:
+            count = self._inner.receive_into(_ciphertext)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as exc:
+            self._end_handshake(exc)
+            return
+        if not count:
+            self._end_handshake(ConnectionResetError(errno.ECONNRESET, "the peer left during the TLS handshake"))
+            return
+        self._incoming.write(_ciphertext[:count])
+        self._advance_handshake()
+
+    def _handshake_writable(self) -> None:
+        self._flush_or_fail()
+        if self._verdict is not None:
+            if not self._unsent:
+                self._end_handshake(self._verdict)
+        elif self._failure is not None:
+            self._end_handshake(self._last_words() or self._failure)
+
+    def _last_words(self) -> Exception | None:
+        """Return the alert of a peer that has left, if it sent one before."""
+        try:
+            self._incoming.write(_ciphertext[: self._inner.receive_into(_ciphertext)])
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return None
+        except ssl.SSLError as exc:
+            return exc
+        except OSError:  # Nothing is there to be read, or the same failure again.
+            return None
+        return None
+
+    def _advance_handshake(self) -> None:
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._handshake_writable()
+        except Exception as exc:  # `ssl.SSLError`, or what a context of another kind raises.
+            self._verdict = exc
+            self._inner.set_reading(False)
+            self._handshake_writable()  # The peer is told why.
+        else:
+            self._flush_or_fail()
+            self._begin_exchange()
+
+    def _handshake_timed_out(self) -> None:
+        self._end_handshake(
+            self._verdict
+            or ConnectionAbortedError(
+                errno.ECONNABORTED, f"the TLS handshake took longer than {self._options.handshake_timeout} seconds"
+            )
+        )
+
+    def _end_handshake(self, exc: Exception) -> None:
+        # Linux tells a sender of the peer's leaving by EPIPE and a receiver by ECONNRESET: here it is one thing.
+        if isinstance(exc, BrokenPipeError):
+            reset = ConnectionResetError(errno.ECONNRESET, "the peer left")
+            reset.__cause__ = exc
+            exc = reset
+        self._inner.set_reading(False)
+        self._inner.set_writing(False)
+        self._handshake_over(exc)
+
+    def _handshake_over(self, exc: Exception | None) -> None:
+        self._cancel_timer()
+        done, self._on_handshake = self._on_handshake, None
+        if done is not None:
+            done(exc)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # The second phase.
+
+    def _begin_exchange(self) -> None:
+        tls = self._tls
+        self._info.update(
+            peercert=tls.getpeercert(), cipher=tls.cipher(), compression=tls.compression(), ssl_object=tls
+        )
+        self._info["close_notify"] = False
+        self._blocked = bool(self._unsent) or self._failure is not None
+        # Data may have come with the last message of the handshake.
+        self._more = self._incoming.pending > 0 or self._failure is not None
+        self._inner.open(self._readable, self._writable)
+        self._update_interest()
+        self._handshake_over(None)
+
+    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
+        self._read_ready = read_ready
+        self._write_ready = write_ready
+
+    def _in_exchange(self) -> bool:
+        return self._on_handshake is None and self._on_finished is None and not self._closed
+
+    def set_reading(self, reading: bool) -> None:
+        self._reading = reading
+        if self._in_exchange():
+            self._update_interest()
+            if reading and self._more:
+                self._read_again()
+
+    def set_writing(self, writing: bool) -> None:
+        self._writing = writing
+        if self._in_exchange():
+            self._update_interest()
+
+    def _update_interest(self) -> None:
+        self._inner.set_reading(self._reading or self._write_needs_read)
+        self._inner.set_writing(bool(self._unsent) or (self._writing and not self._write_needs_read))
+
+    def _read_again(self) -> None:
+        """Have what is in memory read in the next turn: no selector knows of it."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._scheduler.call_internal(self._scheduled_read)
+
+    def _scheduled_read(self) -> None:
+        self._scheduled = False
+        if self._more:
+            self._read_what_is_there()
+
+    def _readable(self) -> None:
+        if self._write_needs_read:
+            self._receive_for_writing()
+        if self._reading:
+            self._read_ready()
+            if self._more:
+                self._read_what_is_there()
+
+    def _receive_for_writing(self) -> None:
+        """Give OpenSSL what it has to read before it can write; the protocol may have paused reading."""
+        self._write_needs_read = False
+        if not self._more:
+            try:
+                count = self._inner.receive_into(_ciphertext)
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError as exc:
+                self._fail(exc)
+            else:
+                self._incoming.write(_ciphertext[:count])
+                self._more = True
+        self._update_interest()
+
+    def _read_what_is_there(self) -> None:
+        # `_reading` and `_more` are looked at each time: the protocol may pause, close or give a larger buffer.
+        for _ in range(READS_IN_A_ROW):
+            if not (self._reading and self._more):
+                return
+            self._read_ready()
+        if self._reading and self._more:
+            self._read_again()
+
+    def _writable(self) -> None:
+        if self._unsent:
+            self._flush_or_fail()
+        if self._writing and not self._unsent:
+            self._write_ready()
+
+    def receive(self) -> bytes:
+        count = self._receive(_plaintext)
+        return bytes(_plaintext[:count])
+
+    def receive_into(self, buffer: Buffer) -> int:
+        with memoryview(buffer) as view, view.cast("B") as plaintext:
+            return self._receive(plaintext)
+
+    def _receive(self, into: memoryview) -> int:
+        """Fill `into` with what is in memory, or else arrives, and note whether there may be more."""
+        if not self._more:
+            count = self._inner.receive_into(_ciphertext)
+            if not count:
+                self._eof = self._eof_reported = True  # The peer has left without `close_notify`.
+                return 0
+            self._incoming.write(_ciphertext[:count])
+        elif self._failure is not None:
+            raise self._failure
+        read = self._read
+        incoming = self._incoming
+        size = len(into)
+        taken = 0
+        self._more = True
+        try:
+            while taken < size:
+                count = read(size - taken, into[taken:] if taken else into)
+                if not count:
+                    self._eof = self._info["close_notify"] = True
+                    self._eof_reported = not taken
+                    return taken
+                taken += count
+                # A read that leaves room has taken its record whole.
+                if not incoming.pending and (taken < size or not self._tls.pending()):
+                    self._more = False
+                    break
+        except ssl.SSLWantReadError:
+            self._more = False
+        except ssl.SSLError as exc:
+            self._flush_or_fail()  # The peer is told why.
+            if not taken:
+                raise
+            self._fail(exc)
+            return taken
+        if self._outgoing.pending:  # An answer of OpenSSL's own, to a key update for example.
+            self._flush_or_fail()
+        if not taken:
+            raise BlockingIOError
+        return taken
+
+    def send(self, data: bytes | bytearray | memoryview) -> int:
+        taken = self._catch_up() if self._blocked else 0
+        size = len(data)
+        while taken < size:
+            chunk = data if size <= ENCRYPT_SIZE and not taken else memoryview(data)[taken : taken + ENCRYPT_SIZE]
+            try:
+                self._tls.write(chunk)
+            except ssl.SSLWantReadError:
+                self._write_needs_read = True
+                self._flush_or_fail()
+                break
+            ciphertext = self._outgoing.read()
+            try:
+                sent = self._inner.send(ciphertext)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            if sent < len(ciphertext):
+                # The plaintext is reported as sent when its ciphertext is, so that the transport counts it.
+                self._unsent = memoryview(ciphertext)[sent:]
+                self._held = len(chunk)
+                self._blocked = True
+                self._update_interest()
+                break
+            taken += len(chunk)
+        if size and not taken:
+            raise BlockingIOError
+        return taken
+
+    def _catch_up(self) -> int:
+        """Return how much of what is offered has been sent since it was offered first."""
+        if self._failure is not None:
+            raise self._failure
+        if self._unsent or not self._in_exchange():
+            raise BlockingIOError
+        self._blocked = False
+        held, self._held = self._held, 0
+        return held
+
+    def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
+        gathered: list[bytes | memoryview] = []
+        size = 0
+        for chunk in chunks:
+            gathered.append(chunk)
+            size += len(chunk)
+            if size >= ENCRYPT_SIZE:
+                break
+        return self.send(b"".join(gathered))
+
+    def _flush(self) -> None:
+        """Send what is encrypted, as far as it goes now."""
+        if self._outgoing.pending:
+            ciphertext = self._outgoing.read()
+            self._unsent = b"".join((self._unsent, ciphertext)) if self._unsent else ciphertext
+        while self._unsent:
+            try:
+                sent = self._inner.send(self._unsent)
+            except (BlockingIOError, InterruptedError):
+                break
+            self._unsent = memoryview(self._unsent)[sent:]
+
+    def _flush_or_fail(self) -> None:
+        """Send what is encrypted; a failure is kept for whoever receives or sends next.
+
+        What the peer has sent before it left, an alert perhaps, is still there to be read.
+        """
+        try:
+            self._flush()
+        except OSError as exc:
+            self._fail(exc)
+        self._blocked = self._blocked or bool(self._unsent)
+        if self._in_exchange():
+            self._update_interest()
+            if self._failure is not None and self._reading:
+                self._read_again()
+        else:
+            self._inner.set_writing(bool(self._unsent))
+
+    def _fail(self, exc: OSError) -> None:
+        self._failure = exc
+        self._unsent = b""
+        self._more = self._blocked = True
+
+    def send_eof(self) -> None:
+        raise NotImplementedError  # `can_write_eof` is false: TLS 1.2 has no half-closed state.
+
+    # The third phase.
+
+    def finish(self, done: Callable[[Exception | None, bool], None]) -> bool:
+        if not self._in_exchange():
+            return True  # Closed during the handshake: there is nobody to take leave of.
+        self._inner.open(self._farewell_readable, self._farewell_writable)
+        over = self._advance_farewell()
+        self._on_finished = done
+        if not over:
+            self._timer = self._scheduler.call_later(self._options.shutdown_timeout, self._farewell_timed_out)
+            self._inner.set_reading(not self._eof)
+        elif not self._eof_reported:
+            self._scheduler.call_internal(self._farewell_over)  # The caller must not hear of it before this returns.
+        elif self._inner.finish(self._finished_below):
+            self._on_finished = None
+            return True
+        return False
+
+    def _farewell_readable(self) -> None:
+        try:
+            count = self._inner.receive_into(_ciphertext)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as exc:
+            self._finished(exc)
+            return
+        if count:
+            self._incoming.write(_ciphertext[:count])
+        else:
+            self._eof = True
+            self._inner.set_reading(False)
+        self._farewell_writable()
+
+    def _farewell_writable(self) -> None:
+        try:
+            over = self._advance_farewell()
+        except OSError as exc:
+            self._finished(exc)
+            return
+        if over:
+            self._farewell_over()
+
+    def _advance_farewell(self) -> bool:
+        """Say `close_notify` and look for the peer's; return whether there is nothing to wait for any more."""
+        try:
+            # Before OpenSSL is told, because it takes data that is there by then for an error.
+            while count := self._read(RECEIVE_SIZE, _plaintext):
+                self._discarded += count
+        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            pass
+        try:
+            self._tls.unwrap()
+        except ssl.SSLWantReadError:
+            pass
+        else:
+            self._eof = self._info["close_notify"] = True
+        self._flush()
+        self._inner.set_writing(bool(self._unsent))
+        return (self._eof or self._discarded > DISCARD_LIMIT) and not self._unsent
+
+    def _farewell_timed_out(self) -> None:
+        self._finished(TimeoutError(f"the TLS shutdown took longer than {self._options.shutdown_timeout} seconds"))
+
+    def _farewell_over(self) -> None:
+        """Let the channel below take leave in its turn: it may be TLS too."""
+        if self._on_finished is None:
+            return  # Closed meanwhile.
+        self._cancel_timer()
+        try:
+            over = self._inner.finish(self._finished_below)
+        except OSError as exc:
+            self._finished(exc)
+            return
+        if over:
+            self._finished(None)
+
+    def _finished_below(self, exc: Exception | None, eof: bool) -> None:
+        self._finished(exc)
+
+    def _finished(self, exc: Exception | None) -> None:
+        self._cancel_timer()
+        done, self._on_finished = self._on_finished, None
+        if done is not None:
+            done(exc, self._eof and exc is None)
+
+    def close(self, *, aborted: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._cancel_timer()
+        self._on_finished = None
+        self._inner.set_reading(False)
+        self._inner.set_writing(False)
+        self._inner.close(aborted=aborted)
+        self._handshake_over(
+            ConnectionAbortedError(errno.ECONNABORTED, "the connection was closed during its TLS handshake")
+        )
+        # No cycles: a server may see many connections fail, and OpenSSL's memory is not the collector's to weigh.
+        self._inner.open(_ignore, _ignore)
+        self.open(_ignore, _ignore)
+        self._failure = self._verdict = None
+
+    def extra_info(self) -> dict[str, Any]:
+        # The transport keeps this very dictionary, and so learns what becomes known later.
+        self._info = {**self._inner.extra_info(), "sslcontext": self._options.context, **self._info}
+        return self._info

@@ -1,0 +1,99 @@
+"""TLS in mid-stream: `start_tls`."""
+
+from __future__ import annotations
+
+import errno
+import ssl
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from .._channels._tls import TLSChannel
+from .._transports._stream import StreamTransport
+from ._base import Endpoints
+from ._tls import upgrade_options
+
+if TYPE_CHECKING:
+    from asyncio import BaseTransport, Transport
+
+    from .._channels._contract import Channel
+
+
+class StartTLSEndpoint(Endpoints):
+    """`start_tls`."""
+
+    async def start_tls(
+        self,
+        transport: BaseTransport,
+        protocol: Any,
+        sslcontext: ssl.SSLContext,
+        *,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+        received: bytes | bytearray | memoryview = b"",
+    ) -> Transport:
+        """Encrypt the connection of `transport` from here on and return its new transport, for `protocol`.
+
+        `transport` is any stream transport of this library, over TLS too (TLS in TLS). What was written to it before is
+        sent before the handshake, in the clear; what has not been given to its protocol yet belongs to the handshake.
+        A protocol that has been given bytes of the handshake, because they came with the last of its own, hands them
+        back as `received` (not in asyncio).
+
+        `connection_made` is not called again. Nothing is received from the new transport before this returns, and it
+        is not paused. After it, `transport` only serves to `close` or `abort` the connection; `write` raises
+        `RuntimeError`.
+
+        The time-outs are in seconds, 60 and 30 by default. A `server_hostname` of `None` or `""` leaves the name in
+        the certificate unchecked, which the context has to allow.
+
+        Raises, with the connection untouched, `TypeError` for another kind of transport or context, `ValueError` for
+        options that contradict each other, and `RuntimeError` when the transport is closing or has sent its end of
+        file. Raises `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves,
+        `ConnectionAbortedError` when the handshake takes too long or the transport is closed meanwhile; the connection
+        is then aborted, by a cancellation too, and `connection_lost` of `protocol` called.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
+        """
+        options = upgrade_options(
+            sslcontext,
+            server_side=server_side,
+            server_hostname=server_hostname,
+            handshake_timeout=ssl_handshake_timeout,
+            shutdown_timeout=ssl_shutdown_timeout,
+        )
+        if not isinstance(transport, StreamTransport):
+            raise TypeError(f"transport {transport!r} is not supported by start_tls()")
+        self._require_open()
+        over = anyio.Event()
+        failure: Exception | None = None
+        successor: StreamTransport | None = None
+
+        def wrap(inner: Channel, unsent: bytes) -> TLSChannel:
+            return TLSChannel(inner, options, self._as_group(), unsent=unsent, received=bytes(received))
+
+        def done(exc: Exception | None) -> None:
+            nonlocal failure, successor
+            if exc is None and transport.is_closing():
+                exc = ConnectionAbortedError(errno.ECONNABORTED, "the transport was closed during the handshake")
+            if exc is None:
+                successor = transport.succeed()
+            else:
+                transport.break_off(exc)
+                failure = exc
+            over.set()
+
+        transport.interpose(wrap, protocol).handshake(done)
+        try:
+            await over.wait()
+            if failure is not None:
+                raise failure
+        except BaseException:
+            transport.abort()
+            raise
+        finally:
+            failure = None  # Its traceback has this frame: no cycle.
+        assert successor is not None
+        successor.resume_after_upgrade()
+        return successor
