@@ -1,0 +1,585 @@
+"""`start_tls`: TLS in the middle of a connection."""
+
+from __future__ import annotations
+
+import ssl
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+from support import (
+    GUARD,
+    HOST,
+    Peer,
+    Recorder,
+    Stack,
+    collect_contexts,
+    connected,
+    pattern,
+    until,
+)
+from tls_support import NAME, Certificates, TLSPeer, echo, skip_old_oracle, tls_client, tls_peer_process, together
+
+from transports_anyio import TransportGroup
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="session")
+def certificates(certificate_authority: Any) -> Certificates:
+    return Certificates(certificate_authority)
+
+
+@pytest.fixture(autouse=True)
+def oracle_of_today(stack: Stack) -> None:
+    skip_old_oracle(stack)
+
+
+@asynccontextmanager
+async def accepted(group: Any, protocol: Any) -> AsyncIterator[Peer]:
+    """A connection that a server of the group's accepted; yields the client's bare end."""
+    server = await group.create_server(lambda: protocol, HOST, 0)
+    with Peer.connect(server.sockets[0].getsockname()) as peer:
+        await protocol.wait_for("connection_made")
+        yield peer
+    server.close()
+
+
+async def upgrade_client(
+    group: Any, transport: Any, protocol: Any, peer: Peer, certificates: Certificates, **options: Any
+) -> tuple[Any, TLSPeer]:
+    """Upgrade both ends of `connected`: the group's is the client."""
+    new, tls = await together(
+        lambda: group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME, **options),
+        lambda: TLSPeer.wrap(peer.socket, certificates.server(), server_side=True),
+    )
+    protocol.transport = new
+    return new, tls
+
+
+async def test_client(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        await peer.send(b"in the clear")
+        await protocol.wait_received(12)
+        context = certificates.client()
+        new, tls = await together(
+            lambda: group.start_tls(transport, protocol, context, server_hostname=NAME),
+            lambda: TLSPeer.wrap(peer.socket, certificates.server(), server_side=True),
+        )
+        with tls:
+            assert new is not transport
+            assert new.get_extra_info("sslcontext") is context
+            assert new.get_extra_info("cipher") == tls.socket.cipher()
+            assert new.get_extra_info("peername") == tls.socket.getsockname()
+            assert new.get_protocol() is protocol
+            assert new.is_reading()
+            assert new.can_write_eof() is False
+            new.write(b"secret")
+            assert await tls.receive_exactly(6) == b"secret"
+            await tls.send(b"answer")
+            assert await protocol.wait_received(18) == b"in the clearanswer"
+            await tls.say_goodbye()
+            await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+        assert protocol.count("connection_made") == 1
+
+
+async def test_server(stack: Stack, certificates: Certificates) -> None:
+    protocol = Recorder()
+    async with stack.open() as group, accepted(group, protocol) as peer:
+        new, tls = await together(
+            lambda: group.start_tls(protocol.transport, protocol, certificates.server(), server_side=True),
+            lambda: TLSPeer.wrap(peer.socket, certificates.client(), server_hostname=NAME),
+        )
+        with tls:
+            await tls.send(b"question")
+            assert await protocol.wait_received(8) == b"question"
+            new.write(b"answer")
+            new.close()
+            assert await tls.receive_all() == b"answer"
+            await tls.say_goodbye()
+            await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+
+
+async def test_new_protocol(stack: Stack, certificates: Certificates) -> None:
+    # The protocol given gets every later callback; its `connection_made` is not called.
+    first = Recorder()
+    calls: list[Any] = []
+
+    class Second:
+        def data_received(self, data: bytes) -> None:
+            calls.append(data)
+
+        def eof_received(self) -> None:
+            calls.append("eof")
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            calls.append(exc)
+            first.state = "lost"  # for the check at the end of each test
+
+    async with stack.open() as group, connected(group, first) as (transport, _, peer):
+        _, tls = await together(
+            lambda: group.start_tls(transport, Second(), certificates.client(), server_hostname=NAME),
+            lambda: TLSPeer.wrap(peer.socket, certificates.server(), server_side=True),
+        )
+        with tls:
+            await tls.send(b"x")
+            await tls.say_goodbye()
+            await until(lambda: len(calls) == 3)
+    assert calls == [b"x", "eof", None]
+    assert first.names == ["connection_made"]
+
+
+async def test_reading_is_paused_before(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        transport.pause_reading()
+        new, tls = await upgrade_client(group, transport, protocol, peer, certificates)
+        with tls:
+            assert new.is_reading()
+            await tls.send(b"x")
+            await protocol.wait_received(1)
+            new.abort()
+            await protocol.wait_for("connection_lost")
+
+
+async def test_data_that_waits_goes_first_in_the_clear(stack: Stack, certificates: Certificates) -> None:
+    data = pattern(3_000_000)
+
+    async def read_then_accept(peer: Peer) -> TLSPeer:
+        assert await peer.receive_exactly(len(data)) == data
+        return await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True)
+
+    protocol = Recorder()
+    async with stack.open() as group, connected(group, protocol, small=True) as (transport, _, peer):
+        if stack.is_oracle:  # asyncio's upgrade asserts when a paused protocol is to be resumed.
+            transport.set_write_buffer_limits(high=1 << 30)
+        transport.write(data)
+        assert transport.get_write_buffer_size() > 0
+        assert protocol.writing_paused != stack.is_oracle
+        new, tls = await together(
+            lambda: group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME),
+            lambda: read_then_accept(peer),
+        )
+        with tls:
+            assert not protocol.writing_paused
+            new.write(b"secret")
+            assert await tls.receive_exactly(6) == b"secret"
+            new.abort()
+            await protocol.wait_for("connection_lost")
+
+
+async def test_data_that_comes_at_once_after_the_handshake(stack: Stack, certificates: Certificates) -> None:
+    # It must find the new transport in the protocol's hands.
+    seen: list[Any] = []
+
+    def received(protocol: Recorder, data: bytes) -> None:
+        seen.append(protocol.transport.get_extra_info("cipher"))
+        protocol.transport.write(data)
+
+    protocol = Recorder(on_data_received=received)
+
+    async def upgrade() -> Any:
+        protocol.transport = await group.start_tls(
+            protocol.transport, protocol, certificates.server(), server_side=True
+        )
+
+    async with stack.open() as group, accepted(group, protocol) as peer:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = certificates.client().wrap_bio(incoming, outgoing, server_hostname=NAME)
+
+        async def client() -> None:
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    await peer.send(outgoing.read())
+                    incoming.write(await peer.receive())
+            tls.write(b"first")
+            await peer.send(outgoing.read())
+
+        await together(upgrade, client)
+        await protocol.wait_received(5)
+        if not stack.is_oracle:  # asyncio's delivers it before `start_tls` has returned.
+            assert seen[0] is not None
+        protocol.transport.abort()
+        await protocol.wait_for("connection_lost")
+
+
+async def test_t2_plaintext_injected_before_the_upgrade(stack: Stack, certificates: Certificates) -> None:
+    # RFC 3207, section 4.2, and CVE-2024-34083: what came in the clear must not be read as if it had been encrypted.
+    protocol = Recorder(on_data_received=lambda protocol, data: protocol.transport.pause_reading())
+    async with stack.open() as group, accepted(group, protocol) as peer:
+        await peer.send(b"STARTTLS\r\n")
+        await protocol.wait_received(10)
+        await peer.send(b"EVIL\r\n")
+        with anyio.fail_after(GUARD), pytest.raises(ssl.SSLError):
+            await group.start_tls(protocol.transport, protocol, certificates.server(), server_side=True)
+        await protocol.wait_for("connection_lost")
+        assert isinstance(protocol.lost_with, ssl.SSLError)
+    assert protocol.received == b"STARTTLS\r\n"
+
+
+async def test_t2_plaintext_in_the_same_segment(stack: Stack, certificates: Certificates) -> None:
+    # The protocol has been given it as what it is; nothing of it comes again after the upgrade.
+    protocol = Recorder()
+    async with stack.open() as group, accepted(group, protocol) as peer:
+        await peer.send(b"STARTTLS\r\nEVIL\r\n")
+        await protocol.wait_received(16)
+        new, tls = await together(
+            lambda: group.start_tls(protocol.transport, protocol, certificates.server(), server_side=True),
+            lambda: TLSPeer.wrap(peer.socket, certificates.client(), server_hostname=NAME),
+        )
+        with tls:
+            await tls.send(b"GOOD\r\n")
+            assert await protocol.wait_received(22) == b"STARTTLS\r\nEVIL\r\nGOOD\r\n"
+            new.abort()
+            await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio has no way to hand bytes back")
+@pytest.mark.parametrize("cut", [1, 5, 100, None])
+async def test_t1_start_of_the_handshake_came_with_the_last_plaintext(
+    stack: Stack, certificates: Certificates, cut: int | None
+) -> None:
+    header = b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"
+    protocol = Recorder(on_data_received=lambda protocol, data: protocol.transport.pause_reading())
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = certificates.client().wrap_bio(incoming, outgoing, server_hostname=NAME)
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    hello = outgoing.read()
+    async with stack.open() as group, accepted(group, protocol) as peer:
+        await peer.send(header + hello[:cut])
+        await protocol.wait_received(len(header) + len(hello[:cut]))
+        handed_back = protocol.received[len(header) :]
+
+        async def client() -> None:
+            await peer.send(hello[len(handed_back) :])
+            while True:
+                incoming.write(await peer.receive())
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    pass
+            await peer.send(outgoing.read())
+
+        new, _ = await together(
+            lambda: group.start_tls(
+                protocol.transport, protocol, certificates.server(), server_side=True, received=handed_back
+            ),
+            client,
+        )
+        tls.write(b"hello")
+        await peer.send(outgoing.read())
+        await until(lambda: protocol.received.endswith(b"hello"))
+        new.abort()
+        await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio sends it in the clear, in the middle of the handshake")
+async def test_writing_to_the_old_transport(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+
+        async def write() -> TLSPeer:
+            await until(lambda: transport.get_protocol() is protocol)
+            assert (await peer.receive(1))[0] == 0x16  # The handshake has begun.
+            transport.write(b"meanwhile")
+            raise ConnectionAbortedError
+
+        with pytest.raises(ConnectionAbortedError):
+            await together(
+                lambda: group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME), write
+            )
+        await protocol.wait_for("connection_lost")
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+
+        async def upgrade() -> Any:
+            return await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+
+        async def accept() -> TLSPeer:
+            await anyio.wait_readable(peer.socket)
+            transport.write(b"meanwhile")
+            return await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True)
+
+        new, tls = await together(upgrade, accept)
+        with tls:
+            assert await tls.receive_exactly(9) == b"meanwhile"
+            for call in (transport.write, lambda data: transport.writelines([data])):
+                with pytest.raises(RuntimeError, match="start_tls"):
+                    call(b"stale")
+            transport.pause_reading()
+            assert new.is_reading()
+            transport.close()  # It is the same connection.
+            assert new.is_closing()
+            await tls.say_goodbye()
+            await protocol.wait_for("connection_lost")
+        assert protocol.count("connection_lost") == 1
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------
+
+
+async def test_certificate_that_is_refused(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        contexts = collect_contexts(group)
+
+        async def accept() -> None:
+            with pytest.raises((ssl.SSLError, ConnectionResetError)):
+                tls = await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True)
+                with tls:
+                    await tls.receive()  # TLS 1.3 tells a server late.
+
+        async def upgrade() -> None:
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await group.start_tls(transport, protocol, certificates.client(), server_hostname="other.example")
+
+        await together(upgrade, accept)
+        await protocol.wait_for("connection_lost")
+        assert isinstance(protocol.lost_with, ssl.SSLCertVerificationError)
+        assert contexts == []
+
+
+async def test_handshake_that_takes_too_long(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        with pytest.raises(ConnectionAbortedError, match=r"0\.05 seconds"):
+            await group.start_tls(
+                transport, protocol, certificates.client(), server_hostname=NAME, ssl_handshake_timeout=0.05
+            )
+        if stack.is_oracle:
+            protocol.state = "lost"  # asyncio forgets to tell.
+            return
+        await protocol.wait_for("connection_lost")
+        assert isinstance(protocol.lost_with, ConnectionAbortedError)
+        assert await peer.gone()
+
+
+@pytest.mark.ours_only("asyncio's protocol never hears of connection_lost")
+async def test_handshake_that_is_cancelled(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as tasks:
+
+                async def cancel() -> None:
+                    await peer.receive()
+                    scope.cancel()
+
+                tasks.start_soon(cancel)
+                await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+        assert await peer.gone()
+
+
+@pytest.mark.ours_only("asyncio returns a dead transport, or raises from inside a callback")
+@pytest.mark.parametrize("how", ["close", "abort", "peer closes", "peer resets"])
+async def test_t13_connection_ends_during_the_handshake(stack: Stack, certificates: Certificates, how: str) -> None:
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        contexts = collect_contexts(group)
+
+        async def upgrade() -> BaseException:
+            try:
+                await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+            except Exception as exc:
+                return exc.with_traceback(None)
+            raise AssertionError("no error")
+
+        async def end() -> None:
+            await anyio.wait_readable(peer.socket)
+            if how == "close":
+                transport.close()
+            elif how == "abort":
+                transport.abort()
+            elif how == "peer closes":
+                await peer.receive()
+                peer.close()
+            else:
+                peer.reset()
+
+        error, _ = await together(upgrade, end)
+        await protocol.wait_for("connection_lost")
+        if how.startswith("peer"):
+            assert type(error) is ConnectionResetError
+            assert type(protocol.lost_with) is ConnectionResetError
+        else:
+            assert type(error) is ConnectionAbortedError
+            assert protocol.lost_with is None
+        assert contexts == []
+
+
+@pytest.mark.ours_only("asyncio goes on with a dead transport")
+async def test_t13_transport_that_is_closing(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, connected(group) as (transport, protocol, _):
+        transport.close()
+        with pytest.raises(RuntimeError, match="closing"):
+            await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+        await protocol.wait_for("connection_lost")
+        with pytest.raises(RuntimeError, match="closing"):
+            await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+        assert protocol.lost_with is None
+
+
+@pytest.mark.ours_only("asyncio does not look")
+async def test_transport_that_cannot_be_upgraded(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group:
+        async with connected(group) as (transport, protocol, peer):
+            transport.write_eof()
+            with pytest.raises(RuntimeError, match="write_eof"):
+                await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+            await peer.send(b"still alive")
+            await protocol.wait_received(11)
+        await protocol.wait_for("connection_lost")
+        protocol = Recorder(on_eof_received=lambda _: True)
+        async with connected(group, protocol) as (transport, _, peer):
+            peer.shutdown()
+            await protocol.wait_for("eof_received")
+            with pytest.raises(ConnectionResetError):
+                await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+            transport.write(b"still alive")
+            assert await peer.receive_exactly(11) == b"still alive"
+            transport.close()
+        await protocol.wait_for("connection_lost")
+
+
+async def test_parameters_that_are_refused(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        context = certificates.client()
+        for arguments, options, error in (
+            ((transport, protocol, None), {}, TypeError),
+            ((transport, protocol, True), {}, TypeError),
+            ((object(), protocol, context), {}, TypeError),
+            ((transport, protocol, context), {"ssl_handshake_timeout": 0}, ValueError),
+            ((transport, protocol, context), {"ssl_shutdown_timeout": -1}, ValueError),
+        ):
+            with pytest.raises(error):
+                await group.start_tls(*arguments, server_hostname=NAME, **options)
+        await peer.send(b"still alive")
+        await protocol.wait_received(11)
+        transport.write(b"both ways")
+        assert await peer.receive_exactly(9) == b"both ways"
+        transport.abort()
+        await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio lets the connection go on")
+async def test_group_that_is_closed(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, connected(group) as (transport, protocol, _):
+        other = TransportGroup()
+        with pytest.raises(RuntimeError, match="not open"):
+            await other.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+        transport.abort()
+        await protocol.wait_for("connection_lost")
+
+
+# -- ownership --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ours_only("abort_clients is new in Python 3.13")
+@pytest.mark.parametrize("how", ["abort_clients", "close_clients", "group"])
+async def test_upgraded_connection_belongs_to_its_server(stack: Stack, certificates: Certificates, how: str) -> None:
+    protocol = Recorder()
+    async with stack.open() as group:
+        server = await group.create_server(lambda: protocol, HOST, 0)
+        peer = Peer.connect(server.sockets[0].getsockname())
+        await protocol.wait_for("connection_made")
+        _, tls = await together(
+            lambda: group.start_tls(protocol.transport, protocol, certificates.server(), server_side=True),
+            lambda: TLSPeer.wrap(peer.socket, certificates.client(), server_hostname=NAME),
+        )
+        with tls:
+            server.close()
+            if how == "abort_clients":
+                server.abort_clients()
+            elif how == "close_clients":
+                server.close_clients()
+                await tls.say_goodbye()
+            else:
+                tls.say_goodbye_and_leave()
+            with anyio.fail_after(GUARD):
+                await server.wait_closed()
+            assert protocol.lost
+
+
+# -- TLS in TLS -------------------------------------------------------------------------------------------
+
+
+async def test_tls_in_tls(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, outer):
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        inner = certificates.server().wrap_bio(incoming, outgoing, server_side=True)
+
+        async def attempt(call: Any, *arguments: Any) -> Any:
+            while True:
+                try:
+                    result = call(*arguments)
+                except ssl.SSLWantReadError:
+                    await outer.send(outgoing.read())
+                    incoming.write(await outer.receive())
+                else:
+                    await outer.send(outgoing.read())
+                    return result
+
+        new, _ = await together(
+            lambda: group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME),
+            lambda: attempt(inner.do_handshake),
+        )
+        protocol.transport = new
+        data = pattern(1_000_000)
+        new.write(data)
+        received = b""
+        while len(received) < len(data):
+            received += await attempt(inner.read, 65536)
+        assert received == data
+
+        async def send() -> None:
+            for start in range(0, len(data), 50_000):
+                await attempt(inner.write, data[start : start + 50_000])
+
+        await together(send, lambda: protocol.wait_received(len(data)))
+        assert protocol.received == data
+        assert new.get_extra_info("ssl_object") is not transport.get_extra_info("ssl_object")
+        new.close()
+        if stack.is_oracle:
+            await attempt(inner.unwrap)
+        else:  # Each layer says goodbye: the inner, then the outer.
+            await attempt(inner.unwrap)
+            assert await outer.receive() == b""
+        await outer.say_goodbye()
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+
+
+# -- other makes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ours_only("asyncio is the peer")
+async def test_asyncio_upgrades_the_other_end(stack: Stack, certificates: Certificates) -> None:
+    async def upgrade(protocol: Recorder) -> None:
+        transport = protocol.transport
+        transport.write(b"go ahead\n")
+        protocol.transport = await group.start_tls(transport, protocol, certificates.server(), server_side=True)
+
+    def received(protocol: Recorder, data: bytes) -> None:
+        if data == b"STARTTLS\n":
+            protocol.transport.pause_reading()
+            group.start_soon(upgrade, protocol)
+        else:
+            echo(protocol, data)
+
+    protocol = Recorder(on_data_received=received)
+    with certificates.files() as files:
+        async with stack.open() as group:
+            server = await group.create_server(lambda: protocol, HOST, 0)
+            port = server.sockets[0].getsockname()[1]
+            async with tls_peer_process("asyncio_starttls_client", port, files["ca"], NAME) as peer:
+                assert await peer.line() == "hello"
+                assert await peer.line() == "lost None"
+            await protocol.wait_for("connection_lost")
+            assert protocol.lost_with is None
+            server.close()

@@ -1,0 +1,1149 @@
+"""TLS on sockets: clients, servers, the end of a connection, and what goes wrong."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import socket
+import ssl
+import struct
+import threading
+from contextlib import AsyncExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+import trustme
+from support import (
+    GUARD,
+    HOST,
+    BufferedRecorder,
+    Peer,
+    Recorder,
+    Stack,
+    capture_log,
+    collect_contexts,
+    fill,
+    listening,
+    open_descriptors,
+    pattern,
+    turns,
+    until,
+)
+from tls_support import (
+    NAME,
+    VERSIONS,
+    Certificates,
+    TLSPeer,
+    ViewRecorder,
+    echo,
+    serve,
+    skip_old_oracle,
+    tls_client,
+    tls_peer_process,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="session")
+def certificates(certificate_authority: trustme.CA) -> Certificates:
+    return Certificates(certificate_authority)
+
+
+@pytest.fixture(autouse=True)
+def oracle_of_today(stack: Stack) -> None:
+    skip_old_oracle(stack)
+
+
+@pytest.fixture(params=list(VERSIONS))
+def version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=[Recorder, ViewRecorder], ids=["protocol", "buffered"])
+def recorder(request: pytest.FixtureRequest) -> type[Any]:
+    kind: type[Any] = request.param
+    return kind
+
+
+def legal(stack: Stack, recorder: type[Any]) -> None:
+    if stack.is_oracle and recorder is not Recorder:
+        pytest.skip("asyncio's TLS calls get_buffer() after eof_received(), and buffer_updated() from inside close()")
+
+
+def peers_contexts(contexts: list[dict[str, Any]]) -> list[BaseException]:
+    return [context["exception"] for context in contexts]
+
+
+# -- exchange ---------------------------------------------------------------------------------------------
+
+
+async def test_client_and_server(stack: Stack, certificates: Certificates, version: str, recorder: type[Any]) -> None:
+    legal(stack, recorder)
+    hook = "on_data_received" if recorder is Recorder else "on_buffer_updated"
+
+    def back(protocol: Any, data: Any) -> None:
+        protocol.transport.write(data if recorder is Recorder else bytes(protocol.buffer[:data]))
+
+    data = pattern(700_000)
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server(version=version), lambda: recorder(**{hook: back}))
+        client = recorder()
+        transport, made = await group.create_connection(
+            lambda: client, *serving.address, ssl=certificates.client(), server_hostname=NAME
+        )
+        assert made is client
+        assert client.names[0] == "connection_made"
+        transport.write(data)
+        assert await client.wait_received(len(data)) == data
+        transport.close()
+        await client.wait_for("connection_lost")
+        await serving.protocols[0].wait_for("connection_lost")
+        assert client.lost_with is None
+        assert serving.protocols[0].lost_with is None
+        serving.server.close()
+    assert serving.protocols[0].names[-2:] == ["eof_received", "connection_lost"]
+    assert client.names[-2:] == ["eof_received", "connection_lost"]
+
+
+async def test_data_that_comes_with_the_handshake_is_delivered(stack: Stack, certificates: Certificates) -> None:
+    # The client's first data travels in one segment with the last message of its handshake.
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server())
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = certificates.client().wrap_bio(incoming, outgoing, server_hostname=NAME)
+        with Peer.connect(serving.address) as peer:
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    await peer.send(outgoing.read())
+                    incoming.write(await peer.receive())
+            tls.write(b"first")
+            await peer.send(outgoing.read())
+            protocol = await serving.protocol()
+            assert await protocol.wait_received(5) == b"first"
+        await protocol.wait_for("connection_lost")
+        serving.server.close()
+
+
+async def test_t5_server_that_speaks_first(stack: Stack, certificates: Certificates, version: str) -> None:
+    greeting = pattern(50_000)
+    async with stack.open() as group:
+        serving = await serve(
+            group,
+            certificates.server(version=version),
+            lambda: Recorder(on_connection_made=lambda protocol, transport: transport.write(greeting)),
+        )
+        client = Recorder()
+        await group.create_connection(lambda: client, *serving.address, ssl=certificates.client(), server_hostname=NAME)
+        assert await client.wait_received(len(greeting)) == greeting
+        client.transport.close()
+        await client.wait_for("connection_lost")
+        serving.server.close()
+
+
+RECORD = 16384
+
+
+@pytest.mark.parametrize("buffer_size", [None, 1000, RECORD, 65536], ids=str)
+async def test_t11_all_that_is_decrypted_is_delivered(
+    stack: Stack, certificates: Certificates, version: str, buffer_size: int | None
+) -> None:
+    # Sizes at the end of a record, of a read and of the protocol's buffer: nothing may wait for more to come.
+    sizes = [1, RECORD - 1, RECORD, RECORD + 1, 4 * RECORD, 131072 - 1, 131072, 131072 + 1, 262144, 262144 + 1]
+    protocol = Recorder() if buffer_size is None else ViewRecorder(buffer_size)
+    async with stack.open() as group, tls_client(group, certificates, protocol, version=version) as (*_, peer):
+        expected = b""
+        for size in sizes:
+            data = pattern(size)
+            expected += data
+            await peer.send(data)
+            assert await protocol.wait_received(len(expected)) == expected
+        protocol.transport.close()
+        peer.say_goodbye_and_leave()
+        await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio reads into a copy of a slice and loses the bytes")
+async def test_t14_buffer_that_is_a_bytearray(stack: Stack, certificates: Certificates) -> None:
+    data = pattern(300_000)
+    protocol = BufferedRecorder(1000)
+    async with stack.open() as group, tls_client(group, certificates, protocol) as (transport, _, peer):
+        await peer.send(data)
+        assert await protocol.wait_received(len(data)) == data
+        protocol.buffer.extend(b"the caller may resize its buffer between callbacks")
+        transport.abort()
+        await protocol.wait_for("connection_lost")
+
+
+async def test_paused_reading(stack: Stack, certificates: Certificates, recorder: type[Any]) -> None:
+    legal(stack, recorder)
+    data = pattern(500_000)
+
+    def pause_once(protocol: Any, _: Any) -> None:
+        if protocol.count(name) == 1:
+            protocol.transport.pause_reading()
+
+    name = "data_received" if recorder is Recorder else "buffer_updated"
+    protocol = recorder(**{f"on_{name}": pause_once})
+    async with stack.open() as group, tls_client(group, certificates, protocol) as (transport, _, peer):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(peer.send, data)
+            await protocol.wait_for(name)
+            assert not transport.is_reading()
+            await turns()
+            assert protocol.count(name) == 1
+            transport.resume_reading()
+            assert protocol.count(name) == 1, "no callback before resume_reading() returns"
+            assert await protocol.wait_received(len(data)) == data
+        peer.say_goodbye_and_leave()
+        await protocol.wait_for("connection_lost")
+
+
+async def test_writes_that_do_not_fit(stack: Stack, certificates: Certificates, version: str) -> None:
+    # Single bytes, blocks, views and lists, to a peer that reads late.
+    chunks: list[Any] = [b"x" * n for n in (1, 1, 2, 16384, 100_000, 3)] * 20
+    expected = b"".join(chunks)
+    async with stack.open() as group:
+        async with tls_client(group, certificates, version=version, small=True) as (transport, protocol, peer):
+            for index, chunk in enumerate(chunks):
+                if index % 3 == 0:
+                    transport.write(bytearray(chunk))
+                elif index % 3 == 1:
+                    transport.write(memoryview(chunk))
+                else:
+                    transport.writelines([chunk[:1], b"", chunk[1:]])
+            assert transport.get_write_buffer_size() > 0
+            transport.close()
+            assert await peer.receive_all() == expected
+            await peer.say_goodbye()
+            await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+
+
+async def test_full_duplex_with_small_buffers(stack: Stack, certificates: Certificates, version: str) -> None:
+    size = 3_000_000
+
+    def both(protocol: Any, transport: Any) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+
+    to_send = pattern(size)
+    with certificates.files() as files:
+        async with stack.open() as group:
+            serving = await serve(group, certificates.server(), lambda: Recorder(on_connection_made=both))
+            async with tls_peer_process("exchange", serving.port, files["ca"], NAME, size, version) as peer:
+                protocol = await serving.protocol()
+                for start in range(0, size, 10_000):
+                    protocol.transport.write(to_send[start : start + 10_000])
+                received = await protocol.wait_received(size)
+                protocol.transport.close()
+                sent, got, count = (await peer.line()).split()
+            assert int(count) == size
+            assert got == hashlib.sha256(to_send).hexdigest()
+            assert sent == hashlib.sha256(received).hexdigest()
+            await protocol.wait_for("connection_lost")
+            assert protocol.lost_with is None
+            serving.server.close()
+
+
+@pytest.mark.ours_only("asyncio pauses at the high mark already, plain transports above it")
+async def test_t12_one_rule_for_all_watermarks(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, peer):
+        written = fill(transport)
+        size = transport.get_write_buffer_size()
+        assert protocol.count("pause_writing") <= 1
+        transport.set_write_buffer_limits(high=size + 10, low=0)
+        paused = protocol.count("pause_writing")
+        assert paused == protocol.count("resume_writing")
+        transport.write(bytes(10))
+        assert transport.get_write_buffer_size() == size + 10
+        assert protocol.count("pause_writing") == paused
+        transport.write(b"x")
+        assert protocol.count("pause_writing") == paused + 1
+        assert await peer.receive_exactly(written + 11)
+        await protocol.wait_for("resume_writing", paused + 1)
+        assert transport.get_write_buffer_size() == 0
+        transport.abort()
+        await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio counts differently what its two transports hold")
+async def test_nothing_is_buffered_once_everything_is_sent(stack: Stack, certificates: Certificates) -> None:
+    # With the marks at zero a protocol learns when the operating system has taken the last byte, ciphertext included.
+    async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, peer):
+        transport.set_write_buffer_limits(0)
+        data = bytes(5_000_000)
+        transport.write(data)
+        assert protocol.count("pause_writing") == 1
+        assert protocol.count("resume_writing") == 0
+        assert await peer.receive_exactly(len(data)) == data
+        await protocol.wait_for("resume_writing")
+        assert protocol.count("resume_writing") == 1
+        transport.abort()
+        await protocol.wait_for("connection_lost")
+
+
+# -- what is known ----------------------------------------------------------------------------------------
+
+
+async def test_extra_info(stack: Stack, certificates: Certificates, version: str) -> None:
+    context = certificates.client()
+    async with stack.open() as group:
+        async with tls_client(group, certificates, version=version, ssl=context) as (transport, protocol, peer):
+            info = transport.get_extra_info
+            assert info("sslcontext") is context
+            assert ("DNS", NAME) in info("peercert")["subjectAltName"]
+            assert info("cipher") == peer.socket.cipher()
+            assert info("compression") is None
+            assert info("ssl_object").version() == f"TLSv{version}"
+            assert info("sockname") == peer.socket.getpeername()
+            assert info("peername") == peer.socket.getsockname()
+            assert info("socket").fileno() >= 0
+            assert info("nothing", "default") == "default"
+            transport.abort()
+            await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio raises AttributeError")
+async def test_t10_extra_info_after_two_closes(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
+        transport.close()
+        transport.close()
+        assert transport.get_extra_info("cipher")[1].startswith("TLS")
+        assert transport.get_extra_info("nothing", 7) == 7
+        peer.say_goodbye_and_leave()
+        await protocol.wait_for("connection_lost")
+        assert transport.get_extra_info("cipher")[1].startswith("TLS")
+
+
+async def test_no_write_eof(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
+        assert transport.can_write_eof() is False
+        with pytest.raises(NotImplementedError):
+            transport.write_eof()
+        transport.write(b"still open")
+        assert await peer.receive_exactly(10) == b"still open"
+        transport.abort()
+        await protocol.wait_for("connection_lost")
+
+
+# -- the end ----------------------------------------------------------------------------------------------
+
+
+async def test_close_says_close_notify_and_waits_for_the_peers(
+    stack: Stack, certificates: Certificates, version: str
+) -> None:
+    async with stack.open() as group:
+        async with tls_client(group, certificates, version=version) as (transport, protocol, peer):
+            transport.write(b"last words")
+            transport.close()
+            assert transport.is_closing()
+            assert await peer.receive_exactly(10) == b"last words"
+            assert await peer.receive() == b""  # `close_notify`: without it `SSLEOFError`.
+            await turns()
+            assert not protocol.lost
+            await peer.say_goodbye()
+            await protocol.wait_for("connection_lost")
+            assert await peer.receive_raw() == b""
+        # asyncio too tells of the end of file here.
+        assert protocol.names == ["connection_made", "eof_received", "connection_lost"]
+        assert protocol.lost_with is None
+
+
+async def test_peer_closes(stack: Stack, certificates: Certificates, version: str, recorder: type[Any]) -> None:
+    legal(stack, recorder)
+    data = pattern(400_000)
+    protocol = recorder()
+    async with stack.open() as group:
+        async with tls_client(group, certificates, protocol, version=version) as (_, _, peer):
+            await peer.send(data)
+            await peer.say_goodbye()  # Returns when our `close_notify` has come.
+            await protocol.wait_for("connection_lost")
+            assert await peer.receive_raw() == b""
+        assert protocol.received == data
+        assert protocol.names[-2:] == ["eof_received", "connection_lost"]
+        assert protocol.lost_with is None
+
+
+async def test_peer_closes_while_reading_is_paused(stack: Stack, certificates: Certificates) -> None:
+    data = pattern(100_000)
+    async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
+        transport.pause_reading()
+        await peer.send(data)
+        peer.say_goodbye_and_leave()
+        await turns()
+        assert protocol.names == ["connection_made"]
+        transport.resume_reading()
+        await protocol.wait_for("connection_lost")
+        assert protocol.received == data
+        assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
+
+
+async def test_true_value_from_eof_received_still_closes(stack: Stack, certificates: Certificates) -> None:
+    protocol = Recorder(on_eof_received=lambda _: True)
+    async with stack.open() as group:
+        with capture_log(stack) as records:
+            async with tls_client(group, certificates, protocol) as (_, _, peer):
+                await peer.say_goodbye()
+                await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+        assert [record.levelname for record in records] == ["WARNING"]
+
+
+async def test_what_is_written_in_eof_received_is_sent(stack: Stack, certificates: Certificates) -> None:
+    protocol = Recorder(on_eof_received=lambda protocol: protocol.transport.write(b"answer"))
+    async with stack.open() as group, tls_client(group, certificates, protocol) as (_, _, peer):
+        with pytest.raises(ssl.SSLWantReadError):
+            peer.socket.unwrap()
+        assert await peer.receive_exactly(6) == b"answer"
+        assert await peer.receive() == b""
+        await protocol.wait_for("connection_lost")
+
+
+async def test_abort_says_nothing(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, peer):
+        fill(transport)
+        transport.abort()
+        assert not protocol.lost
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+        with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+            await peer.receive_all()
+
+
+async def test_abort_during_the_farewell(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
+        transport.close()
+        assert await peer.receive() == b""
+        assert not protocol.lost
+        transport.abort()
+        await protocol.wait_for("connection_lost")
+        assert protocol.names == ["connection_made", "connection_lost"]
+        assert protocol.lost_with is None
+
+
+async def test_peer_that_stays_silent_after_our_close(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group:
+        async with tls_client(group, certificates, ssl_shutdown_timeout=0.05) as (transport, protocol, peer):
+            contexts = collect_contexts(group)
+            transport.close()
+            await protocol.wait_for("connection_lost")
+            assert isinstance(protocol.lost_with, TimeoutError)
+            assert contexts == []
+            assert await peer.receive() == b""
+
+
+async def test_peer_that_just_leaves_after_our_close(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
+        contexts = collect_contexts(group)
+        transport.close()
+        assert await peer.receive() == b""
+        peer.close()
+        await protocol.wait_for("connection_lost")
+        assert protocol.names == ["connection_made", "eof_received", "connection_lost"]
+        assert protocol.lost_with is None
+        assert contexts == []
+
+
+async def test_writing_during_the_farewell(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
+        transport.close()
+        transport.write(b"too late")
+        assert transport.get_write_buffer_size() == 0
+        assert await peer.receive() == b""
+        await peer.say_goodbye()
+        await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio's ends with SSLError: application data after close notify")
+async def test_t8_peer_that_goes_on_sending_after_our_close(
+    stack: Stack, certificates: Certificates, version: str
+) -> None:
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        async with tls_client(group, certificates, version=version) as (transport, protocol, peer):
+            await peer.send(b"before")  # May be in any state of delivery when the transport closes.
+            transport.close()
+            assert await peer.receive() == b""
+            before = len(protocol.received)
+            for _ in range(5):
+                await peer.send(bytes(20_000))
+            assert not protocol.lost
+            await peer.say_goodbye()
+            await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+        assert len(protocol.received) == before
+        assert contexts == []
+
+
+@pytest.mark.ours_only("asyncio's ends with SSLError: application data after close notify")
+async def test_r3_close_in_the_middle_of_an_endless_download(stack: Stack, certificates: Certificates) -> None:
+    sent = 0
+    closed_at = 0
+
+    async def flood(peer: TLSPeer) -> None:
+        nonlocal sent
+        try:
+            while True:
+                await peer.send(bytes(65536))
+                sent += 65536
+        except OSError:
+            pass
+
+    def close(protocol: Recorder, _: bytes) -> None:
+        nonlocal closed_at
+        if len(protocol.received) > 1_000_000:
+            protocol.transport.close()
+            closed_at = sent
+
+    protocol = Recorder(on_data_received=close)
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        async with tls_client(group, certificates, protocol, small=True) as (_, _, peer):
+            with anyio.fail_after(GUARD):
+                await flood(peer)
+            await protocol.wait_for("connection_lost")
+        assert protocol.names == ["connection_made", "data_received", "connection_lost"]
+        assert protocol.lost_with is None
+        assert sent - closed_at < 16_000_000
+        assert contexts == []
+
+
+@pytest.mark.parametrize("unread", [False, True], ids=["nothing unread", "unread data"])
+async def test_t9_cut_without_close_notify(
+    stack: Stack, certificates: Certificates, version: str, unread: bool
+) -> None:
+    async with stack.open() as group, tls_client(group, certificates, version=version) as (transport, protocol, peer):
+        if unread:
+            transport.pause_reading()
+            await peer.send(b"unread")
+        peer.cut()
+        await turns()
+        transport.resume_reading()
+        await protocol.wait_for("connection_lost")
+        assert protocol.received == (b"unread" if unread else b"")
+        assert protocol.names[-2:] == ["eof_received", "connection_lost"]
+        assert protocol.lost_with is None
+        if not stack.is_oracle:
+            assert transport.get_extra_info("close_notify") is False
+
+
+@pytest.mark.ours_only("asyncio has no way to tell")
+async def test_t9_a_way_to_tell_an_orderly_end(stack: Stack, certificates: Certificates) -> None:
+    seen: list[object] = []
+    protocol = Recorder(
+        on_connection_made=lambda _, transport: seen.append(transport.get_extra_info("close_notify")),
+        on_eof_received=lambda protocol: seen.append(protocol.transport.get_extra_info("close_notify")),
+    )
+    async with stack.open() as group, tls_client(group, certificates, protocol) as (_, _, peer):
+        peer.say_goodbye_and_leave()
+        await protocol.wait_for("connection_lost")
+        assert seen == [False, True]
+
+
+async def test_t7_peer_resets_under_a_writer(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, peer):
+        peer.reset()
+        with anyio.fail_after(GUARD):
+            while not protocol.lost:
+                transport.write(bytes(10_000))
+                await anyio.lowlevel.checkpoint()
+        assert isinstance(protocol.lost_with, ConnectionError)
+        assert transport.is_closing()
+
+
+async def test_damaged_record(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates) as (_, protocol, peer):
+        await peer.send(b"good")
+        await protocol.wait_received(4)
+        socket.socket.send(peer.socket, b"\x17\x03\x03\x00\x20" + bytes(32))
+        await protocol.wait_for("connection_lost")
+        assert isinstance(protocol.lost_with, ssl.SSLError)
+        if not stack.is_oracle:  # asyncio's keeps the alert to itself
+            with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):
+                await peer.receive()
+
+
+async def test_exception_in_a_callback(stack: Stack, certificates: Certificates) -> None:
+    def fail(protocol: Any, data: bytes) -> None:
+        raise ZeroDivisionError
+
+    protocol = Recorder(on_data_received=fail)
+    async with stack.open() as group, tls_client(group, certificates, protocol) as (_, _, peer):
+        contexts = collect_contexts(group)
+        await peer.send(b"x")
+        await protocol.wait_for("connection_lost")
+        assert isinstance(protocol.lost_with, ZeroDivisionError)
+        assert [type(exc) for exc in peers_contexts(contexts)] == [ZeroDivisionError]
+
+
+async def test_leaving_the_group_in_order(stack: Stack, certificates: Certificates) -> None:
+    async def drive(peer: TLSPeer) -> None:
+        assert await peer.receive_all() == b"last words"
+        await peer.say_goodbye()
+
+    async with AsyncExitStack() as peers, anyio.create_task_group() as tasks:
+        async with stack.open() as group:
+            transport, protocol, peer = await peers.enter_async_context(tls_client(group, certificates))
+            transport.write(b"last words")
+            tasks.start_soon(drive, peer)
+        assert protocol.lost
+        assert protocol.lost_with is None
+
+
+@pytest.mark.ours_only("asyncio has no group")
+async def test_cancelling_the_group_during_a_farewell(stack: Stack, certificates: Certificates) -> None:
+    scope = anyio.CancelScope()
+
+    async def drive(peer: TLSPeer, protocol: Recorder) -> None:
+        assert await peer.receive() == b""
+        assert not protocol.lost
+        scope.cancel()
+
+    async with AsyncExitStack() as peers, anyio.create_task_group() as tasks:
+        with scope:
+            async with stack.open() as group:
+                _, protocol, peer = await peers.enter_async_context(tls_client(group, certificates))
+                tasks.start_soon(drive, peer, protocol)
+        assert scope.cancelled_caught
+        assert protocol.lost
+        assert protocol.lost_with is None
+
+
+# -- handshakes that fail ---------------------------------------------------------------------------------
+
+
+async def connect_to(group: Any, address: Any, **options: Any) -> BaseException:
+    """Connect and return the error that this gives."""
+    options.setdefault("server_hostname", NAME)
+    with anyio.fail_after(GUARD):
+        try:
+            transport, _ = await group.create_connection(Recorder, *address, **options)
+        except Exception as exc:
+            return exc.with_traceback(None)
+    transport.abort()
+    raise AssertionError("the handshake succeeded")
+
+
+@contextmanager
+def plain_server(*answers: Callable[[socket.socket], object]) -> Iterator[Any]:
+    """A server without TLS in a thread: each connection gets the next answer."""
+
+    def run() -> None:
+        for answer in answers:
+            sock, _ = listener.accept()
+            with sock:
+                try:
+                    answer(sock)
+                except OSError:
+                    pass  # The client was quicker.
+
+    with listening() as listener:
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            thread.join(GUARD)
+            assert not thread.is_alive()
+
+
+def read_four(sock: socket.socket) -> None:
+    sock.recv(4, socket.MSG_WAITALL)
+
+
+def read_until_end(sock: socket.socket) -> None:
+    while sock.recv(65536):
+        pass
+
+
+def reset(sock: socket.socket) -> None:
+    sock.recv(65536)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def answer_half(sock: socket.socket) -> None:
+    sock.recv(65536)
+    sock.sendall(b"\x16\x03\x03\x00\x7a\x02")
+
+
+def speak_http(sock: socket.socket) -> None:
+    sock.recv(65536)
+    sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    read_until_end(sock)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (lambda sock: None, ConnectionResetError),
+        (read_four, ConnectionResetError),
+        (lambda sock: sock.recv(65536), ConnectionResetError),
+        (reset, ConnectionResetError),
+        (answer_half, ConnectionResetError),
+        (speak_http, ssl.SSLError),
+    ],
+    ids=["closes", "reads four bytes and closes", "reads and closes", "resets", "answers by half", "speaks HTTP"],
+)
+async def test_t4_peer_that_leaves_in_mid_handshake(
+    stack: Stack, certificates: Certificates, answer: Any, expected: type[Exception]
+) -> None:
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        with plain_server(answer) as address:
+            error = await connect_to(group, address, ssl=certificates.client())
+        assert type(error) is expected
+        assert contexts == []
+
+
+async def test_handshake_that_takes_too_long(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group:
+        with plain_server(read_until_end) as address:
+            error = await connect_to(group, address, ssl=certificates.client(), ssl_handshake_timeout=0.05)
+        assert type(error) is ConnectionAbortedError
+        assert "0.05 seconds" in str(error)
+
+
+async def test_handshake_that_is_cancelled(stack: Stack, certificates: Certificates) -> None:
+    greeted = threading.Event()
+
+    def answer(sock: socket.socket) -> None:
+        sock.recv(1)
+        greeted.set()
+        read_until_end(sock)  # Returns because the socket is closed.
+
+    async with stack.open() as group:
+        with plain_server(answer) as address:
+            async with anyio.create_task_group() as tasks:
+
+                async def connect() -> None:
+                    await connect_to(group, address, ssl=certificates.client())
+
+                tasks.start_soon(connect)
+                await until(greeted.is_set)
+                tasks.cancel_scope.cancel()
+            await turns()
+
+
+@pytest.mark.ours_only("asyncio leaks descriptors here")
+async def test_t3_failed_handshakes_leak_nothing(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group:
+        before = len(open_descriptors())
+        with plain_server(*[read_four] * 300) as address:
+            for _ in range(300):
+                await connect_to(group, address, ssl=certificates.client())
+        with listening() as stalling:  # Nobody accepts.
+            address = stalling.getsockname()
+            for _ in range(50):
+                await connect_to(group, address, ssl=certificates.client(), ssl_handshake_timeout=0.001)
+            for _ in range(50):
+                with anyio.move_on_after(0.001):
+                    await connect_to(group, address, ssl=certificates.client())
+        await until(lambda: len(open_descriptors()) <= before)
+
+
+@pytest.mark.ours_only("about our own objects")
+async def test_t6_failed_handshakes_keep_no_memory(stack: Stack, certificates: Certificates) -> None:
+    # Counted without the collector's help: a cycle for each failure would grow until it runs.
+    context = certificates.client()
+    server = certificates.server()
+    async with stack.open() as group:
+        group.set_exception_handler(lambda *_: None)
+        serving = await serve(group, server)
+        untrusting = ssl.create_default_context()
+        gc.collect()
+        gc.disable()
+        try:
+            with plain_server(*[read_four] * 50) as address:
+                for _ in range(50):
+                    await connect_to(group, address, ssl=context)
+            for _ in range(50):
+                await connect_to(group, serving.address, ssl=untrusting)
+            await turns()
+            alive = sum(isinstance(thing, (ssl.SSLObject, ssl.MemoryBIO)) for thing in gc.get_objects())
+        finally:
+            gc.enable()
+        assert alive < 10
+        serving.server.close()
+
+
+def refused(name: str, certificates: Certificates) -> tuple[ssl.SSLContext, dict[str, Any]]:
+    context = ssl.create_default_context() if name == "authority" else certificates.client()
+    return context, {"server_hostname": "other.example"} if name == "name" else {}
+
+
+@pytest.mark.parametrize("what", ["authority", "name"])
+async def test_certificate_that_is_refused(stack: Stack, certificates: Certificates, version: str, what: str) -> None:
+    context, options = refused(what, certificates)
+    context.maximum_version = VERSIONS[version]
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        serving = await serve(group, certificates.server())
+        error = await connect_to(group, serving.address, ssl=context, **options)
+        assert isinstance(error, ssl.SSLCertVerificationError)
+        assert error.reason == "CERTIFICATE_VERIFY_FAILED"
+        assert error.verify_code == (62 if what == "name" else 20)
+        if not stack.is_oracle:
+            # asyncio's client keeps the alert to itself, and its server reports to nobody but in debug mode.
+            await until(lambda: contexts)
+            (context_,) = contexts
+            assert "ALERT" in str(context_["exception"])
+            assert isinstance(context_["exception"], ssl.SSLError)
+        assert await echoes(group, serving, certificates)
+        serving.server.close()
+
+
+async def echoes(group: Any, serving: Any, certificates: Certificates) -> bool:
+    """Whether a new client of the server gets an answer."""
+    with anyio.fail_after(GUARD):
+        peer = await TLSPeer.connect_to(serving.address, certificates.client())
+    with peer:
+        await peer.send(b"are you there?")
+        await until(lambda: any(protocol.received == b"are you there?" for protocol in serving.protocols))
+        (protocol,) = [protocol for protocol in serving.protocols if protocol.received]
+        protocol.transport.write(b"yes")
+        assert await peer.receive_exactly(3) == b"yes"
+        peer.say_goodbye_and_leave()
+    await protocol.wait_for("connection_lost")
+    return True
+
+
+@pytest.mark.parametrize("kind", ["garbage", "leaves", "half", "resets", "slow"])
+async def test_server_survives_a_failing_handshake(stack: Stack, certificates: Certificates, kind: str) -> None:
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        serving = await serve(group, certificates.server(), ssl_handshake_timeout=0.1 if kind == "slow" else None)
+        with Peer.connect(serving.address) as peer:
+            if kind == "garbage":
+                await peer.send(b"GET / HTTP/1.1\r\n\r\n")
+                assert await peer.gone()
+            elif kind == "half":
+                await peer.send(b"\x16\x03\x01\x02\x00\x01")
+                peer.shutdown()
+                assert await peer.gone()
+            elif kind == "resets":
+                await peer.send(b"\x16\x03\x01")
+                peer.reset()
+            elif kind == "slow":
+                assert await peer.gone()
+        if not stack.is_oracle:  # asyncio reports to nobody but in debug mode.
+            await until(lambda: contexts)
+            expected = {"garbage": ssl.SSLError, "slow": ConnectionAbortedError}.get(kind, ConnectionResetError)
+            assert [type(context["exception"]) for context in contexts] == [expected]
+            assert "Error on transport creation for incoming connection" in contexts[0]["message"]
+            assert serving.protocols == []
+        assert await echoes(group, serving, certificates)
+        serving.server.close()
+
+
+@pytest.mark.ours_only("asyncio gives each of them 256 KiB and takes far too long")
+async def test_a_thousand_silent_connections(stack: Stack, certificates: Certificates) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = 1000
+    if hard != resource.RLIM_INFINITY and hard < 2 * count + 200:
+        pytest.skip("too few descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2 * count + 200), hard))
+    try:
+        async with stack.open() as group:
+            contexts = collect_contexts(group)
+            serving = await serve(group, certificates.server(), backlog=count)
+            silent = [Peer.connect(serving.address) for _ in range(count)]
+            assert await echoes(group, serving, certificates)
+            for peer in silent:
+                peer.close()
+            await until(lambda: len(contexts) == count)
+            serving.server.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.ours_only("asyncio leaves pending handshakes to their time-out")
+async def test_leaving_the_group_ends_pending_handshakes(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        serving = await serve(group, certificates.server())
+        peer = Peer.connect(serving.address)
+        await until(lambda: "connections=1" in repr(serving.server))
+    with peer:
+        assert await peer.gone()
+    assert contexts == []
+    assert serving.protocols == []
+
+
+@pytest.mark.ours_only("abort_clients is new in Python 3.13")
+async def test_server_ends_pending_handshakes_with_its_clients(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        serving = await serve(group, certificates.server())
+        with Peer.connect(serving.address) as peer:
+            await until(lambda: "connections=1" in repr(serving.server))
+            serving.server.close()
+            serving.server.abort_clients()
+            assert await peer.gone()
+        with anyio.fail_after(GUARD):
+            await serving.server.wait_closed()
+        assert contexts == []
+
+
+@pytest.mark.ours_only("asyncio makes the protocol before the handshake")
+async def test_factory_that_raises(stack: Stack, certificates: Certificates) -> None:
+    def fail() -> Any:
+        raise ZeroDivisionError
+
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        serving = await serve(group, certificates.server(), fail)
+        peer = await TLSPeer.connect_to(serving.address, certificates.client())
+        with peer, pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+            await peer.receive()
+        await until(lambda: contexts)
+        assert isinstance(contexts[0]["exception"], ZeroDivisionError)
+        serving.server.close()
+
+
+@pytest.mark.ours_only("asyncio leaks the socket")
+async def test_factory_of_a_client_that_raises(stack: Stack, certificates: Certificates) -> None:
+    def fail() -> Any:
+        raise ZeroDivisionError
+
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server())
+        with pytest.raises(ZeroDivisionError):
+            await group.create_connection(fail, *serving.address, ssl=certificates.client(), server_hostname=NAME)
+        serving.server.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"server_hostname": "x"}, ValueError),
+        ({"ssl_handshake_timeout": 1}, ValueError),
+        ({"ssl_shutdown_timeout": 1}, ValueError),
+        ({"ssl": True, "ssl_handshake_timeout": 0}, ValueError),
+        ({"ssl": True, "ssl_shutdown_timeout": -1}, ValueError),
+    ],
+    ids=str,
+)
+async def test_parameters_that_are_refused(
+    stack: Stack, certificates: Certificates, options: dict[str, Any], error: type[Exception]
+) -> None:
+    if stack.is_oracle and "ssl" in options:
+        pytest.skip("asyncio refuses these after it has connected, and leaks the socket")
+    async with stack.open() as group:
+        with listening() as listener:
+            with pytest.raises(error):
+                await group.create_connection(Recorder, *listener.getsockname(), **options)
+        if "server_hostname" not in options and options.get("ssl") is not True:
+            with pytest.raises(error):
+                await group.create_server(Recorder, HOST, 0, **options)
+        with pytest.raises(TypeError):
+            await group.create_server(Recorder, HOST, 0, ssl=True)
+
+
+# -- what contexts can do ---------------------------------------------------------------------------------
+
+
+async def test_server_name_indication(stack: Stack, certificates: Certificates) -> None:
+    seen: list[str | None] = []
+    other = certificates.server("other.example")
+    context = certificates.server()
+
+    def choose(tls: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
+        seen.append(name)
+        if name == "other.example":
+            tls.context = other
+
+    context.sni_callback = choose
+    async with stack.open() as group:
+        serving = await serve(group, context, lambda: Recorder(on_data_received=echo))
+        for name in ("other.example", NAME):
+            client = Recorder()
+            await group.create_connection(
+                lambda client=client: client, *serving.address, ssl=certificates.client(), server_hostname=name
+            )
+            client.transport.write(b"hi")
+            await client.wait_received(2)
+            assert ("DNS", name) in client.transport.get_extra_info("peercert")["subjectAltName"]
+            client.transport.close()
+            await client.wait_for("connection_lost")
+        assert seen == ["other.example", NAME]
+        serving.server.close()
+
+
+async def test_alpn(stack: Stack, certificates: Certificates) -> None:
+    ours, theirs = certificates.server(), certificates.client()
+    ours.set_alpn_protocols(["h2", "http/1.1"])
+    theirs.set_alpn_protocols(["http/1.1"])
+    async with stack.open() as group:
+        serving = await serve(group, ours)
+        with await TLSPeer.connect_to(serving.address, theirs) as peer:
+            assert peer.socket.selected_alpn_protocol() == "http/1.1"
+            protocol = await serving.protocol()
+            assert protocol.transport.get_extra_info("ssl_object").selected_alpn_protocol() == "http/1.1"
+            peer.say_goodbye_and_leave()
+        await protocol.wait_for("connection_lost")
+        serving.server.close()
+
+
+@pytest.mark.parametrize("required", [True, False], ids=["required", "optional"])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "none"])
+async def test_client_certificates(
+    stack: Stack, certificates: Certificates, version: str, required: bool, given: bool
+) -> None:
+    ours, theirs = certificates.server(version=version), certificates.client()
+    ours.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
+    certificates.authority.configure_trust(ours)
+    if given:
+        certificates.authority.issue_cert("client.example").configure_cert(theirs)
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        serving = await serve(group, ours)
+        client = Recorder()
+        if required and not given:  # asyncio's server keeps the alert to itself.
+            if version == "1.2":
+                error = await connect_to(group, serving.address, ssl=theirs)
+            else:  # In TLS 1.3 the client is through before the server has looked at its certificate.
+                await group.create_connection(lambda: client, *serving.address, ssl=theirs, server_hostname=NAME)
+                await client.wait_for("connection_lost")
+                error = client.lost_with
+            if not stack.is_oracle:
+                assert isinstance(error, ssl.SSLError)
+                assert "ALERT" in str(error)
+                await until(lambda: contexts)
+                assert "PEER_DID_NOT_RETURN_A_CERTIFICATE" in str(contexts[0]["exception"])
+                assert serving.protocols == []
+        else:
+            await group.create_connection(lambda: client, *serving.address, ssl=theirs, server_hostname=NAME)
+            protocol = await serving.protocol()
+            peercert = protocol.transport.get_extra_info("peercert")
+            if given:
+                assert ("DNS", "client.example") in peercert["subjectAltName"]
+            else:
+                assert peercert is None
+            client.transport.close()
+            await protocol.wait_for("connection_lost")
+            await client.wait_for("connection_lost")
+        serving.server.close()
+
+
+async def test_session_resumption(stack: Stack, certificates: Certificates, version: str) -> None:
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server(), lambda: Recorder(on_data_received=echo))
+        context = certificates.client(version=version)
+        session = None
+        for number in range(2):
+            with await TLSPeer.connect_to(serving.address, context, session=session) as peer:
+                await peer.send(b"x")
+                assert await peer.receive() == b"x"
+                assert peer.socket.session_reused == (number == 1)
+                session = peer.socket.session
+                protocol = await serving.protocol(number)
+                assert protocol.transport.get_extra_info("ssl_object").session_reused == (number == 1)
+                await peer.say_goodbye()
+            await protocol.wait_for("connection_lost")
+        serving.server.close()
+
+
+async def test_session_resumption_by_a_client(stack: Stack, certificates: Certificates, version: str) -> None:
+    # As with asyncio: an `sslobject_class` may set the session before the handshake.
+    sessions: list[ssl.SSLSession] = []
+
+    class Resuming(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            if sessions and self.session is None:
+                self.session = sessions[-1]
+            super().do_handshake()
+
+    context = certificates.client(version=version)
+    context.sslobject_class = Resuming
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server(), lambda: Recorder(on_data_received=echo))
+        for number in range(2):
+            client = Recorder()
+            await group.create_connection(
+                lambda client=client: client, *serving.address, ssl=context, server_hostname=NAME
+            )
+            client.transport.write(b"x")
+            await client.wait_received(1)
+            tls = client.transport.get_extra_info("ssl_object")
+            assert tls.session_reused == (number == 1)
+            sessions.append(tls.session)
+            client.transport.close()
+            await client.wait_for("connection_lost")
+        serving.server.close()
+
+
+@pytest.mark.parametrize(
+    ("certified", "name"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("::1", "::1"),
+        ("b\xfccher.example", "b\xfccher.example"),
+        ("*.example.org", "www.example.org"),
+    ],
+    ids=["IPv4", "IPv6", "IDNA", "wildcard"],
+)
+async def test_names(stack: Stack, certificates: Certificates, certified: str, name: str) -> None:
+    host = name if name == "::1" else HOST
+    if host == "::1" and not socket.has_ipv6:
+        pytest.skip("no IPv6")
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server(certified), host=host)
+        client = Recorder()
+        # An address is verified without being given again.
+        options = {} if name == host else {"server_hostname": name}
+        await group.create_connection(lambda: client, host, serving.port, ssl=certificates.client(), **options)
+        client.transport.close()
+        await client.wait_for("connection_lost")
+        serving.server.close()
+
+
+async def test_ssl_true_trusts_the_systems_authorities(
+    stack: Stack, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server())
+        error = await connect_to(group, serving.address, ssl=True)
+        assert isinstance(error, ssl.SSLCertVerificationError)
+        with certificates.files() as files:
+            monkeypatch.setenv("SSL_CERT_FILE", files["ca"])
+            client = Recorder()
+            await group.create_connection(lambda: client, *serving.address, ssl=True, server_hostname=NAME)
+            client.transport.close()
+            await client.wait_for("connection_lost")
+            # No name at all: the certificate is still verified, its name is not.
+            for context in (True, certificates.client()):
+                client = Recorder()
+                await group.create_connection(
+                    lambda client=client: client, *serving.address, ssl=context, server_hostname=""
+                )
+                client.transport.close()
+                await client.wait_for("connection_lost")
+        serving.server.close()
+
+
+async def test_settings_of_the_context(stack: Stack, certificates: Certificates) -> None:
+    ours, theirs = certificates.server(), certificates.client()
+    ours.maximum_version = ssl.TLSVersion.TLSv1_2
+    ours.options |= ssl.OP_NO_TICKET
+    theirs.set_ciphers("ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES128-GCM-SHA256")
+    async with stack.open() as group:
+        serving = await serve(group, ours)
+        client = Recorder()
+        await group.create_connection(lambda: client, *serving.address, ssl=theirs, server_hostname=NAME)
+        cipher = client.transport.get_extra_info("cipher")
+        assert cipher[0].endswith("AES128-GCM-SHA256")
+        assert cipher[1] == "TLSv1.2"
+        assert not client.transport.get_extra_info("ssl_object").session.has_ticket
+        client.transport.close()
+        await client.wait_for("connection_lost")
+        serving.server.close()

@@ -1,0 +1,243 @@
+"""TLS with other makes at the other end: OpenSSL's own programs, curl, Python's blocking `ssl`, asyncio."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+from support import GUARD, HOST, Recorder, Stack, pattern
+from tls_support import (
+    NAME,
+    Certificates,
+    Output,
+    echo,
+    program,
+    running,
+    serve,
+    skip_old_oracle,
+    tls_peer_process,
+)
+
+if TYPE_CHECKING:
+    import trustme
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="session")
+def certificates(certificate_authority: trustme.CA) -> Certificates:
+    return Certificates(certificate_authority)
+
+
+@pytest.fixture(autouse=True)
+def oracle_of_today(stack: Stack) -> None:
+    skip_old_oracle(stack)
+
+
+@pytest.fixture(params=["1.2", "1.3"])
+def version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def flag(version: str) -> str:
+    return f"-tls{version.replace('.', '_')}"
+
+
+async def test_openssl_client(stack: Stack, certificates: Certificates, version: str) -> None:
+    openssl = program("openssl")
+    with certificates.files() as files:
+        async with stack.open() as group:
+            serving = await serve(group, certificates.server(), lambda: Recorder(on_data_received=echo))
+            command = [openssl, "s_client", "-connect", f"{HOST}:{serving.port}", "-servername", NAME]
+            command += ["-CAfile", files["ca"], "-verify_return_error", "-verify_hostname", NAME, flag(version)]
+            async with running(*command) as process:
+                output = Output(process)
+                assert b"Verify return code: 0 (ok)" in await output.until(b"Verify return code: 0 (ok)", b"errno")
+                await output.say(b"hello\n")
+                await output.until(b"hello\n")
+                await output.say(b"Q\n")
+                with anyio.fail_after(GUARD):
+                    await process.wait()
+            protocol = await serving.protocol()
+            await protocol.wait_for("connection_lost")
+            assert protocol.lost_with is None
+            serving.server.close()
+
+
+async def test_key_updates_in_both_directions(stack: Stack, certificates: Certificates) -> None:
+    # "k" has the client's key updated, "K" also asks for ours, while data flows to a client that reads slowly.
+    openssl = program("openssl")
+    data = b"".join(b"%07d\n" % number for number in range(400_000))
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server())
+        command = [openssl, "s_client", "-connect", f"{HOST}:{serving.port}", "-tls1_3", "-servername", NAME]
+        async with running(*command, stderr=subprocess.PIPE) as process:
+            output, news = Output(process), Output(process, process.stderr)
+            await output.until(b"Verify return code")
+            await output.until(b"---\n")
+            protocol = await serving.protocol()
+            protocol.transport.write(data)
+            expected = b""
+
+            async def talk() -> None:
+                nonlocal expected
+                for number in range(20):
+                    await output.say(b"K\n" if number % 2 else b"k\n")
+                    await news.until(b"KEYUPDATE\n")  # It takes a command only at the start of what it reads.
+                    line = b"line %d\n" % number
+                    await output.say(line)
+                    expected += line
+                    await protocol.wait_received(len(expected))
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(talk)
+                # Session tickets are printed before the data.
+                await output.until(b"0000000\n")
+                received = b"0000000\n" + await output.until(b"0399999\n")
+            assert protocol.received == expected
+            assert received == data
+            assert protocol.transport.get_write_buffer_size() == 0
+            process.terminate()
+            await process.wait()
+        await protocol.wait_for("connection_lost")
+        serving.server.close()
+
+
+async def openssl_server(certificates: Certificates, files: dict[str, str], *options: str) -> list[str]:
+    return [
+        program("openssl"), "s_server", "-accept", f"{HOST}:0", "-cert", files["server"], "-key", files["server"],
+        *options,
+    ]  # fmt: skip
+
+
+async def test_openssl_server(stack: Stack, certificates: Certificates, version: str) -> None:
+    data = pattern(1_000_000)
+    with certificates.files() as files:
+        command = await openssl_server(certificates, files, "-naccept", "1", flag(version), "-rev")
+        async with running(*command) as process, stack.open() as group:
+            output = Output(process)
+            port = int((await output.until(b"ACCEPT ")) and (await output.line()).rpartition(":")[2])
+            client = Recorder()
+            await group.create_connection(lambda: client, HOST, port, ssl=certificates.client(), server_hostname=NAME)
+            client.transport.write(b"".join(b"%09d\n" % number for number in range(20_000)))
+            await client.wait_received(200_000)
+            assert client.received == b"".join((b"%09d" % number)[::-1] + b"\n" for number in range(20_000))
+            assert data
+            client.transport.close()
+            await client.wait_for("connection_lost")
+            assert client.lost_with is None
+
+
+async def test_renegotiation_asked_for_by_a_server(stack: Stack, certificates: Certificates) -> None:
+    # TLS 1.2: the server's "r" makes OpenSSL read before it can write.
+    with certificates.files() as files:
+        command = await openssl_server(certificates, files, "-naccept", "1", "-tls1_2")
+        async with running(*command, stderr=subprocess.DEVNULL) as process, stack.open() as group:
+            output = Output(process)
+            port = int((await output.until(b"ACCEPT ")) and (await output.line()).rpartition(":")[2])
+            client = Recorder()
+            transport, _ = await group.create_connection(
+                lambda: client, HOST, port, ssl=certificates.client(), server_hostname=NAME
+            )
+            await output.until(b"Secure Renegotiation IS supported\n")
+            for number in range(3):
+                await output.say(b"r\n")
+                await output.until(b"SSL_do_handshake -> 1\n")
+                line = b"line %d\n" % number
+                transport.write(line)
+                await output.until(line)
+                await output.say(line)
+                await client.wait_until(lambda line=line: client.received.endswith(line))
+            transport.close()
+            await client.wait_for("connection_lost")
+            assert client.lost_with is None
+
+
+async def test_renegotiation_under_a_writer(stack: Stack, certificates: Certificates) -> None:
+    # While it goes on OpenSSL refuses to write: what it refused must come once, in order.
+    lines = [b"%07d\n" % number * 100 for number in range(3_000)]
+    left = lines[::-1]
+
+    def more(protocol: Recorder) -> None:
+        while left and not protocol.writing_paused:
+            protocol.transport.write(left.pop())
+
+    client = Recorder(on_resume_writing=more)
+    with certificates.files() as files:
+        command = await openssl_server(certificates, files, "-naccept", "1", "-tls1_2")
+        async with running(*command, stderr=subprocess.DEVNULL) as process, stack.open() as group:
+            output = Output(process)
+            port = int((await output.until(b"ACCEPT ")) and (await output.line()).rpartition(":")[2])
+            await group.create_connection(lambda: client, HOST, port, ssl=certificates.client(), server_hostname=NAME)
+            transport = client.transport
+            transport.set_write_buffer_limits(high=10_000)
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+            await output.until(b"Secure Renegotiation IS supported\n")
+            more(client)
+            for _ in range(3):
+                await output.say(b"r\n")
+                await output.until(b"SSL_do_handshake -> 1\n")
+            seen = await output.until(lines[-1])
+            assert seen.endswith(b"".join(lines[-100:]))
+            transport.abort()
+            await client.wait_for("connection_lost")
+
+
+async def test_curl(stack: Stack, certificates: Certificates, version: str) -> None:
+    body = pattern(2_000_000)
+
+    def answer(protocol: Any, _: bytes) -> None:
+        if protocol.received.endswith(b"\r\n\r\n"):
+            head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+            protocol.transport.write(head)
+            protocol.transport.write(body)
+            protocol.transport.close()
+
+    with certificates.files() as files:
+        async with stack.open() as group:
+            serving = await serve(
+                group, certificates.server(version=version), lambda: Recorder(on_data_received=answer)
+            )
+            command = [program("curl"), "-sS", "--http1.1", "--noproxy", "*", "--cacert", files["ca"]]
+            command += ["--resolve", f"{NAME}:{serving.port}:{HOST}", f"https://{NAME}:{serving.port}/"]
+            with anyio.fail_after(4 * GUARD):
+                result = await anyio.run_process(command, check=False)
+            assert result.stderr == b""
+            assert result.stdout == body
+            protocol = await serving.protocol()
+            await protocol.wait_for("connection_lost")
+            serving.server.close()
+
+
+@pytest.mark.parametrize("peer", ["blocking", "asyncio"])
+async def test_python_client(stack: Stack, certificates: Certificates, peer: str) -> None:
+    size = 2_560_000
+    with certificates.files() as files:
+        async with stack.open() as group:
+            serving = await serve(group, certificates.server(), lambda: Recorder(on_data_received=echo))
+            async with tls_peer_process(f"{peer}_client", serving.port, files["ca"], NAME, size) as process:
+                protocol = await serving.protocol()
+                assert (await process.line()).startswith("done")
+            await protocol.wait_for("connection_lost")
+            assert len(protocol.received) == size
+            assert protocol.lost_with is None
+            serving.server.close()
+
+
+@pytest.mark.parametrize("peer", ["blocking", "asyncio"])
+async def test_python_server(stack: Stack, certificates: Certificates, peer: str) -> None:
+    data = pattern(1_000_000)
+    with certificates.files() as files:
+        async with tls_peer_process(f"{peer}_server", files["server"]) as process, stack.open() as group:
+            port = int(await process.line())
+            client = Recorder()
+            await group.create_connection(lambda: client, HOST, port, ssl=certificates.client(), server_hostname=NAME)
+            client.transport.write(data)
+            assert await client.wait_received(len(data)) == data
+            client.transport.close()
+            await client.wait_for("connection_lost")
+            assert client.lost_with is None
+            assert await process.line() == f"done {len(data)}"

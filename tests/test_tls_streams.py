@@ -1,0 +1,321 @@
+"""TLS over any AnyIO stream: `connect_stream(…, ssl=…)`, and `start_tls` on what it returns."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.abc
+import pytest
+import trustme
+from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream
+from anyio.streams.buffered import BufferedByteReceiveStream
+from anyio.streams.stapled import StapledByteStream
+from anyio.streams.tls import TLSStream
+from support import GUARD, Recorder, pattern, turns
+from tls_support import NAME, Certificates, ViewRecorder, echo, together
+
+from transports_anyio import TransportGroup
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="session")
+def certificates(certificate_authority: trustme.CA) -> Certificates:
+    return Certificates(certificate_authority)
+
+
+class MemoryReceiver(ByteReceiveStream):
+    def __init__(self, items: MemoryObjectReceiveStream[bytes]) -> None:
+        self.buffered = BufferedByteReceiveStream(items)
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        return await self.buffered.receive(max_bytes)
+
+    async def aclose(self) -> None:
+        await self.buffered.aclose()
+
+
+class MemorySender(ByteSendStream):
+    def __init__(self, items: MemoryObjectSendStream[bytes]) -> None:
+        self.items = items
+
+    async def send(self, item: bytes) -> None:
+        await self.items.send(item)
+
+    async def aclose(self) -> None:
+        await self.items.aclose()
+
+
+def one_way(capacity: int) -> tuple[MemorySender, MemoryReceiver]:
+    sender, receiver = anyio.create_memory_object_stream[bytes](capacity)
+    return MemorySender(sender), MemoryReceiver(receiver)
+
+
+@asynccontextmanager
+async def memory_pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
+    to_b, from_a = one_way(0)
+    to_a, from_b = one_way(0)
+    async with StapledByteStream(to_b, from_b) as a, StapledByteStream(to_a, from_a) as b:
+        yield a, b
+
+
+@asynccontextmanager
+async def tcp_pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        a = await anyio.connect_tcp(*listener.getsockname())
+        accepted, _ = listener.accept()
+    b = await anyio.abc.SocketStream.from_socket(accepted)
+    async with a, b:
+        yield a, b
+
+
+@pytest.fixture(params=["memory", "tcp"])
+def pair(request: pytest.FixtureRequest) -> Any:
+    return {"memory": memory_pair, "tcp": tcp_pair}[request.param]()
+
+
+async def connect(group: TransportGroup, protocol: Any, stream: ByteStream, context: Any, **options: Any) -> Any:
+    if not options.get("server_side"):
+        options.setdefault("server_hostname", NAME)
+    transport, made = await group.connect_stream(lambda: protocol, stream, ssl=context, **options)
+    assert made is protocol
+    return transport
+
+
+async def test_client_and_anyios_server(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
+    data = pattern(500_000)
+    protocol = Recorder()
+    async with TransportGroup() as group, pair as (a, b):
+        transport, tls = await together(
+            lambda: connect(group, protocol, a, certificates.client()),
+            lambda: TLSStream.wrap(b, server_side=True, ssl_context=certificates.server()),
+        )
+        assert ("DNS", NAME) in transport.get_extra_info("peercert")["subjectAltName"]
+        assert transport.can_write_eof() is False
+
+        async def back() -> None:
+            count = 0
+            while count < len(data):
+                block = await tls.receive()
+                count += len(block)
+                await tls.send(block)
+
+        transport.write(data)
+        with anyio.fail_after(GUARD):
+            await together(back, lambda: protocol.wait_received(len(data)))
+        assert protocol.received == data
+        transport.write(b"last words")
+        transport.close()
+        assert await tls.receive() == b"last words"
+        with anyio.fail_after(GUARD):
+            with pytest.raises(anyio.EndOfStream):  # `close_notify`: without it `BrokenResourceError`.
+                await tls.receive()
+            await tls.aclose()
+        await protocol.wait_for("connection_lost")
+        assert protocol.names[-2:] == ["eof_received", "connection_lost"]
+        assert protocol.lost_with is None
+
+
+@pytest.mark.parametrize("kind", [Recorder, ViewRecorder], ids=["protocol", "buffered"])
+async def test_both_ends(anyio_backend: Any, certificates: Certificates, pair: Any, kind: type[Any]) -> None:
+    data = pattern(1_000_000)
+    client = kind()
+    server = Recorder(on_data_received=echo)
+    async with TransportGroup() as group, pair as (a, b):
+        transport, _ = await together(
+            lambda: connect(group, client, a, certificates.client()),
+            lambda: connect(group, server, b, certificates.server(), server_side=True),
+        )
+        transport.write(data)
+        assert await client.wait_received(len(data)) == data
+        transport.close()
+        await client.wait_for("connection_lost")
+        await server.wait_for("connection_lost")
+        assert client.lost_with is None
+        assert server.lost_with is None
+
+
+async def test_start_tls_in_mid_stream(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
+    clear = pattern(300_000)
+    client, server = Recorder(), Recorder(on_data_received=echo)
+    async with TransportGroup() as group, pair as (a, b):
+        for protocol, stream in ((client, a), (server, b)):
+            await group.connect_stream(lambda protocol=protocol: protocol, stream)  # type: ignore[misc]
+        client.transport.write(clear)
+        await client.wait_received(len(clear))
+        # The last of what is in the clear is still on its way when both ends begin.
+        server.hooks.clear()
+        client.transport.write(clear)
+        await server.wait_received(2 * len(clear))
+
+        async def upgrade(protocol: Recorder, context: ssl.SSLContext, **options: Any) -> None:
+            protocol.transport = await group.start_tls(protocol.transport, protocol, context, **options)
+
+        await together(
+            lambda: upgrade(client, certificates.client(), server_hostname=NAME),
+            lambda: upgrade(server, certificates.server(), server_side=True),
+        )
+        server.hooks["data_received"] = echo
+        client.transport.write(clear)
+        assert await client.wait_received(2 * len(clear)) == 2 * clear
+        client.transport.close()
+        await client.wait_for("connection_lost")
+        await server.wait_for("connection_lost")
+
+
+async def test_tls_over_a_tls_stream(anyio_backend: Any, certificates: Certificates) -> None:
+    # Not over memory: there AnyIO's streams each wait for the other to receive before they say `close_notify`.
+    data = pattern(200_000)
+    client, server = Recorder(), Recorder(on_data_received=echo)
+    async with TransportGroup() as group, tcp_pair() as (a, b):
+        outer_a, outer_b = await together(
+            lambda: TLSStream.wrap(a, hostname=NAME, ssl_context=certificates.client()),
+            lambda: TLSStream.wrap(b, server_side=True, ssl_context=certificates.server()),
+        )
+        transport, _ = await together(
+            lambda: connect(group, client, outer_a, certificates.client()),
+            lambda: connect(group, server, outer_b, certificates.server(), server_side=True),
+        )
+        transport.write(data)
+        assert await client.wait_received(len(data)) == data
+        assert transport.get_extra_info("ssl_object") is not outer_a.extra(anyio.streams.tls.TLSAttribute.ssl_object)
+        transport.close()
+        await client.wait_for("connection_lost")
+        await server.wait_for("connection_lost")
+
+
+async def test_stream_that_ends_without_close_notify(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
+    protocol = Recorder()
+    async with TransportGroup() as group, pair as (a, b):
+        transport, tls = await together(
+            lambda: connect(group, protocol, a, certificates.client()),
+            lambda: TLSStream.wrap(b, server_side=True, ssl_context=certificates.server()),
+        )
+        await tls.send(b"x")
+        await protocol.wait_received(1)
+        await b.aclose()
+        await protocol.wait_for("connection_lost")
+        assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
+        assert transport.get_extra_info("close_notify") is False
+
+
+# -- handshakes that fail ---------------------------------------------------------------------------------
+
+
+async def test_certificate_that_is_refused(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
+    errors: list[BaseException] = []
+
+    async def end(stream: ByteStream, context: ssl.SSLContext, **options: Any) -> None:
+        try:
+            await connect(group, Recorder(), stream, context, **options)
+        except Exception as exc:
+            errors.append(exc)
+
+    async with TransportGroup() as group, pair as (a, b):
+        with anyio.fail_after(GUARD):
+            await together(
+                lambda: end(a, certificates.client(), server_hostname="other.example"),
+                lambda: end(b, certificates.server(), server_side=True),
+            )
+        kinds = [type(error) for error in errors]
+        assert ssl.SSLCertVerificationError in kinds
+        # The other end is told why, before the stream is closed.
+        assert any("ALERT" in str(error) for error in errors)
+
+
+async def test_peer_that_leaves(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
+    async with TransportGroup() as group, pair as (a, b):
+
+        async def leave() -> None:
+            await b.receive()
+            await b.aclose()
+
+        with anyio.fail_after(GUARD), pytest.raises(ConnectionResetError):
+            await together(lambda: connect(group, Recorder(), a, certificates.client()), leave)
+
+
+async def test_peer_that_stays_silent(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
+    async with TransportGroup() as group, pair as (a, b):
+        with anyio.fail_after(GUARD), pytest.raises(ConnectionAbortedError):
+            await connect(group, Recorder(), a, certificates.client(), ssl_handshake_timeout=0.05)
+        with anyio.fail_after(GUARD):  # The stream is closed.
+            await drain(b)
+
+
+async def drain(stream: ByteReceiveStream) -> None:
+    try:
+        while True:
+            await stream.receive()
+    except (anyio.EndOfStream, anyio.BrokenResourceError):
+        pass
+
+
+async def test_cancelled_handshake(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
+    async with TransportGroup() as group, pair as (a, b):
+        with anyio.CancelScope() as scope:
+
+            async def cancel() -> None:
+                await b.receive()
+                scope.cancel()
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(cancel)
+                await connect(group, Recorder(), a, certificates.client())
+        with anyio.fail_after(GUARD):
+            await drain(b)
+
+
+async def test_leaving_the_group_ends_a_handshake(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
+    errors: list[BaseException] = []
+
+    async def client(group: TransportGroup, stream: ByteStream) -> None:
+        try:
+            await connect(group, Recorder(), stream, certificates.client())
+        except OSError as exc:
+            errors.append(exc)
+
+    async with pair as (a, b), anyio.create_task_group() as tasks:
+        async with TransportGroup() as group:
+            tasks.start_soon(client, group, a)
+            with anyio.fail_after(GUARD):
+                await b.receive()
+            await turns()
+        with anyio.fail_after(GUARD):
+            await drain(b)
+    assert [type(error) for error in errors] == [ConnectionAbortedError]
+
+
+async def test_parameters_that_are_refused(anyio_backend: Any, certificates: Certificates) -> None:
+    context = certificates.client()
+    async with TransportGroup() as group, memory_pair() as (a, _):
+        for options, error in (
+            ({"ssl": context}, ValueError),  # Which name?
+            ({"ssl": True}, ValueError),
+            ({"server_hostname": NAME}, ValueError),
+            ({"ssl_handshake_timeout": 1.0}, ValueError),
+            ({"ssl_shutdown_timeout": 1.0}, ValueError),
+            ({"server_side": True}, TypeError),
+            ({"server_side": True, "ssl": True}, TypeError),
+            ({"server_side": True, "ssl": context, "server_hostname": NAME}, ValueError),
+            ({"ssl": context, "server_hostname": NAME, "ssl_handshake_timeout": 0}, ValueError),
+        ):
+            with pytest.raises(error):
+                await group.connect_stream(Recorder, a, **options)  # type: ignore[arg-type]
+        sender, receiver = one_way(1)
+        async with sender, receiver:
+            for stream in (sender, receiver):
+                with pytest.raises(TypeError, match="both directions"):
+                    await group.connect_stream(Recorder, stream, ssl=context, server_hostname=NAME)
+            await sender.send(b"left alone")
+            assert await receiver.receive() == b"left alone"
