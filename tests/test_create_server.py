@@ -310,6 +310,16 @@ async def test_an_adopted_listener(stack: Stack, backlog: int | None) -> None:
             await until(lambda: sock.fileno() == -1)
 
 
+@pytest.mark.ours_only("asyncio leaves the socket open")
+async def test_an_adopted_listener_is_closed_by_a_cancellation(stack: Stack) -> None:
+    async with stack.open() as group:
+        with bound() as sock:
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await group.create_server(Echo, sock=sock)
+            assert sock.fileno() == -1
+
+
 async def test_sockets_that_cannot_be_adopted(stack: Stack) -> None:
     context = ssl.create_default_context()
     async with stack.open() as group:
@@ -435,6 +445,25 @@ async def test_s6_a_server_that_is_closed_while_it_waits_for_descriptors(stack: 
             server.close()
             if not stack.is_oracle:  # Which would accept from a closed socket in a second, and say so.
                 await server.wait_closed()
+
+
+@linux_only
+@pytest.mark.ours_only("asyncio reports it in every turn, for ever")
+async def test_a_listener_that_is_broken(stack: Stack) -> None:
+    """The other one goes on."""
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        server = await group.create_server(Echo, [HOST, "127.0.0.2"], 0)
+        broken, sound = server.sockets
+        with socket.socket(fileno=socket.dup(broken.fileno())) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+        await until(lambda: contexts)
+        for _ in range(3):
+            await echoes(sound.getsockname())
+        (context,) = contexts
+        assert context["exception"].errno == errno.EINVAL
+        assert context["socket"].fileno() == broken.fileno()
+        server.close()
 
 
 @pytest.mark.ours_only("asyncio tells only in debug mode, and leaves the socket to the garbage collector")

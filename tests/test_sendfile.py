@@ -14,6 +14,7 @@ import os
 import select
 import shutil
 import socket
+import ssl
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -23,7 +24,9 @@ from typing import Any, BinaryIO
 import anyio
 import anyio.lowlevel
 import pytest
+import trustme
 from anyio.abc import SocketStream
+from anyio.streams.tls import TLSStream
 from network import HOST, cancelled_after, run_program
 from support import (
     GUARD,
@@ -47,6 +50,13 @@ pytestmark = pytest.mark.anyio
 
 SMALL_CONTENT = pattern(1000)
 LARGE_CONTENT = pattern(8 << 20)
+
+
+@pytest.fixture
+def server_context(certificate_authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    certificate_authority.issue_cert("localhost").configure_cert(context)
+    return context
 
 
 @contextmanager
@@ -707,6 +717,38 @@ async def test_ending_in_the_middle_over_an_anyio_stream(stack: Stack, how: str)
                     if how != "reset":
                         await peer.gone()
                     await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio has no connect_stream")
+async def test_f1_f2_over_an_anyio_tls_stream(
+    stack: Stack, certificate_authority: trustme.CA, server_context: ssl.SSLContext
+) -> None:
+    client_context = ssl.create_default_context()
+    certificate_authority.configure_trust(client_context)
+    received = bytearray()
+
+    async def receive(stream: SocketStream) -> None:
+        async with await TLSStream.wrap(stream, ssl_context=server_context, standard_compatible=False) as tls:
+            while len(received) < 1_000_003 + 7:
+                received.extend(await tls.receive())
+
+    with listening() as listener:
+        async with anyio.create_task_group() as tasks:
+            stream = await anyio.connect_tcp(*listener.getsockname()[:2])
+            accepted = listener.accept()[0]
+            tasks.start_soon(receive, await SocketStream.from_socket(accepted))
+            tls = await TLSStream.wrap(
+                stream, hostname="localhost", ssl_context=client_context, standard_compatible=False
+            )
+            async with TransportGroup() as group:
+                transport, protocol = await group.connect_stream(Recorder, tls)
+                with on_disk(LARGE_CONTENT) as file:
+                    file.seek(500)  # Wherever it stands.
+                    assert await send(group, transport, file, 0, 1_000_003) == 1_000_003
+                    assert file.tell() == 1_000_003
+                transport.write(b"the end")
+                await protocol.wait_for("connection_lost")
+    assert received == LARGE_CONTENT[:1_000_003] + b"the end"
 
 
 async def test_over_a_unix_socket(stack: Stack) -> None:

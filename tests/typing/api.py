@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
+from pathlib import Path
+
 from anyio.abc import ByteStream, UDPSocket
 
 from transports_anyio import (
@@ -38,7 +42,7 @@ class Replying(DatagramProtocol):
     def datagram_received(self, data: bytes, addr: object) -> None: ...
 
 
-async def use(stream: ByteStream, udp: UDPSocket) -> None:
+async def use(stream: ByteStream, udp: UDPSocket, sock: socket.socket) -> None:
     async with TransportGroup() as group:
         server: Server = await group.create_server(Filling, "localhost", 0)
         transport: Transport
@@ -47,6 +51,16 @@ async def use(stream: ByteStream, udp: UDPSocket) -> None:
         transport.writelines([b"a", bytearray(b"b"), memoryview(b"c")])
         _, filling = await group.connect_stream(Filling, stream)
         filling.buffer_updated(1)
+        transport, counting = await group.create_connection(
+            lambda: Counting(3), b"localhost", "http", local_addr=("localhost", 0), happy_eyeballs_delay=0.25
+        )
+        transport, filling = await group.create_unix_connection(Filling, Path("socket"))
+        transport, filling = await group.connect_accepted_socket(Filling, sock, ssl=ssl.create_default_context())
+        server = await group.create_server(Filling, ["localhost", "::1"], "http", reuse_port=True)
+        server = await group.create_unix_server(Filling, b"\0name", cleanup_socket=False)
+        with Path("file").open("rb") as file:
+            count: int = await group.sendfile(transport, file, offset=5, count=None, fallback=False)
+            print(count + 1)
         endpoint, replying = await group.create_datagram_endpoint(Replying, ("localhost", 0))
         endpoint.sendto(b"", ("localhost", 9))
         replying.datagram_received(b"", None)

@@ -124,17 +124,14 @@ class Endpoints(ABC):
         transport.start()
         return transport, protocol
 
-    async def _adopt_socket(
-        self, protocol_factory: Callable[[], ProtocolT], sock: socket.socket, tls: TLSOptions | None
-    ) -> tuple[StreamTransport, ProtocolT]:
-        """As `_connect_socket`, for a connected socket that somebody else has made."""
+    async def _take_over(self, sock: socket.socket) -> None:
+        """Make a socket that somebody else has made non-blocking. It is the group's from here on."""
         try:
             sock.setblocking(False)
             await anyio.lowlevel.checkpoint()
         except BaseException:
             sock.close()
             raise
-        return await self._connect_socket(protocol_factory, sock, tls)
 
     def _serve(
         self,

@@ -80,7 +80,8 @@ class TCPEndpoints(Endpoints):
             check_stream_socket(sock)
             if host is not None or port is not None:
                 raise ValueError("host/port and sock can not be specified at the same time")
-            return await self._adopt_socket(protocol_factory, sock, tls)
+            await self._take_over(sock)
+            return await self._connect_socket(protocol_factory, sock, tls)
         if host is None and port is None:
             raise ValueError("host and port was not specified and no sock specified")
         await anyio.lowlevel.checkpoint()
@@ -136,8 +137,7 @@ class TCPEndpoints(Endpoints):
             check_stream_socket(sock)
             if host is not None or port is not None:
                 raise ValueError("host/port and sock can not be specified at the same time")
-            sock.setblocking(False)
-            await anyio.lowlevel.checkpoint()
+            await self._take_over(sock)
             sockets = [sock]
         else:
             if host is None and port is None:
@@ -188,7 +188,8 @@ class TCPEndpoints(Endpoints):
             ssl or None, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout
         )
         self._require_open()
-        return await self._adopt_socket(protocol_factory, sock, tls)
+        await self._take_over(sock)
+        return await self._connect_socket(protocol_factory, sock, tls)
 
 
 def bind_all(addresses: Sequence[AddressInfo], options: Sequence[str]) -> list[socket.socket]:

@@ -66,7 +66,8 @@ class UNIXEndpoints(Endpoints):
             if path is not None:
                 raise ValueError("path and sock can not be specified at the same time")
             check_stream_socket(sock, family)
-            return await self._adopt_socket(protocol_factory, sock, tls)
+            await self._take_over(sock)
+            return await self._connect_socket(protocol_factory, sock, tls)
         if path is None:
             raise ValueError("no path and sock were specified")
         path = os.fspath(path)
@@ -112,8 +113,7 @@ class UNIXEndpoints(Endpoints):
             if path is not None:
                 raise ValueError("path and sock can not be specified at the same time")
             check_stream_socket(sock, family)
-            sock.setblocking(False)
-            await anyio.lowlevel.checkpoint()
+            await self._take_over(sock)
         else:
             if path is None:
                 raise ValueError("path was not specified, and no sock specified")
