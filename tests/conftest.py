@@ -74,13 +74,18 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, object
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _warm_up() -> None:
+def _warm_up() -> Iterator[None]:
     """Run each backend once: uvloop opens a pipe with its first loop and keeps it, for the whole process."""
     for name, options in BACKENDS.values():
         try:
             anyio.run(anyio.sleep, 0, backend=name, backend_options=options)
         except ImportError:
             pass  # Tests of a backend that is not installed are skipped one by one.
+    # What is there by now stays: the collections around every test need not look through it again and again.
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
