@@ -126,7 +126,6 @@ class TransportGroup(
         for transport in tuple(self._transports):
             transport.abort()
         leaving: BaseException | None = None
-        self._timers.clear()
         while self._transports and self._ready:
             try:
                 self._run_ready()
@@ -138,6 +137,7 @@ class TransportGroup(
         except BaseException as error:
             leaving = leaving or error
         self._ready.clear()
+        self._timers.clear()
         self._turns.cancel()
         return leaving
 

@@ -146,7 +146,11 @@ class SelectorReadiness(Poller):
         self._always_ready: dict[int, tuple[int, ReadyCallback]] = {}
         # Every selector that can be waited for has `fileno`; `SelectSelector` and `PollSelector` have not.
         self._descriptor: int = self._selector.fileno()  # type: ignore[attr-defined,unused-ignore]
-        super().__init__()
+        try:
+            super().__init__()
+        except BaseException:  # No descriptors for the socket pair of a waiting poller.
+            self._selector.close()
+            raise
 
     def set_interest(self, descriptor: int, before: int, interest: int, ready: ReadyCallback) -> None:
         # A selector reports errors and hang-ups whatever the interest, so a descriptor with nothing to wait for is

@@ -1,0 +1,1333 @@
+"""The group: who owns what, how the block is left, what callbacks raise, and which group is current."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import itertools
+import signal
+import socket
+import sys
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from typing import Any
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import pytest
+from anyio.streams.stapled import StapledByteStream
+from network import cancelled_after, few_descriptors
+from support import (
+    GUARD,
+    HOST,
+    SMALL,
+    BaseExceptionGroup,
+    BufferedRecorder,
+    Peer,
+    Recorder,
+    Stack,
+    capture_log,
+    collect_contexts,
+    connected,
+    fill,
+    leaves,
+    listening,
+    open_descriptors,
+    raises_inside,
+    turns,
+    until,
+)
+
+from transports_anyio import Protocol, TransportGroup, current_group
+
+pytestmark = pytest.mark.anyio
+
+#: Enough to fill the small kernel buffers of both sides and go over the high mark.
+MUCH = bytes(1 << 20)
+
+
+class BoomError(Exception):
+    """What the callbacks raise here."""
+
+
+def echo() -> Recorder:
+    return Recorder(on_data_received=lambda self, data: self.transport.write(data))
+
+
+async def answers(peer: Peer) -> bool:
+    """Whether the echo at the other end still works."""
+    await peer.send(b"are you there?")
+    return await peer.receive_exactly(14) == b"are you there?"
+
+
+def run(backend: Any, main: Callable[[], Awaitable[object]]) -> None:
+    """Run `main` in an event loop of its own, for what ends an event loop."""
+    name, options = backend
+    anyio.run(main, backend=name, backend_options=options)
+
+
+# -- entering ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_group_is_entered_once(anyio_backend: Any) -> None:
+    async with TransportGroup() as group, connected(group, echo()) as (_, _, peer):
+        with pytest.raises(RuntimeError, match="once"):
+            await group.__aenter__()
+        assert await answers(peer)
+    with pytest.raises(RuntimeError, match="once"):
+        async with group:
+            pytest.fail("the block of a group that is over was entered")
+
+
+ENDPOINTS: dict[str, Callable[[TransportGroup, socket.socket], Awaitable[object]]] = {
+    "create_connection": lambda group, sock: group.create_connection(Recorder, HOST, 1),
+    "create_connection, adopting": lambda group, sock: group.create_connection(Recorder, sock=sock),
+    "create_server": lambda group, sock: group.create_server(Recorder, HOST, 0),
+    "connect_accepted_socket": lambda group, sock: group.connect_accepted_socket(Recorder, sock),
+    "create_unix_connection": lambda group, sock: group.create_unix_connection(Recorder, "/nonexistent"),
+    "create_unix_server": lambda group, sock: group.create_unix_server(Recorder, "/nonexistent/path"),
+    "create_datagram_endpoint": lambda group, sock: group.create_datagram_endpoint(Recorder, local_addr=(HOST, 0)),
+}
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+async def test_endpoint_functions_outside_the_block(anyio_backend: Any, name: str) -> None:
+    """Before it and after it: nothing is made, nothing is taken from the caller."""
+    group = TransportGroup()
+    before = open_descriptors()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with pytest.raises(RuntimeError, match="not open"):
+            await ENDPOINTS[name](group, ours)
+        async with group:
+            pass
+        with pytest.raises(RuntimeError, match="not open"):
+            await ENDPOINTS[name](group, ours)
+        theirs.send(b"still the caller's")
+        assert ours.recv(100) == b"still the caller's"
+    assert open_descriptors() == before
+
+
+async def test_connect_stream_outside_the_block(anyio_backend: Any) -> None:
+    group = TransportGroup()
+    sender, receiver = anyio.create_memory_object_stream[bytes](1)
+    stream: Any = StapledByteStream(sender, receiver)  # type: ignore[arg-type]
+    with sender, receiver:
+        with pytest.raises(RuntimeError, match="not open"):
+            await group.connect_stream(Recorder, stream)
+        async with group:
+            pass
+        with pytest.raises(RuntimeError, match="not open"):
+            await group.connect_stream(Recorder, stream)
+        await sender.send(b"still the caller's")
+        assert await receiver.receive() == b"still the caller's"
+
+
+async def test_what_was_made_is_harmless_after_the_block(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        server = await group.create_server(Recorder, HOST, 0)
+        async with connected(group) as (transport, protocol, _):
+            transport.close()
+            await protocol.wait_for("connection_lost")
+    transport.write(b"too late")
+    transport.close()
+    transport.abort()
+    transport.pause_reading()
+    transport.resume_reading()
+    server.close()
+    server.abort_clients()
+    assert transport.is_closing()
+    assert transport.get_extra_info("peername") is not None
+    assert not server.is_serving()
+    with anyio.fail_after(GUARD):
+        await server.wait_closed()
+        await group.wait_closed()
+    with pytest.raises(RuntimeError):
+        await server.start_serving()
+
+
+async def test_a_group_says_what_it_is(anyio_backend: Any) -> None:
+    group = TransportGroup()
+    assert repr(group) == "<TransportGroup new transports=0 servers=0>"
+    seen = []
+    async with group:
+        await group.create_server(Recorder, HOST, 0)
+        async with connected(group, Recorder(on_connection_lost=lambda *_: seen.append(repr(group)))):
+            assert repr(group) == "<TransportGroup open transports=1 servers=1>"
+    assert seen == ["<TransportGroup closing transports=1 servers=0>"]
+    assert repr(group) == "<TransportGroup closed transports=0 servers=0>"
+
+
+async def test_without_a_descriptor_for_the_poller(anyio_backend: Any) -> None:
+    """The group cannot be entered, keeps nothing, and can be entered once there are descriptors again."""
+    group = TransportGroup()
+    for spare in (0, 1, 2):
+        before = open_descriptors()
+        with few_descriptors(spare):
+            try:
+                async with group:
+                    break
+            except OSError:
+                gc.collect()
+        assert open_descriptors() == before
+    else:
+        async with group:
+            pass
+
+
+# -- leaving normally -------------------------------------------------------------------------------------------------
+
+
+async def test_leaving_normally_flushes_and_waits(anyio_backend: Any) -> None:
+    """Everything arrives at peers that begin to read only once the block is being left; servers close first."""
+    order: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda *_: order.append(name)
+
+    async with AsyncExitStack() as stack:
+        tasks = await stack.enter_async_context(anyio.create_task_group())
+        peers, sizes, received = [], [], []
+        async with TransportGroup() as group:
+            server = await group.create_server(Recorder, HOST, 0)
+            (sock,) = server.sockets
+            address = sock.getsockname()
+            for _ in range(3):
+                transport, _, peer = await stack.enter_async_context(
+                    connected(group, Recorder(on_connection_lost=hook("connection_lost")), small=True)
+                )
+                sizes.append(fill(transport, 1 << 19))
+                peers.append(peer)
+
+            async def read() -> None:
+                await until(lambda: not server.is_serving())
+                with pytest.raises(ConnectionRefusedError):
+                    Peer.connect(address)
+                assert order == []
+                received.extend([len(await peer.receive_all()) for peer in peers])
+
+            tasks.start_soon(read)
+        order.append("left")
+    assert order == ["connection_lost"] * 3 + ["left"]
+    assert received == sizes
+
+
+async def test_leaving_normally_ends_both_ends_of_a_connection(anyio_backend: Any) -> None:
+    made: list[Recorder] = []
+
+    def factory() -> Recorder:
+        made.append(echo())
+        return made[-1]
+
+    async with TransportGroup() as group:
+        server = await group.create_server(factory, HOST, 0)
+        transport, client = await group.create_connection(Recorder, *server.sockets[0].getsockname())
+        transport.write(b"hello")
+        await client.wait_received(5)
+    assert [protocol.lost_with for protocol in (*made, client)] == [None, None]
+
+
+async def test_a_task_that_fails_while_the_block_is_left_normally(anyio_backend: Any) -> None:
+    """It ends a flush that would wait for ever."""
+
+    async def fail() -> None:
+        await other.wait_for("connection_lost")
+        raise BoomError
+
+    other, stuck = Recorder(), Recorder()
+    async with AsyncExitStack() as peers:
+        with raises_inside(BoomError) as caught:
+            async with TransportGroup() as group:
+                transport, _, _ = await peers.enter_async_context(connected(group, stuck, small=True))
+                fill(transport, 1 << 20)
+                await peers.enter_async_context(connected(group, other))
+                group.start_soon(fail)
+        assert len(caught) == 1
+        assert other.lost_with is None
+        assert stuck.lost_with is None
+
+
+async def test_a_callback_that_raises_while_the_block_is_left_normally(anyio_backend: Any) -> None:
+    """The connections that still flush go on flushing."""
+
+    def fail(*_: Any) -> None:
+        raise BoomError
+
+    async with AsyncExitStack() as peers:
+        tasks = await peers.enter_async_context(anyio.create_task_group())
+        received = []
+        failing, protocol = Recorder(on_resume_writing=fail), Recorder()
+        async with TransportGroup() as group:
+            contexts = collect_contexts(group)
+            first, _, first_peer = await peers.enter_async_context(connected(group, failing, small=True))
+            second, _, second_peer = await peers.enter_async_context(connected(group, protocol, small=True))
+            fill(first, 1 << 20)
+            size = fill(second, 1 << 20)
+
+            async def read() -> None:
+                await until(first.is_closing)
+                await first_peer.gone()
+                await failing.wait_for("connection_lost")
+                received.append(len(await second_peer.receive_all()))
+
+            tasks.start_soon(read)
+        assert [type(context["exception"]) for context in contexts] == [BoomError]
+        assert isinstance(failing.lost_with, BoomError)
+        assert protocol.lost_with is None
+        await until(lambda: received == [size])
+
+
+# -- leaving by an exception or a cancellation ------------------------------------------------------------------------
+
+
+class LeavingError(Exception):
+    """What the block raises here."""
+
+
+@asynccontextmanager
+async def left_by(how: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """Around a group: yields what the block awaits in order to be left."""
+
+    async def leave_by_exception() -> None:
+        raise LeavingError
+
+    async def leave_by_cancellation() -> None:
+        scope.cancel()
+        await anyio.sleep(GUARD)
+
+    with anyio.CancelScope() as scope:
+        if how == "cancellation":
+            yield leave_by_cancellation
+        else:
+            with raises_inside(LeavingError) as caught:
+                yield leave_by_exception
+            assert len(caught) == 1
+    assert scope.cancelled_caught == (how == "cancellation")
+
+
+either_way = pytest.mark.parametrize("how", ["exception", "cancellation"])
+
+
+@either_way
+async def test_leaving_early_aborts_and_tells_the_protocols_first(anyio_backend: Any, how: str) -> None:
+    order: list[str] = []
+    protocols = [Recorder(on_connection_lost=lambda *_: order.append("connection_lost")) for _ in range(3)]
+    async with AsyncExitStack() as peers:
+        made = []
+        async with left_by(how) as leave:
+            try:
+                async with TransportGroup() as group:
+                    server = await group.create_server(lambda: protocols[2], HOST, 0)
+                    (sock,) = server.sockets
+                    address = sock.getsockname()
+                    idle, _, peer = await peers.enter_async_context(connected(group, protocols[0]))
+                    made.append(peer)
+                    full, _, peer = await peers.enter_async_context(connected(group, protocols[1], small=True))
+                    made.append(peer)
+                    size = fill(full, 1 << 20)
+                    made.append(peers.enter_context(Peer.connect(address)))
+                    await protocols[2].wait_for("connection_made")
+                    assert not idle.is_closing()
+                    await leave()
+            finally:
+                order.append("left")
+        assert order == ["connection_lost"] * 3 + ["left"]
+        assert [protocol.lost_with for protocol in protocols] == [None] * 3
+        assert protocols[1].count("resume_writing") == 0
+        with pytest.raises(ConnectionRefusedError):
+            Peer.connect(address)
+        assert [await peer.receive() for peer in (made[0], made[2])] == [b"", b""]
+        assert len(await made[1].receive_all()) < size
+
+
+@either_way
+async def test_leaving_early_while_a_close_still_flushes(anyio_backend: Any, how: str) -> None:
+    protocol = Recorder()
+    async with AsyncExitStack() as peers:
+        async with left_by(how) as leave, TransportGroup() as group:
+            transport, _, _ = await peers.enter_async_context(connected(group, protocol, small=True))
+            fill(transport, 1 << 20)
+            transport.close()
+            await turns()
+            assert not protocol.lost
+            await leave()
+        assert protocol.lost_with is None
+
+
+@either_way
+async def test_leaving_early_when_connection_lost_is_on_its_way(anyio_backend: Any, how: str) -> None:
+    """It keeps its reason, and comes once."""
+    protocols = [Recorder() for _ in range(3)]
+    async with AsyncExitStack() as peers:
+        async with left_by(how) as leave, TransportGroup() as group:
+            reset, _, peer = await peers.enter_async_context(connected(group, protocols[0]))
+            closed, _, _ = await peers.enter_async_context(connected(group, protocols[1]))
+            aborted, _, _ = await peers.enter_async_context(connected(group, protocols[2]))
+            peer.reset()
+            closed.close()
+            aborted.abort()
+            while not reset.is_closing():  # No turn of the group's comes in between.
+                reset.write(b"x")
+            assert [protocol.lost for protocol in protocols] == [False] * 3
+            await leave()
+        assert isinstance(protocols[0].lost_with, ConnectionError)
+        assert [protocol.lost_with for protocol in protocols[1:]] == [None, None]
+
+
+@either_way
+async def test_connections_live_on_while_the_block_cleans_up(anyio_backend: Any, how: str) -> None:
+    """A `finally` of the block may still talk to its peers, shielded: the group's turns are not cancelled before."""
+    async with AsyncExitStack() as peers:
+        async with left_by(how) as leave, TransportGroup() as group:
+            transport, protocol, peer = await peers.enter_async_context(connected(group))
+            try:
+                await leave()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    transport.write(b"goodbye?")
+                    assert await peer.receive_exactly(8) == b"goodbye?"
+                    await peer.send(b"goodbye!")
+                    assert await protocol.wait_received(8) == b"goodbye!"
+        assert protocol.lost_with is None
+
+
+@either_way
+async def test_connection_lost_that_raises_while_the_block_is_left(anyio_backend: Any, how: str) -> None:
+    """Each is reported; each of the others comes; the block is left as it would have been."""
+
+    def fail(*_: Any) -> None:
+        raise BoomError
+
+    protocols = [Recorder(on_connection_lost=fail) for _ in range(5)]
+    async with AsyncExitStack() as peers:
+        async with left_by(how) as leave, TransportGroup() as group:
+            contexts = collect_contexts(group)
+            for protocol in protocols:
+                await peers.enter_async_context(connected(group, protocol))
+            await leave()
+        assert [protocol.count("connection_lost") for protocol in protocols] == [1] * 5
+        assert [type(context["exception"]) for context in contexts] == [BoomError] * 5
+
+
+@either_way
+async def test_nothing_new_begins_while_the_block_is_left(anyio_backend: Any, how: str) -> None:
+    """`connection_lost` may call what it likes: what would open something is refused."""
+    seen: list[Any] = []
+
+    def reconnect(protocol: Recorder, exc: Any) -> None:
+        task = current_group().create_connection(Recorder, HOST, 1)
+        try:
+            task.send(None)
+        except RuntimeError as error:
+            seen.append(str(error))
+        finally:
+            task.close()
+        current_group().start_soon(never)
+        current_group().call_later(0, seen.append, "a timer")
+        other.write(b"x")
+        other.close()
+
+    async def never() -> None:
+        await anyio.sleep_forever()
+
+    async with AsyncExitStack() as peers:
+        async with left_by(how) as leave, TransportGroup() as group:
+            other, _, _ = await peers.enter_async_context(connected(group))
+            await peers.enter_async_context(connected(group, Recorder(on_connection_lost=reconnect)))
+            await leave()
+        await turns()  # Nothing comes later either.
+    (message,) = seen
+    assert "not open" in message
+
+
+@pytest.mark.parametrize("side", ["connected", "accepted"])
+async def test_cancelling_with_100_open_connections(anyio_backend: Any, side: str) -> None:
+    """Half of them with full buffers. It takes a few turns of the event loop, and no input or output."""
+    protocols = [Recorder() for _ in range(100)]
+    turns_taken = 0
+    left = False
+
+    async def count() -> None:
+        nonlocal turns_taken
+        while not left:
+            await anyio.lowlevel.checkpoint()
+            turns_taken += 1
+
+    async with AsyncExitStack() as stack, anyio.create_task_group() as tasks:
+        listener = stack.enter_context(listening(receive_buffer=SMALL))
+        before = open_descriptors()
+        with ExitStack() as peers:
+            with anyio.CancelScope() as scope:
+                async with TransportGroup() as group:
+                    if side == "accepted":
+                        made = iter(protocols)
+                        server = await group.create_server(lambda: next(made), HOST, 0)
+                        (sock,) = server.sockets
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)  # Inherited when accepted.
+                        for _ in protocols:
+                            peers.enter_context(Peer.connect(sock.getsockname(), receive_buffer=SMALL))
+                        await until(lambda: all(protocol.transport for protocol in protocols))
+                    else:
+                        for protocol in protocols:
+                            await group.create_connection(lambda p=protocol: p, *listener.getsockname())  # type: ignore[misc]
+                            peers.enter_context(Peer(listener.accept()[0]))
+                            sock = protocol.transport.get_extra_info("socket")
+                            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+                    for protocol in protocols[::2]:
+                        fill(protocol.transport, 1 << 17)
+                    tasks.start_soon(count)
+                    await turns()
+                    turns_taken = 0
+                    scope.cancel()
+                    await anyio.sleep_forever()
+            left = True
+            assert turns_taken < 30
+            assert scope.cancelled_caught
+            assert [protocol.count("connection_lost") for protocol in protocols] == [1] * 100
+            assert {protocol.lost_with for protocol in protocols} == {None}
+        assert open_descriptors() == before
+
+
+async def test_a_group_in_a_task_that_is_cancelled_at_every_point(anyio_backend: Any) -> None:
+    """Whatever it was doing: every connection that was made is lost, and nothing stays."""
+    before = open_descriptors()
+    for checkpoints in itertools.count():
+        made: list[Recorder] = []
+        lost_in_time = False
+
+        def factory() -> Recorder:
+            made.append(echo())  # noqa: B023
+            return made[-1]  # noqa: B023
+
+        async with cancelled_after(checkpoints) as scope:
+            try:
+                async with TransportGroup() as group:
+                    server = await group.create_server(factory, HOST, 0)
+                    address = server.sockets[0].getsockname()
+                    client = Recorder()
+                    made.append(client)
+                    transport, _ = await group.create_connection(lambda: client, *address)  # noqa: B023
+                    transport.write(b"hello")
+                    await client.wait_received(5)
+                    other, _ = await group.create_connection(factory, *address)
+                    group.start_soon(client.wait_for, "connection_lost")
+                    transport.write_eof()
+                    await client.wait_for("connection_lost")
+                    other.write(MUCH)
+                    server.close()
+                    other.close()
+                    await group.wait_closed()
+            finally:
+                lost_in_time = all(protocol.state in ("new", "lost") for protocol in made)
+        assert lost_in_time
+        assert open_descriptors() == before
+        if not scope.cancelled_caught:
+            break
+    assert checkpoints > 5
+
+
+# -- the user's exceptions --------------------------------------------------------------------------------------------
+
+
+async def test_the_blocks_exception_comes_out_in_a_group(anyio_backend: Any) -> None:
+    """As from any task group of AnyIO's."""
+    error = BoomError("the block's")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with TransportGroup():
+            raise error
+    assert isinstance(caught.value, Exception)
+    assert caught.value.exceptions == (error,)
+
+
+async def test_exceptions_of_the_block_and_of_a_task_come_out_together(anyio_backend: Any) -> None:
+    async def fail() -> None:
+        raise BoomError("the task's")
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with TransportGroup() as group:
+            group.start_soon(fail)
+            try:
+                await anyio.sleep(GUARD)
+            finally:
+                raise BoomError("the block's")
+    assert sorted(str(leaf) for leaf in leaves(caught.value)) == ["the block's", "the task's"]
+
+
+async def test_what_is_caught_inside_the_block_does_not_end_it(anyio_backend: Any) -> None:
+    async with TransportGroup() as group, connected(group, echo()) as (_, _, peer):
+        try:
+            raise BoomError
+        except BoomError:
+            pass
+        assert await answers(peer)
+
+
+async def test_a_time_out_around_the_group(anyio_backend: Any) -> None:
+    protocol = Recorder()
+    async with AsyncExitStack() as peers:
+        with pytest.raises(TimeoutError):
+            with anyio.fail_after(0.01):
+                async with TransportGroup() as group:
+                    await peers.enter_async_context(connected(group, protocol))
+                    await anyio.sleep_forever()
+        assert protocol.lost_with is None
+
+
+# -- exceptions in callbacks ------------------------------------------------------------------------------------------
+
+
+async def nothing(transport: Any, peer: Peer) -> None:
+    pass
+
+
+async def send(transport: Any, peer: Peer) -> None:
+    await peer.send(b"x")
+
+
+async def shut_down(transport: Any, peer: Peer) -> None:
+    peer.shutdown()
+
+
+async def clog(transport: Any, peer: Peer) -> None:
+    transport.write(MUCH)
+
+
+async def clog_and_drain(transport: Any, peer: Peer) -> None:
+    transport.write(MUCH)
+    await peer.gone()
+
+
+async def close(transport: Any, peer: Peer) -> None:
+    transport.close()
+
+
+#: What makes a callback happen, given the transport and its peer.
+TRIGGERS: dict[str, Callable[[Any, Peer], Awaitable[object]]] = {
+    "connection_made": nothing,
+    "data_received": send,
+    "get_buffer": send,
+    "buffer_updated": send,
+    "eof_received": shut_down,
+    "pause_writing": clog,
+    "resume_writing": clog_and_drain,
+    "connection_lost": close,
+}
+#: Of these, asyncio thinks as we do.
+FATAL_IN_ASYNCIO = ["data_received", "get_buffer", "buffer_updated", "eof_received"]
+
+
+def recorder(callback: str, hook: Callable[..., Any]) -> Any:
+    """A recorder of the kind that has the callback."""
+    return (BufferedRecorder if "buffer" in callback else Recorder)(**{f"on_{callback}": hook})
+
+
+def raiser(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+async def fail_in(group: Any, callback: str) -> None:
+    """A callback raises; the rules that follow are all of design's rule 4."""
+    error = BoomError(callback)
+    contexts = collect_contexts(group)
+    failing = recorder(callback, raiser(error))
+    async with connected(group, echo(), small=True) as (other, _, other_peer):
+        async with connected(group, failing, small=True) as (transport, _, peer):
+            await TRIGGERS[callback](transport, peer)
+            await failing.wait_for("connection_lost")
+            assert transport.is_closing()
+            assert await peer.gone()
+        assert contexts == [
+            {
+                "message": f"Fatal error: protocol.{callback}() call failed.",
+                "exception": error,
+                "transport": transport,
+                "protocol": failing,
+            }
+        ]
+        assert failing.count(callback) == 1
+        assert failing.names[-1] == "connection_lost"
+        assert failing.lost_with is (None if callback == "connection_lost" else error)
+        assert not other.is_closing()
+        assert await answers(other_peer)
+    # A connection that is made afterwards works too.
+    async with connected(group, echo()) as (_, _, peer):
+        assert await answers(peer)
+
+
+@pytest.mark.parametrize("callback", FATAL_IN_ASYNCIO)
+async def test_a_callback_that_raises_ends_its_connection_only(stack: Stack, callback: str) -> None:
+    async with stack.open() as group:
+        await fail_in(group, callback)
+
+
+@pytest.mark.ours_only("asyncio reports these in other words, and lets the connection go on")
+@pytest.mark.parametrize("callback", [name for name in TRIGGERS if name not in FATAL_IN_ASYNCIO])
+async def test_any_other_callback_that_raises_ends_its_connection_only(stack: Stack, callback: str) -> None:
+    async with stack.open() as group:
+        await fail_in(group, callback)
+
+
+@pytest.mark.parametrize("callback", TRIGGERS)
+@pytest.mark.ours_only("asyncio has no rule for every callback")
+async def test_an_accepted_connection_whose_callback_raises(stack: Stack, callback: str) -> None:
+    """The server goes on accepting, and can be closed and waited for."""
+    error = BoomError(callback)
+    failing = recorder(callback, raiser(error))
+    protocols = [failing, echo()]
+    made = iter(protocols)
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        server = await group.create_server(lambda: next(made), HOST, 0)
+        (sock,) = server.sockets
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+        with Peer.connect(sock.getsockname(), receive_buffer=SMALL) as peer:
+            await failing.wait_for("connection_made")
+            await TRIGGERS[callback](failing.transport, peer)
+            await failing.wait_for("connection_lost")
+            assert await peer.gone()
+        with Peer.connect(sock.getsockname()) as peer:
+            assert await answers(peer)
+        server.close()
+        with anyio.fail_after(GUARD):
+            await server.wait_closed()
+        assert [(context["exception"], context["protocol"]) for context in contexts] == [(error, failing)]
+        assert all(protocol.count("connection_lost") == 1 for protocol in protocols)
+
+
+@pytest.mark.ours_only("asyncio leaves the socket to the garbage collector")
+async def test_a_factory_that_raises_is_the_callers_business(stack: Stack) -> None:
+    """It comes out of the endpoint function, and the other connections go on."""
+    async with stack.open() as group, connected(group, echo()) as (_, _, peer):
+        contexts = collect_contexts(group)
+        with listening() as listener:
+            before = open_descriptors()
+            with pytest.raises(BoomError):
+                await group.create_connection(raiser(BoomError()), *listener.getsockname())
+            assert open_descriptors() == before
+        assert await answers(peer)
+        assert contexts == []
+
+
+@pytest.mark.ours_only("asyncio keeps a protocol without the method as long as the method is not needed, and after")
+@pytest.mark.parametrize("callback", ["connection_made", "data_received", "eof_received", "pause_writing"])
+async def test_a_protocol_that_lacks_a_callback(stack: Stack, callback: str) -> None:
+    """It is reported as an error of that callback's."""
+    lost: list[Any] = []
+
+    def connection_lost(self: Any, exc: Any) -> None:
+        lost.append(exc)
+
+    names = ["connection_made", "data_received", "eof_received", "pause_writing", "resume_writing"]
+    methods: dict[str, Any] = {name: lambda *_: None for name in names if name != callback}
+    protocol = type("Duck", (), {**methods, "connection_lost": connection_lost})()
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        async with connected(group, protocol, small=True) as (transport, _, peer):
+            await TRIGGERS[callback](transport, peer)
+            await until(lambda: lost)
+        (context,) = contexts
+        assert context["message"] == f"Fatal error: protocol.{callback}() call failed."
+        assert isinstance(context["exception"], AttributeError)
+        assert lost == [context["exception"]]
+
+
+async def test_without_a_handler_the_error_is_logged(stack: Stack) -> None:
+    error = BoomError("in data_received")
+    protocol = Recorder(on_data_received=raiser(error))
+    async with stack.open() as group, connected(group, protocol) as (_, _, peer):
+        with capture_log(stack) as records:
+            await peer.send(b"x")
+            await protocol.wait_for("connection_lost")
+        (record,) = [record for record in records if record.levelname == "ERROR"]
+        assert record.exc_info is not None
+        assert record.exc_info[1] is error
+        assert "protocol.data_received() call failed" in record.getMessage()
+        assert "protocol: " in record.getMessage()
+        assert "transport: " in record.getMessage()
+
+
+@pytest.mark.parametrize("callback", FATAL_IN_ASYNCIO)
+async def test_a_handler_that_raises_changes_nothing_for_the_connections(stack: Stack, callback: str) -> None:
+    error = BoomError("the callback's")
+    failing = recorder(callback, raiser(error))
+    async with stack.open() as group:
+        group.set_exception_handler(raiser(LookupError("the handler's")))
+        async with connected(group, echo()) as (_, _, other_peer):
+            with capture_log(stack) as records:
+                async with connected(group, failing, small=True) as (transport, _, peer):
+                    await TRIGGERS[callback](transport, peer)
+                    await failing.wait_for("connection_lost")
+            assert failing.lost_with is error
+            assert [record.exc_info[1].args for record in records if record.exc_info] == [("the handler's",)]
+            assert await answers(other_peer)
+
+
+@pytest.mark.ours_only("asyncio goes on with the connection")
+async def test_write_returns_when_pause_writing_raises(stack: Stack) -> None:
+    """The error is the handler's; the caller of `write` has done nothing wrong."""
+    protocol = Recorder(on_pause_writing=raiser(BoomError()))
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        async with connected(group, protocol, small=True) as (transport, _, _):
+            for _ in range(3):
+                transport.write(MUCH)
+                assert transport.is_closing()
+                assert transport.get_write_buffer_size() == 0
+            await protocol.wait_for("connection_lost")
+            assert len(contexts) == 1
+
+
+# -- what leaves through the group ------------------------------------------------------------------------------------
+
+leaving_errors = pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+
+
+@leaving_errors
+@pytest.mark.parametrize("where", [*TRIGGERS, "factory", "handler", "call_soon", "call_later", "the block"])
+def test_what_ends_a_program_leaves_through_the_group(anyio_backend: Any, where: str, error: Any) -> None:
+    """And every connection is told once, the one whose callback raised as well."""
+    others = [Recorder() for _ in range(3)]
+    protocols = list(others)
+    at_the_end: list[int] = []
+
+    async def main() -> None:
+        async with AsyncExitStack() as peers:
+            try:
+                async with TransportGroup() as group:
+                    for protocol in others:
+                        transport, _, _ = await peers.enter_async_context(connected(group, protocol, small=True))
+                    fill(transport, 1 << 17)
+                    await raise_it(group, peers)
+                    await anyio.sleep(GUARD)
+            finally:
+                at_the_end.extend(protocol.count("connection_lost") for protocol in protocols)
+
+    async def raise_it(group: TransportGroup, peers: AsyncExitStack) -> None:
+        fail = raiser(error())
+        if where == "the block":
+            fail()
+        elif where == "call_soon":
+            group.call_soon(fail)
+        elif where == "call_later":
+            group.call_later(0, fail)
+        elif where == "handler":
+            group.set_exception_handler(fail)
+            group.call_soon(raiser(BoomError()))
+        elif where == "factory":
+            server = await group.create_server(fail, HOST, 0)
+            peers.enter_context(Peer.connect(server.sockets[0].getsockname()))
+        else:
+            protocol = recorder(where, fail)
+            protocols.append(protocol)
+            transport, _, peer = await peers.enter_async_context(connected(group, protocol, small=True))
+            await TRIGGERS[where](transport, peer)
+
+    with raises_inside(error) as caught:
+        run(anyio_backend, main)
+    assert len(caught) == 1
+    assert at_the_end == [1] * len(protocols)
+
+
+@leaving_errors
+@pytest.mark.parametrize("how", ["normally", "by an exception"])
+def test_what_ends_a_program_comes_while_the_block_is_left(anyio_backend: Any, how: str, error: Any) -> None:
+    """From the `connection_lost` of one connection: those of the others still come."""
+    protocols = [Recorder(), Recorder(on_connection_lost=raiser(error())), Recorder()]
+    at_the_end: list[int] = []
+
+    async def main() -> None:
+        async with AsyncExitStack() as peers:
+            try:
+                async with TransportGroup() as group:
+                    for protocol in protocols:
+                        await peers.enter_async_context(connected(group, protocol))
+                    if how == "by an exception":
+                        raise BoomError
+            finally:
+                at_the_end.extend(protocol.count("connection_lost") for protocol in protocols)
+
+    with raises_inside(error) as caught:
+        run(anyio_backend, main)
+    assert len(caught) == 1
+    assert at_the_end == [1] * 3
+
+
+@pytest.mark.parametrize("where", ["the block", "data_received", "while leaving"])
+def test_control_c(anyio_backend: Any, where: str) -> None:
+    """A real signal, whatever runs when it comes."""
+    protocols = [Recorder() for _ in range(3)]
+    at_the_end: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    async def interrupt_while_leaving(transport: Any) -> None:
+        await until(transport.is_closing)
+        interrupt()
+
+    async def main() -> None:
+        async with AsyncExitStack() as peers:
+            try:
+                async with TransportGroup() as group:
+                    for protocol in protocols:
+                        transport, _, peer = await peers.enter_async_context(connected(group, protocol, small=True))
+                    if where == "the block":
+                        interrupt()
+                    elif where == "data_received":
+                        protocol.hooks["data_received"] = interrupt
+                        await peer.send(b"x")
+                    else:
+                        fill(transport, 1 << 20)
+                        group.start_soon(interrupt_while_leaving, transport)
+                        return
+                    await anyio.sleep(GUARD)
+            finally:
+                at_the_end.extend(protocol.count("connection_lost") for protocol in protocols)
+
+    # On asyncio of Python 3.10, AnyIO itself lets the cancellation out by which it interrupts the main task.
+    told_by = (
+        asyncio.CancelledError if anyio_backend[0] == "asyncio" and sys.version_info < (3, 11) else KeyboardInterrupt
+    )
+    with raises_inside(told_by):
+        run(anyio_backend, main)
+    assert at_the_end == [1] * 3
+
+
+def test_a_cancellation_that_a_callback_raises_ends_the_group(anyio_backend: Any) -> None:
+    """As from `result()` of a cancelled future on asyncio; on trio nobody can raise one."""
+    if anyio_backend[0] == "trio":
+        pytest.skip("a trio.Cancelled cannot be made")
+    protocols = [Recorder(), Recorder(on_data_received=raiser(asyncio.CancelledError()))]
+
+    async def main() -> None:
+        async with AsyncExitStack() as peers:
+            contexts: list[Any] = []
+            async with TransportGroup() as group:
+                contexts = collect_contexts(group)
+                for protocol in protocols:
+                    _, _, peer = await peers.enter_async_context(connected(group, protocol))
+                await peer.send(b"x")
+                await anyio.sleep(GUARD)
+                pytest.fail("the block was not cancelled")
+            assert [protocol.lost_with for protocol in protocols] == [None, None]
+            assert contexts == []
+
+    run(anyio_backend, main)
+
+
+# -- the current group ------------------------------------------------------------------------------------------------
+
+
+async def test_the_current_group(anyio_backend: Any) -> None:
+    """That of the innermost block, and none outside."""
+    with pytest.raises(RuntimeError, match="no transport group is current"):
+        current_group()
+    async with TransportGroup() as outer:
+        assert current_group() is outer
+        async with TransportGroup() as inner:
+            assert current_group() is inner
+        assert current_group() is outer
+        with raises_inside(BoomError):
+            async with TransportGroup():
+                raise BoomError
+        assert current_group() is outer
+    with pytest.raises(RuntimeError, match="no transport group is current"):
+        current_group()
+
+
+async def test_a_callback_belongs_to_the_group_of_its_connection(anyio_backend: Any) -> None:
+    """Whichever group is current where the connection is made, or where its transport is used."""
+    seen: list[Any] = []
+
+    def note(*_: Any) -> None:
+        seen.append(current_group())
+
+    async with TransportGroup() as outer, AsyncExitStack() as peers:
+        protocol = Recorder(
+            on_connection_made=note,
+            on_data_received=note,
+            on_pause_writing=note,
+            on_resume_writing=note,
+            on_eof_received=note,
+            on_connection_lost=note,
+        )
+        async with TransportGroup() as inner:
+            assert current_group() is inner
+            transport, _, peer = await peers.enter_async_context(connected(outer, protocol, small=True))
+            outer.call_soon(note)
+            outer.call_later(0, note)
+            transport.write(MUCH)
+            assert current_group() is inner
+            await peer.receive_exactly(len(MUCH))
+            await peer.send(b"x")
+            await protocol.wait_for("data_received")
+            peer.shutdown()
+            await protocol.wait_for("connection_lost")
+    assert seen == [outer] * 8
+
+
+async def test_a_task_belongs_to_the_group_it_was_started_in(anyio_backend: Any) -> None:
+    seen: list[Any] = []
+
+    async def note() -> None:
+        await anyio.lowlevel.checkpoint()
+        seen.append(current_group())
+
+    async with TransportGroup() as outer:
+        async with TransportGroup() as inner:
+            outer.start_soon(note)
+            inner.start_soon(note)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(note)
+    assert sorted(map(id, seen)) == sorted(map(id, [outer, inner, inner]))
+
+
+async def test_a_task_outside_the_block_has_no_group(anyio_backend: Any) -> None:
+    async def outside() -> None:
+        await inside.wait()
+        with pytest.raises(RuntimeError):
+            current_group()
+        looked.set()
+
+    inside, looked = anyio.Event(), anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(outside)
+        async with TransportGroup():
+            inside.set()
+            with anyio.fail_after(GUARD):
+                await looked.wait()
+
+
+# -- context variables ------------------------------------------------------------------------------------------------
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nobody's")
+
+
+async def test_callbacks_see_the_variables_of_whoever_connected(stack: Stack) -> None:
+    seen: list[str] = []
+
+    def note(*_: Any) -> None:
+        seen.append(variable.get())
+
+    async with stack.open() as group:
+        protocol = Recorder(
+            on_connection_made=note, on_data_received=note, on_eof_received=note, on_connection_lost=note
+        )
+        variable.set("the caller's")
+        async with connected(group, protocol) as (_, _, peer):
+            variable.set("changed since")
+            await peer.send(b"x")
+            await protocol.wait_received(1)
+            peer.shutdown()
+            await protocol.wait_for("connection_lost")
+        assert seen == ["the caller's"] * 4
+
+
+async def test_a_connection_does_not_see_the_variables_of_another(stack: Stack) -> None:
+    """Nor does whoever accepted or connected it."""
+    seen: dict[str, str] = {}
+
+    def protocol(name: str) -> Recorder:
+        def made(*_: Any) -> None:
+            seen[f"{name} at first"] = variable.get()
+            variable.set(name)
+
+        def received(*_: Any) -> None:
+            seen[f"{name} with data"] = variable.get()
+            variable.set(name)
+
+        return Recorder(on_connection_made=made, on_data_received=received)
+
+    protocols = [protocol("first"), protocol("second")]
+    made = iter(protocols)
+    async with stack.open() as group:
+        server = await group.create_server(lambda: next(made), HOST, 0)
+        address = server.sockets[0].getsockname()
+        with Peer.connect(address) as first, Peer.connect(address) as second:
+            await until(lambda: len(seen) == 2)
+            await first.send(b"x")
+            await protocols[0].wait_received(1)
+            await second.send(b"x")
+            await protocols[1].wait_received(1)
+        async with connected(group, protocol("third")):
+            assert seen["third at first"] == "nobody's"
+            assert variable.get() == "nobody's"
+        server.close()
+        assert {key: value for key, value in seen.items() if "at first" in key} == {
+            "first at first": "nobody's",
+            "second at first": "nobody's",
+            "third at first": "nobody's",
+        }
+        assert seen["second with data"] != "first"
+
+
+@pytest.mark.ours_only("asyncio makes a copy anew for each kind of event")
+async def test_the_callbacks_of_a_connection_share_one_context(stack: Stack) -> None:
+    seen: list[str] = []
+
+    def made(*_: Any) -> None:
+        variable.set("the connection's")
+
+    def note(*_: Any) -> None:
+        seen.append(variable.get())
+
+    async with stack.open() as group:
+        protocol = Recorder(
+            on_connection_made=made, on_data_received=note, on_eof_received=note, on_connection_lost=note
+        )
+        async with connected(group, protocol) as (_, _, peer):
+            await peer.send(b"x")
+            await protocol.wait_received(1)
+            peer.shutdown()
+            await protocol.wait_for("connection_lost")
+        assert seen == ["the connection's"] * 3
+        assert variable.get() == "nobody's"
+
+
+# -- wait_closed ------------------------------------------------------------------------------------------------------
+
+
+async def test_wait_closed_waits_for_every_transport(anyio_backend: Any) -> None:
+    """Also for one that is made meanwhile; not for servers."""
+    order: list[str] = []
+    async with anyio.create_task_group() as tasks, AsyncExitStack() as peers, TransportGroup() as group:
+        with anyio.fail_after(GUARD):
+            await group.wait_closed()  # There are none.
+
+        async def wait() -> None:
+            await group.wait_closed()
+            order.append("closed")
+
+        def protocol(name: str) -> Recorder:
+            return Recorder(on_connection_lost=lambda *_: order.append(name))
+
+        server = await group.create_server(Recorder, HOST, 0)
+        first, _, _ = await peers.enter_async_context(connected(group, protocol("first")))
+        second, _, _ = await peers.enter_async_context(connected(group, protocol("second")))
+        for _ in range(2):
+            tasks.start_soon(wait)
+        await turns()
+        third, _, _ = await peers.enter_async_context(connected(group, protocol("third")))
+        for number, transport in enumerate((first, third, second), 1):
+            assert "closed" not in order
+            transport.close()
+            await until(lambda number=number: len(order) >= number)  # type: ignore[misc]
+        await until(lambda: len(order) == 5)
+        assert order == ["first", "third", "second", "closed", "closed"]
+        assert server.is_serving()
+
+
+async def test_wait_closed_can_be_cancelled(anyio_backend: Any) -> None:
+    async with TransportGroup() as group, connected(group, echo()) as (_, _, peer):
+        with anyio.move_on_after(0.01) as scope:
+            await group.wait_closed()
+        assert scope.cancelled_caught
+        assert await answers(peer)
+
+
+async def test_wait_closed_ends_with_the_last_connection_lost(anyio_backend: Any) -> None:
+    """Its descriptor is closed by then."""
+    async with TransportGroup() as group:
+        before = open_descriptors()
+        with listening() as listener:
+            transport, protocol = await group.create_connection(Recorder, *listener.getsockname())
+            transport.close()
+            assert not protocol.lost
+            with anyio.fail_after(GUARD):
+                await group.wait_closed()
+            assert protocol.lost
+        assert open_descriptors() == before
+
+
+# -- groups in groups -------------------------------------------------------------------------------------------------
+
+
+async def test_an_inner_group_ends_without_the_outer_one(anyio_backend: Any) -> None:
+    async with TransportGroup() as outer, connected(outer, echo()) as (_, _, outer_peer):
+        for _ in range(2):
+            async with TransportGroup() as inner, connected(inner, echo()) as (_, protocol, peer):
+                assert await answers(peer)
+                assert await answers(outer_peer)
+            assert protocol.lost
+            with raises_inside(BoomError):
+                async with TransportGroup() as inner, connected(inner, protocol := Recorder()):
+                    raise BoomError
+            assert protocol.lost
+        assert await answers(outer_peer)
+
+
+async def test_cancelling_the_outer_group_ends_the_inner_one_first(anyio_backend: Any) -> None:
+    order: list[str] = []
+
+    def protocol(name: str) -> Recorder:
+        return Recorder(on_connection_lost=lambda *_: order.append(name))
+
+    async with AsyncExitStack() as peers:
+        with anyio.CancelScope() as scope:
+            async with TransportGroup() as outer:
+                await peers.enter_async_context(connected(outer, protocol("outer")))
+                async with TransportGroup() as inner:
+                    transport, _, _ = await peers.enter_async_context(connected(inner, protocol("inner"), small=True))
+                    fill(transport, 1 << 20)
+                    scope.cancel()
+                    await anyio.sleep_forever()
+        assert order == ["inner", "outer"]
+
+
+async def test_an_error_of_the_inner_group_leaves_through_the_outer_one(anyio_backend: Any) -> None:
+    protocols = [Recorder(), Recorder()]
+    async with AsyncExitStack() as peers:
+        with raises_inside(BoomError) as caught:
+            async with TransportGroup() as outer:
+                await peers.enter_async_context(connected(outer, protocols[0]))
+                async with TransportGroup() as inner:
+                    await peers.enter_async_context(connected(inner, protocols[1]))
+                    raise BoomError
+        assert len(caught) == 1
+        assert [protocol.lost_with for protocol in protocols] == [None, None]
+
+
+async def test_a_group_in_a_task_of_a_group(anyio_backend: Any) -> None:
+    """It is cancelled with the task when the outer group is."""
+    protocol = Recorder()
+    async with AsyncExitStack() as peers:
+
+        async def task() -> None:
+            async with TransportGroup() as inner:
+                await peers.enter_async_context(connected(inner, protocol))
+                await anyio.sleep_forever()
+
+        with anyio.CancelScope() as scope:
+            async with TransportGroup() as outer:
+                outer.start_soon(task)
+                await protocol.wait_for("connection_made")
+                scope.cancel()
+                await anyio.lowlevel.checkpoint()
+        assert protocol.lost_with is None
+
+
+async def test_protocols_of_two_groups_use_each_others_transports(anyio_backend: Any) -> None:
+    """A relay with one end in each: callbacks of one group write, pause and close in the other."""
+
+    class Relay(Recorder):
+        other: Any
+
+        def __init__(self) -> None:
+            super().__init__(
+                on_data_received=lambda self, data: self.other.transport.write(data),
+                on_eof_received=lambda self: self.other.transport.write_eof() or True,
+                on_pause_writing=lambda self: self.other.transport.pause_reading(),
+                on_resume_writing=lambda self: self.other.transport.resume_reading(),
+            )
+
+    left, right = Relay(), Relay()
+    left.other, right.other = right, left
+    async with (
+        TransportGroup() as outer,
+        connected(outer, left, small=True) as (_, _, one),
+        TransportGroup() as inner,
+        connected(inner, right, small=True) as (_, _, two),
+        anyio.create_task_group() as tasks,
+    ):
+        for sender in (one, two):
+
+            async def send_much(sender: Peer = sender) -> None:
+                await sender.send(MUCH)
+                sender.shutdown()
+
+            tasks.start_soon(send_much)
+        received: list[int] = []
+        for receiver in (one, two):
+
+            async def receive_much(receiver: Peer = receiver) -> None:
+                received.append(len(await receiver.receive_all()))
+
+            tasks.start_soon(receive_much)
+        await until(lambda: left.count("eof_received") and right.count("eof_received"))
+        left.transport.close()
+        right.transport.close()
+        await until(lambda: len(received) == 2)
+        assert received == [len(MUCH)] * 2
+
+
+async def test_many_groups_side_by_side(anyio_backend: Any) -> None:
+    """Twenty tasks, each with a group; half of them are cancelled."""
+    protocols = [echo() for _ in range(20)]
+    answered = []
+    async with AsyncExitStack() as stack:
+        tasks = await stack.enter_async_context(anyio.create_task_group())
+        scopes = [anyio.CancelScope() for _ in protocols]
+        finish = anyio.Event()
+
+        async def task(protocol: Recorder, scope: anyio.CancelScope) -> None:
+            with scope:
+                async with TransportGroup() as group, connected(group, protocol) as (_, _, peer):
+                    answered.append(await answers(peer))
+                    await finish.wait()
+
+        for protocol, scope in zip(protocols, scopes, strict=True):
+            tasks.start_soon(task, protocol, scope)
+        await until(lambda: len(answered) == 20)
+        for scope in scopes[::2]:
+            scope.cancel()
+        for protocol in protocols[::2]:
+            await protocol.wait_for("connection_lost")
+        assert not any(protocol.lost for protocol in protocols[1::2])
+        finish.set()
+    assert all(protocol.lost for protocol in protocols)
+
+
+# -- nothing is left --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["normally", "exception", "cancellation"])
+async def test_nothing_is_left(anyio_backend: Any, how: str) -> None:
+    """No task, no descriptor, no object: the moment the block has been left."""
+
+    class Plain(Protocol):
+        """Without the recorder's memory."""
+
+    def make() -> Plain:
+        protocol = Plain()
+        remembered.append(weakref.ref(protocol))
+        return protocol
+
+    async def use() -> None:
+        async with TransportGroup() as group:
+            remembered.append(weakref.ref(group))
+            server = await group.create_server(make, HOST, 0)
+            transport, _ = await group.create_connection(make, *server.sockets[0].getsockname())
+            remembered.append(weakref.ref(transport))
+            remembered.append(weakref.ref(server))
+            group.call_later(1000, make)
+            await until(lambda: len(remembered) == 5)
+            if how == "exception":
+                raise LeavingError
+            if how == "cancellation":
+                scope.cancel()
+                await anyio.lowlevel.checkpoint()
+
+    remembered: list[Any] = []
+    tasks = {task.id for task in anyio.get_running_tasks()}
+    before = open_descriptors()
+    with anyio.CancelScope() as scope:
+        try:
+            await use()
+        except BaseException as error:
+            if how == "normally" or not all(
+                isinstance(leaf, (LeavingError, anyio.get_cancelled_exc_class())) for leaf in leaves(error)
+            ):
+                raise
+            if how == "cancellation":
+                raise
+    assert open_descriptors() == before
+    assert {task.id for task in anyio.get_running_tasks()} == tasks
+    await turns()
+    gc.collect()
+    assert [reference() for reference in remembered] == [None] * 5
