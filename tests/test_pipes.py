@@ -1,0 +1,418 @@
+"""`connect_read_pipe` and `connect_write_pipe`: pipes, FIFOs, sockets, terminals, and our own standard streams."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import socket
+import stat
+import subprocess
+import sys
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from support import GUARD, BufferedRecorder, Recorder, Stack, collect_contexts, fill, leaves, pattern, until
+
+from transports_anyio import TransportGroup
+
+pytestmark = pytest.mark.anyio
+
+
+@contextmanager
+def pipe() -> Iterator[tuple[Any, Any]]:
+    read, write = os.pipe()
+    with open(read, "rb", 0) as reader, open(write, "wb", 0) as writer:
+        yield reader, writer
+
+
+async def connect_reader(group: Any, reader: Any, protocol: Any = None) -> tuple[Any, Any]:
+    protocol = protocol or Recorder()
+    transport, made = await group.connect_read_pipe(lambda: protocol, reader)
+    assert made is protocol
+    await until(lambda: protocol.transport is transport)
+    return transport, protocol
+
+
+async def connect_writer(group: Any, writer: Any, protocol: Any = None) -> tuple[Any, Any]:
+    protocol = protocol or Recorder()
+    transport, made = await group.connect_write_pipe(lambda: protocol, writer)
+    assert made is protocol
+    await until(lambda: protocol.transport is transport)
+    return transport, protocol
+
+
+async def drain(reader: Any, size: int | None = None) -> bytes:
+    """Read so much, or everything, from a pipe that nobody else reads from."""
+    os.set_blocking(reader.fileno(), False)
+    data = bytearray()
+    with anyio.fail_after(GUARD):
+        while size is None or len(data) < size:
+            try:
+                more = os.read(reader.fileno(), 1 << 16)
+            except BlockingIOError:
+                await anyio.wait_readable(reader.fileno())
+                continue
+            if not more:
+                break
+            data += more
+    return bytes(data)
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
+async def test_reading(stack: Stack, kind: Any) -> None:
+    if stack.is_oracle and kind is BufferedRecorder:
+        pytest.skip("asyncio's read pipes know no BufferedProtocol")
+    with pipe() as (reader, writer):
+        async with stack.open() as group:
+            transport, protocol = await connect_reader(group, reader, kind())
+            assert isinstance(transport, asyncio.ReadTransport)
+            assert transport.get_extra_info("pipe") is reader
+            assert not os.get_blocking(reader.fileno())
+            writer.write(b"hello")
+            assert await protocol.wait_received(5) == b"hello"
+            transport.pause_reading()
+            assert not transport.is_reading()
+            writer.write(b" you")
+            await anyio.sleep(0.01)
+            assert protocol.received == b"hello"
+            transport.resume_reading()
+            assert await protocol.wait_received(9) == b"hello you"
+            writer.close()
+            await protocol.wait_for("connection_lost")
+            assert protocol.names[-2:] == ["eof_received", "connection_lost"]
+            assert protocol.lost_with is None
+        assert reader.closed
+
+
+async def test_a_read_pipe_closes_at_its_end_whatever_eof_received_says(stack: Stack) -> None:
+    with pipe() as (reader, writer):
+        async with stack.open() as group:
+            _, protocol = await connect_reader(group, reader, Recorder(on_eof_received=lambda _: True))
+            writer.close()
+            await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.parametrize("method", ["close", "abort"])
+async def test_closing_a_read_pipe(stack: Stack, method: str) -> None:
+    if stack.is_oracle and method == "abort":
+        pytest.skip("asyncio's read pipes have none")
+    with pipe() as (reader, writer):
+        async with stack.open() as group:
+            transport, protocol = await connect_reader(group, reader)
+            getattr(transport, method)()
+            assert transport.is_closing()
+            await protocol.wait_for("connection_lost")
+            assert protocol.names == ["connection_made", "connection_lost"]
+        with pytest.raises(BrokenPipeError):
+            writer.write(b"x")
+
+
+# -- writing -------------------------------------------------------------------------------------------------
+
+
+async def test_writing(stack: Stack) -> None:
+    with pipe() as (reader, writer):
+        async with stack.open() as group:
+            transport, protocol = await connect_writer(group, writer)
+            assert isinstance(transport, asyncio.WriteTransport)
+            assert transport.get_extra_info("pipe") is writer
+            assert transport.can_write_eof()
+            transport.write(b"hello")
+            transport.writelines([b" ", bytearray(b"y"), memoryview(b"ou")])
+            transport.write_eof()
+            assert transport.is_closing()
+            assert await drain(reader) == b"hello you"
+            await protocol.wait_for("connection_lost")
+            assert protocol.lost_with is None
+        assert writer.closed
+
+
+async def test_w13_closing_flushes_what_waits(stack: Stack) -> None:
+    data = pattern(4 << 20)
+    with pipe() as (reader, writer):
+        async with stack.open() as group:
+            transport, protocol = await connect_writer(group, writer)
+            transport.write(data)
+            assert protocol.names == ["connection_made", "pause_writing"]
+            transport.close()
+            assert await drain(reader) == data
+            await protocol.wait_for("connection_lost")
+            assert protocol.names == ["connection_made", "pause_writing", "resume_writing", "connection_lost"]
+            assert protocol.lost_with is None
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+async def test_a_writer_notices_that_its_reader_has_gone(stack: Stack, buffered: bool) -> None:
+    with pipe() as (reader, writer):
+        async with stack.open() as group:
+            contexts = collect_contexts(group)
+            transport, protocol = await connect_writer(group, writer)
+            if buffered:
+                fill(transport)
+            reader.close()
+            await protocol.wait_for("connection_lost")
+            if buffered:
+                assert isinstance(protocol.lost_with, BrokenPipeError)
+            else:
+                assert protocol.lost_with is None
+            assert "eof_received" not in protocol.names
+            assert contexts == []
+
+
+async def test_w14_writing_after_the_reader_has_gone_is_dropped(stack: Stack) -> None:
+    with pipe() as (reader, writer):
+        async with stack.open() as group:
+            transport, protocol = await connect_writer(group, writer)
+            reader.close()
+            for _ in range(3):
+                transport.write(b"x")
+            await protocol.wait_for("connection_lost")
+            transport.write(b"x")
+
+
+async def test_a_write_pipe_aborts(stack: Stack) -> None:
+    with pipe() as (reader, writer):
+        async with stack.open() as group:
+            transport, protocol = await connect_writer(group, writer)
+            size = fill(transport, 1 << 20)
+            transport.abort()
+            await protocol.wait_for("connection_lost")
+            assert protocol.lost_with is None
+        assert len(await drain(reader)) < size
+
+
+# -- other descriptors ---------------------------------------------------------------------------------------
+
+
+async def test_fifos(stack: Stack, tmp_path: Path) -> None:
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    reader = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", 0)
+    writer = open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb", 0)
+    async with stack.open() as group:
+        _, receiver = await connect_reader(group, reader)
+        writing, sender = await connect_writer(group, writer)
+        data = pattern(1 << 20)
+        writing.write(data)
+        writing.close()
+        assert await receiver.wait_received(len(data)) == data
+        await receiver.wait_for("connection_lost")
+        await sender.wait_for("connection_lost")
+
+
+async def test_r4_the_end_of_a_fifo_is_the_end(stack: Stack, tmp_path: Path) -> None:
+    """As on asyncio: a second writer does not bring it back."""
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    reader = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", 0)
+    async with stack.open() as group:
+        _, protocol = await connect_reader(group, reader)
+        first = os.open(path, os.O_WRONLY)
+        os.write(first, b"first")
+        os.close(first)
+        await protocol.wait_for("connection_lost")
+        assert protocol.received == b"first"
+        with pytest.raises(OSError, match="No such device"):
+            os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+
+
+async def test_sockets(stack: Stack) -> None:
+    a, b = socket.socketpair()
+    async with stack.open() as group:
+        _, receiver = await connect_reader(group, a)
+        writing, sender = await connect_writer(group, b)
+        writing.write(b"over a socket")
+        await receiver.wait_received(13)
+        writing.close()
+        await sender.wait_for("connection_lost")
+        await receiver.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio takes input for a hang-up")
+async def test_p6_input_does_not_end_a_writer_that_can_do_both(stack: Stack) -> None:
+    a, b = socket.socketpair()
+    with b:
+        b.setblocking(False)
+        async with stack.open() as group:
+            transport, protocol = await connect_writer(group, a)
+            b.send(b"input that nobody wants")
+            await anyio.sleep(0.02)
+            assert not transport.is_closing()
+            transport.write(b"still here")
+            await until(lambda: b.recv(10) == b"still here")
+            assert protocol.names == ["connection_made"]
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[Any, Any]]:
+    """Both ends of a pseudo-terminal: the one that a program would have, and the user's."""
+    master, slave = pty.openpty()
+    tty.setraw(slave)
+    with open(master, "r+b", 0) as user, open(slave, "r+b", 0) as program:
+        os.set_blocking(user.fileno(), False)
+        yield program, user
+
+
+async def test_p6_terminals_in_both_directions(stack: Stack) -> None:
+    with terminal() as (program, user):
+        second = open(os.dup(program.fileno()), "wb", 0)
+        async with stack.open() as group:
+            reading, receiver = await connect_reader(group, program)
+            writing, sender = await connect_writer(group, second)
+            user.write(b"typed")
+            await receiver.wait_received(5)
+            assert not writing.is_closing()
+            writing.write(b"shown")
+            assert await drain(user, 5) == b"shown"
+            writing.close()
+            await sender.wait_for("connection_lost")
+            reading.close()
+            await receiver.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio cannot watch what is always ready")
+async def test_character_devices_that_are_always_ready(stack: Stack) -> None:
+    async with stack.open() as group:
+        _, nothing = await connect_reader(group, open("/dev/null", "rb", 0))
+        await nothing.wait_for("connection_lost")
+        assert nothing.names == ["connection_made", "eof_received", "connection_lost"]
+        transport, zeros = await connect_reader(group, open("/dev/zero", "rb", 0))
+        await zeros.wait_received(1 << 20)
+        transport.close()
+        await zeros.wait_for("connection_lost")
+        assert not any(zeros.received)
+        sink, protocol = await connect_writer(group, open("/dev/null", "wb", 0))
+        sink.write(bytes(1 << 20))
+        sink.close()
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+
+
+@pytest.mark.parametrize("method", ["connect_read_pipe", "connect_write_pipe"])
+async def test_p9_regular_files_are_refused_and_left_usable(stack: Stack, method: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    with open(tmp_path / "file", "r+b") as file:
+        async with stack.open() as group:
+            with pytest.raises(ValueError, match=r"[Pp]ipe"):
+                await getattr(group, method)(Recorder, file)
+        assert file.read() == b"content"
+        assert stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+
+
+async def test_p8_many_pipes_beside_one_that_carries_much(stack: Stack) -> None:
+    data = pattern(4 << 20)
+    with pipe() as (reader, writer):
+        async with stack.open() as group:
+            _, receiver = await connect_reader(group, reader)
+            writing, sender = await connect_writer(group, writer)
+            writing.write(data)
+            writing.close()
+            for number in range(60):
+                read, write = os.pipe()
+                transport, protocol = await connect_reader(group, open(read, "rb", 0))
+                os.write(write, b"%d" % number)
+                os.close(write)
+                await protocol.wait_for("connection_lost")
+                assert protocol.received == b"%d" % number
+                assert transport.is_closing()
+            await sender.wait_for("connection_lost")
+            await receiver.wait_for("connection_lost")
+            assert receiver.received == data
+
+
+# -- the group -----------------------------------------------------------------------------------------------
+
+
+async def test_leaving_by_an_exception_closes_both_ends(anyio_backend: Any) -> None:
+    with pipe() as (reader, writer):
+        receiver, sender = Recorder(), Recorder()
+        with pytest.raises(BaseException) as caught:
+            async with TransportGroup() as group:
+                await connect_reader(group, reader, receiver)
+                transport, _ = await connect_writer(group, writer, sender)
+                transport.write(bytes(10 << 20))
+                raise LookupError
+        assert [type(leaf) for leaf in leaves(caught.value)] == [LookupError]
+        assert receiver.lost
+        assert sender.lost
+        assert reader.closed
+        assert writer.closed
+
+
+@pytest.mark.parametrize("method", ["connect_read_pipe", "connect_write_pipe"])
+async def test_a_factory_that_raises_closes_the_pipe(anyio_backend: Any, method: str) -> None:
+    def factory() -> Any:
+        raise LookupError
+
+    with pipe() as ends:
+        async with TransportGroup() as group:
+            end = ends[method == "connect_write_pipe"]
+            with pytest.raises(LookupError):
+                await getattr(group, method)(factory, end)
+            assert end.closed
+
+
+# -- our own standard streams --------------------------------------------------------------------------------
+
+FILTER = """
+import sys, os, anyio
+from transports_anyio import *
+
+class Upper(Protocol):
+    def __init__(self): self.done = anyio.Event()
+    def data_received(self, data): self.out.write(data.upper())
+    def connection_lost(self, exc): self.done.set()
+
+async def main():
+    async with TransportGroup() as group:
+        out, _ = await group.connect_write_pipe(Protocol, sys.stdout)
+        upper = Upper()
+        upper.out = out
+        await group.connect_read_pipe(lambda: upper, sys.stdin)
+        await upper.done.wait()
+    assert [os.get_blocking(fd) for fd in range(3)] == [True] * 3
+    print("usable")
+
+backend, uvloop = sys.argv[1:]
+anyio.run(main, backend=backend, backend_options={"use_uvloop": uvloop == "uvloop"} if backend == "asyncio" else {})
+"""
+
+
+async def test_standard_streams_work_and_are_left_usable(anyio_backend: Any) -> None:
+    name, options = anyio_backend
+    command = [sys.executable, "-c", FILTER, name, "uvloop" if options.get("use_uvloop") else ""]
+    result = await anyio.run_process(command, input=b"hello\n", stderr=None)
+    assert result.stdout == b"HELLO\nusable\n"
+
+
+PEAK = """
+import runpy, sys
+sys.argv[:] = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+async def test_the_memory_of_a_filter_is_bounded(anyio_backend: Any, tmp_path: Path) -> None:
+    """64 MiB through the filter example, gzip in the middle: back-pressure in both directions."""
+    name, options = anyio_backend
+    backend = "uvloop" if options.get("use_uvloop") else name
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(1 << 20) * 64)
+    example = str(Path(__file__).parents[1] / "examples" / "filter_file.py")
+    command = [sys.executable, "-c", PEAK, example, "--backend", backend, str(source), str(tmp_path / "target"), "gzip"]
+    result = await anyio.run_process([*command, "-1"], stderr=None)
+    assert int(result.stdout) < 96 * 1024, "KiB: the file would not fit"
+    unpacked = await anyio.run_process(["gzip", "-dc", str(tmp_path / "target")], stdout=subprocess.PIPE)
+    assert unpacked.stdout == source.read_bytes()
