@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -465,6 +467,41 @@ async def test_parameters_that_are_refused(stack: Stack, certificates: Certifica
         assert await peer.receive_exactly(9) == b"both ways"
         transport.abort()
         await protocol.wait_for("connection_lost")
+
+
+async def test_one_way_transports(stack: Stack, certificates: Certificates) -> None:
+    reading, writing = os.pipe()
+    protocol = Recorder()
+    async with stack.open() as group:
+        with open(writing, "wb"):
+            transport, _ = await group.connect_read_pipe(lambda: protocol, open(reading, "rb"))
+            with pytest.raises(TypeError, match="not supported by start_tls"):
+                await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+            transport.close()
+            await protocol.wait_for("connection_lost")
+
+
+async def test_unix_connection(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    client, server = Recorder(), Recorder(on_data_received=echo)
+    async with stack.open() as group:
+        listener = await group.create_unix_server(lambda: server, path)
+        await group.create_unix_connection(lambda: client, path)
+        await server.wait_for("connection_made")
+
+        async def upgrade(protocol: Recorder, context: ssl.SSLContext, **options: Any) -> None:
+            protocol.transport = await group.start_tls(protocol.transport, protocol, context, **options)
+
+        await together(
+            lambda: upgrade(client, certificates.client(), server_hostname=NAME),
+            lambda: upgrade(server, certificates.server(), server_side=True),
+        )
+        client.transport.write(b"hello")
+        await client.wait_received(5)
+        client.transport.close()
+        await client.wait_for("connection_lost")
+        await server.wait_for("connection_lost")
+        listener.close()
 
 
 @pytest.mark.ours_only("asyncio lets the connection go on")

@@ -9,6 +9,8 @@ import ssl
 import struct
 import threading
 from contextlib import AsyncExitStack, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -42,12 +44,15 @@ from tls_support import (
     skip_old_oracle,
     tls_client,
     tls_peer_process,
+    together,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.anyio
+
+variable: ContextVar[str] = ContextVar("variable")
 
 
 @pytest.fixture(scope="session")
@@ -288,6 +293,83 @@ async def test_nothing_is_buffered_once_everything_is_sent(stack: Stack, certifi
         await protocol.wait_for("resume_writing")
         assert protocol.count("resume_writing") == 1
         transport.abort()
+        await protocol.wait_for("connection_lost")
+
+
+async def test_callbacks_see_the_variables_of_whoever_made_the_server(stack: Stack, certificates: Certificates) -> None:
+    variable.set("server")
+    seen: list[str] = []
+    protocol = Recorder(
+        on_connection_made=lambda *_: seen.append(variable.get()),
+        on_data_received=lambda *_: seen.append(variable.get()),
+    )
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server(), lambda: protocol)
+        variable.set("later")
+        with await TLSPeer.connect_to(serving.address, certificates.client()) as peer:
+            await peer.send(b"x")
+            await protocol.wait_received(1)
+            peer.say_goodbye_and_leave()
+        await protocol.wait_for("connection_lost")
+        serving.server.close()
+    assert seen == ["server", "server"]
+
+
+# -- other ways to a connection ---------------------------------------------------------------------------
+
+
+async def test_unix_sockets(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    client, server = Recorder(), Recorder(on_data_received=echo)
+    async with stack.open() as group:
+        listener = await group.create_unix_server(lambda: server, path, ssl=certificates.server())
+        await group.create_unix_connection(lambda: client, path, ssl=certificates.client(), server_hostname=NAME)
+        client.transport.write(b"hello")
+        assert await client.wait_received(5) == b"hello"
+        client.transport.close()
+        await client.wait_for("connection_lost")
+        await server.wait_for("connection_lost")
+        with pytest.raises(ValueError, match="server_hostname"):
+            await group.create_unix_connection(lambda: client, path, ssl=certificates.client())
+        listener.close()
+
+
+async def test_socket_accepted_elsewhere(stack: Stack, certificates: Certificates) -> None:
+    server = Recorder(on_data_received=echo)
+    async with stack.open() as group:
+        with listening() as listener:
+            peer = Peer.connect(listener.getsockname())
+            sock, _ = listener.accept()
+        _, tls = await together(
+            lambda: group.connect_accepted_socket(lambda: server, sock, ssl=certificates.server()),
+            lambda: TLSPeer.wrap(peer.socket, certificates.client(), server_hostname=NAME),
+        )
+        with tls:
+            await tls.send(b"hello")
+            assert await tls.receive_exactly(5) == b"hello"
+            await tls.say_goodbye()
+            await server.wait_for("connection_lost")
+        assert server.lost_with is None
+
+
+@pytest.mark.parametrize("count", [None, 300_001])
+async def test_f1_f2_sendfile(stack: Stack, certificates: Certificates, tmp_path: Path, count: int | None) -> None:
+    # Through the fall-back: from the offset given, exactly so many bytes.
+    data = pattern(1_000_000)
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, peer):
+        with path.open("rb") as file:
+            file.seek(17)
+            expected = data[:count] if not stack.is_oracle else data[17:][:count]  # CPython 150107
+            _, received = await together(
+                lambda: group.sendfile(transport, file, 0, count), lambda: peer.receive_exactly(len(expected))
+            )
+        assert received == expected
+        with path.open("rb") as file, pytest.raises(RuntimeError):
+            await group.sendfile(transport, file, fallback=False)
+        transport.close()
+        await peer.say_goodbye()
         await protocol.wait_for("connection_lost")
 
 

@@ -24,13 +24,14 @@ CHUNK_SIZE = 64 * 1024
 class AnyIOStreamChannel(AnyIOChannel, Channel):
     """Moves the bytes of an AnyIO stream."""
 
-    __slots__ = ("_stream", "can_receive", "can_send", "can_write_eof")
+    __slots__ = ("_stream", "can_receive", "can_send", "can_write_eof", "is_two_way")
 
     def __init__(self, stream: AnyByteStream) -> None:
         super().__init__(stream)
         self._stream: Any = stream
         self.can_receive = isinstance(stream, ByteReceiveStream)
         self.can_send = isinstance(stream, ByteSendStream)
+        self.is_two_way = self.can_receive and self.can_send
         self.can_write_eof = hasattr(stream, "send_eof") and TLSAttribute.ssl_object not in stream.extra_attributes
 
     def receive(self) -> bytes:

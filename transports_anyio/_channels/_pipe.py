@@ -34,6 +34,7 @@ class PipeChannel(Polled, Channel):
 
     __slots__ = ("_blocking", "_pipe", "can_notice_hangup")
 
+    is_two_way = False
     can_write_eof = False
 
     def __init__(self, poller: Poller, pipe: Any) -> None:

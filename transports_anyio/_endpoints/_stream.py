@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import anyio.lowlevel
-from anyio.abc import ByteReceiveStream, ByteSendStream
 
 from .._channels._anyio_stream import AnyByteStream, AnyIOStreamChannel
 from .._channels._tls import TLSChannel
@@ -57,12 +56,12 @@ class StreamEndpoints(Endpoints):
             handshake_timeout=ssl_handshake_timeout,
             shutdown_timeout=ssl_shutdown_timeout,
         )
-        if tls is not None and not (isinstance(stream, ByteReceiveStream) and isinstance(stream, ByteSendStream)):
+        plain = AnyIOStreamChannel(stream)
+        if tls is not None and not plain.is_two_way:
             raise TypeError(f"TLS takes a stream of both directions, got {stream!r}")
         self._require_open()
         await anyio.lowlevel.checkpoint()
         self._require_open()
-        plain = AnyIOStreamChannel(stream)
         channel: Channel = plain
         if tls is not None:
             channel = encrypted = TLSChannel(plain, tls, self._as_group())

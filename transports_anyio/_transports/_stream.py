@@ -227,10 +227,11 @@ class StreamTransport(asyncio.Transport):
         except BaseException as exc:
             self._callback_failed(exc, "eof_received")
             return
-        if keep_open and not self._channel.can_write_eof:
+        if keep_open and self._channel.can_write_eof:
+            return
+        if keep_open and self._channel.is_two_way:
             logger.warning("%r: returning true from eof_received() has no effect without write_eof()", self)
-        if not keep_open or not self._channel.can_write_eof:
-            self.close()
+        self.close()
 
     # Writing
 
@@ -455,9 +456,12 @@ class StreamTransport(asyncio.Transport):
         """Put a channel over the present one, and give every later callback to `protocol`.
 
         `wrap` makes it of the present channel and of what that has not sent yet. What is written from now on waits for
-        the new channel. Raises `RuntimeError` when closing, after `write_eof` and during `sendfile`,
-        `ConnectionResetError` after the end of file, and what `wrap` raises: the transport then goes on as before.
+        the new channel. Raises `TypeError` for a one-way channel, `RuntimeError` when closing, after `write_eof` and
+        during `sendfile`, `ConnectionResetError` after the end of file, and what `wrap` raises: the transport then goes
+        on as before.
         """
+        if not self._channel.is_two_way:
+            raise TypeError(f"transport {self!r} is not supported by start_tls()")
         if self._closing:
             raise RuntimeError("Transport is closing")
         if self._writing_refused:
