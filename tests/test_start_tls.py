@@ -21,7 +21,7 @@ from support import (
     pattern,
     until,
 )
-from tls_support import NAME, Certificates, TLSPeer, echo, skip_old_oracle, tls_client, tls_peer_process, together
+from tls_support import NAME, Certificates, TLSPeer, echo, tls_client, tls_peer_process, together
 
 from transports_anyio import TransportGroup
 
@@ -34,11 +34,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(scope="session")
 def certificates(certificate_authority: Any) -> Certificates:
     return Certificates(certificate_authority)
-
-
-@pytest.fixture(autouse=True)
-def oracle_of_today(stack: Stack) -> None:
-    skip_old_oracle(stack)
 
 
 @asynccontextmanager

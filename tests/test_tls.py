@@ -41,7 +41,6 @@ from tls_support import (
     ViewRecorder,
     echo,
     serve,
-    skip_old_oracle,
     tls_client,
     tls_peer_process,
     together,
@@ -58,11 +57,6 @@ variable: ContextVar[str] = ContextVar("variable")
 @pytest.fixture(scope="session")
 def certificates(certificate_authority: trustme.CA) -> Certificates:
     return Certificates(certificate_authority)
-
-
-@pytest.fixture(autouse=True)
-def oracle_of_today(stack: Stack) -> None:
-    skip_old_oracle(stack)
 
 
 @pytest.fixture(params=list(VERSIONS))
@@ -512,7 +506,7 @@ async def test_abort_during_the_farewell(stack: Stack, certificates: Certificate
         assert protocol.lost_with is None
 
 
-async def test_peer_that_stays_silent_after_our_close(stack: Stack, certificates: Certificates) -> None:
+async def test_t8_peer_that_never_answers_close_notify(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group:
         async with tls_client(group, certificates, ssl_shutdown_timeout=0.05) as (transport, protocol, peer):
             contexts = collect_contexts(group)

@@ -17,7 +17,6 @@ from tls_support import (
     program,
     running,
     serve,
-    skip_old_oracle,
     tls_peer_process,
 )
 
@@ -30,11 +29,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(scope="session")
 def certificates(certificate_authority: trustme.CA) -> Certificates:
     return Certificates(certificate_authority)
-
-
-@pytest.fixture(autouse=True)
-def oracle_of_today(stack: Stack) -> None:
-    skip_old_oracle(stack)
 
 
 @pytest.fixture(params=["1.2", "1.3"])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.abc
 import pytest
-from support import GUARD, HOST, BufferedRecorder, Peer, Recorder, Stack, listening
+from support import GUARD, HOST, BufferedRecorder, Peer, Recorder, listening
 
 if TYPE_CHECKING:
     import trustme
@@ -195,12 +195,6 @@ async def tls_client(
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     with peer:
         yield transport, protocol, peer
-
-
-def skip_old_oracle(stack: Stack) -> None:
-    """Until Python 3.11 asyncio's TLS was another one, which never said `close_notify` and lost what was pending."""
-    if stack.is_oracle and sys.version_info < (3, 11):
-        pytest.skip("asyncio's TLS was rewritten for Python 3.11")
 
 
 class Serving:
