@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 from contextlib import asynccontextmanager
@@ -243,6 +244,33 @@ async def test_peer_that_leaves(anyio_backend: Any, certificates: Certificates, 
 
         with anyio.fail_after(GUARD), pytest.raises(ConnectionResetError):
             await together(lambda: connect(group, Recorder(), a, certificates.client()), leave)
+
+
+class NoReceiver(ByteStream):
+    """Nobody receives what is sent, which only sending shows."""
+
+    async def send(self, item: bytes) -> None:
+        raise anyio.BrokenResourceError from BrokenPipeError(errno.EPIPE, "nobody there")
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    async def send_eof(self) -> None:
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+async def test_peer_that_has_left(anyio_backend: Any, certificates: Certificates) -> None:
+    # A broken pipe is a connection reset too: which of them one meets is chance.
+    stream = NoReceiver()
+    async with TransportGroup() as group:
+        with anyio.fail_after(GUARD), pytest.raises(ConnectionResetError) as caught:
+            await connect(group, Recorder(), stream, certificates.client())
+        assert isinstance(caught.value.__cause__, BrokenPipeError)
+    assert stream.closed
 
 
 async def test_peer_that_stays_silent(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
