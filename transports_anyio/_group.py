@@ -19,6 +19,7 @@ import anyio
 from ._door import Door, current
 from ._endpoints._base import Owned, PendingHandshake
 from ._endpoints._datagram import DatagramEndpoints
+from ._endpoints._memory import MemoryEndpoints
 from ._endpoints._pipes import PipeEndpoints
 from ._endpoints._processes import ProcessEndpoints
 from ._endpoints._sendfile import FileEndpoints
@@ -55,6 +56,7 @@ class TransportGroup(
     StreamEndpoints,
     StartTLSEndpoint,
     FileEndpoints,
+    MemoryEndpoints,
 ):
     """Makes transports and owns them: an async context manager on an AnyIO task group.
 

@@ -18,6 +18,7 @@ from transports_anyio import (
     TransportGroup,
     current_group,
 )
+from transports_anyio.testing import BufferedRecorder, Recorder, memory_connection
 
 
 class Counting(Protocol):
@@ -75,3 +76,10 @@ async def use(stream: ByteStream, udp: UDPSocket, sock: socket.socket) -> None:
         group.start_soon(task, 1, name="a task")
         async with server:
             await group.wait_closed()
+        (end, counting), (_, recorder) = await memory_connection(
+            group, lambda: Counting(1), lambda: BufferedRecorder(Filling()), chunk_size=1
+        )
+        end.write(b"x")
+        counting.count += 1
+        received: bytes = await recorder.wait_received(1)
+        await Recorder(counting, transport=end).wait_for("data_received", len(received))

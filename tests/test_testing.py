@@ -1,0 +1,441 @@
+"""`transports_anyio.testing`: recorders, over asyncio's own transports too, and the connection in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import anyio
+import pytest
+from support import GUARD, Stack, collect_contexts, leaves, listening, pattern, raises_inside, turns
+
+from transports_anyio import TransportGroup
+from transports_anyio.testing import (
+    BufferedRecorder,
+    DatagramRecorder,
+    Recorder,
+    SubprocessRecorder,
+    memory_connection,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+class Echo(asyncio.Protocol):
+    transport: Any
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def eof_received(self) -> bool:
+        self.transport.write(b"bye")
+        return True
+
+
+class Exploding(asyncio.Protocol):
+    def data_received(self, data: bytes) -> None:
+        raise ZeroDivisionError
+
+
+# -- recorders ------------------------------------------------------------------------------------------------
+
+
+async def test_a_recorder_notes_every_callback_and_passes_it_on(stack: Stack) -> None:
+    async with stack.open() as group:
+        with listening() as listener:
+            _, client = await group.create_connection(Recorder, *listener.getsockname())
+            sock, _ = listener.accept()
+        with anyio.fail_after(GUARD):
+            transport, server = await group.connect_accepted_socket(lambda: Recorder(Echo()), sock)
+            client.transport.write(b"hello")
+            assert await client.wait_received(5) == b"hello"
+            client.transport.write_eof()
+            assert await client.wait_received(8) == b"hellobye"
+            client.transport.close()
+            transport.close()
+            await client.wait_for("connection_lost")
+            await server.wait_for("connection_lost")
+    assert server.calls == [
+        ("connection_made", transport),
+        ("data_received", b"hello"),
+        ("eof_received",),
+        ("connection_lost", None),
+    ]
+    assert server.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
+    assert server.exception is None
+    assert server.lost
+    assert bytes(server.received) == b"hello"
+    assert server.transport is server.protocol.transport is transport
+    server.check()
+    client.check()
+
+
+async def test_a_buffered_recorder(stack: Stack) -> None:
+    class Filled(asyncio.BufferedProtocol):
+        def __init__(self) -> None:
+            self.buffer = bytearray(3)
+            self.got = b""
+
+        def get_buffer(self, sizehint: int) -> memoryview:
+            return memoryview(self.buffer)
+
+        def buffer_updated(self, nbytes: int) -> None:
+            self.got += self.buffer[:nbytes]
+
+    async with stack.open() as group:
+        with listening() as listener:
+            _, client = await group.create_connection(lambda: BufferedRecorder(Filled()), *listener.getsockname())
+            sock, _ = listener.accept()
+        with sock, anyio.fail_after(GUARD):
+            sock.send(b"hello")
+            assert await client.wait_received(5) == b"hello"
+        with anyio.fail_after(GUARD):
+            await client.wait_for("connection_lost")
+    assert client.protocol.got == b"hello"
+    assert [call for call in client.calls if call[0] == "buffer_updated"] == [
+        ("buffer_updated", 3),
+        ("buffer_updated", 2),
+    ]
+    assert client.calls[1] == ("get_buffer", -1)
+    client.check()
+
+
+async def test_a_recorder_of_datagrams(stack: Stack) -> None:
+    async with stack.open() as group:
+        a, one = await group.create_datagram_endpoint(DatagramRecorder, ("127.0.0.1", 0))
+        b, other = await group.create_datagram_endpoint(DatagramRecorder, ("127.0.0.1", 0))
+        with anyio.fail_after(GUARD):
+            a.sendto(b"hello", b.get_extra_info("sockname"))
+            await other.wait_for("datagram_received")
+            a.close()
+            b.close()
+            await one.wait_for("connection_lost")
+            await other.wait_for("connection_lost")
+    assert other.received == [(b"hello", a.get_extra_info("sockname"))]
+    one.check()
+    other.check()
+
+
+async def test_a_protocol_that_takes_over(stack: Stack) -> None:
+    async with stack.open() as group:
+        with listening() as listener:
+            transport, before = await group.create_connection(Recorder, *listener.getsockname())
+            sock, _ = listener.accept()
+        with sock, anyio.fail_after(GUARD):
+            after = Recorder(transport=transport)
+            transport.set_protocol(after)
+            sock.send(b"hello")
+            await after.wait_received(5)
+            with pytest.raises(AssertionError, match="connection_lost"):
+                after.check()
+            after.check(finished=False)
+        with anyio.fail_after(GUARD):
+            await after.wait_for("connection_lost")
+    before.check()
+    after.check()
+    assert before.names == ["connection_made"]
+    with pytest.raises(ValueError, match="not come"):
+        _ = before.exception
+
+
+async def test_waiting_for_what_cannot_come_any_more(stack: Stack) -> None:
+    async with stack.open() as group:
+        with listening() as listener:
+            transport, recorder = await group.create_connection(Recorder, *listener.getsockname())
+            transport.abort()
+            with anyio.fail_after(GUARD), pytest.raises(RuntimeError, match="lost before"):
+                await recorder.wait_for("data_received")
+    recorder.check()
+
+
+TRANSPORT = asyncio.Transport()
+MADE: Any = ("connection_made", TRANSPORT)
+LOST: Any = ("connection_lost", None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "calls", "complaint"),
+    [
+        (Recorder, [("data_received", b"x")], r"data_received\(\) after \[\]"),
+        (Recorder, [MADE, MADE, LOST], r"connection_made\(\) after"),
+        (Recorder, [MADE, LOST, LOST], r"connection_lost\(\) after"),
+        (Recorder, [MADE, ("eof_received",), ("data_received", b"x"), LOST], r"data_received\(\) after"),
+        (Recorder, [MADE, ("resume_writing",), LOST], r"resume_writing\(\) twice"),
+        (Recorder, [MADE, ("pause_writing",), ("pause_writing",), LOST], r"pause_writing\(\) twice"),
+        (Recorder, [MADE, LOST, ("pause_writing",)], r"pause_writing\(\) after"),
+        (BufferedRecorder, [MADE, ("buffer_updated", 0), LOST], r"buffer_updated\(\) after"),
+        (DatagramRecorder, [MADE, LOST, ("datagram_received", b"", None)], r"datagram_received\(\) after"),
+        (DatagramRecorder, [("error_received", None), MADE, LOST], r"error_received\(\) after"),
+        (SubprocessRecorder, [MADE, LOST], r"connection_lost\(\) after"),
+        (
+            SubprocessRecorder,
+            [MADE, ("pipe_connection_lost", 1, None), ("pipe_data_received", 1, b""), ("process_exited",), LOST],
+            r"pipe_data_received\(1\) after pipe_connection_lost\(1\)",
+        ),
+    ],
+)
+def test_an_illegal_order_is_a_violation(kind: Any, calls: list[tuple[Any, ...]], complaint: str) -> None:
+    recorder = kind()
+    for name, *args in calls:
+        getattr(recorder, name)(*args)
+    assert len(recorder.violations) == 1
+    with pytest.raises(AssertionError, match=complaint):
+        recorder.check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "calls"),
+    [
+        (Recorder, [MADE, ("pause_writing",), ("eof_received",), ("resume_writing",), LOST]),
+        (Recorder, [MADE, ("pause_writing",), LOST]),
+        (BufferedRecorder, [MADE, ("get_buffer", -1), ("get_buffer", -1), ("buffer_updated", 1), LOST]),
+        (BufferedRecorder, [MADE, ("get_buffer", -1), ("pause_writing",), ("eof_received",), LOST]),
+        (DatagramRecorder, [MADE, ("error_received", None), ("datagram_received", b"", None), LOST]),
+        (
+            SubprocessRecorder,
+            [
+                MADE,
+                ("pipe_data_received", 1, b"x"),
+                ("process_exited",),
+                ("pipe_data_received", 1, b"y"),
+                ("pipe_connection_lost", 1, None),
+                LOST,
+            ],
+        ),
+    ],
+)
+def test_a_legal_order_is_none(kind: Any, calls: list[tuple[Any, ...]]) -> None:
+    recorder = kind()
+    for name, *args in calls:
+        getattr(recorder, name)(*args)
+    recorder.check()
+    assert recorder.calls == calls
+
+
+def test_a_callback_inside_another_is_a_violation() -> None:
+    class Entered(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            recorder.pause_writing()
+            recorder.eof_received()
+
+    recorder = Recorder(Entered())
+    recorder.connection_made(TRANSPORT)
+    recorder.data_received(b"x")
+    assert recorder.violations == ["eof_received() inside data_received()"]
+
+
+async def test_an_exception_of_the_protocol_passes(stack: Stack) -> None:
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        with listening() as listener:
+            _, recorder = await group.create_connection(lambda: Recorder(Exploding()), *listener.getsockname())
+            sock, _ = listener.accept()
+        with sock, anyio.fail_after(GUARD):
+            sock.send(b"x")
+            await recorder.wait_for("connection_lost")
+    (context,) = contexts
+    assert type(context["exception"]) is ZeroDivisionError is type(recorder.exception)
+    recorder.check()
+
+
+# -- the connection in memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize(("chunk_size", "buffer_size"), [(None, 65536), (1, 4096), (7, 1), (1000, 3)])
+async def test_everything_arrives_in_chunks_of_the_size(
+    anyio_backend: Any, buffered: bool, chunk_size: int | None, buffer_size: int
+) -> None:
+    kind: Any = BufferedRecorder if buffered else Recorder
+    size = 2_000
+    async with TransportGroup() as group:
+        (a, one), (_, other) = await memory_connection(
+            group, Recorder, kind, chunk_size=chunk_size, buffer_size=buffer_size
+        )
+        a.write(pattern(size)[:1])
+        a.writelines([pattern(size)[1:5], pattern(size)[5:]])
+        a.close()
+        with anyio.fail_after(GUARD):
+            await other.wait_for("connection_lost")
+    assert other.received == pattern(size)
+    most = min(chunk_size or size, buffer_size, size)
+    sizes = [call[1] for call in other.calls if call[0] == "buffer_updated"] or [
+        len(call[1]) for call in other.calls if call[0] == "data_received"
+    ]
+    assert max(sizes) == most
+    assert one.names == ["connection_made", "connection_lost"]
+    one.check()
+    other.check()
+
+
+async def test_back_pressure_begins_behind_the_buffer(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        (a, one), (b, other) = await memory_connection(group, Recorder, Recorder, buffer_size=1000)
+        b.pause_reading()
+        a.set_write_buffer_limits(high=100, low=0)
+        a.write(bytes(1000))
+        assert a.get_write_buffer_size() == 0
+        a.write(bytes(100))
+        assert a.get_write_buffer_size() == 100
+        assert not one.writing_paused
+        a.write(b"x")
+        assert one.writing_paused
+        b.resume_reading()
+        with anyio.fail_after(GUARD):
+            await one.wait_for("resume_writing")
+            await other.wait_received(1101)
+    one.check()
+    other.check()
+
+
+async def test_each_end_closes_its_direction(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        (a, one), (b, other) = await memory_connection(group, Recorder, lambda: Recorder(Echo()))
+        a.write(b"hello")
+        a.write_eof()
+        with anyio.fail_after(GUARD):
+            assert await one.wait_received(8) == b"hellobye"
+            b.close()
+            await one.wait_for("connection_lost")
+    assert one.names[-2:] == ["eof_received", "connection_lost"]
+    one.check()
+    other.check()
+
+
+async def test_an_end_that_leaves_something_unread_resets_the_other(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        (a, one), (b, other) = await memory_connection(group, Recorder, Recorder)
+        b.pause_reading()
+        b.write(b"still there")
+        a.write(b"unread")
+        b.abort()
+        with anyio.fail_after(GUARD):
+            await one.wait_for("connection_lost")
+    assert one.received == b"still there"
+    assert type(one.exception) is ConnectionResetError
+    assert other.exception is None
+    one.check()
+    other.check()
+
+
+async def test_writing_to_an_end_that_has_gone(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        (a, one), (b, other) = await memory_connection(group, Recorder, Recorder)
+        a.pause_reading()
+        b.close()
+        with anyio.fail_after(GUARD):
+            await other.wait_for("connection_lost")
+            a.write(b"x")
+            await one.wait_for("connection_lost")
+    assert type(one.exception) is BrokenPipeError
+    one.check()
+    other.check()
+
+
+async def test_extra_info(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        (a, _), (b, _) = await memory_connection(group, Recorder, Recorder, info_a={"peername": ("192.0.2.1", 4711)})
+        assert a.get_extra_info("peername") == ("192.0.2.1", 4711)
+        assert a.get_extra_info("socket") is None
+        assert b.get_extra_info("peername", "nobody") == "nobody"
+
+
+async def test_leaving_the_block_ends_both(anyio_backend: Any) -> None:
+    with raises_inside(ZeroDivisionError) as errors:
+        async with TransportGroup() as group:
+            (a, one), (_, other) = await memory_connection(group, Recorder, Recorder, buffer_size=1)
+            a.write(bytes(10))
+            raise ZeroDivisionError
+    assert [type(error) for error in errors] == [ZeroDivisionError]
+    assert one.exception is other.exception is None
+    one.check()
+    other.check()
+
+
+async def test_a_group_ends_only_when_everything_is_flushed(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        (a, one), (_, other) = await memory_connection(group, Recorder, Recorder, chunk_size=3, buffer_size=5)
+        a.write(pattern(1000))
+        a.close()
+        await other.wait_for("connection_lost")
+    assert other.received == pattern(1000)
+    one.check()
+
+
+@pytest.mark.parametrize("who", ["a", "b"])
+async def test_a_factory_that_raises_makes_no_connection(anyio_backend: Any, who: str) -> None:
+    made: list[Recorder] = []
+
+    def good() -> Recorder:
+        made.append(Recorder())
+        return made[-1]
+
+    def bad() -> Recorder:
+        raise ZeroDivisionError
+
+    async with TransportGroup() as group:
+        with pytest.raises(ZeroDivisionError):
+            await memory_connection(group, bad if who == "a" else good, bad if who == "b" else good)
+        await group.wait_closed()
+    assert [recorder.names for recorder in made] == ([] if who == "a" else [[]])
+
+
+async def test_a_callback_that_interrupts_ends_both(anyio_backend: Any) -> None:
+    class Interrupting(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            raise KeyboardInterrupt
+
+    recorders: list[Recorder] = []
+
+    def factory(*protocol: asyncio.Protocol) -> Recorder:
+        recorders.append(Recorder(*protocol))
+        return recorders[-1]
+
+    with pytest.raises(BaseException) as caught:  # alone or in a group: the backend's habit
+        async with TransportGroup() as group:
+            await memory_connection(group, lambda: factory(Interrupting()), factory)
+    assert [type(leaf) for leaf in leaves(caught.value)] == [KeyboardInterrupt]
+    assert [recorder.names for recorder in recorders] == [["connection_made", "connection_lost"]] * 2
+
+
+@pytest.mark.parametrize("bad", [{"chunk_size": 0}, {"buffer_size": 0}, {"buffer_size": -1}])
+async def test_sizes_that_are_none(anyio_backend: Any, bad: dict[str, int]) -> None:
+    async with TransportGroup() as group:
+        with pytest.raises(ValueError, match="at least 1"):
+            await memory_connection(group, Recorder, Recorder, **bad)
+
+
+async def test_a_group_that_is_not_open(anyio_backend: Any) -> None:
+    group = TransportGroup()
+    with pytest.raises(RuntimeError, match="not open"):
+        await memory_connection(group, Recorder, Recorder)
+    async with group:
+        await turns(1)
+    with pytest.raises(RuntimeError, match="not open"):
+        await memory_connection(group, Recorder, Recorder)
+
+
+async def test_a_busy_connection_leaves_the_others_their_turn(anyio_backend: Any) -> None:
+    """Two ends that write to each other without end in memory starve neither the tasks nor the timers."""
+
+    class Endless(asyncio.Protocol):
+        transport: Any
+
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+            transport.write(b"x")
+
+        def data_received(self, data: bytes) -> None:
+            self.transport.write(data)
+
+    async with TransportGroup() as group:
+        (a, _), (b, _) = await memory_connection(group, Endless, Endless)
+        done = anyio.Event()
+        group.call_later(0.001, done.set)
+        with anyio.fail_after(GUARD):
+            await done.wait()
+        a.abort()
+        b.abort()

@@ -1,0 +1,49 @@
+"""Two transports joined in memory, for `transports_anyio.testing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio.lowlevel
+
+from .._channels._memory import pair
+from ._base import Endpoints, ProtocolT
+
+if TYPE_CHECKING:
+    from .._transports._stream import StreamTransport
+
+OtherProtocolT = TypeVar("OtherProtocolT")
+
+
+class MemoryEndpoints(Endpoints):
+    """What `transports_anyio.testing.memory_connection` does."""
+
+    async def join_in_memory(
+        self,
+        factory_a: Callable[[], ProtocolT],
+        factory_b: Callable[[], OtherProtocolT],
+        *,
+        chunk_size: int | None,
+        buffer_size: int,
+        info_a: Mapping[str, Any],
+        info_b: Mapping[str, Any],
+    ) -> tuple[tuple[StreamTransport, ProtocolT], tuple[StreamTransport, OtherProtocolT]]:
+        """Make both transports. Raises `RuntimeError` when the group is not open, and whatever a factory raises."""
+        self._require_open()
+        await anyio.lowlevel.checkpoint()
+        self._require_open()
+        group = self._as_group()
+        a, b = pair(group.call_internal, chunk_size=chunk_size, buffer_size=buffer_size, info_a=info_a, info_b=info_b)
+        transport_a, protocol_a = self._make_transport(factory_a, a)
+        try:
+            transport_b, protocol_b = self._make_transport(factory_b, b)
+        except BaseException:
+            a.close(aborted=True)
+            self._disown(transport_a)
+            raise
+        try:
+            transport_a.start()
+        finally:  # A `KeyboardInterrupt` ends the group, which tells both protocols of the end.
+            transport_b.start()
+        return (transport_a, protocol_a), (transport_b, protocol_b)
