@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import nox
@@ -17,7 +18,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
-nox.options.sessions = ["lint", "types", "tour", "tests", "tests_oldest_anyio", "coverage"]
+nox.options.sessions = ["lint", "types", "tour", "tests", "tests_oldest_anyio"]
 
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
@@ -43,6 +44,9 @@ def put_pyenv_interpreters_first() -> None:
 
 
 put_pyenv_interpreters_first()
+
+#: The newest Python that is there, on which coverage is measured.
+NEWEST_PYTHON = next((python for python in reversed(PYTHONS) if shutil.which(f"python{python}")), None)
 
 
 def group(*names: str) -> tuple[str, ...]:
@@ -82,16 +86,16 @@ def install_with_backends(session: nox.Session, *requirements: str) -> list[str]
     return [backend for backend, extra in BACKENDS.items() if extra is None or extra in there]
 
 
-def run_tests(session: nox.Session, backends: list[str], *python: str) -> None:
-    """Run the tests, each backend in a process of its own; a failing one does not stop the others."""
+def run_tests(session: nox.Session, backends: list[str], *pytest: str) -> None:
+    """Run the tests, each backend in processes of its own; a failing one does not stop the others."""
     if any(argument.startswith("--backend") for argument in session.posargs):
-        session.run("python", *python, "-m", "pytest", *session.posargs)
+        session.run("pytest", *pytest, *session.posargs)
         return
     failed = []
     for backend in backends:
         session.log(f"tests on {backend}")
         try:
-            session.run("python", *python, "-m", "pytest", "--backend", backend, *session.posargs)
+            session.run("pytest", "--numprocesses=auto", "--backend", backend, *pytest, *session.posargs)
         except CommandFailed:
             failed.append(backend)
     if failed:
@@ -100,24 +104,21 @@ def run_tests(session: nox.Session, backends: list[str], *python: str) -> None:
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """Run the tests on every backend, on every Python that is there."""
-    run_tests(session, install_with_backends(session, *group("test")))
+    """Run the tests on every backend, on every Python that is there; on the newest of these, measure coverage."""
+    backends = install_with_backends(session, *group("test"))
+    if session.python != NEWEST_PYTHON or session.posargs:
+        run_tests(session, backends)
+        return
+    session.run("coverage", "erase")
+    run_tests(session, backends, "--cov", "--cov-append", "--cov-report=")
+    session.run("coverage", "report")
 
 
 @nox.session
 def tests_oldest_anyio(session: nox.Session) -> None:
-    """Run the tests with the oldest AnyIO that we support."""
-    run_tests(session, install_with_backends(session, *group("test"), oldest("anyio")))
-
-
-@nox.session
-def coverage(session: nox.Session) -> None:
-    """Run the tests on every backend, and report which lines and branches none of them reached."""
-    backends = install_with_backends(session, *group("test"))
-    session.run("coverage", "erase")
-    run_tests(session, backends, "-m", "coverage", "run")
-    session.run("coverage", "combine", "--quiet")
-    session.run("coverage", "report")
+    """Run the tests with the oldest AnyIO that we support, on its two backends."""
+    backends = install_with_backends(session, *group("test"), oldest("anyio"))
+    run_tests(session, [backend for backend in backends if backend != "uvloop"])
 
 
 @nox.session
