@@ -17,6 +17,7 @@ from asyncio import (
 from ._door import current_group
 from ._group import TransportGroup
 from ._server import Server
+from ._statistics import GroupStatistics
 
 __all__ = [
     "BaseProtocol",
@@ -24,6 +25,7 @@ __all__ = [
     "BufferedProtocol",
     "DatagramProtocol",
     "DatagramTransport",
+    "GroupStatistics",
     "Protocol",
     "ReadTransport",
     "Server",

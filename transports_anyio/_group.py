@@ -6,7 +6,7 @@ May know: every room below it (endpoints, transports, channels, scheduling, poll
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from contextvars import Context, copy_context
@@ -31,6 +31,7 @@ from ._errors import ErrorReporter, ExceptionContext, ExceptionHandler, leaves_t
 from ._loop_poller import make_poller
 from ._poller import Poller
 from ._scheduling import Handle, TimerHandle, Timers
+from ._statistics import GroupStatistics
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,6 +75,8 @@ class TransportGroup(
         self._transports: set[Owned] = set()
         self._servers: set[Server] = set()
         self._tasks_running = 0
+        self._bytes_received = 0  # By transports that have ended; as sent.
+        self._bytes_sent = 0
         self._idle: anyio.Event | None = None
         self._open = False  # Between entering and leaving the block: connections can be made.
         self._alive = False  # Until the last `connection_lost`: callbacks can be scheduled.
@@ -240,6 +243,9 @@ class TransportGroup(
 
     def _disown(self, transport: Owned) -> None:
         self._transports.discard(transport)
+        received, sent, _ = transport.traffic()
+        self._bytes_received += received
+        self._bytes_sent += sent
         self._changed()
 
     def accepted(
@@ -377,6 +383,21 @@ class TransportGroup(
     def default_exception_handler(self, context: ExceptionContext) -> None:
         """Log `context` to the logger `transports_anyio`."""
         self._errors.report_by_default(context)
+
+    # Looking at it
+
+    def statistics(self) -> GroupStatistics:
+        """Return what is open, buffered and pending, and how much has been moved; as AnyIO's `statistics` methods."""
+        traffic = [transport.traffic() for transport in self._transports]
+        return GroupStatistics(
+            open_transports=dict(Counter(type(transport).__name__ for transport in self._transports)),
+            open_servers=len(self._servers),
+            running_tasks=self._tasks_running,
+            bytes_received=self._bytes_received + sum(received for received, _, _ in traffic),
+            bytes_sent=self._bytes_sent + sum(sent for _, sent, _ in traffic),
+            bytes_buffered=sum(buffered for _, _, buffered in traffic),
+            pending_timers=len(self._timers),
+        )
 
     def __repr__(self) -> str:
         state = "open" if self._open else "new" if self._poller is None else "closing" if self._alive else "closed"

@@ -39,6 +39,7 @@ class Owned(Protocol):
 
     def close(self) -> None: ...
     def abort(self) -> None: ...
+    def traffic(self) -> tuple[int, int, int]: ...
 
 
 class PendingHandshake:
@@ -67,6 +68,9 @@ class PendingHandshake:
         over = self._over
         del self._over  # It may well refer to this object: no cycle.
         over()
+
+    def traffic(self) -> tuple[int, int, int]:
+        return 0, 0, 0  # Of the protocol's bytes there are none yet.
 
     def close(self) -> None:
         self.abort()

@@ -36,6 +36,8 @@ class ChannelTransport(asyncio.BaseTransport):
     __slots__ = (
         "__weakref__",
         "_buffer",
+        "_bytes_received",
+        "_bytes_sent",
         "_call",
         "_channel",
         "_closing",
@@ -68,6 +70,8 @@ class ChannelTransport(asyncio.BaseTransport):
         self._closing = False  # No more is read: `close`, `abort`, end of file or an error.
         self._lost = False  # `connection_lost` is scheduled or delivered.
         self._writes_after_loss = 0
+        self._bytes_received = 0
+        self._bytes_sent = 0
         self.set_protocol(protocol)
         channel.open(self._read_ready, self._write_ready)
 
@@ -118,6 +122,10 @@ class ChannelTransport(asyncio.BaseTransport):
         """
         self._buffer.low, self._buffer.high = limits(high, low)
         self._update_flow()
+
+    def traffic(self) -> tuple[int, int, int]:
+        """Return how many bytes were received and sent, and how many wait."""
+        return self._bytes_received, self._bytes_sent, self._buffer.size
 
     def _update_flow(self) -> None:
         self._buffer.update(self._pause_writing, self._resume_writing)

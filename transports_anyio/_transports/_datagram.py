@@ -84,6 +84,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
             except ChannelEnded as exc:
                 self._lose(exc.error, aborted=True)
                 return
+            self._bytes_received += len(data)
             try:
                 self._call(self._protocol.datagram_received, data, address)
             except BaseException as exc:
@@ -130,6 +131,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
                 self._fatal(exc)
                 return
             else:
+                self._bytes_sent += len(data)
                 return
         self._buffer.append(bytes(data), addr)
         self._update_flow()
@@ -149,6 +151,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
             except Exception as exc:
                 self._fatal(exc)
                 return
+            self._bytes_sent += len(data)
             self._buffer.take()
         self._update_flow()
         # `resume_writing` may have sent more, closed or aborted.

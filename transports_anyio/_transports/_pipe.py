@@ -16,6 +16,10 @@ class ReadPipeTransport(StreamTransport):
 
     __slots__ = ()
 
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Raise `NotImplementedError`: this end only reads."""
+        raise NotImplementedError("this end of a pipe only reads")
+
 
 class WritePipeTransport(StreamTransport):
     """The writing end of a pipe. To close it is its end of file, so `write_eof` does the same as `close`.

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 import anyio.lowlevel
 
-from .._errors import leaves_through_the_group, logger
-from ._flow_control import WriteBuffer, as_bytes_view, limits
+from .._errors import logger
+from ._base import ChannelTransport
+from ._flow_control import WriteBuffer, as_bytes_view
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from .._door import Door
 
     ChannelT = TypeVar("ChannelT", bound=Channel)
-
-# From this many writes after the connection was lost on, each is logged: asyncio's figure.
-LOST_WRITES_BEFORE_WARNING = 5
 
 
 class FileUnderWay:
@@ -40,7 +38,7 @@ class FileUnderWay:
         self.error: BaseException | None = None  # Why the connection was lost.
 
 
-class StreamTransport(asyncio.Transport):
+class StreamTransport(ChannelTransport, asyncio.Transport):
     """A connection, as asyncio's documentation describes `asyncio.Transport`.
 
     Made by the endpoint functions of a `TransportGroup`. Every method is synchronous and never blocks, and none of
@@ -51,26 +49,18 @@ class StreamTransport(asyncio.Transport):
     """
 
     __slots__ = (
-        "__weakref__",
-        "_buffer",
         "_buffered_protocol",
-        "_call",
-        "_channel",
-        "_closing",
-        "_door",
         "_eof_received",
         "_eof_written",
         "_file",
         "_flushed",
-        "_info",
-        "_lost",
-        "_on_lost",
-        "_protocol",
         "_reading_paused",
         "_successor",
-        "_writes_after_loss",
         "_writing_refused",
     )
+
+    _buffer: WriteBuffer
+    _channel: Channel
 
     def __init__(
         self,
@@ -79,25 +69,14 @@ class StreamTransport(asyncio.Transport):
         protocol: Any,
         on_lost: Callable[[StreamTransport], None],
     ) -> None:
-        # asyncio's initialiser would only make a dictionary for extra info, which is the channel's to know.
-        self._door = door
-        self._call = door.run
-        self._channel = channel
-        self._on_lost = on_lost
-        self._buffer = WriteBuffer()
-        self._info: dict[str, Any] = channel.extra_info()
-        self._closing = False  # No more is read: `close`, `abort`, end of file or an error.
+        super().__init__(door, channel, WriteBuffer(), protocol, on_lost)
         self._flushed = False  # No more is sent: the flush of `close` is over, or the connection is lost.
-        self._lost = False  # `connection_lost` is scheduled or delivered.
-        self._writes_after_loss = 0
         self._reading_paused = False
         self._eof_received = False
         self._eof_written = False
         self._file: FileUnderWay | None = None
         self._writing_refused = False  # After `write_eof` or `start_tls`, and while a file is under way.
         self._successor: StreamTransport | None = None  # Who has taken over the connection, after `start_tls`.
-        self.set_protocol(protocol)
-        channel.open(self._read_ready, self._write_ready)
 
     def start(self) -> None:
         """Tell the protocol of its connection, then begin to read."""
@@ -110,22 +89,10 @@ class StreamTransport(asyncio.Transport):
 
     # Base
 
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Return what is known under `name` (`socket`, `peername`, `sockname` …), or `default`."""
-        return self._info.get(name, default)
-
     def set_protocol(self, protocol: Any) -> None:
         """Give every later callback to `protocol`."""
-        self._protocol = protocol
+        super().set_protocol(protocol)
         self._buffered_protocol = isinstance(protocol, asyncio.BufferedProtocol)
-
-    def get_protocol(self) -> Any:
-        """Return the current protocol."""
-        return self._protocol
-
-    def is_closing(self) -> bool:
-        """Whether the transport is closing or closed."""
-        return self._closing
 
     def close(self) -> None:
         """Stop reading, flush what is buffered, then end with `connection_lost(None)`.
@@ -184,6 +151,7 @@ class StreamTransport(asyncio.Transport):
         if not data:
             self._end_of_file()
             return
+        self._bytes_received += len(data)
         try:
             self._call(self._protocol.data_received, data)
         except BaseException as exc:
@@ -213,6 +181,7 @@ class StreamTransport(asyncio.Transport):
         if not count:
             self._end_of_file()
             return
+        self._bytes_received += count
         try:
             self._call(self._protocol.buffer_updated, count)
         except BaseException as exc:
@@ -262,6 +231,7 @@ class StreamTransport(asyncio.Transport):
             except OSError as exc:
                 self._broken(exc, "write")
                 return
+            self._bytes_sent += sent
             if sent == len(view):
                 return
             self._channel.set_writing(True)
@@ -269,7 +239,7 @@ class StreamTransport(asyncio.Transport):
                 view = memoryview(view)[sent:]
         # Only the bytes of a `bytes` object cannot be changed by the caller afterwards.
         self._buffer.append(view if type(data) is bytes else bytes(view))
-        self._buffer.update(self._pause_writing, self._resume_writing)
+        self._update_flow()
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write the chunks of `list_of_data` in order, as one write. Raises as `write` does."""
@@ -307,23 +277,9 @@ class StreamTransport(asyncio.Transport):
         """Whether `write_eof` is supported."""
         return self._channel.can_write_eof
 
-    def get_write_buffer_size(self) -> int:
-        """Return how many bytes are written but not yet sent."""
-        return self._buffer.size
-
-    def get_write_buffer_limits(self) -> tuple[int, int]:
-        """Return the watermarks `(low, high)`, in bytes."""
-        return self._buffer.low, self._buffer.high
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """Set the watermarks, in bytes; it takes effect at once.
-
-        `high` defaults to 64 KiB, or to four times `low`; `low` to a quarter of `high`. Raises `ValueError` unless
-        `high >= low >= 0`.
-        """
-        self._buffer.low, self._buffer.high = limits(high, low)
+    def _update_flow(self) -> None:
         if self._file is None:
-            self._buffer.update(self._pause_writing, self._resume_writing)
+            super()._update_flow()
 
     def _write_ready(self) -> None:
         buffer = self._buffer
@@ -340,8 +296,8 @@ class StreamTransport(asyncio.Transport):
             self._broken(exc, "write")
             return
         buffer.take(sent)
-        if self._file is None:
-            buffer.update(self._pause_writing, self._resume_writing)
+        self._bytes_sent += sent
+        self._update_flow()
         # `resume_writing` may have written more, closed or aborted.
         if not buffer.size and not self._lost:
             self._channel.set_writing(False)
@@ -357,25 +313,6 @@ class StreamTransport(asyncio.Transport):
             self._channel.send_eof()
         except OSError as exc:
             self._broken(exc, "shutdown")
-
-    def _drop_write(self) -> None:
-        self._writes_after_loss += 1
-        if self._writes_after_loss >= LOST_WRITES_BEFORE_WARNING:
-            logger.warning("%r: the connection is lost, the data of write() is dropped", self)
-
-    def _pause_writing(self) -> None:
-        self._flow_callback("pause_writing")
-
-    def _resume_writing(self) -> None:
-        self._flow_callback("resume_writing")
-
-    def _flow_callback(self, name: str) -> None:
-        try:
-            # Not in the connection's context: the caller of `write` may be in it already, and a context cannot be
-            # entered twice.
-            self._door.call_in_place(getattr(self._protocol, name))
-        except BaseException as exc:
-            self._callback_failed(exc, name)
 
     # Sending a file, for one task at a time: `begin_sendfile`, then the others in any order, then `end_sendfile`.
 
@@ -422,10 +359,12 @@ class StreamTransport(asyncio.Transport):
     def send_file(self, descriptor: int, offset: int, count: int) -> int:
         """Send from a file, past the buffer, and return how many bytes went, 0 at its end. Raises `OSError`."""
         try:
-            return self._channel.send_file(descriptor, offset, count)
+            sent = self._channel.send_file(descriptor, offset, count)
         except ConnectionError as exc:
             self._broken(exc, "sendfile")
             raise
+        self._bytes_sent += sent
+        return sent
 
     def send_block(self, data: bytes) -> None:
         """Send `data`, or buffer what cannot be sent yet. Raises as `flush` does."""
@@ -446,7 +385,7 @@ class StreamTransport(asyncio.Transport):
             self._channel.set_writing(False)
             if self._eof_written:
                 self._send_eof()
-        self._buffer.update(self._pause_writing, self._resume_writing)
+        self._update_flow()
         if file.was_reading:
             self.resume_reading()
 
@@ -491,7 +430,7 @@ class StreamTransport(asyncio.Transport):
 
     def resume_after_upgrade(self) -> None:
         """Read, and write what was written during the upgrade."""
-        self._buffer.update(self._pause_writing, self._resume_writing)
+        self._update_flow()
         if self._buffer.size:
             self._channel.set_writing(True)
         self.resume_reading()
@@ -527,41 +466,21 @@ class StreamTransport(asyncio.Transport):
         logger.debug("%r: %s failed: %r", self, doing, exc)
         self._lose(exc, aborted=True)
 
-    def _callback_failed(self, exc: BaseException, name: str) -> None:
-        self._lose(exc if isinstance(exc, Exception) else None, aborted=True)
-        if leaves_through_the_group(exc):
-            raise exc
-        self._door.report(f"Fatal error: protocol.{name}() call failed.", exc, self, self._protocol)
-
     def _lose(self, exc: BaseException | None, *, aborted: bool = False) -> None:
-        if self._lost:
-            return
-        self._lost = self._flushed = self._closing = True
-        if self._file is not None:
-            self._file.error = exc
-            self._file.progress.set()
-        self._buffer.clear()
-        self._channel.set_reading(False)
-        self._channel.set_writing(False)
-        self._door.call_soon(self._connection_lost, exc, aborted)
+        if not self._lost:
+            self._flushed = True
+            if self._file is not None:
+                self._file.error = exc
+                self._file.progress.set()
+        super()._lose(exc, aborted=aborted)
 
-    def _connection_lost(self, exc: Exception | None, aborted: bool) -> None:
-        try:
-            self._call(self._protocol.connection_lost, exc)
-        except BaseException as error:
-            if leaves_through_the_group(error):
-                raise
-            self._door.report("Fatal error: protocol.connection_lost() call failed.", error, self, self._protocol)
-        finally:
-            self._channel.close(aborted=aborted)
-            self._on_lost(self)
+    def traffic(self) -> tuple[int, int, int]:
+        """Return how many bytes were received and sent, and how many wait."""
+        own = super().traffic()
+        if self._successor is None:
+            return own
+        received, sent, buffered = self._successor.traffic()
+        return own[0] + received, own[1] + sent, buffered
 
-    def __repr__(self) -> str:
-        state = "closed" if self._lost else "closing" if self._closing else "open"
-        peer = self._info.get("peername")
-        parts = [type(self).__name__, state, f"peer={peer!r}", f"buffered={self._buffer.size}"]
-        if self._reading_paused:
-            parts.append("reading paused")
-        if self._buffer.paused:
-            parts.append("writing paused")
-        return f"<{' '.join(parts)}>"
+    def _describe(self) -> list[str]:
+        return super()._describe() + (["reading paused"] if self._reading_paused else [])

@@ -148,6 +148,12 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             returncode = self._child.kill_for_good()
             self._door.call_soon(self._exited, -signal.SIGKILL if returncode is None else returncode)
 
+    def traffic(self) -> tuple[int, int, int]:
+        """Return how many bytes were received and sent over the pipes, and how many wait."""
+        pipes = [pipe.traffic() for pipe in self._pipes.values()]
+        received, sent, waiting = zip(*pipes, strict=True) if pipes else ((), (), ())
+        return sum(received), sum(sent), sum(waiting)
+
     # The protocol
 
     def tell(self, name: str, *args: Any) -> None:
