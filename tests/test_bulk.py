@@ -1,0 +1,80 @@
+"""Much data both ways at the same time, through small watermarks, against a slow peer in another process."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+from support import HOST, Recorder, Stack, peer_process
+
+pytestmark = pytest.mark.anyio
+
+SIZE = 64 << 20
+PIECE = 48 * 1024
+HIGH = 32 * 1024
+
+
+class Pusher(Recorder):
+    """Send `SIZE` bytes, no faster than the transport asks for, and hash both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = hashlib.sha256()
+        self.got = hashlib.sha256()
+        self.bytes = 0
+        self.left = SIZE
+        self.greatest = 0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=HIGH, low=HIGH // 4)
+        self.push()
+
+    def push(self) -> None:
+        while self.left and not self.writing_paused:
+            block = (self.left.to_bytes(8, "big") * (PIECE // 8))[: self.left]
+            self.left -= len(block)
+            self.sent.update(block)
+            self.transport.write(block)
+            self.greatest = max(self.greatest, self.transport.get_write_buffer_size())
+        if not self.left:
+            self.transport.write_eof()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.push()
+
+    def data_received(self, data: bytes) -> None:
+        self.got.update(data)
+        self.bytes += len(data)
+
+    def eof_received(self) -> bool:
+        super().eof_received()
+        return True  # what is left to send goes on
+
+
+@pytest.mark.ours_only("the buffer of the oracle is measured elsewhere")
+async def test_64_mib_each_way_at_once_against_a_slow_reader(stack: Stack) -> None:
+    pushers: list[Pusher] = []
+
+    def make() -> Pusher:
+        pushers.append(Pusher())
+        return pushers[-1]
+
+    async with stack.open() as group:
+        server = await group.create_server(make, HOST, 0)
+        port = server.sockets[0].getsockname()[1]
+        async with peer_process("exchange", port, SIZE, 100_000, 0.001) as peer:
+            sent, received, count = (await peer.line()).split()
+        (pusher,) = pushers
+        assert int(count) == SIZE
+        assert received == pusher.sent.hexdigest()
+        await pusher.wait_for("eof_received")
+        assert pusher.bytes == SIZE
+        assert sent == pusher.got.hexdigest()
+        assert pusher.greatest <= HIGH + PIECE
+        assert sum(name == "pause_writing" for name, *_ in pusher.calls) > 1
+        pusher.transport.close()
+        await pusher.wait_for("connection_lost")
+        server.close()
