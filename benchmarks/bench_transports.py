@@ -10,7 +10,7 @@ every peer once, so that whatever disturbs the machine disturbs them alike; the 
 their spread. A server is measured twice, "fresh" before any connection has ended and "used" after some have: the cost
 of asyncio differs by a factor between the two, and users live in the second.
 
-Writes `results.json`, and the table and chart of docs/performance.md.
+Writes `results.json`; report.py makes the table and the chart of docs/performance.md from it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,127 @@
+"""The load generator in Python, for machines without a C compiler: as load.c, with the same arguments, and slower."""
+
+from __future__ import annotations
+
+import os
+import select
+import selectors
+import socket
+import ssl
+import struct
+import sys
+import time
+
+HOST = "127.0.0.1"
+RESET = struct.pack("ii", 1, 0)
+
+
+class Connection:
+    """One request under way at a time."""
+
+    def __init__(self, load: Load) -> None:
+        self.load = load
+        self.open()
+
+    def open(self) -> None:
+        load = self.load
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM if load.mode == "udp" else socket.SOCK_STREAM)
+        if load.mode != "udp":
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if load.mode == "conn":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        sock.connect((HOST, load.port))
+        self.sock = load.context.wrap_socket(sock) if load.context else sock
+        self.sock.setblocking(False)
+        load.selector.register(self.sock, selectors.EVENT_READ, self)
+
+    def start(self) -> None:
+        self.to_send = self.to_receive = self.load.size
+        self.request()
+
+    def request(self) -> None:
+        while self.to_send:
+            try:
+                self.to_send -= self.sock.send(self.load.payload[: self.to_send])
+            except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                break
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.to_send else 0)
+        if self.load.selector.get_key(self.sock).events != events:
+            self.load.selector.modify(self.sock, events, self)
+
+    def ready(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self.request()
+        while True:
+            try:
+                data = self.sock.recv(1 << 18)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return
+            if not data and self.load.mode != "udp":
+                sys.exit("the server closed a connection")
+            self.to_receive -= len(data)
+            if self.to_receive <= 0:
+                break
+        self.load.answers += 1
+        if self.load.mode == "conn":
+            self.load.selector.unregister(self.sock)
+            self.sock.close()
+            self.open()
+        self.start()
+
+
+class Load:
+    def __init__(self, mode: str, port: int, connections: int, size: int, seconds: float) -> None:
+        self.mode, self.port, self.size, self.seconds = mode, port, size, seconds
+        self.payload = bytes(size)
+        self.answers = 0
+        self.context: ssl.SSLContext | None = None
+        if mode == "tls":
+            self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            self.context.check_hostname = False
+            self.context.verify_mode = ssl.CERT_NONE
+        self.selector = selectors.DefaultSelector()
+        self.connections = [Connection(self) for _ in range(connections)]
+        self.idle = [Connection(self) for _ in range(int(os.environ.get("LOAD_IDLE", "0")))]
+
+    def run(self) -> None:
+        if self.idle:
+            print("open", flush=True)
+            sys.stdin.readline()
+        begin = last = time.monotonic()
+        for connection in self.connections:
+            connection.start()
+        while time.monotonic() < begin + self.seconds:
+            batch = self.selector.select(0.1)
+            for key, events in batch:
+                key.data.ready(events)
+            now = time.monotonic()
+            if batch:
+                last = now
+            elif self.mode == "udp" and now - last > 0.2:
+                for connection in self.connections:  # A datagram was dropped: ask again.
+                    connection.start()
+        print(self.answers, time.monotonic() - begin)
+
+
+def serve(seconds: float) -> None:
+    """Accept and end what comes, until nothing has come for so long."""
+    answers = 0
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        listener.listen(1024)
+        print(listener.getsockname()[1], flush=True)
+        while select.select([listener], [], [], seconds)[0]:
+            sock, _ = listener.accept()
+            while sock.recv(1 << 16):
+                pass
+            sock.close()
+            answers += 1
+    print(answers)
+
+
+if __name__ == "__main__":
+    mode, port, connections, size, seconds = sys.argv[1:]
+    if mode == "serve":
+        serve(float(seconds))
+    else:
+        Load(mode, int(port), int(connections), int(size), float(seconds)).run()

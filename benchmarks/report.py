@@ -1,0 +1,132 @@
+"""Make the table and the chart of docs/performance.md from `results.json`: `python benchmarks/report.py`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from html import escape
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+
+#: Column, and the peers that a backend's row is compared with.
+PEERS = [
+    "epoll", "asyncio", "ours/asyncio", "uvloop", "ours/uvloop", "trio", "trio-asyncio", "ours/trio",
+    "anyio streams/asyncio", "anyio streams/trio",
+]  # fmt: skip
+RATIOS = [
+    ("on asyncio, to asyncio's own", "ours/asyncio", "asyncio"),
+    ("on uvloop, to uvloop's own", "ours/uvloop", "uvloop"),
+    ("on trio, to trio's own stream", "ours/trio", "trio"),
+    ("on trio, to trio-asyncio", "ours/trio", "trio-asyncio"),
+]
+#: The workloads that the chart shows, and what it calls them.
+CHART = {
+    "tcp 1 KiB x 16 (used)": "TCP 1 KiB, 16 connections",
+    "tcp 1 KiB x 1, one processor (used)": "TCP 1 KiB, lock-step",
+    "accept, echo, close (used)": "accept, echo, close",
+    "tls 1 KiB x 16 (used)": "TLS 1 KiB, 16 connections",
+    "udp 512 B (used)": "UDP 512 B",
+}
+COLOURS = {
+    "asyncio": "#9aa5b1", "ours/asyncio": "#2563eb", "uvloop": "#b8a9c9", "ours/uvloop": "#7c3aed",
+    "trio": "#c3b59b", "ours/trio": "#059669", "trio-asyncio": "#d9b8b0",
+}  # fmt: skip
+
+
+def median(values: list[float] | None) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def spread(values: list[float]) -> str:
+    """How far the rounds lie apart: half the range, in per cent of the median."""
+    middle = statistics.median(values)
+    return f"±{(max(values) - min(values)) / 2 / middle * 100:.0f} %" if len(values) > 1 and middle else ""
+
+
+def table(results: dict[str, dict[str, list[float]]]) -> list[str]:
+    lines = ["| workload | " + " | ".join(PEERS) + " |", "| --- |" + " ---: |" * len(PEERS)]
+    for name, row in results.items():
+        cells = []
+        for peer in PEERS:
+            value = median(row.get(peer))
+            cells.append("" if value is None else f"{value:.3g} {spread(row[peer])}".strip())
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def ratios(results: dict[str, dict[str, list[float]]]) -> list[str]:
+    lines = ["| workload | " + " | ".join(name for name, _, _ in RATIOS) + " |", "| --- |" + " ---: |" * len(RATIOS)]
+    for name, row in results.items():
+        cells = []
+        for _, ours, other in RATIOS:
+            mine, theirs = median(row.get(ours)), median(row.get(other))
+            cells.append(f"{mine / theirs:.2f}" if mine and theirs else "")
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def chart(results: dict[str, dict[str, list[float]]]) -> str:
+    """Bars of microseconds for each request; the shorter, the better. Long ones are cut, with their number."""
+    width, left, bar, gap = 760, 190, 12, 26
+    parts, y = [], 20
+    for name, title in CHART.items():
+        row = {peer: median(results.get(name, {}).get(peer)) for peer in COLOURS}
+        known = {peer: value for peer, value in row.items() if value}
+        if not known:
+            continue
+        scale = (width - left - 120) / (3 * min(known.values()) * 2)
+        parts.append(f'<text x="0" y="{y + 4}" font-weight="bold">{escape(title)}</text>')
+        y += 12
+        for peer, value in known.items():
+            length = min(value * scale, width - left - 90)
+            parts.append(f'<text x="{left - 8}" y="{y + bar - 2}" text-anchor="end">{escape(peer)}</text>')
+            parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{bar}" fill="{COLOURS[peer]}"/>')
+            parts.append(f'<text x="{left + length + 6:.1f}" y="{y + bar - 2}">{value:.3g} µs</text>')
+            y += bar + 3
+        y += gap
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" font-family="sans-serif" font-size="11">'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>", ""])
+
+
+def page(document: dict[str, Any]) -> str:
+    results = document["results"]
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    return "\n".join([
+        "# Performance",
+        "",
+        "Processor time of the server, user plus system as the operating system accounts it, in microseconds for",
+        "each request. Server and load generator run in a process of their own, each on a processor of its own; the",
+        "load generator is a C program that is faster than any server here. Every round measures every peer once; the",
+        "figures are medians, with half the range of the rounds. A server is measured *fresh*, before any connection",
+        "has ended, and *used*, after some have. *epoll* is a bare loop that receives and sends: the limit for Python.",
+        "",
+        f"{document['machine']}; {versions}; {document['rounds']} rounds of {document['seconds']} s each.",
+        "Make it again with `nox -s benchmarks`; the raw figures are in `benchmarks/results.json`.",
+        "",
+        "![Microseconds for each request](performance.svg)",
+        "",
+        "## Ratios",
+        "",
+        "Ours to the peer of the same run: below 1 is cheaper.",
+        "",
+        *ratios(results),
+        "",
+        "## Figures",
+        "",
+        *table(results),
+        "",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    document = json.loads((HERE / "results.json").read_text())
+    (DOCS / "performance.md").write_text(page(document))
+    (DOCS / "performance.svg").write_text(chart(document["results"]))
+
+
+if __name__ == "__main__":
+    main()
