@@ -36,6 +36,8 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="IPv6 is not configured")
 def bound(host: str = HOST, port: int = 0, *, backlog: int | None = None) -> Iterator[socket.socket]:
     """A bare stream socket of the host's family, which listens if there is a backlog."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        # The port may have been a client's, a moment ago.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
         if backlog is not None:
             sock.listen(backlog)

@@ -130,7 +130,6 @@ async def test_the_name_of_a_service(stack: Stack) -> None:
     name, port = a_service() or ("", 0)
     async with stack.open() as group:
         with bound(port=port, backlog=1) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             for host in (HOST, "localhost"):
                 await visit(group, listener, host, name, family=socket.AF_INET)
 
@@ -227,7 +226,7 @@ async def test_happy_eyeballs_does_not_wait_for_a_black_hole(
 ) -> None:
     """The system would wait for minutes. Both addresses of a kind: nothing but the delay can help."""
     async with stack.open() as group:
-        with black_hole("127.0.0.77") as port, bound(port=port, backlog=1) as listener:
+        with bound(backlog=1) as listener, black_hole("127.0.0.77", listener.getsockname()[1]) as port:
             before = open_descriptors()
             with names(monkeypatch, {"two.test": ["127.0.0.77", HOST]}, anyio_backend):
                 with anyio.fail_after(GUARD):
