@@ -32,6 +32,7 @@ from ._loop_poller import make_poller
 from ._poller import Poller
 from ._scheduling import Handle, TimerHandle, Timers
 from ._statistics import GroupStatistics
+from ._waiters import Waiters
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -77,7 +78,7 @@ class TransportGroup(
         self._tasks_running = 0
         self._bytes_received = 0  # By transports that have ended; as sent.
         self._bytes_sent = 0
-        self._idle: anyio.Event | None = None
+        self._changed = Waiters()
         self._open = False  # Between entering and leaving the block: connections can be made.
         self._alive = False  # Until the last `connection_lost`: callbacks can be scheduled.
 
@@ -148,19 +149,12 @@ class TransportGroup(
 
     async def _until_empty(self) -> None:
         while self._transports or self._tasks_running:
-            self._idle = self._idle or anyio.Event()
-            await self._idle.wait()
-
-    def _changed(self) -> None:
-        if self._idle is not None:
-            self._idle.set()
-            self._idle = None
+            await self._changed.wait()
 
     async def wait_closed(self) -> None:
         """Wait until every transport of the group has closed, its `connection_lost` delivered."""
         while self._transports:
-            self._idle = self._idle or anyio.Event()
-            await self._idle.wait()
+            await self._changed.wait()
 
     # The group's turn
 
@@ -246,7 +240,7 @@ class TransportGroup(
         received, sent, _ = transport.traffic()
         self._bytes_received += received
         self._bytes_sent += sent
-        self._changed()
+        self._changed.notify()
 
     def accepted(
         self, protocol_factory: Callable[[], Any], channel: Channel, on_lost: Callable[[StreamTransport], None]
@@ -288,7 +282,7 @@ class TransportGroup(
             await async_function(*args)
         finally:
             self._tasks_running -= 1
-            self._changed()
+            self._changed.notify()
 
     # Time
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
-import anyio
 import anyio.lowlevel
 
 from ._channels._socket import SocketChannel, SocketView, set_nodelay
@@ -20,6 +19,7 @@ from ._channels._tls import TLSChannel
 from ._endpoints._addresses import address_error
 from ._errors import leaves_through_the_group, logger
 from ._poller import READ, Poller
+from ._waiters import Waiters
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -76,7 +76,7 @@ class Server(asyncio.AbstractServer):
         self._serving_forever = False
         self._closed = False
         self._connections: set[Owned] = set()
-        self._changed = anyio.Event()
+        self._changed = Waiters()
 
     @property
     def sockets(self) -> tuple[SocketView, ...]:
@@ -142,7 +142,7 @@ class Server(asyncio.AbstractServer):
             self._pause(sock)
             sock.close()
         self._group.forget_server(self)
-        self._notify()
+        self._changed.notify()
 
     def close_clients(self) -> None:
         """Close the transports of all accepted connections."""
@@ -166,10 +166,6 @@ class Server(asyncio.AbstractServer):
     async def __aexit__(self, *exc: object) -> None:
         self.close()
         await self.wait_closed()
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
 
     def _resume(self, sock: socket.socket) -> None:
         if self._serving and sock.fileno() not in self._listening:
@@ -238,7 +234,7 @@ class Server(asyncio.AbstractServer):
                 self._context.copy().run(self._begin, channel)
             elif not pending.aborted:
                 self._report_lost_client(failure)
-            self._notify()
+            self._changed.notify()
 
         pending.begin(over)
 
@@ -261,7 +257,7 @@ class Server(asyncio.AbstractServer):
     def _lost(self, transport: StreamTransport) -> None:
         self._connections.discard(transport)
         self._group.forget_transport(transport)
-        self._notify()
+        self._changed.notify()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "serving" if self._serving else "not serving"

@@ -15,6 +15,7 @@ from typing import Any
 
 import anyio
 
+from .._waiters import Waiters
 from ._addresses import BIND_FAILED, AddressInfo, address_error
 
 if sys.version_info < (3, 11):
@@ -62,12 +63,14 @@ class Attempts:
 
     async def _race(self, delay: float) -> socket.socket | None:
         winner: socket.socket | None = None
+        ended: set[int] = set()
 
-        async def compete(number: int, failed: anyio.Event) -> None:
+        async def compete(number: int, failed: Waiters) -> None:
             nonlocal winner
             sock = await self._try(number)
             if sock is None:
-                failed.set()
+                ended.add(number)
+                failed.notify()
             elif winner is None:
                 winner = sock
                 tasks.cancel_scope.cancel()
@@ -77,10 +80,11 @@ class Attempts:
         try:
             async with anyio.create_task_group() as tasks:
                 for number in range(len(self._addresses)):
-                    failed = anyio.Event()
+                    failed = Waiters()
                     tasks.start_soon(compete, number, failed)
-                    with anyio.move_on_after(delay):
-                        await failed.wait()
+                    if number not in ended:  # An eager task (Python 3.12) may have failed already.
+                        with anyio.move_on_after(delay):
+                            await failed.wait()
         except BaseException:
             if winner is not None:
                 winner.close()

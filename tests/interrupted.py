@@ -1,0 +1,68 @@
+"""Ctrl-C at the worst moment, run by a test: `python interrupted.py WHERE`.
+
+A task of trio's can be interrupted after it has put itself on an event's list of waiters, and before it waits. Whoever
+sets that event later breaks trio.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import Any
+
+import anyio
+
+from transports_anyio import Protocol, TransportGroup
+
+
+class Loud(Protocol):
+    def connection_lost(self, exc: Exception | None) -> None:
+        print("connection_lost")
+
+
+def interrupt_the_next_wait() -> None:
+    def trace(frame: FrameType, event: str, argument: object) -> None:
+        if frame.f_code.co_name == "wait_task_rescheduled" and frame.f_back and frame.f_back.f_code.co_name == "wait":
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGINT)
+
+    sys.settrace(trace)
+
+
+async def main(where: str) -> None:
+    with socket.socket() as peer:
+        async with TransportGroup() as group:
+            server = await group.create_server(Loud, "127.0.0.1", 0)
+            peer.connect(server.sockets[0].getsockname())
+            while not server.is_serving() or "connections=1" not in repr(server):
+                await anyio.sleep(0.001)
+            if where == "leaving":
+                (transport,) = server_transports(server)
+                transport.pause_reading()
+                transport.set_write_buffer_limits(0)
+                while not transport.get_write_buffer_size():
+                    transport.write(bytes(1 << 20))
+                interrupt_the_next_wait()
+                return
+            interrupt_the_next_wait()
+            if where == "serve_forever":
+                await server.serve_forever()
+            elif where == "wait_closed of the server":
+                await server.wait_closed()
+            elif where == "wait_closed of the group":
+                await group.wait_closed()
+
+
+def server_transports(server: Any) -> list[Any]:
+    return list(server._connections)
+
+
+if __name__ == "__main__":
+    try:
+        anyio.run(main, sys.argv[1], backend="trio")
+    except BaseException as exc:
+        while hasattr(exc, "exceptions"):
+            (exc,) = exc.exceptions
+        print(type(exc).__name__)

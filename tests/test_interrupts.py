@@ -1,0 +1,20 @@
+"""Ctrl-C while a task is about to wait: the group ends in order."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from network import run_program
+from support import Stack
+
+pytestmark = [pytest.mark.anyio, pytest.mark.ours_only("a process of ours")]
+
+
+@pytest.mark.parametrize("where", ["serve_forever", "wait_closed of the server", "wait_closed of the group", "leaving"])
+async def test_interrupted_between_the_list_of_waiters_and_the_wait(stack: Stack, where: str) -> None:
+    if stack.name != "trio":
+        pytest.skip("only trio interrupts a task there")
+    output = await run_program(sys.executable, str(Path(__file__).with_name("interrupted.py")), where)
+    assert output.decode().splitlines() == ["connection_lost", "KeyboardInterrupt"]
