@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import ssl
 import sys
 from types import FrameType
 from typing import Any
@@ -38,14 +39,10 @@ async def main(where: str) -> None:
             peer.connect(server.sockets[0].getsockname())
             while not server.is_serving() or "connections=1" not in repr(server):
                 await anyio.sleep(0.001)
-            if where == "leaving":
+            if where in ("leaving", "sendfile"):
                 (transport,) = server_transports(server)
-                transport.pause_reading()
-                transport.set_write_buffer_limits(0)
                 while not transport.get_write_buffer_size():
                     transport.write(bytes(1 << 20))
-                interrupt_the_next_wait()
-                return
             interrupt_the_next_wait()
             if where == "serve_forever":
                 await server.serve_forever()
@@ -53,6 +50,15 @@ async def main(where: str) -> None:
                 await server.wait_closed()
             elif where == "wait_closed of the group":
                 await group.wait_closed()
+            elif where == "sendfile":
+                with open(__file__, "rb") as file:
+                    await group.sendfile(transport, file)
+            elif where == "handshake":
+                context = ssl.create_default_context()
+                await group.create_connection(Protocol, *server.sockets[0].getsockname(), ssl=context)
+            elif where == "start_tls":
+                client, protocol = await group.create_connection(Protocol, *server.sockets[0].getsockname())
+                await group.start_tls(client, protocol, ssl.create_default_context(), server_hostname="localhost")
 
 
 def server_transports(server: Any) -> list[Any]:

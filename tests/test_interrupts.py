@@ -12,9 +12,22 @@ from support import Stack
 pytestmark = [pytest.mark.anyio, pytest.mark.ours_only("a process of ours")]
 
 
-@pytest.mark.parametrize("where", ["serve_forever", "wait_closed of the server", "wait_closed of the group", "leaving"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "serve_forever",
+        "wait_closed of the server",
+        "wait_closed of the group",
+        "leaving",
+        "sendfile",
+        "handshake",
+        "start_tls",
+    ],
+)
 async def test_interrupted_between_the_list_of_waiters_and_the_wait(stack: Stack, where: str) -> None:
     if stack.name != "trio":
         pytest.skip("only trio interrupts a task there")
     output = await run_program(sys.executable, str(Path(__file__).with_name("interrupted.py")), where)
-    assert output.decode().splitlines() == ["connection_lost", "KeyboardInterrupt"]
+    *before, last = output.decode().splitlines()
+    assert last == "KeyboardInterrupt"
+    assert set(before) == {"connection_lost"}

@@ -15,6 +15,7 @@ from .._channels._tls import TLSChannel, TLSOptions
 from .._door import Door
 from .._server import Server
 from .._transports._stream import StreamTransport
+from .._waiters import Event
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -171,7 +172,7 @@ class Endpoints(ABC):
         Raises `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves, and
         `ConnectionAbortedError` when it takes too long or the group ends.
         """
-        over = anyio.Event()
+        over = Event()
         pending = PendingHandshake(channel, self._own, self._disown)
         try:
             pending.begin(over.set)

@@ -15,7 +15,7 @@ from typing import Any
 
 import anyio
 
-from .._waiters import Waiters
+from .._waiters import Event
 from ._addresses import BIND_FAILED, AddressInfo, address_error
 
 if sys.version_info < (3, 11):
@@ -63,14 +63,12 @@ class Attempts:
 
     async def _race(self, delay: float) -> socket.socket | None:
         winner: socket.socket | None = None
-        ended: set[int] = set()
 
-        async def compete(number: int, failed: Waiters) -> None:
+        async def compete(number: int, failed: Event) -> None:
             nonlocal winner
             sock = await self._try(number)
             if sock is None:
-                ended.add(number)
-                failed.notify()
+                failed.set()
             elif winner is None:
                 winner = sock
                 tasks.cancel_scope.cancel()
@@ -80,11 +78,10 @@ class Attempts:
         try:
             async with anyio.create_task_group() as tasks:
                 for number in range(len(self._addresses)):
-                    failed = Waiters()
+                    failed = Event()
                     tasks.start_soon(compete, number, failed)
-                    if number not in ended:  # An eager task (Python 3.12) may have failed already.
-                        with anyio.move_on_after(delay):
-                            await failed.wait()
+                    with anyio.move_on_after(delay):
+                        await failed.wait()
         except BaseException:
             if winner is not None:
                 winner.close()

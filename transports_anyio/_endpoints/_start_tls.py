@@ -6,10 +6,9 @@ import errno
 import ssl
 from typing import TYPE_CHECKING, Any
 
-import anyio
-
 from .._channels._tls import TLSChannel
 from .._transports._stream import StreamTransport
+from .._waiters import Event
 from ._base import Endpoints
 from ._tls import upgrade_options
 
@@ -66,7 +65,7 @@ class StartTLSEndpoint(Endpoints):
         if not isinstance(transport, StreamTransport):
             raise TypeError(f"transport {transport!r} is not supported by start_tls()")
         self._require_open()
-        over = anyio.Event()
+        over = Event()
         failure: Exception | None = None
         successor: StreamTransport | None = None
 

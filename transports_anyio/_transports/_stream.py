@@ -11,10 +11,10 @@ import errno
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
 import anyio.lowlevel
 
 from .._errors import logger
+from .._waiters import Event
 from ._base import ChannelTransport
 from ._flow_control import WriteBuffer, as_bytes_view
 
@@ -34,7 +34,7 @@ class FileUnderWay:
 
     def __init__(self, *, was_reading: bool) -> None:
         self.was_reading = was_reading
-        self.progress = anyio.Event()  # Everything buffered is sent and the channel writable, or the transport closing.
+        self.progress = Event()  # Everything buffered is sent and the channel writable, or the transport closing.
         self.error: BaseException | None = None  # Why the connection was lost.
 
 
@@ -342,7 +342,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
     async def until_writable(self) -> None:
         """Wait until nothing is buffered and something could be sent. Raises as `flush` does."""
         file = self._require_open()
-        file.progress = anyio.Event()
+        file.progress = Event()
         self._channel.set_writing(True)
         await file.progress.wait()
         self._require_open()
