@@ -1,0 +1,247 @@
+"""The pollers: one suite of rules for all of them, and the transports over the one that this platform does not need."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from math import inf
+from typing import Any
+
+import anyio
+import pytest
+from support import GUARD, BufferedRecorder, Recorder, Stack, connected, pattern, until
+
+import transports_anyio._group
+from transports_anyio._loop_poller import LoopPoller, make_poller
+from transports_anyio._poller import READ, WRITE, Poller, SelectorPoller, TaskPoller
+
+pytestmark = pytest.mark.anyio
+
+
+class Turns:
+    """An owner of a poller that does nothing but take its turns."""
+
+    def __init__(self, poller: Poller) -> None:
+        self.poller = poller
+        self.count = 0
+        self.deadline = inf
+        self.failure: Exception | None = None
+
+    def turn(self) -> None:
+        self.count += 1
+        self.poller.dispatch()
+        if self.deadline <= self.poller.time():
+            self.deadline = inf
+        if self.failure is not None:
+            raise self.failure
+
+    def next_turn(self) -> float:
+        return self.deadline
+
+
+@pytest.fixture(params=["made here", "selector", "tasks"])
+def make(request: pytest.FixtureRequest) -> Callable[[], Poller]:
+    made: Callable[[], Poller] = {"made here": make_poller, "selector": SelectorPoller, "tasks": TaskPoller}[
+        request.param
+    ]
+    return made
+
+
+@asynccontextmanager
+async def running(make: Callable[[], Poller]) -> AsyncIterator[tuple[Poller, Turns]]:
+    poller = make()
+    turns = Turns(poller)
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(poller.run, turns)
+            await anyio.sleep(0.005)
+            yield poller, turns
+            tasks.cancel_scope.cancel()
+    finally:
+        poller.close()
+
+
+@contextmanager
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    a, b = socket.socketpair()
+    with a, b:
+        a.setblocking(False)
+        b.setblocking(False)
+        yield a, b
+
+
+async def test_the_best_poller_is_chosen(anyio_backend: Any) -> None:
+    poller = make_poller()
+    assert type(poller) is (SelectorPoller if anyio_backend[0] == "trio" else LoopPoller)
+    poller.close()
+
+
+async def test_readiness_is_told_in_every_batch_until_it_is_over(anyio_backend: Any, make: Any) -> None:
+    masks: list[int] = []
+    with pair() as (a, b):
+        async with running(make) as (poller, _):
+            poller.set_interest(a.fileno(), 0, READ, masks.append)
+            await anyio.sleep(0.01)
+            assert masks == []
+            b.send(b"x")
+            await until(lambda: len(masks) >= 3)
+            assert set(masks) == {READ}
+            a.recv(1)
+            await anyio.sleep(0.01)
+            count = len(masks)
+            await anyio.sleep(0.01)
+            assert len(masks) == count
+            poller.set_interest(a.fileno(), READ, 0, masks.append)
+
+
+async def test_both_directions_and_changes_of_the_interest(anyio_backend: Any, make: Any) -> None:
+    masks: list[int] = []
+    with pair() as (a, b):
+        async with running(make) as (poller, _):
+            poller.set_interest(a.fileno(), 0, READ | WRITE, masks.append)
+            await until(lambda: masks)
+            assert set(masks) == {WRITE}
+            b.send(b"x")
+            await until(lambda: any(mask & READ for mask in masks))
+            poller.set_interest(a.fileno(), READ | WRITE, READ, masks.append)
+            masks.clear()
+            await until(lambda: len(masks) >= 2)
+            assert set(masks) == {READ}
+            poller.set_interest(a.fileno(), READ, WRITE, masks.append)
+            masks.clear()
+            await until(lambda: len(masks) >= 2)
+            assert set(masks) == {WRITE}
+            poller.set_interest(a.fileno(), WRITE, 0, masks.append)
+            masks.clear()
+            await anyio.sleep(0.01)
+            assert masks == []
+
+
+async def test_a_descriptor_number_that_is_used_again(anyio_backend: Any, make: Any) -> None:
+    told: list[str] = []
+    async with running(make) as (poller, _):
+        for number in range(20):
+            name = f"owner {number}"
+            with pair() as (a, b):
+                poller.set_interest(a.fileno(), 0, READ, lambda mask, name=name: told.append(name))
+                b.send(b"x")
+                if number % 2:
+                    await until(lambda name=name: name in told)
+                poller.set_interest(a.fileno(), READ, 0, lambda mask: None)
+            told.clear()
+            await anyio.sleep(0.001)
+            assert told == []
+
+
+async def test_a_callback_may_take_out_others_of_its_batch(anyio_backend: Any, make: Any) -> None:
+    told: list[int] = []
+    with pair() as (a, b), pair() as (c, d):
+        async with running(make) as (poller, _):
+
+            def ready(number: int, sock: socket.socket, other: socket.socket) -> None:
+                if not told:
+                    poller.set_interest(other.fileno(), READ, 0, lambda mask: None)
+                    poller.set_interest(sock.fileno(), READ, 0, lambda mask: None)
+                told.append(number)
+
+            b.send(b"x")
+            d.send(b"x")
+            poller.set_interest(a.fileno(), 0, READ, lambda mask: ready(1, a, c))
+            poller.set_interest(c.fileno(), 0, READ, lambda mask: ready(2, c, a))
+            await until(lambda: told)
+            await anyio.sleep(0.01)
+            # A selector has told both already, when the first of them is called; a channel looks at its interest again.
+            assert len(told) <= 2
+
+
+async def test_deadlines(anyio_backend: Any, make: Any) -> None:
+    async with running(make) as (poller, turns):
+        turns.deadline = poller.time() + 0.02
+        poller.wake()
+        await until(lambda: turns.deadline == inf)
+
+
+async def test_waking(anyio_backend: Any, make: Any) -> None:
+    async with running(make) as (poller, turns):
+        for wake in (poller.wake, poller.wake_threadsafe):
+            before = turns.count
+            wake()
+            await until(lambda before=before: turns.count > before)
+            await anyio.sleep(0.005)
+        before = turns.count
+        thread = threading.Thread(target=poller.wake_threadsafe)
+        thread.start()
+        await until(lambda: turns.count > before)
+        thread.join()
+
+
+async def test_what_a_turn_raises_comes_out_of_run(anyio_backend: Any, make: Any) -> None:
+    poller = make()
+    turns = Turns(poller)
+    turns.failure = ZeroDivisionError()
+    try:
+        turns.deadline = -inf
+        with anyio.fail_after(GUARD), pytest.raises(BaseException) as caught:
+            await poller.run(turns)
+        assert "ZeroDivisionError" in repr(caught.value)
+    finally:
+        poller.close()
+
+
+async def test_hundreds_of_descriptors(anyio_backend: Any, make: Any) -> None:
+    told: set[int] = set()
+    pairs = [socket.socketpair() for _ in range(200)]
+    try:
+        async with running(make) as (poller, _):
+            for a, b in pairs:
+
+                def ready(mask: int, sock: socket.socket = a) -> None:
+                    os.read(sock.fileno(), 1)
+                    told.add(sock.fileno())
+
+                poller.set_interest(a.fileno(), 0, READ, ready)
+                b.send(b"x")
+            await until(lambda: len(told) == len(pairs))
+            for a, _ in pairs:
+                poller.set_interest(a.fileno(), READ, 0, lambda mask: None)
+    finally:
+        for a, b in pairs:
+            a.close()
+            b.close()
+
+
+@pytest.mark.ours_only("about our pollers")
+@pytest.mark.parametrize("poller", [SelectorPoller, TaskPoller])
+@pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
+async def test_the_transports_work_over_every_poller(
+    stack: Stack, poller: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transports_anyio._group, "make_poller", poller)
+    data = pattern(4 << 20)
+    fired: list[int] = []
+    async with stack.open() as group:
+        group.call_later(0.01, fired.append, 1)
+        for _ in range(3):
+            async with connected(group, kind(), small=True) as (transport, protocol, peer):
+                async with anyio.create_task_group() as tasks:
+                    transport.write(data)
+                    tasks.start_soon(peer.send, data)
+                    assert await peer.receive_exactly(len(data)) == data
+                assert await protocol.wait_received(len(data)) == data
+                transport.pause_reading()
+                await peer.send(b"held back")
+                await anyio.sleep(0.005)
+                assert len(protocol.received) == len(data)
+                transport.resume_reading()
+                await protocol.wait_received(len(data) + 9)
+                peer.close()
+                await protocol.wait_for("connection_lost")
+        server = await group.create_server(kind, "127.0.0.1", 0)
+        transport, protocol = await group.create_connection(Recorder, *server.sockets[0].getsockname())
+        transport.abort()
+        await protocol.wait_for("connection_lost")
+        server.close()
+        await until(lambda: fired)
