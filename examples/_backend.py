@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ def run(backend: str, function: Callable[..., Awaitable[object]], *arguments: ob
         anyio.run(function, *arguments, **BACKENDS[backend])
     except KeyboardInterrupt:
         pass
+    except asyncio.CancelledError:  # how AnyIO's asyncio backend ends on Ctrl-C where a task has no `uncancel`
+        if sys.version_info >= (3, 11):
+            raise
     except BaseExceptionGroup as group:  # task groups may have wrapped it
         _, others = group.split(KeyboardInterrupt)
         if others is not None:
