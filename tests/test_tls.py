@@ -612,6 +612,20 @@ async def test_t9_cut_without_close_notify(
             assert transport.get_extra_info("close_notify") is False
 
 
+async def test_t9_gone_without_close_notify_over_a_unix_socket(stack: Stack, certificates: Certificates) -> None:
+    """Our own farewell is then a broken pipe at once, where TCP takes it first; neither is an error."""
+    ours, theirs = socket.socketpair()
+    async with stack.open() as group:
+        (_, protocol), peer = await together(
+            lambda: group.create_unix_connection(Recorder, sock=ours, ssl=certificates.client(), server_hostname=NAME),
+            lambda: TLSPeer.wrap(theirs, certificates.server(), server_side=True),
+        )
+        peer.close()
+        await protocol.wait_for("connection_lost")
+        assert protocol.names[-2:] == ["eof_received", "connection_lost"]
+        assert protocol.lost_with is None
+
+
 @pytest.mark.ours_only("asyncio has no way to tell")
 async def test_t9_a_way_to_tell_an_orderly_end(stack: Stack, certificates: Certificates) -> None:
     seen: list[object] = []

@@ -518,7 +518,12 @@ class TLSChannel(Channel):
             pass
         else:
             self._eof = self._info["close_notify"] = True
-        self._flush()
+        try:
+            self._flush()
+        except ConnectionError:
+            if not self._eof:
+                raise
+            self._unsent = b""  # The peer has left and misses nothing but our farewell.
         self._inner.set_writing(bool(self._unsent))
         return (self._eof or self._discarded > DISCARD_LIMIT) and not self._unsent
 
