@@ -1090,6 +1090,22 @@ async def test_the_callbacks_of_a_connection_share_one_context(stack: Stack) -> 
         assert variable.get() == "nobody's"
 
 
+async def test_resume_writing_sees_the_variables_of_the_connection(stack: Stack) -> None:
+    """`pause_writing` comes from inside `write`, in the context of whoever writes."""
+    seen: list[str] = []
+
+    def note(*_: Any) -> None:
+        seen.append(variable.get())
+
+    async with stack.open() as group:
+        variable.set("the caller's")
+        async with connected(group, Recorder(on_resume_writing=note), small=True) as (transport, protocol, peer):
+            written = fill(transport, transport.get_write_buffer_limits()[1] + 1)
+            await peer.receive_exactly(written)
+            await protocol.wait_for("resume_writing")
+        assert seen == ["the caller's"]
+
+
 # -- wait_closed ------------------------------------------------------------------------------------------------------
 
 

@@ -127,20 +127,17 @@ class ChannelTransport(asyncio.BaseTransport):
         """Return how many bytes were received and sent, and how many wait."""
         return self._bytes_received, self._bytes_sent, self._buffer.size
 
-    def _update_flow(self) -> None:
-        self._buffer.update(self._pause_writing, self._resume_writing)
+    def _update_flow(self, *, from_channel: bool = False) -> None:
+        name = self._buffer.crossed()
+        if name is not None:
+            self._call_protocol(name, from_channel=from_channel)
 
-    def _pause_writing(self) -> None:
-        self._flow_callback("pause_writing")
-
-    def _resume_writing(self) -> None:
-        self._flow_callback("resume_writing")
-
-    def _flow_callback(self, name: str, *args: Any) -> None:
+    def _call_protocol(self, name: str, *args: Any, from_channel: bool) -> None:
+        """Make a callback that may come from inside a method of the transport, or from its channel."""
+        # The caller of a method may be in the connection's context already, and a context cannot be entered twice.
+        call = self._call if from_channel else self._door.call_in_place
         try:
-            # Not in the connection's context: the caller of `write` may be in it already, and a context cannot be
-            # entered twice.
-            self._door.call_in_place(getattr(self._protocol, name), *args)
+            call(getattr(self._protocol, name), *args)
         except BaseException as exc:
             self._callback_failed(exc, name)
 

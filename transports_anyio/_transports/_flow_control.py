@@ -7,7 +7,6 @@ Sizes are bytes. The rules are those of the asyncio documentation, section "Buff
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 DEFAULT_HIGH = 64 * 1024
@@ -35,15 +34,16 @@ class Watermarks:
         self.low, self.high = limits(None, None)
         self.paused = False
 
-    def update(self, pause: Callable[[], None], resume: Callable[[], None]) -> None:
-        """Call `pause` or `resume` if the size has crossed a mark since the last call."""
+    def crossed(self) -> str | None:
+        """Return the callback that is due, if the size has crossed a mark since the last call."""
         if self.paused:
             if self.size <= self.low:
                 self.paused = False
-                resume()
+                return "resume_writing"
         elif self.size > self.high:
             self.paused = True
-            pause()
+            return "pause_writing"
+        return None
 
 
 class WriteBuffer(Watermarks):

@@ -277,9 +277,9 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         """Whether `write_eof` is supported."""
         return self._channel.can_write_eof
 
-    def _update_flow(self) -> None:
+    def _update_flow(self, *, from_channel: bool = False) -> None:
         if self._file is None:
-            super()._update_flow()
+            super()._update_flow(from_channel=from_channel)
 
     def _write_ready(self) -> None:
         buffer = self._buffer
@@ -297,7 +297,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             return
         buffer.take(sent)
         self._bytes_sent += sent
-        self._update_flow()
+        self._update_flow(from_channel=True)
         # `resume_writing` may have written more, closed or aborted.
         if not buffer.size and not self._lost:
             self._channel.set_writing(False)
