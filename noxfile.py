@@ -121,6 +121,17 @@ def tests_oldest_anyio(session: nox.Session) -> None:
     run_tests(session, [backend for backend in backends if backend != "uvloop"])
 
 
+@nox.session(python=NEWEST_PYTHON)
+def fuzz(session: nox.Session) -> None:
+    """Look for differences from asyncio with generated scripts: 2,000 on each backend, or as many as are asked for."""
+    backends = install_with_backends(session, *group("test"))
+    scripts = session.posargs[0] if session.posargs else "2000"
+    for backend in backends:
+        session.run(
+            "pytest", "tests/test_generated_scripts.py", "--backend", backend, env={"TRANSPORTS_ANYIO_FUZZ": scripts}
+        )
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format."""

@@ -121,7 +121,8 @@ class ChannelTransport(asyncio.BaseTransport):
         `high >= low >= 0`.
         """
         self._buffer.low, self._buffer.high = limits(high, low)
-        self._update_flow()
+        if not self._lost:
+            self._update_flow()
 
     def traffic(self) -> tuple[int, int, int]:
         """Return how many bytes were received and sent, and how many wait."""

@@ -1,0 +1,58 @@
+"""The same script on asyncio's own transports and on ours, over everything that carries a stream: `differential.py`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import anyio
+import pytest
+from differential import CARRIERS, run_scenario
+from scenarios import DIFFERENCES, SCENARIOS, difference, oracle
+from support import ORACLE, Stack
+
+BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
+
+#: asyncio's own transports are the oracle in the newest Python; elsewhere it is ours on asyncio.
+HAS_ORACLE = sys.version_info >= (3, 13)
+
+
+@functools.cache
+def recorded_on_asyncio(scenario: str, carrier: str, stack: str) -> list[Any]:
+    return anyio.run(run_scenario, BY_NAME[scenario], CARRIERS[carrier], Stack(stack), backend="asyncio")
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_scenario(anyio_backend: tuple[str, dict[str, Any]], name: str) -> None:
+    backend, options = anyio_backend
+    for carrier in BY_NAME[name].carriers:
+        if HAS_ORACLE and not difference(name, carrier):
+            expected = recorded_on_asyncio(name, oracle(name, carrier), ORACLE)
+        else:
+            expected = recorded_on_asyncio(name, carrier, "ours")
+        recording = anyio.run(
+            run_scenario, BY_NAME[name], CARRIERS[carrier], Stack("ours"), backend=backend, backend_options=options
+        )
+        for ours, theirs in zip(recording, expected, strict=True):
+            assert ours == theirs, f"over {carrier}"
+
+
+@pytest.mark.skipif(not HAS_ORACLE, reason="asyncio of an older Python is no oracle")
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_difference(name: str) -> None:
+    """Where we say that we differ, we do: a difference that has gone has to be struck off."""
+    for scenario, carriers in DIFFERENCES[name].items():
+        for carrier in carriers:
+            script = (BY_NAME[scenario], CARRIERS[oracle(scenario, carrier)], Stack(ORACLE))
+            try:
+                # Of those that hang, some do at every wait. To give up too early would only hide that one has gone.
+                theirs = anyio.run(run_scenario, *script, 0.1, backend="asyncio")
+            except Exception:
+                continue
+            assert recorded_on_asyncio(scenario, carrier, "ours") != theirs, f"{scenario} over {carrier}"
+
+
+def test_scenarios_have_names_of_their_own() -> None:
+    assert len(BY_NAME) == len(SCENARIOS)
+    assert {scenario for shows in DIFFERENCES.values() for scenario in shows} <= set(BY_NAME)

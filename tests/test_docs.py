@@ -1,0 +1,47 @@
+"""The documentation names tests as evidence: they have to exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from scenarios import DIFFERENCES, SCENARIOS
+
+TESTS = Path(__file__).parent
+DOCS = TESTS.parent / "docs"
+PARAMETERS = {
+    "test_scenario": {scenario.name for scenario in SCENARIOS},
+    "test_difference": set(DIFFERENCES),
+}
+
+
+def all_tests() -> set[str]:
+    return {name for file in TESTS.glob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
+
+
+def named_tests(text: str) -> list[str]:
+    """Every test between backticks, one or two."""
+    return [two or one for two, one in re.findall(r"``(test_.+?)``|`(test_[^`]+)`", text)]
+
+
+def exists(test: str, tests: set[str]) -> bool:
+    function, _, parameter = test.partition("[")
+    if function.endswith("…"):  # All that begin so.
+        return any(each.startswith(function[:-1]) for each in tests)
+    return function in tests and (not parameter or parameter.removesuffix("]") in PARAMETERS[function])
+
+
+@pytest.mark.parametrize("name", ["proof.md", "differences.md"])
+def test_every_row_names_tests_that_exist(name: str) -> None:
+    tests = all_tests()
+    rows = [line for line in (DOCS / name).read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith(("| what ", "| ---"))]
+    assert rows
+    assert [row for row in rows if not named_tests(row.rsplit(" | ", 1)[1])] == []
+    assert [test for row in rows for test in named_tests(row) if not exists(test, tests)] == []
+
+
+def test_every_difference_of_the_scenarios_is_told() -> None:
+    text = (DOCS / "differences.md").read_text()
+    assert [name for name in DIFFERENCES if f"\n| {name} |" not in text] == []

@@ -1,0 +1,221 @@
+"""Scripts that nobody wrote: hypothesis makes them, and shrinks the first that shows a difference from asyncio.
+
+The operations are those of `differential.py`, step by step on asyncio's own transports and on ours side by side. What
+the two are known to do differently (docs/differences.md) is left out, by the conditions of each rule.
+
+`TRANSPORTS_ANYIO_FUZZ`, a number, is how many scripts are tried on each backend; `nox -s fuzz` sets it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+import anyio.from_thread
+import pytest
+from differential import CARRIERS, HUGE, Step, World
+from hypothesis import HealthCheck, Phase, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from support import ORACLE, Stack
+
+FUZZ = os.environ.get("TRANSPORTS_ANYIO_FUZZ")
+
+#: With another size of buffer, flow control has other moments.
+CARRIED_BY = [carrier for carrier in CARRIERS if carrier != "memory_in_small_pieces"]
+#: Seconds for what has to come: shorter than elsewhere, as every shrinking of a script that hangs waits for so long.
+PATIENCE = 5
+
+ENDS = st.sampled_from("ab")
+CALLBACKS = st.sampled_from(["connection_made", "received", "eof_received", "connection_lost", "pause_writing"])
+#: What an end does in a callback. No exceptions here: we end the connection after each, asyncio after some.
+REACTIONS = st.sampled_from(
+    [
+        ("self", "write", 700),
+        ("self", "close"),
+        ("self", "end"),
+        ("self", "pause_reading"),
+        ("self", "is_closing"),
+        ("self", "get_write_buffer_limits"),
+        ("self", "set_write_buffer_limits", 5000),
+    ]
+)
+#: An exception in these ends the connection on both.
+FATAL_CALLBACKS = st.sampled_from(["received", "eof_received"])
+
+
+class TwoWorlds(RuleBasedStateMachine):
+    """The same script on asyncio's own transports and on ours."""
+
+    backend: tuple[str, dict[str, Any]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worlds: list[tuple[anyio.from_thread.BlockingPortal, World]] = []
+        self.exits = ExitStack()
+
+    @initialize(
+        carrier=st.sampled_from(CARRIED_BY),
+        kinds=st.tuples(*[st.sampled_from(["plain", "buffered"])] * 2),
+        reactions=st.dictionaries(st.tuples(ENDS, CALLBACKS, st.integers(1, 2)), st.tuples(REACTIONS), max_size=2),
+        fatal=st.dictionaries(
+            st.tuples(ENDS, FATAL_CALLBACKS, st.integers(1, 2)), st.just((("self", "raise"),)), max_size=1
+        ),
+    )
+    def connect(self, carrier: str, kinds: tuple[str, str], reactions: Any, fatal: Any) -> None:
+        ours = CARRIERS[carrier]
+        if ours.one_way:
+            kinds = ("plain", "plain")  # asyncio's pipes have no buffered protocols, and survive what callbacks raise.
+            fatal = {}
+        reactions = {key: steps for key, steps in (fatal | reactions).items() if self.is_common(carrier, key, steps[0])}
+        for backend, stack, where in (
+            (("asyncio", {}), Stack(ORACLE), CARRIERS[ours.oracle or carrier]),
+            (self.backend, Stack("ours"), ours),
+        ):
+            portal = self.exits.enter_context(anyio.from_thread.start_blocking_portal(*backend))
+            world = World(where, reactions, PATIENCE)
+            self.exits.enter_context(portal.wrap_async_context_manager(world.open(stack, kinds)))
+            self.worlds.append((portal, world))
+        self.compare()
+
+    @staticmethod
+    def is_common(carrier: str, key: tuple[str, str, int], step: Step) -> bool:
+        """Whether the reaction is possible over the carrier, and one in which the two are the same."""
+        end, callback, _ = key
+        operation = step[1]
+        if callback == "connection_made" and operation in ("close", "end"):
+            return False  # The two ends are made at once: a race.
+        if carrier == "tls" and (callback != "received" or "limits" in operation or operation == "close"):
+            return False  # asyncio's TLS has other limits, and while it closes it reads, and takes data for an error.
+        if CARRIERS[carrier].one_way and callback == "connection_lost" and operation == "end":
+            return False  # `abort` is then an error.
+        if not CARRIERS[carrier].writes(end) and operation not in ("close", "end", "pause_reading", "raise"):
+            return False
+        return not (operation == "pause_reading" and (callback == "eof_received" or not CARRIERS[carrier].reads(end)))
+
+    @property
+    def carrier(self) -> Any:
+        return self.worlds[1][1].carrier
+
+    def end(self, name: str) -> Any:
+        """What the script's conditions go by: the end of our connection."""
+        return self.worlds[1][1].ends[name]
+
+    def step(self, *step: Any) -> None:
+        for portal, world in self.worlds:
+            portal.call(world.step, step)
+        self.compare()
+
+    def compare(self) -> None:
+        theirs, ours = (world.recording[-1] for _, world in self.worlds)
+        assert ours == theirs
+
+    def writes(self, end: str) -> bool:
+        if self.carrier.farewell and self.end(end).other.lost:
+            return False  # What asyncio's TLS makes of it while reading is paused is not what it makes of it over TCP.
+        return bool(self.carrier.writes(end))
+
+    def pieces_do_not_matter(self, end: str) -> bool:
+        """Whether the receiver does nothing in `data_received`, which comes anywhere in what is in pieces."""
+        return not any(callback == "received" for callback, _ in self.end(end).other.reactions)
+
+    @rule(end=ENDS, size=st.sampled_from([0, 1, 1000]))
+    def write(self, end: str, size: int) -> None:
+        if self.writes(end):
+            self.step(end, "write", size)
+
+    @precondition(lambda self: not self.carrier.farewell)  # asyncio's TLS has other watermarks.
+    @rule(end=ENDS)
+    def fill(self, end: str) -> None:
+        if self.writes(end) and self.pieces_do_not_matter(end):
+            self.step(end, "write", HUGE)
+
+    @rule(end=ENDS, sizes=st.lists(st.sampled_from([1, 500]), max_size=3))
+    def writelines(self, end: str, sizes: list[int]) -> None:
+        # asyncio's does not pause, raises after a close, and keeps an empty chunk for ever.
+        transport = self.end(end).transport
+        if self.writes(end) and not transport.is_closing() and not transport.get_write_buffer_size():
+            self.step(end, "writelines", *sizes)
+
+    @rule(end=ENDS)
+    def pause_reading(self, end: str) -> None:
+        if self.carrier.reads(end):
+            self.step(end, "pause_reading")
+
+    @rule(end=ENDS)
+    def resume_reading(self, end: str) -> None:
+        # asyncio brings `eof_received` again.
+        if self.carrier.reads(end) and not self.end(end).eof_seen:
+            self.step(end, "resume_reading")
+
+    @rule(end=ENDS)
+    def close(self, end: str) -> None:
+        this, other = self.end(end), self.end(end).other
+        if self.carrier.farewell and (
+            this.received < other.accepted or (other.lost and not this.transport.is_reading())
+        ):
+            return  # asyncio's TLS takes data under way for an error, and does not see while paused that the peer went.
+        if self.carrier.farewell and not other.lost and not other.transport.is_reading():
+            return  # asyncio's TLS says that it is reading as long as it closes.
+        self.step(end, "close")
+
+    @rule(end=ENDS)
+    def end_it(self, end: str) -> None:
+        if self.carrier.farewell and self.end(end).received < self.end(end).other.accepted:
+            return  # Whether that is a reset depends on how much ciphertext was read ahead.
+        if not self.end(end).lost:
+            self.step(end, "end")
+
+    @precondition(lambda self: self.carrier.name == "tcp")
+    @rule(end=ENDS)
+    def reset(self, end: str) -> None:
+        if not self.end(end).lost:
+            self.step(end, "reset")
+
+    @rule(end=ENDS)
+    def write_eof(self, end: str) -> None:
+        # asyncio's raises what the system says of a connection that was reset.
+        if self.writes(end) and not self.end(end).transport.is_closing() and not self.end(end).other.aborted:
+            self.step(end, "write_eof")
+
+    @rule(end=ENDS, answer=st.booleans())
+    def keep_open(self, end: str, answer: bool) -> None:
+        if answer and self.carrier.farewell:
+            return  # asyncio's TLS warns even an end that has closed by itself.
+        self.step(end, "keep_open", answer)
+
+    @rule(end=ENDS, high=st.sampled_from([None, 0, 1000, 100_000]))
+    def set_write_buffer_limits(self, end: str, high: int | None) -> None:
+        if self.writes(end) and not self.carrier.farewell:
+            self.step(end, "set_write_buffer_limits", high)
+
+    @rule(end=ENDS, kind=st.sampled_from(["plain", "buffered"]))
+    def set_protocol(self, end: str, kind: str) -> None:
+        if not self.carrier.one_way and not self.end(end).lost:
+            self.step(end, "set_protocol", kind)
+
+    def teardown(self) -> None:
+        with self.exits:
+            if len(self.worlds) == 2 and self.carrier.farewell:
+                for end in "ab":
+                    self.resume_reading(end=end)
+        if len(self.worlds) == 2:
+            theirs, ours = (world.recording for _, world in self.worlds)
+            assert ours == theirs
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="asyncio of an older Python is no oracle")
+def test_no_difference_is_found(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    run_state_machine_as_test(
+        type("Machine", (TwoWorlds,), {"backend": anyio_backend}),
+        settings=settings(
+            max_examples=int(FUZZ or 40),
+            stateful_step_count=12,
+            deadline=None,
+            derandomize=FUZZ is None,  # Beside the other tests the same scripts every time: no failure by chance.
+            database=None,
+            phases=[Phase.explicit, Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
