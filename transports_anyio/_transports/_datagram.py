@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .._channels._datagram import DatagramChannel
     from .._door import Door
 
-# How many datagrams one readiness event may receive: a flood costs less, and everybody else still gets a turn. Measured,
+# How many datagrams one readiness event may receive: a flood costs less, and everybody still gets a turn. Measured,
 # in processor time for each datagram of a flood: 5.9 µs one by one, 3.8 by fours, 3.1 by sixteens, and no less by more.
 RECEIVES_AT_ONCE = 16
 
