@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -145,15 +145,21 @@ class AnyIOChannel:
 
     async def _close_resource(self) -> None:
         if self._closing and not self._aborted:
-            try:
-                with anyio.move_on_after(CLOSE_TIMEOUT):
-                    await self._resource.aclose()
+            with anyio.move_on_after(CLOSE_TIMEOUT):
+                if await self._close_by(self._resource.aclose):
                     return
-            except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
-                # The connection has ended for the protocol; that the peer did not stay for the farewell is no news.
-                logger.debug("closing %r: %r", self._resource, exc)
         with anyio.CancelScope(shield=True):
-            await anyio.aclose_forcefully(self._resource)
+            await self._close_by(lambda: anyio.aclose_forcefully(self._resource))
+
+    async def _close_by(self, close: Callable[[], Awaitable[None]]) -> bool:
+        try:
+            await close()
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
+            # The connection has ended for the protocol; that the peer did not stay for the farewell is no news. A
+            # forceful close, too, says so when a farewell was broken off before.
+            logger.debug("closing %r: %r", self._resource, exc)
+            return False
+        return True
 
     async def _receive(self) -> None:
         ended = False
