@@ -7,6 +7,7 @@ import select
 import stat
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,18 @@ from ._contract import Channel
 from ._polled import Polled
 from ._socket import GATHER_LIMIT
 
+if sys.platform == "linux":
+    import fcntl
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# What a pipe holds on Linux, in bytes: one read can empty it.
-READ_SIZE = 64 * 1024
+# What a pipe of ours holds, in bytes, once it turns out to carry bulk: one read can empty it. 64 MiB through `cat` cost
+# a third less than with what the system gives, 64 KiB; beyond, little is won.
+READ_SIZE = 256 * 1024
+
+# What a pipe holds on Linux to begin with, in bytes.
+SYSTEM_SIZE = 64 * 1024
 
 # Descriptors that outlive us: whoever writes to them later must not meet another file.
 STANDARD_STREAMS = range(3)
@@ -81,3 +89,37 @@ class PipeChannel(Polled, Channel):
 
     def extra_info(self) -> dict[str, Any]:
         return {"pipe": self._pipe}
+
+
+class ChildPipeChannel(PipeChannel):
+    """One end of a pipe that we made for a child. It is enlarged when there is much in it, where the system can.
+
+    Not before: the system limits what all the pipes of a user may hold, and most carry little.
+    """
+
+    __slots__ = ("_enlarged",)
+
+    def __init__(self, poller: Poller, pipe: Any) -> None:
+        super().__init__(poller, pipe)
+        self._enlarged = False
+
+    def receive(self) -> bytes:
+        data = super().receive()
+        if len(data) >= SYSTEM_SIZE // 2:
+            self._enlarge()
+        return data
+
+    def send(self, data: bytes | bytearray | memoryview) -> int:
+        sent = super().send(data)
+        if sent < len(data):
+            self._enlarge()
+        return sent
+
+    def _enlarge(self) -> None:
+        if self._enlarged:
+            return
+        self._enlarged = True
+        if sys.platform == "linux":
+            # An unprivileged user's pipes may be at their limit: then it stays as it is.
+            with suppress(OSError):
+                fcntl.fcntl(self._descriptor, fcntl.F_SETPIPE_SZ, READ_SIZE)

@@ -12,7 +12,7 @@ from anyio.abc import Process
 from .._channels._anyio_stream import AnyIOStreamChannel
 from .._channels._child import AnyIOChild, PopenChild
 from .._channels._contract import Channel
-from .._channels._pipe import PipeChannel
+from .._channels._pipe import ChildPipeChannel
 from .._transports._pipe import ReadPipeTransport, WritePipeTransport
 from .._transports._stream import StreamTransport
 from .._transports._subprocess import PipeProtocol, SubprocessTransport
@@ -130,7 +130,7 @@ class ProcessEndpoints(Endpoints):
         try:
             for fd, pipe in enumerate((popen.stdin, popen.stdout, popen.stderr)):
                 if pipe is not None:
-                    channels[fd] = PipeChannel(poller, pipe)
+                    channels[fd] = ChildPipeChannel(poller, pipe)
         except BaseException:
             child.kill_for_good()
             for pipe in filter(None, (popen.stdin, popen.stdout, popen.stderr)):
