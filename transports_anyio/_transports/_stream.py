@@ -178,6 +178,9 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         except OSError as exc:
             self._broken(exc, "read")
             return
+        except Exception as exc:  # What cannot be received into: a buffer that is not contiguous, for example.
+            self._callback_failed(exc, "get_buffer")
+            return
         if not count:
             self._end_of_file()
             return
