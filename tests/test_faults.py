@@ -1,1 +1,447 @@
-def test_w6_nothing_leaves_the_buffer_when_the_call_would_block() -> None: ...
+"""Every system call fails, or does a part, at every position in turn, under every kind of transport."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from faults import (
+    DATAGRAM,
+    FAULTS,
+    MOST_CALLS,
+    ONE_BYTE,
+    STREAM,
+    SUBPROCESS,
+    TRANSIENT,
+    FaultyStream,
+    Keeper,
+    Layer,
+    check_legal,
+    installed,
+)
+from support import (
+    GUARD,
+    HOST,
+    RECORDERS,
+    BufferedRecorder,
+    Peer,
+    Recorder,
+    collect_contexts,
+    leaves,
+    listening,
+    open_descriptors,
+    pattern,
+    until,
+)
+from tls_support import NAME, Certificates
+from transports_anyio import TransportGroup, _server
+
+pytestmark = pytest.mark.anyio
+
+#: What each end sends. A socket is given a small buffer, so that it takes many calls.
+UP = pattern(60_000)
+DOWN = pattern(60_000)[::-1]
+SMALL_BUFFER = 8192
+
+
+class Outcome:
+    """What came of one run of a scenario."""
+
+    def __init__(self, group: Any, layer: Layer) -> None:
+        self.group = group
+        self.layer = layer
+        self.contexts = collect_contexts(group)
+        #: Pairs of what was sent and what arrived.
+        self.streams: list[tuple[bytes, Callable[[], bytes]]] = []
+        self.protocols: list[tuple[Any, Any]] = []
+        #: What an endpoint function raised.
+        self.raised: list[BaseException] = []
+        self.pids: list[int] = []
+
+    @property
+    def spoiled(self) -> bool:
+        return bool(self.layer.spoiled)
+
+    @property
+    def transient(self) -> bool:
+        """Whether nothing may show of the fault."""
+        return all(
+            self.layer.fault in TRANSIENT
+            # A UNIX socket that cannot connect at once never will (connect(2)); `shutdown` never says such things.
+            and not (name in ("connect", "shutdown") and self.layer.fault == "EAGAIN")
+            and not (name == "shutdown" and self.layer.fault == "EINTR")
+            # It is tried again.
+            or (name == "accept" and self.layer.fault in ("ECONNRESET", "ENOBUFS", "EMFILE"))
+            for name, _ in self.layer.spoiled
+        )
+
+    def told(self) -> list[BaseException]:
+        """Every error that somebody has been told of."""
+        found = [*self.raised, *(context["exception"] for context in self.contexts if "exception" in context)]
+        for protocol, _ in self.protocols:
+            for call in protocol.calls:
+                if isinstance(call[-1], BaseException):
+                    found.append(call[-1])
+        return [leaf for error in found for leaf in leaves(error)]
+
+
+Scenario = Callable[[Outcome], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def certificates(certificate_authority: Any) -> Certificates:
+    return Certificates(certificate_authority)
+
+
+@pytest.fixture(autouse=True)
+def quick_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_server, "RETRY_DELAY", 0.001)
+
+
+# -- scenarios -----------------------------------------------------------------------------------------------
+
+
+async def exchange(outcome: Outcome, serve: Any, connect: Any, recorder: Any, server_side: Any) -> None:
+    """Both ends send at once; the client ends first."""
+    made: list[Any] = []
+
+    def greet(protocol: Any, transport: Any) -> None:
+        shrink(transport)
+        transport.writelines([DOWN[:100], b"", DOWN[100:20_000]])
+        transport.write(DOWN[20_000:])
+
+    def accept() -> Any:
+        protocol = server_side(on_connection_made=greet)
+        made.append(protocol)
+        outcome.protocols.append((protocol, STREAM))
+        outcome.streams += [(UP, lambda: bytes(protocol.received)), (DOWN, lambda: bytes(client.received))]
+        return protocol
+
+    client = recorder()
+    server = await serve(accept)
+    try:
+        transport, _ = await connect(server, lambda: client)
+    except OSError as exc:
+        outcome.raised.append(exc)
+        server.close()
+        return
+    outcome.protocols.append((client, STREAM))
+    shrink(transport)
+    for start in range(0, 30_000, 10_000):
+        transport.write(UP[start : start + 10_000])
+    transport.writelines([UP[30_000:40_000], UP[40_000:]])
+    if transport.can_write_eof():
+        transport.write_eof()
+
+    def over() -> bool:
+        return client.lost or len(client.received) == len(DOWN) or bool(outcome.contexts and not outcome.transient)
+
+    await until_spinning(over)
+    # With `write_eof` sent, `close` only says that the answer is complete.
+    transport.close()
+    if outcome.transient:
+        await until_spinning(lambda: made and made[0].lost and client.lost)
+    elif any("accepts no more" in context["message"] for context in outcome.contexts):
+        transport.abort()  # Nobody will ever answer.
+    server.close()
+
+
+def shrink(transport: Any) -> None:
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
+
+
+async def until_spinning(condition: Callable[[], object]) -> None:
+    """As `until`, without pauses: both ends are ours, and the scenarios are run thousands of times."""
+    with anyio.fail_after(GUARD):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
+
+
+def tcp(server_side: Any = Recorder, client: Any = Recorder, **options: Any) -> Scenario:
+    async def scenario(outcome: Outcome) -> None:
+        group = outcome.group
+
+        async def serve(factory: Any) -> Any:
+            return await group.create_server(factory, HOST, 0, ssl=options.get("server"))
+
+        async def connect(server: Any, factory: Any) -> Any:
+            address = server.sockets[0].getsockname()
+            name = {"ssl": options["client"], "server_hostname": NAME} if options else {}
+            return await group.create_connection(factory, *address, **name)
+
+        await exchange(outcome, serve, connect, client, server_side)
+
+    return scenario
+
+
+def unix(path: str) -> Scenario:
+    numbers = itertools.count()
+
+    async def scenario(outcome: Outcome) -> None:
+        group = outcome.group
+        name = f"{path}/{next(numbers)}"
+
+        async def serve(factory: Any) -> Any:
+            return await group.create_unix_server(factory, name)
+
+        async def connect(server: Any, factory: Any) -> Any:
+            return await group.create_unix_connection(factory, name)
+
+        await exchange(outcome, serve, connect, Recorder, Recorder)
+
+    return scenario
+
+
+async def accepted_socket(outcome: Outcome) -> None:
+    """Adopted sockets, a pair of them, over TLS's place."""
+    ends = socket.socketpair()
+    first, second = Recorder(), Recorder()
+    outcome.protocols += [(first, STREAM), (second, STREAM)]
+    outcome.streams += [(UP, lambda: bytes(second.received)), (DOWN, lambda: bytes(first.received))]
+    for protocol, sock, data in ((first, ends[0], UP), (second, ends[1], DOWN)):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
+        transport, _ = await outcome.group.connect_accepted_socket(lambda protocol=protocol: protocol, sock)
+        transport.writelines([data[:20_000], data[20_000:]])
+        transport.write_eof()
+        protocol.hooks["eof_received"] = lambda _: None
+    await until_spinning(lambda: first.lost and second.lost)
+
+
+def pipes(recorder: Any) -> Scenario:
+    async def scenario(outcome: Outcome) -> None:
+        reader, writer = os.pipe()
+        receiver, sender = recorder(), Recorder()
+        outcome.protocols += [(receiver, STREAM), (sender, STREAM)]
+        data = UP * 3  # More than a pipe holds.
+        outcome.streams.append((data, lambda: bytes(receiver.received)))
+        transport, _ = await outcome.group.connect_write_pipe(lambda: sender, open(writer, "wb", 0))
+        transport.write(data[:1000])
+        transport.writelines([data[1000:100_000], data[100_000:]])
+        transport.close()
+        await outcome.group.connect_read_pipe(lambda: receiver, open(reader, "rb", 0))
+        await until_spinning(lambda: receiver.lost and sender.lost)
+
+    return scenario
+
+
+async def child(outcome: Outcome) -> None:
+    keeper = Keeper()
+    outcome.protocols.append((keeper, SUBPROCESS))
+    data = UP * 3
+    outcome.streams.append((data, lambda: b"".join(call[2] for call in keeper.calls if call[0] == "pipe_data_received")))
+    transport, _ = await outcome.group.subprocess_exec(lambda: keeper, "cat")
+    outcome.pids.append(transport.get_pid())
+    stdin = transport.get_pipe_transport(0)
+    stdin.write(data[:1000])
+    stdin.writelines([data[1000:100_000], data[100_000:]])
+    stdin.close()
+    await until(lambda: keeper.told("connection_lost"))
+
+
+def datagrams(directory: str | None) -> Scenario:
+    numbers = itertools.count()
+    count = 5
+
+    async def scenario(outcome: Outcome) -> None:
+        group = outcome.group
+        server, client = Keeper(echo=True), Keeper()
+        number = next(numbers)
+        if directory is None:
+            here, options = (HOST, 0), {}
+        else:
+            here, options = f"{directory}/server{number}", {"family": socket.AF_UNIX}
+        bound, _ = await group.create_datagram_endpoint(lambda: server, local_addr=here, **options)
+        outcome.protocols.append((server, DATAGRAM))
+        if directory is not None:
+            options["local_addr"] = f"{directory}/client{number}"
+        address = bound.get_extra_info("sockname")
+        try:
+            transport, _ = await group.create_datagram_endpoint(lambda: client, remote_addr=address, **options)
+        except OSError as exc:
+            outcome.raised.append(exc)
+            return
+        outcome.protocols.append((client, DATAGRAM))
+        sent = [b"%d" % n for n in range(count)]
+        for data in sent:
+            transport.sendto(data)
+
+        def expected() -> int:
+            lost = sum(name.startswith("send") for name, _ in outcome.layer.spoiled)
+            return count - (0 if outcome.transient else lost)
+
+        await until_spinning(lambda: len(client.told("datagram_received")) == expected())
+        if not outcome.transient:
+            # The fault has cost its datagram at most, both endpoints live on, and one of them was told.
+            assert len(client.told("error_received")) + len(server.told("error_received")) == 1
+        for keeper in (server, client):
+            arrived = keeper.told("datagram_received")
+            assert arrived == [data for data in sent if data in arrived]
+        transport.sendto(b"still alive")
+        await until_spinning(lambda: client.told("datagram_received")[-1:] == [b"still alive"])
+
+    return scenario
+
+
+def file(directory: str) -> Scenario:
+    path = Path(directory, "file")
+    path.write_bytes(UP * 2)
+
+    async def scenario(outcome: Outcome) -> None:
+        receiver, sender = Recorder(), Recorder()
+        outcome.streams.append((UP * 2, lambda: bytes(receiver.received)))
+        server = await outcome.group.create_server(lambda: receiver, HOST, 0)
+        try:
+            transport, _ = await outcome.group.create_connection(lambda: sender, *server.sockets[0].getsockname())
+        except OSError as exc:
+            outcome.raised.append(exc)
+            server.close()
+            return
+        outcome.protocols.append((sender, STREAM))
+        shrink(transport)
+        with path.open("rb") as source, anyio.fail_after(GUARD):
+            try:
+                await outcome.group.sendfile(transport, source)
+            except OSError as exc:
+                outcome.raised.append(exc)
+        transport.close()
+        await until_spinning(lambda: sender.lost)
+        if outcome.transient:
+            await until_spinning(lambda: receiver.lost)
+        if receiver.calls:
+            outcome.protocols.append((receiver, STREAM))
+        server.close()
+
+    return scenario
+
+
+async def anyio_stream(outcome: Outcome) -> None:
+    protocol = Recorder()
+    outcome.streams.append((DOWN, lambda: bytes(protocol.received)))
+    received = bytearray()
+    outcome.streams.append((UP, lambda: bytes(received)))
+    with listening() as listener:
+        stream = await anyio.connect_tcp(*listener.getsockname())
+        sock, _ = listener.accept()
+    with Peer(sock) as peer:
+        transport, _ = await outcome.group.connect_stream(lambda: protocol, FaultyStream(stream, outcome.layer))
+        outcome.protocols.append((protocol, STREAM))
+        transport.write(UP[:100])
+        transport.writelines([UP[100:30_000], UP[30_000:]])
+        transport.write_eof()
+        await peer.send(DOWN)
+        try:
+            while data := await peer.receive():
+                received.extend(data)
+        except ConnectionError:
+            pass
+        peer.shutdown()
+        await until(lambda: protocol.lost)
+
+
+# -- running them --------------------------------------------------------------------------------------------
+
+
+async def run(scenario: Scenario, layer: Layer) -> None:
+    """Run a scenario in a group of its own, and look at everything afterwards."""
+    descriptors = open_descriptors()
+    tasks = {task.id for task in anyio.get_running_tasks()}
+    with installed(layer), anyio.fail_after(2 * GUARD):
+        async with TransportGroup() as group:
+            outcome = Outcome(group, layer)
+            await scenario(outcome)
+            # Leaving the block ends everything that the fault has left open.
+    assert [task for task in anyio.get_running_tasks() if task.id not in tasks] == []
+    after = open_descriptors()
+    assert {fd: what for fd, what in after.items() if descriptors.get(fd) != what} == {}
+    for pid in outcome.pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    for protocol, machine in outcome.protocols:
+        check_legal(protocol.calls, machine)
+    for recorder in RECORDERS:
+        recorder.check_finished()
+    RECORDERS.clear()
+    for sent, arrived in outcome.streams:
+        if outcome.transient:
+            assert arrived() == sent
+        else:
+            assert sent.startswith(arrived())
+    if outcome.transient:
+        assert outcome.raised == []
+        assert [error for error in outcome.told() if not is_accept(error, outcome)] == []
+
+
+def is_accept(error: BaseException, outcome: Outcome) -> bool:
+    """Whether it is the report of an `accept` that will be tried again."""
+    return any(
+        context["exception"] is error and "trying again" in context["message"] for context in outcome.contexts
+    )
+
+
+#: What a single byte of makes no sense.
+INDIVISIBLE = {"accept", "connect", "shutdown", "sendto", "recvfrom_into", "send_eof"}
+
+
+async def every_position(scenario: Scenario, fault: str) -> int:
+    """Run a scenario once for each call that it makes, with the fault in the place of that call."""
+    counting = Layer(fault)
+    await run(scenario, counting)
+    runs = 0
+    for name in sorted(counting.calls):
+        if fault == ONE_BYTE and name in INDIVISIBLE:
+            continue
+        for number in range(MOST_CALLS):
+            layer = Layer(fault, lambda n, i, name=name, number=number: (n, i) == (name, number))
+            await run(scenario, layer)
+            if not layer.spoiled:
+                break  # There was no such call any more.
+            runs += 1
+        else:
+            raise AssertionError(f"{name} is called without end")
+    return runs
+
+
+@pytest.fixture(params=["tcp", "buffered", "tls", "unix", "accepted", "pipe", "readv", "child", "udp", "unix datagrams",
+                        "sendfile", "stream"])  # fmt: skip
+def scenario(request: pytest.FixtureRequest, certificates: Certificates) -> Iterator[Scenario]:
+    with tempfile.TemporaryDirectory() as directory:
+        yield {
+            "tcp": lambda: tcp(),
+            "buffered": lambda: tcp(BufferedRecorder, BufferedRecorder),
+            "tls": lambda: tcp(server=certificates.server(), client=certificates.client()),
+            "unix": lambda: unix(directory),
+            "accepted": lambda: accepted_socket,
+            "pipe": lambda: pipes(Recorder),
+            "readv": lambda: pipes(lambda: BufferedRecorder(65536)),
+            "child": lambda: child,
+            "udp": lambda: datagrams(None),
+            "unix datagrams": lambda: datagrams(directory),
+            "sendfile": lambda: file(directory),
+            "stream": lambda: anyio_stream,
+        }[request.param]()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_call_that_fails_at_every_position(anyio_backend: Any, scenario: Scenario, fault: str) -> None:
+    assert await every_position(scenario, fault)
+
+
+async def test_w6_nothing_leaves_the_buffer_when_the_call_would_block(anyio_backend: Any, scenario: Scenario) -> None:
+    """Every other call would block, then is interrupted; and each of several calls in a row."""
+    for fault in ("EAGAIN", "EINTR"):
+        for period, phase in ((2, 0), (2, 1), (5, 4)):
+            layer = Layer(
+                fault,
+                lambda name, number, period=period, phase=phase: (
+                    name not in ("connect", "shutdown", "send_eof") and number % period == phase
+                ),
+            )
+            await run(scenario, layer)

@@ -1,0 +1,285 @@
+"""System calls that fail, or do a part: a layer between the package and the operating system.
+
+The calls are the real ones, on real descriptors, except for the one at the chosen position. Only calls that the package
+itself makes pass through the layer: those of the tests' own peers, of AnyIO and of the backends do not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import anyio
+import anyio.abc
+import pytest
+
+#: What is done instead of the call. `ONE_BYTE` is no error: the call moves a single byte.
+ONE_BYTE = "one byte"
+FAULTS = ["EAGAIN", "EINTR", ONE_BYTE, "ECONNRESET", "EPIPE", "ENOBUFS", "EMFILE"]
+#: After these the call is made again, and nothing else has changed.
+TRANSIENT = {"EAGAIN", "EINTR", ONE_BYTE}
+
+#: Positions of a call in a scenario, as far as they are tried: a scenario has fewer, a bug may have more.
+MOST_CALLS = 400
+
+
+class Layer:
+    """Counts the package's calls, and spoils those that `chosen` picks by name and number, from 0."""
+
+    def __init__(self, fault: str, chosen: Callable[[str, int], bool] = lambda name, number: False) -> None:
+        self.fault = fault
+        self.chosen = chosen
+        self.calls: Counter[str] = Counter()
+        self.spoiled: list[tuple[str, int]] = []
+
+    def error(self) -> OSError:
+        code = getattr(errno, self.fault)
+        return OSError(code, os.strerror(code))  # Python makes it a `BlockingIOError` and so on.
+
+    def spoils(self, name: str) -> bool:
+        caller = sys._getframe(2).f_globals["__name__"]
+        # The poller's wake-ups are no transport's.
+        if not caller.startswith("transports_anyio.") or caller.endswith("_poller"):
+            return False
+        number = self.calls[name]
+        self.calls[name] += 1
+        if not self.chosen(name, number):
+            return False
+        self.spoiled.append((name, number))
+        return True
+
+
+def _first_byte(chunks: list[Any]) -> list[Any]:
+    return next([memoryview(chunk)[:1]] for chunk in chunks if len(chunk))
+
+
+def _is_stream(sock: socket.socket) -> bool:
+    return sock.type == socket.SOCK_STREAM
+
+
+@contextmanager
+def installed(layer: Layer) -> Iterator[Layer]:
+    """Put the layer under the package."""
+    sock_type = socket.socket
+    real = {
+        name: getattr(sock_type, name)
+        for name in ("send", "recv_into", "sendmsg", "sendto", "recvfrom_into", "accept", "connect", "shutdown")
+    }
+    system = {
+        name: getattr(os, name) for name in ("read", "readv", "write", "writev", "sendfile") if hasattr(os, name)
+    }
+
+    def send(sock: socket.socket, data: Any) -> int:
+        if layer.spoils("send"):
+            if layer.fault != ONE_BYTE:
+                raise layer.error()
+            if _is_stream(sock):
+                data = memoryview(data)[:1]
+        return real["send"](sock, data)
+
+    def sendmsg(sock: socket.socket, chunks: Any) -> int:
+        chunks = list(chunks)
+        if layer.spoils("sendmsg"):
+            if layer.fault != ONE_BYTE:
+                raise layer.error()
+            chunks = _first_byte(chunks)
+        return real["sendmsg"](sock, chunks)
+
+    def recv_into(sock: socket.socket, buffer: Any, *args: Any) -> int:
+        if layer.spoils("recv_into"):
+            if layer.fault != ONE_BYTE:
+                raise layer.error()
+            buffer = memoryview(buffer)[:1]
+        return real["recv_into"](sock, buffer, *args)
+
+    def sendto(sock: socket.socket, *args: Any) -> int:
+        if layer.spoils("sendto") and layer.fault != ONE_BYTE:
+            raise layer.error()
+        return real["sendto"](sock, *args)
+
+    def recvfrom_into(sock: socket.socket, *args: Any) -> Any:
+        if layer.spoils("recvfrom_into") and layer.fault != ONE_BYTE:
+            raise layer.error()
+        return real["recvfrom_into"](sock, *args)
+
+    def accept(sock: socket.socket) -> Any:
+        if layer.spoils("accept") and layer.fault != ONE_BYTE:
+            raise layer.error()
+        return real["accept"](sock)
+
+    def connect(sock: socket.socket, address: Any) -> None:
+        if layer.spoils("connect") and layer.fault != ONE_BYTE:
+            if layer.fault == "EINTR":
+                # The system goes on connecting by itself (connect(2)).
+                try:
+                    real["connect"](sock, address)
+                except BlockingIOError:
+                    pass
+            raise layer.error()
+        real["connect"](sock, address)
+
+    def shutdown(sock: socket.socket, how: int) -> None:
+        if layer.spoils("shutdown") and layer.fault != ONE_BYTE:
+            raise layer.error()
+        real["shutdown"](sock, how)
+
+    def read(descriptor: int, size: int) -> bytes:
+        if layer.spoils("read"):
+            if layer.fault != ONE_BYTE:
+                raise layer.error()
+            size = 1
+        return system["read"](descriptor, size)
+
+    def readv(descriptor: int, buffers: Any) -> int:
+        if layer.spoils("readv"):
+            if layer.fault != ONE_BYTE:
+                raise layer.error()
+            buffers = _first_byte(buffers)
+        return system["readv"](descriptor, buffers)
+
+    def write(descriptor: int, data: Any) -> int:
+        if layer.spoils("write"):
+            if layer.fault != ONE_BYTE:
+                raise layer.error()
+            data = memoryview(data)[:1]
+        return system["write"](descriptor, data)
+
+    def writev(descriptor: int, chunks: Any) -> int:
+        if layer.spoils("writev"):
+            if layer.fault != ONE_BYTE:
+                raise layer.error()
+            chunks = _first_byte(chunks)
+        return system["writev"](descriptor, chunks)
+
+    def sendfile(to: int, descriptor: int, offset: int, count: int) -> int:
+        if layer.spoils("sendfile"):
+            if layer.fault != ONE_BYTE:
+                raise layer.error()
+            count = 1
+        return system["sendfile"](to, descriptor, offset, count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (send, sendmsg, recv_into, sendto, recvfrom_into, accept, connect, shutdown):
+            patch.setattr(sock_type, function.__name__, function)
+        for function in (read, readv, write, writev, sendfile):
+            if function.__name__ in system:
+                patch.setattr(os, function.__name__, function)
+        yield layer
+
+
+class FaultyStream(anyio.abc.ByteStream):
+    """A real AnyIO stream in front of which the layer stands: its faults are those that a stream can have."""
+
+    def __init__(self, stream: anyio.abc.ByteStream, layer: Layer) -> None:
+        self._stream = stream
+        self._layer = layer
+
+    @property
+    def extra_attributes(self) -> Any:
+        return self._stream.extra_attributes
+
+    def _spoils(self, name: str) -> bool:
+        layer = self._layer
+        number = layer.calls[name]
+        layer.calls[name] += 1
+        if not layer.chosen(name, number):
+            return False
+        layer.spoiled.append((name, number))
+        if layer.fault != ONE_BYTE:
+            raise anyio.BrokenResourceError from layer.error()
+        return True
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        return await self._stream.receive(1 if self._spoils("receive") else max_bytes)
+
+    async def send(self, item: bytes) -> None:
+        if self._spoils("send"):
+            await self._stream.send(item[:1])
+            item = item[1:]
+        await self._stream.send(item)
+
+    async def send_eof(self) -> None:
+        self._spoils("send_eof")
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+# -- the documented state machines ---------------------------------------------------------------------------
+
+#: https://docs.python.org/3/library/asyncio-protocol.html, a letter for each callback; flow control is looked at apart.
+LETTERS = {
+    "connection_made": "m", "data_received": "d", "get_buffer": "g", "buffer_updated": "u", "eof_received": "e",
+    "connection_lost": "l", "datagram_received": "d", "error_received": "r", "pipe_data_received": "d",
+    "pipe_connection_lost": "p", "process_exited": "x", "pause_writing": "(", "resume_writing": ")",
+}  # fmt: skip
+STREAM = re.compile(r"m(d|gu?)*e?l")
+DATAGRAM = re.compile(r"m(d|r)*l")
+SUBPROCESS = re.compile(r"m(d|p)*x(d|p)*l")
+FLOW = re.compile(r"(\(\))*\(?")
+
+
+def check_legal(calls: list[tuple[Any, ...]], machine: re.Pattern[str]) -> None:
+    """Fail unless the callbacks came in an order that the documentation allows, from the first to the last."""
+    letters = "".join(LETTERS[name] for name, *_ in calls)
+    between = letters[1:-1]
+    assert machine.fullmatch(re.sub(r"[()]", "", letters)), letters
+    assert FLOW.fullmatch(re.sub(r"[^()]", "", letters)), letters
+    assert letters.count("(") + letters.count(")") == between.count("(") + between.count(")"), letters
+    lost_pipes = set()
+    for name, *args in calls:
+        if name in ("pipe_data_received", "pipe_connection_lost"):
+            assert args[0] not in lost_pipes, calls
+            if name == "pipe_connection_lost":
+                lost_pipes.add(args[0])
+
+
+class Keeper(asyncio.DatagramProtocol, asyncio.SubprocessProtocol):
+    """Record the callbacks of a datagram endpoint or of a child."""
+
+    def __init__(self, *, echo: bool = False) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.echo = echo
+        self.transport: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.calls.append(("connection_made",))
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.calls.append(("datagram_received", data))
+        if self.echo:
+            self.transport.sendto(data, addr)
+
+    def error_received(self, exc: Exception) -> None:
+        self.calls.append(("error_received", exc))
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        self.calls.append(("pipe_data_received", fd, data))
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        self.calls.append(("pipe_connection_lost", fd, exc))
+
+    def process_exited(self) -> None:
+        self.calls.append(("process_exited",))
+
+    def pause_writing(self) -> None:
+        self.calls.append(("pause_writing",))
+
+    def resume_writing(self) -> None:
+        self.calls.append(("resume_writing",))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.calls.append(("connection_lost", exc))
+
+    def told(self, name: str) -> list[Any]:
+        return [call[-1] for call in self.calls if call[0] == name]
