@@ -73,9 +73,7 @@ def installed(layer: Layer) -> Iterator[Layer]:
         name: getattr(sock_type, name)
         for name in ("send", "recv_into", "sendmsg", "sendto", "recvfrom_into", "accept", "connect", "shutdown")
     }
-    system = {
-        name: getattr(os, name) for name in ("read", "readv", "write", "writev", "sendfile") if hasattr(os, name)
-    }
+    system = {name: getattr(os, name) for name in ("read", "readv", "write", "writev", "sendfile") if hasattr(os, name)}
 
     def send(sock: socket.socket, data: Any) -> int:
         if layer.spoils("send"):

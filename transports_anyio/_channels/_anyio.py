@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import anyio
 from anyio.abc import AsyncResource
@@ -17,13 +17,18 @@ from .._errors import logger
 CLOSE_TIMEOUT = 30.0
 
 
+def is_failure(exc: BaseException | None) -> TypeGuard[OSError]:
+    """Whether `exc` can be passed on to a transport, which takes two kinds of `OSError` for "not now"."""
+    return isinstance(exc, OSError) and not isinstance(exc, (BlockingIOError, InterruptedError))
+
+
 def as_os_error(exc: Exception) -> OSError:
     """Return what asyncio would say for an error of an AnyIO stream, with the cause attached."""
-    if isinstance(exc, OSError):
+    if is_failure(exc):
         return exc
     cause: BaseException | None = exc.__cause__ or exc.__context__
     error: OSError
-    if isinstance(exc, anyio.BrokenResourceError) and isinstance(cause, OSError):
+    if isinstance(exc, anyio.BrokenResourceError) and is_failure(cause):
         error = type(cause)(*cause.args)
     elif isinstance(exc, anyio.ClosedResourceError):
         error = ConnectionAbortedError(errno.ECONNABORTED, "the stream was closed by somebody else")
