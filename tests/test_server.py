@@ -124,13 +124,13 @@ async def test_a_server_says_what_it_is(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         server = await group.create_server(Echo, HOST, 0, start_serving=False)
         names = [sock.getsockname() for sock in server.sockets]
-        assert repr(server) == f"<Server not serving on {names} connections=0>"
+        assert repr(server) == f"<Server not serving on {names} connections=0 buffered=0>"
         await server.start_serving()
         with Peer.connect(names[0]) as peer:
             assert await answers(peer)
-            assert repr(server) == f"<Server serving on {names} connections=1>"
+            assert repr(server) == f"<Server serving on {names} connections=1 buffered=0>"
             server.close()
-            assert repr(server) == "<Server closed on [] connections=1>"
+            assert repr(server) == f"<Server closed on {names} connections=1 buffered=0>"
 
 
 async def test_there_is_no_loop_to_get(anyio_backend: Any) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
-from typing import TYPE_CHECKING
+from inspect import iscoroutine, signature
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from ._group import TransportGroup
+
+ProtocolT = TypeVar("ProtocolT")
 
 current: ContextVar[TransportGroup] = ContextVar("transports_anyio.current_group")
 
@@ -26,6 +29,32 @@ def current_group() -> TransportGroup:
     except LookupError:
         msg = "no transport group is current: call this from a callback or task of a group, or within `async with`"
         raise RuntimeError(msg) from None
+
+
+def check_protocol(protocol: object, factory: object) -> None:
+    """Raise what asyncio raises, `AttributeError` or `TypeError`, for an object that can never be a protocol.
+
+    Any object with the right methods is one. Which it needs beyond `connection_made` depends on what happens to its
+    connection, so a callback that is missing otherwise is told when it is due.
+    """
+    if not hasattr(protocol, "connection_made"):
+        what = repr(protocol)
+        if iscoroutine(protocol):
+            protocol.close()  # That nobody awaited it is no further news.
+            what = f"the coroutine {what}"
+        raise AttributeError(
+            f"the protocol factory {factory!r} returned {what}, which has no connection_made(): let it return a "
+            "protocol, an object with asyncio's callbacks"
+        )
+    if isinstance(protocol, type):
+        try:
+            # A class whose callbacks are class methods is as good as any other object.
+            signature(protocol.connection_made).bind(None)  # type: ignore[attr-defined]
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"the protocol factory {factory!r} returned the class {protocol.__qualname__}: let it return an "
+                "instance, or give the class itself as the factory"
+            ) from None
 
 
 class Door:
@@ -43,6 +72,15 @@ class Door:
         self.run = self.context.run
         self.run(current.set, group)
         self.call_soon = group.call_internal
+
+    def make_protocol(self, factory: Callable[[], ProtocolT]) -> ProtocolT:
+        """Call the protocol factory in the connection's context; what it raises is the caller's to handle.
+
+        Raises `AttributeError` or `TypeError` when it returns what can never be a protocol.
+        """
+        protocol = self.run(factory)
+        check_protocol(protocol, factory)
+        return protocol
 
     def call_in_place(self, callback: Callable[..., object], *args: object) -> None:
         """Call `callback` in the caller's context, with the group current."""

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from contextvars import Context, copy_context
 from math import inf
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,11 @@ from ._endpoints._start_tls import StartTLSEndpoint
 from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
 from ._endpoints._unix import UNIXEndpoints
-from ._errors import ErrorReporter, ExceptionContext, ExceptionHandler, leaves_through_the_group
+from ._errors import ErrorReporter, ExceptionContext, ExceptionHandler, leaves_through_the_group, logger
 from ._loop_poller import make_poller
 from ._poller import Poller
 from ._scheduling import Handle, TimerHandle, Timers
-from ._statistics import GroupStatistics
+from ._statistics import GroupStatistics, describe_flow
 from ._waiters import Waiters
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
 
 # How many descriptors a turn serves before it lets the tasks and the timers have theirs.
 SERVED_IN_A_TURN = 64
-
-NOT_OPEN = "the group is not open: use it within `async with TransportGroup() as group:`"
 
 
 class TransportGroup(
@@ -81,6 +80,7 @@ class TransportGroup(
         self._changed = Waiters()
         self._open = False  # Between entering and leaving the block: connections can be made.
         self._alive = False  # Until the last `connection_lost`: callbacks can be scheduled.
+        self._thread = 0  # Where it was entered; no thread has this number.
 
     # Life
 
@@ -96,13 +96,19 @@ class TransportGroup(
             self._task_group.start_soon(self._run, name="transports_anyio: turns of a group")
             self._stack = stack.pop_all()
         self._token = current.set(self)
+        self._thread = get_ident()
         self._open = self._alive = True
+        logger.debug("%r: entered", self)
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
         self._open = False
+        if exc is None:
+            logger.debug("%r: leaving, once everything is flushed and closed", self)
+        else:
+            logger.debug("%r: leaving by %r, everything is aborted", self, exc)
         leaving = exc
         if exc is None:
             try:
@@ -111,6 +117,7 @@ class TransportGroup(
             except BaseException as error:
                 leaving = error
         leaving = self._end() or leaving
+        logger.debug("%r: left", self)
         current.reset(self._token)
         if leaving is None:
             return await self._stack.__aexit__(None, None, None)
@@ -211,20 +218,44 @@ class TransportGroup(
 
     # Ownership, for the endpoints
 
-    def _live_poller(self) -> Poller:
+    def _not_open(self, name: str = "") -> RuntimeError:
+        """Return what to raise for a call of `name` outside the group's life."""
+        call = f"{name}(): " if name else ""
         if self._poller is None:
-            raise RuntimeError(NOT_OPEN)
+            return RuntimeError(
+                f"{call}the group is not open yet: enter it first, with `async with TransportGroup() as group:`"
+            )
+        return RuntimeError(
+            f"{call}the group is not open any more: do this before its `async with` block is left, or in a new "
+            "TransportGroup"
+        )
+
+    def _live_poller(self, name: str = "") -> Poller:
+        if self._poller is None:
+            raise self._not_open(name)
         return self._poller
 
     def _require_open(self) -> Poller:
         if not self._open:
-            raise RuntimeError(NOT_OPEN)
+            raise self._not_open()
         return self._live_poller()
 
-    def _require_alive(self) -> Poller:
+    def _require_alive(self, name: str) -> Poller:
         if not self._alive:
-            raise RuntimeError(NOT_OPEN)
+            raise self._not_open(name)
         return self._live_poller()
+
+    def _require_callable(self, name: str) -> None:
+        if not self._open:
+            raise self._not_open(name)
+        self._require_own_thread(name, f"anyio.from_thread.run(group.{name}, ...)")
+
+    def _require_own_thread(self, name: str, instead: str) -> None:
+        if get_ident() != self._thread:
+            raise RuntimeError(
+                f"{name}() was called in another thread than the group's: call {instead} in one of AnyIO's worker "
+                "threads, or hand the call over with group.call_soon_threadsafe()"
+            )
 
     def _as_group(self) -> TransportGroup:
         return self
@@ -267,7 +298,8 @@ class TransportGroup(
 
         May be called from a callback. Raises `RuntimeError` when the group is not open.
         """
-        self._require_alive()
+        self._require_alive("start_soon")
+        self._require_own_thread("start_soon", "anyio.from_thread.run_sync(group.start_soon, ...)")
         self._tasks_running += 1
         context = copy_context()
         context.run(current.set, self)
@@ -288,7 +320,7 @@ class TransportGroup(
 
     def time(self) -> float:
         """Return the time of the group's clock, in seconds: the backend's, as `anyio.current_time`."""
-        return self._live_poller().time()
+        return self._live_poller("time").time()
 
     def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> Handle:
         """Call `callback(*args)` in the group's next turn, in `context` or a copy of the caller's.
@@ -296,7 +328,7 @@ class TransportGroup(
         First in, first out. What the callback raises goes to the exception handler. Raises `RuntimeError` when the
         group is not open, `TypeError` when `callback` cannot be called.
         """
-        poller = self._require_alive()
+        poller = self._require_alive("call_soon")
         handle = Handle(callback, args, context or self._copy_context(callback))
         self._ready.append(handle)
         poller.wake()
@@ -306,13 +338,13 @@ class TransportGroup(
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> Handle:
         """As `call_soon`, from any thread."""
-        poller = self._require_alive()
+        poller = self._require_alive("call_soon_threadsafe")
         handle = Handle(callback, args, context or self._copy_context(callback))
         self._ready.append(handle)
         try:
             poller.wake_threadsafe()
         except RuntimeError as exc:  # The group has ended meanwhile, in its own thread.
-            raise RuntimeError(NOT_OPEN) from exc
+            raise self._not_open("call_soon_threadsafe") from exc
         return handle
 
     def call_later(
@@ -321,7 +353,7 @@ class TransportGroup(
         """Call `callback(*args)` after `delay` seconds, as `call_soon` does."""
         poller = self._poller
         if poller is None:
-            raise RuntimeError(NOT_OPEN)
+            raise self._not_open("call_later")
         return self._set_timer(poller.time() + delay, callback, args, context)
 
     def call_at(
@@ -339,7 +371,7 @@ class TransportGroup(
     ) -> TimerHandle:
         poller = self._poller
         if poller is None or not self._alive:
-            raise RuntimeError(NOT_OPEN)
+            raise self._not_open("call_later() or call_at")
         timers = self._timers
         if poller.waiting and when < timers.next_deadline():
             poller.wake()
@@ -395,4 +427,7 @@ class TransportGroup(
 
     def __repr__(self) -> str:
         state = "open" if self._open else "new" if self._poller is None else "closing" if self._alive else "closed"
-        return f"<TransportGroup {state} transports={len(self._transports)} servers={len(self._servers)}>"
+        return (
+            f"<TransportGroup {state} {describe_flow('transports', self._transports)} servers={len(self._servers)} "
+            f"tasks={self._tasks_running} timers={len(self._timers)}>"
+        )

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from contextvars import Context
 from math import inf
+from reprlib import repr as short_repr  # Bounded, and never raises: callbacks and arguments are the user's.
 from typing import Any, cast
 
 
@@ -45,8 +46,8 @@ class Handle:
     def _describe(self) -> str:
         if self._callback is None:
             return "cancelled"
-        name = getattr(self._callback, "__qualname__", None) or repr(self._callback)
-        return f"{name}({', '.join(map(repr, self._args))})"
+        name = getattr(self._callback, "__qualname__", None) or short_repr(self._callback)
+        return f"{name}({', '.join(map(short_repr, self._args))})"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._describe()}>"

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 
-from ._channels._socket import SocketChannel, SocketView, set_nodelay
+from ._channels._socket import SocketChannel, SocketView, describe_socket, set_nodelay
 from ._channels._tls import TLSChannel
 from ._endpoints._addresses import address_error
 from ._errors import leaves_through_the_group, logger
 from ._poller import READ, Poller
+from ._statistics import describe_flow
 from ._waiters import Waiters
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Server(asyncio.AbstractServer):
         self._serving = False
         self._serving_forever = False
         self._closed = False
+        self._addresses: list[Any] = []  # What they were, once closed.
         self._connections: set[Owned] = set()
         self._changed = Waiters()
 
@@ -105,6 +107,7 @@ class Server(asyncio.AbstractServer):
             except OSError as exc:
                 raise address_error("error while attempting to listen on address", sock.getsockname(), exc) from None
         self._serving = True
+        logger.debug("%r: listening", self)
         for sock in self._sockets:
             self._resume(sock)
 
@@ -134,6 +137,8 @@ class Server(asyncio.AbstractServer):
         """Stop listening. Connections that were accepted stay open. Does nothing when closed."""
         if self._closed:
             return
+        logger.debug("%r: closing", self)
+        self._addresses = self._names()
         self._closed = True
         self._serving = False
         if self._on_close is not None:
@@ -204,6 +209,7 @@ class Server(asyncio.AbstractServer):
         self._group.call_exception_handler({"message": message, "exception": exc, "socket": SocketView(listener)})
 
     def _connect(self, sock: socket.socket, peername: Any) -> None:
+        logger.debug("%r: accepted %r", self, peername)
         try:
             sock.setblocking(False)
             set_nodelay(sock)
@@ -261,5 +267,7 @@ class Server(asyncio.AbstractServer):
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "serving" if self._serving else "not serving"
-        names = [] if self._closed else [sock.getsockname() for sock in self._sockets]
-        return f"<Server {state} on {names} connections={len(self._connections)}>"
+        return f"<Server {state} on {self._names()} {describe_flow('connections', self._connections)}>"
+
+    def _names(self) -> list[Any]:
+        return self._addresses if self._closed else [describe_socket(sock)["sockname"] for sock in self._sockets]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._endpoints._base import Owned
 
 
 @dataclass(frozen=True)
@@ -23,3 +28,11 @@ class GroupStatistics:
     bytes_buffered: int
     #: Timers that have neither run nor been cancelled.
     pending_timers: int
+
+
+def describe_flow(name: str, transports: Collection[Owned]) -> str:
+    """Say for a `repr` how many transports there are, how much they buffer, and how many have paused their protocol."""
+    transports = tuple(transports)  # Whoever looks may be another thread.
+    buffered = sum(transport.traffic()[2] for transport in transports)
+    paused = sum(transport.has_paused_writing() for transport in transports)
+    return f"{name}={len(transports)} buffered={buffered}" + (f" paused={paused}" if paused else "")

@@ -17,11 +17,13 @@ Memory buffers, and not a descriptor in OpenSSL's hands, because then OpenSSL re
 from __future__ import annotations
 
 import errno
+import logging
 import ssl
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from .._errors import logger
 from ._contract import Channel
 
 if TYPE_CHECKING:
@@ -231,6 +233,14 @@ class TLSChannel(Channel):
         self._handshake_over(exc)
 
     def _handshake_over(self, exc: Exception | None) -> None:
+        if exc is not None:
+            logger.debug("TLS handshake failed: %r", exc)
+        elif logger.isEnabledFor(logging.DEBUG):
+            cipher = self._tls.cipher()
+            logger.debug(
+                "TLS handshake with %r done: %s, %s",
+                self._inner.extra_info().get("peername"), self._tls.version(), cipher and cipher[0],
+            )  # fmt: skip
         self._cancel_timer()
         done, self._on_handshake = self._on_handshake, None
         if done is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from inspect import iscoroutinefunction, signature
 from ssl import SSLSocket
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -41,6 +43,7 @@ class Owned(Protocol):
     def close(self) -> None: ...
     def abort(self) -> None: ...
     def traffic(self) -> tuple[int, int, int]: ...
+    def has_paused_writing(self) -> bool: ...
 
 
 class PendingHandshake:
@@ -73,6 +76,9 @@ class PendingHandshake:
     def traffic(self) -> tuple[int, int, int]:
         return 0, 0, 0  # Of the protocol's bytes there are none yet.
 
+    def has_paused_writing(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.abort()
 
@@ -81,11 +87,61 @@ class PendingHandshake:
         self._channel.close(aborted=True)
 
 
+def check_factory(name: str, factory: object) -> None:
+    """Raise `TypeError` for what can never be the protocol factory of the endpoint function `name`."""
+    if iscoroutinefunction(factory):
+        raise TypeError(
+            f"{name}() takes a protocol factory that returns a protocol, got the coroutine function {factory!r}: use a "
+            "plain function, and start what has to wait from connection_made(), with current_group().start_soon()"
+        )
+    if callable(factory):
+        return
+    if hasattr(factory, "connection_made"):
+        raise TypeError(
+            f"{name}() takes a protocol factory, got the protocol {factory!r} itself, which is not callable: give its "
+            "class, or `lambda: protocol` for one that is made already"
+        )
+    raise TypeError(
+        f"{name}() takes a protocol factory, got {factory!r}, which is not callable: give a protocol class, or a "
+        "function that returns a protocol"
+    )
+
+
+def guarded(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Return the endpoint function with what can be said against a call before anything happens."""
+    name = function.__name__
+    factories = [(at, each) for at, each in enumerate(signature(function).parameters) if "factory" in each]
+
+    @wraps(function)
+    async def call(self: Endpoints, *args: Any, **options: Any) -> Any:
+        self._require_callable(name)
+        for at, parameter in factories:
+            if at <= len(args):
+                check_factory(name, args[at - 1])
+            elif parameter in options:
+                check_factory(name, options[parameter])
+        return await function(self, *args, **options)
+
+    return call
+
+
 class Endpoints(ABC):
     """The part of a group that the endpoint functions use."""
 
     _servers: set[Server]
     _task_group: TaskGroup
+
+    def __init_subclass__(cls) -> None:
+        """Guard the endpoint functions of a family: all the public coroutine functions of its class."""
+        super().__init_subclass__()
+        if Endpoints in cls.__bases__:
+            for name, function in tuple(vars(cls).items()):
+                if not name.startswith("_") and iscoroutinefunction(function):
+                    setattr(cls, name, guarded(function))
+
+    @abstractmethod
+    def _require_callable(self, name: str) -> None:
+        """Raise `RuntimeError` when `name` is called outside the group's life, or from another thread."""
 
     @abstractmethod
     def _require_open(self) -> Poller:
@@ -200,7 +256,7 @@ class Endpoints(ABC):
         """
         door = self._door()
         try:
-            protocol: Any = door.run(protocol_factory)
+            protocol: Any = door.make_protocol(protocol_factory)
             transport = transport_class(door, channel, protocol, on_lost or self._disown)
         except BaseException:
             channel.close(aborted=True)

@@ -101,7 +101,7 @@ class DatagramEndpoints(Endpoints):
     ) -> tuple[DatagramTransport, ProtocolT]:
         door = self._door()
         try:
-            protocol: Any = door.run(protocol_factory)
+            protocol: Any = door.make_protocol(protocol_factory)
             transport = DatagramTransport(door, channel, protocol, self._disown, remote)
         except BaseException:
             channel.close(aborted=True)

@@ -123,7 +123,7 @@ class ProcessEndpoints(Endpoints):
         poller = self._require_open()
         # From here on nothing waits, so nothing can be cancelled half-way.
         door = self._door()
-        protocol = door.run(protocol_factory)
+        protocol = door.make_protocol(protocol_factory)
         popen = subprocess.Popen(args, bufsize=0, **options)  # noqa: S603  # that is what the caller asks for
         child = PopenChild(poller, popen)
         channels: dict[int, Channel] = {}
@@ -147,7 +147,7 @@ class ProcessEndpoints(Endpoints):
         reading: type[StreamTransport],
     ) -> tuple[SubprocessTransport, ProtocolT]:
         door = self._door()
-        protocol: Any = door.run(protocol_factory)
+        protocol: Any = door.make_protocol(protocol_factory)
         transport = SubprocessTransport(door, child, protocol, self._disown)
         self._own(transport)
         transport.start(

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .._errors import leaves_through_the_group, logger
+from .._errors import failed_callback, leaves_through_the_group, logger
 from ._flow_control import DatagramBuffer, WriteBuffer, limits
 
 if TYPE_CHECKING:
@@ -128,9 +128,15 @@ class ChannelTransport(asyncio.BaseTransport):
         """Return how many bytes were received and sent, and how many wait."""
         return self._bytes_received, self._bytes_sent, self._buffer.size
 
+    def has_paused_writing(self) -> bool:
+        """Whether the protocol has been told to pause writing."""
+        paused: bool = self._buffer.paused
+        return paused
+
     def _update_flow(self, *, from_channel: bool = False) -> None:
         name = self._buffer.crossed()
         if name is not None:
+            logger.debug("%r: %s()", self, name)
             self._call_protocol(name, from_channel=from_channel)
 
     def _call_protocol(self, name: str, *args: Any, from_channel: bool) -> None:
@@ -156,11 +162,15 @@ class ChannelTransport(asyncio.BaseTransport):
     def _report_callback(self, exc: BaseException, name: str) -> None:
         if leaves_through_the_group(exc):
             raise exc
-        self._door.report(f"Fatal error: protocol.{name}() call failed.", exc, self, self._protocol)
+        self._door.report(failed_callback(self._protocol, name), exc, self, self._protocol)
 
     def _lose(self, exc: BaseException | None, *, aborted: bool = False) -> None:
         if self._lost:
             return
+        if exc is not None:
+            logger.debug("%r: lost by %r", self, exc)
+        else:
+            logger.debug("%r: %s", self, "aborted" if aborted else "lost, all is flushed")
         self._lost = self._closing = True
         self._buffer.clear()
         self._channel.set_reading(False)
@@ -176,10 +186,12 @@ class ChannelTransport(asyncio.BaseTransport):
             self._channel.close(aborted=aborted)
             self._on_lost(self)
 
+    def _state(self) -> str:
+        return "closed" if self._lost else "closing" if self._closing else "open"
+
     def _describe(self) -> list[str]:
-        state = "closed" if self._lost else "closing" if self._closing else "open"
-        parts = [type(self).__name__, state]
-        parts += [f"{name}={self._info[name]!r}" for name in ("sockname", "peername") if self._info.get(name)]
+        parts = [type(self).__name__, self._state()]
+        parts += [f"{name}={self._info[name]!r}" for name in ("sockname", "peername", "pipe") if self._info.get(name)]
         parts.append(f"buffered={self._buffer.size}")
         if self._buffer.paused:
             parts.append("writing paused")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._channels._datagram import ChannelEnded
+from .._errors import logger
 from ._base import ChannelTransport
 from ._flow_control import DatagramBuffer, as_bytes_view
 
@@ -53,6 +54,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
 
     def start(self) -> None:
         """Tell the protocol of its endpoint, then begin to receive."""
+        logger.debug("%r: connection made, with a %s", self, type(self._protocol).__qualname__)
         try:
             self._call(self._protocol.connection_made, self)
         except BaseException as exc:
@@ -67,6 +69,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
         """Receive no more, send what is buffered, then end with `connection_lost(None)`."""
         if self._closing:
             return
+        logger.debug("%r: closing", self)
         self._closing = True
         self._channel.set_reading(False)
         if not self._buffer.datagrams:

@@ -50,6 +50,10 @@ class WritePipeTransport(StreamTransport):
             # reported for ever; that the reader has gone shows at the next write.
             self._channel.set_reading(False)
 
+    def _describe(self) -> list[str]:
+        # A writing end never reads: that needs no pause.
+        return [part for part in super()._describe() if part != "reading paused"]
+
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self._closing and isinstance(data, (bytes, bytearray, memoryview)):
             self._drop_write()

@@ -80,6 +80,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
     def start(self) -> None:
         """Tell the protocol of its connection, then begin to read."""
+        logger.debug("%r: connection made, with a %s", self, type(self._protocol).__qualname__)
         try:
             self._call(self._protocol.connection_made, self)
         except BaseException as exc:
@@ -104,6 +105,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             self._successor.close()
         if self._closing:
             return
+        logger.debug("%r: closing", self)
         self._closing = True
         if self._file is not None:
             self._file.progress.set()
@@ -191,6 +193,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             self._callback_failed(exc, "buffer_updated")
 
     def _end_of_file(self) -> None:
+        logger.debug("%r: end of file received", self)
         self._eof_received = True
         # An ended stream stays readable for ever, so it leaves the poller whatever the protocol answers.
         self._channel.set_reading(False)
@@ -312,6 +315,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
                 self._send_eof()
 
     def _send_eof(self) -> None:
+        logger.debug("%r: end of file sent", self)
         try:
             self._channel.send_eof()
         except OSError as exc:
@@ -411,6 +415,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         if self._eof_received:
             raise ConnectionResetError(errno.ECONNRESET, "the peer has ended the stream already")
         channel = wrap(self._channel, b"".join(self._buffer.chunks))
+        logger.debug("%r: upgrading to TLS", self)
         # A protocol that was paused stays so until the new transport has begun: the bytes still wait.
         self._buffer.clear()
         self._channel = channel
@@ -486,4 +491,17 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         return own[0] + received, own[1] + sent, buffered
 
     def _describe(self) -> list[str]:
-        return super()._describe() + (["reading paused"] if self._reading_paused else [])
+        parts = super()._describe()
+        tls = self._info.get("ssl_object")
+        if tls is not None:
+            parts.append(f"tls={tls.version()}")
+        flags = {
+            "reading paused": self._reading_paused,
+            "eof received": self._eof_received,
+            "eof written": self._eof_written,
+            "sending a file": self._file is not None,
+        }
+        return parts + [name for name, holds in flags.items() if holds]
+
+    def _state(self) -> str:
+        return super()._state() if self._successor is None else "upgraded"

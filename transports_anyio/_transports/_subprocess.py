@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .._errors import leaves_through_the_group
+from .._errors import failed_callback, leaves_through_the_group, logger
 from ._pipe import WritePipeTransport
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """Tell the protocol of its child, then begin to read from the pipes and to wait for the end."""
         self._pipes = pipes
         self._open_pipes = len(pipes)
+        logger.debug("%r: spawned, with a %s", self, type(self._protocol).__qualname__)
         self.tell("connection_made", self)
         for pipe in pipes.values():
             pipe.start()
@@ -131,6 +132,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """Close the pipes, standard input after what is buffered, and kill the process if it still runs."""
         if self._closed:
             return
+        logger.debug("%r: closing", self)
         self._closed = True
         for pipe in self._pipes.values():
             pipe.close()
@@ -154,6 +156,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         received, sent, waiting = zip(*pipes, strict=True) if pipes else ((), (), ())
         return sum(received), sum(sent), sum(waiting)
 
+    def has_paused_writing(self) -> bool:
+        """Whether the protocol has been told to pause writing."""
+        return any(pipe.has_paused_writing() for pipe in self._pipes.values())
+
     # The protocol
 
     def tell(self, name: str, *args: Any) -> None:
@@ -176,7 +182,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self.close()
         if leaves_through_the_group(exc):
             raise exc
-        self._door.report(f"Fatal error: protocol.{name}() call failed.", exc, self, self._protocol)
+        self._door.report(failed_callback(self._protocol, name), exc, self, self._protocol)
 
     def pipe_lost(self, fd: int, exc: Exception | None) -> None:
         """Take note that a pipe is gone."""
@@ -190,6 +196,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if self._returncode is not None:
             return  # `abort` came while the end was being told.
         self._returncode = returncode
+        logger.debug("%r: exited", self)
         stdin = self._pipes.get(0)
         if isinstance(stdin, WritePipeTransport) and not stdin.can_notice_hangup:
             stdin.close()  # Nothing else would ever end it.
@@ -204,6 +211,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _connection_lost(self) -> None:
         self._closed = True
+        logger.debug("%r: lost", self)
         try:
             self.tell("connection_lost", self._failure)
         finally:
