@@ -1,0 +1,110 @@
+"""Try a protocol out without a network: two of them, joined in memory.
+
+    python examples/memory_connection.py --backend trio --chunk-size 1
+
+`transports_anyio.testing.memory_connection` gives both ends real transports, with flow control, half-close and all, and
+cuts the stream where one likes. A protocol that counts on whole messages shows it at the first `--chunk-size 1`.
+"""
+
+from __future__ import annotations
+
+import _backend
+import anyio
+
+from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup
+from transports_anyio.testing import Recorder, memory_connection
+
+MAX_SIZE = 100_000
+
+
+class Netstrings(Protocol):
+    """Strings of bytes with their size in front, as in `5:hello,` (https://cr.yp.to/proto/netstrings.txt)."""
+
+    transport: Transport
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+        self.finished = anyio.Event()
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        assert isinstance(transport, Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while not self.transport.is_closing():
+            digits, colon, rest = self.buffer.partition(b":")
+            if not colon and len(digits) <= len(str(MAX_SIZE)) and (digits.isdigit() or not digits):
+                return  # More of the size has to come.
+            if not (colon and digits.isdigit() and int(digits) <= MAX_SIZE):
+                self.transport.abort()
+                return
+            size = int(digits)
+            if len(rest) <= size:
+                return  # More of the string has to come.
+            if rest[size : size + 1] != b",":
+                self.transport.abort()
+                return
+            self.buffer = rest[size + 1 :]
+            self.string_received(bytes(rest[:size]))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.finished.set()
+
+    def send(self, string: bytes) -> None:
+        self.transport.write(b"%d:%s," % (len(string), string))
+
+    def string_received(self, string: bytes) -> None:
+        """A whole string has come."""
+
+
+class Reverser(Netstrings):
+    """Answers every string with its reverse."""
+
+    def string_received(self, string: bytes) -> None:
+        self.send(string[::-1])
+
+
+class Asker(Netstrings):
+    """Sends strings, and keeps the answers until there is one for each."""
+
+    def __init__(self, questions: list[bytes]) -> None:
+        super().__init__()
+        self.questions = questions
+        self.answers: list[bytes] = []
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        super().connection_made(transport)
+        for question in self.questions:
+            self.send(question)
+
+    def string_received(self, string: bytes) -> None:
+        self.answers.append(string)
+        if len(self.answers) == len(self.questions):
+            self.transport.close()
+
+
+async def converse(questions: list[bytes], chunk_size: int | None) -> tuple[list[bytes], int]:
+    """Return the answers, and how often `data_received` was called for the questions."""
+    async with TransportGroup() as group:
+        (_, asker), (_, recorder) = await memory_connection(
+            group, lambda: Asker(questions), lambda: Recorder(Reverser()), chunk_size=chunk_size
+        )
+        await asker.finished.wait()
+    recorder.check()  # Every callback came in its order, `connection_lost` included.
+    return asker.answers, recorder.count("data_received")
+
+
+async def main(words: list[str], chunk_size: int | None) -> None:
+    answers, chunks = await converse([word.encode() for word in words], chunk_size)
+    for word, answer in zip(words, answers, strict=True):
+        print(f"{word!r} backwards is {answer.decode(errors='replace')!r}")
+    print(f"the questions came in {chunks} chunk{'s' if chunks > 1 else ''}")
+
+
+if __name__ == "__main__":
+    parser = _backend.make_parser("Have words reversed by a protocol at the other end of a connection in memory.")
+    parser.add_argument("--chunk-size", type=int, help="how many bytes are received at a time at most")
+    parser.add_argument("words", nargs="*", default=["stressed", "desserts"], help="what to reverse")
+    options = parser.parse_args()
+    _backend.run(options.backend, main, options.words, options.chunk_size)
