@@ -5,8 +5,8 @@
     python examples/foreign_stream.py --tls example.org nc example.org 443
 
 The command is what OpenSSH calls a ProxyCommand: its standard input and output are the connection. AnyIO makes one
-stream of the two pipes (`StapledByteStream`), and another one that encrypts it (`TLSStream`); `connect_stream` takes any
-`ByteStream`, whoever wrote it, and the protocol is the very one that talks TCP elsewhere.
+stream of the two pipes (`StapledByteStream`), and another one that encrypts it (`TLSStream`); `connect_stream` takes
+any `ByteStream`, whoever wrote it, and the protocol is the very one that talks TCP elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import ssl
 
 import _backend
 import anyio
-from anyio.abc import AnyByteStream, ByteStream, Process
+from anyio.abc import ByteStream, Process
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSStream
 from tcp_echo_client import Caller
@@ -47,7 +47,7 @@ def as_stream(process: Process) -> ByteStream:
     return StapledByteStream(process.stdin, process.stdout)
 
 
-async def ask(message: str, stream: AnyByteStream) -> str:
+async def ask(message: str, stream: ByteStream) -> str:
     """Send a line over any stream of bytes, and return the line that comes back."""
     async with TransportGroup() as group:
         _, line = await group.connect_stream(lambda: Line(message), stream)

@@ -8,8 +8,8 @@ Then open http://127.0.0.1:8888/ in a browser, or
     curl --data-binary @some_file http://127.0.0.1:8888/digest
 
 Connections are kept alive, requests may be pipelined, bodies may be chunked both ways. Nothing is kept in memory that
-can be passed on or left where it is: a body is taken from its generator only as fast as the client reads it, and a client
-is not read while its request is being answered.
+can be passed on or left where it is: a body is taken from its generator only as fast as the client reads it, and a
+client is not read while its request is being answered.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import _backend
@@ -70,6 +70,9 @@ class Upload(ABC):
 Application: TypeAlias = "Callable[[h11.Request], Response | Upload]"
 
 
+AnswerT = TypeVar("AnswerT", bound="Response | Upload")
+
+
 class HTTP(Protocol):
     """One connection. It reads a request, then answers it, then reads the next one; h11 keeps account of it."""
 
@@ -113,6 +116,10 @@ class HTTP(Protocol):
 
     def resume_writing(self) -> None:
         self.paused = False
+        if self.body is None:
+            self.expect_within(self.idle_timeout)
+        else:
+            self.expect_nothing()
         self.go_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -143,7 +150,7 @@ class HTTP(Protocol):
 
     def advance(self) -> None:
         """Handle what has been received, until more is needed or a response is on its way."""
-        while not self.leaving:
+        while self.body is None and not self.leaving:
             try:
                 event = self.http.next_event()
             except h11.RemoteProtocolError as exc:
@@ -151,8 +158,6 @@ class HTTP(Protocol):
                 return
             if event is h11.NEED_DATA:
                 self.transport.resume_reading()
-                return
-            if event is h11.PAUSED:  # The response comes first.
                 return
             if isinstance(event, h11.Request):
                 self.request_received(event)
@@ -162,15 +167,14 @@ class HTTP(Protocol):
                     self.answer.body_received(bytes(event.data))
             elif isinstance(event, h11.EndOfMessage):
                 self.expect_nothing()
-                self.transport.pause_reading()
-                self.respond(self.answer.respond() if isinstance(self.answer, Upload) else self.answer)
+                self.respond(self.ask(self.answer.respond) if isinstance(self.answer, Upload) else self.answer)
             elif isinstance(event, h11.ConnectionClosed):
                 self.transport.close()
                 return
 
     def request_received(self, request: h11.Request) -> None:
         self.is_head = request.method == b"HEAD"
-        self.answer = self.application(request)
+        self.answer = self.ask(self.application, request)
         if self.http.they_are_waiting_for_100_continue:
             if isinstance(self.answer, Upload):
                 self.send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
@@ -178,6 +182,14 @@ class HTTP(Protocol):
                 # Nobody wants the body. The client may send it nevertheless (RFC 9110, 10.1.1), and then nothing
                 # would show where the next request begins.
                 self.respond(self.answer, [("Connection", "close")])
+
+    def ask(self, function: Callable[..., AnswerT], *args: object) -> AnswerT | Response:
+        """Ask the application. What it raises is its own business, and the client gets an answer."""
+        try:
+            return function(*args)
+        except Exception as exc:
+            current_group().call_exception_handler({"message": "the application has failed", "exception": exc})
+            return Response.error(500)
 
     def refuse(self, status: int, reason: str = "") -> None:
         """Answer an error and leave, because nothing that comes after it can be understood."""
@@ -190,6 +202,7 @@ class HTTP(Protocol):
     # Responses
 
     def respond(self, response: Response, more_headers: Iterable[tuple[str, str]] = ()) -> None:
+        self.transport.pause_reading()
         headers = [("Date", formatdate(usegmt=True)), *response.headers, *more_headers]
         reason = HTTPStatus(response.status).phrase
         self.send(h11.Response(status_code=response.status, headers=headers, reason=reason.encode()))
@@ -218,10 +231,8 @@ class HTTP(Protocol):
                 self.response_sent()
 
     def go_on(self) -> None:
-        if self.body is not None:
-            self.send_body()
-        if self.body is None and not self.leaving:
-            self.advance()
+        self.send_body()
+        self.advance()
 
     def response_sent(self) -> None:
         if self.http.our_state is h11.DONE and self.http.their_state is h11.DONE:
@@ -237,6 +248,7 @@ class HTTP(Protocol):
         of our response (RFC 9112, 9.6).
         """
         self.leaving = True
+        self.body = None
         if self.ended or not self.transport.can_write_eof():
             self.transport.close()
             return

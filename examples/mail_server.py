@@ -5,8 +5,8 @@
 Then `openssl s_client -starttls smtp -connect 127.0.0.1:8888`, or Python's `smtplib`. The file has the certificate
 chain and its private key in PEM. Mail is taken over encrypted connections only, and printed.
 
-What an attacker on the way can do to STARTTLS is to send commands of their own just behind it, in the clear, in the hope
-that they are taken for the client's encrypted ones. Here nothing may come behind STARTTLS: it ends the connection.
+What an attacker on the way can do to STARTTLS is to send commands of their own just behind it, in the clear, in the
+hope that they are taken for the client's encrypted ones. Here nothing may come behind STARTTLS: it ends the connection.
 """
 
 from __future__ import annotations
