@@ -171,6 +171,8 @@ class Mail(Protocol):
             self.reply("503 one sender is enough")
         elif address is None:
             self.reply("501 MAIL FROM:<address>, please")
+        elif size_of(rest) > MAX_MESSAGE:
+            self.reply("552 that is too much")
         else:
             self.message = Message(address)
             self.reply("250 fine")
@@ -231,6 +233,15 @@ def path_of(rest: str, keyword: str) -> str | None:
         return None
     path, end, _ = rest[len(keyword) :].strip().partition(">")
     return path[1:] if end and path.startswith("<") else None
+
+
+def size_of(rest: str) -> int:
+    """What is announced in `FROM:<address> SIZE=1000` (RFC 1870), or 0."""
+    for parameter in rest.upper().split():
+        name, _, value = parameter.partition("=")
+        if name == "SIZE" and value.isdecimal() and len(value) <= 20:
+            return int(value)
+    return 0
 
 
 def show(message: Message) -> None:

@@ -6,6 +6,7 @@ equal: then the exit status is 0, otherwise 1.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import hashlib
 import importlib.util
@@ -225,4 +226,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Show one protocol on every backend, side by side.").parse_args()
     sys.exit(main())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
+import smtplib
 import socket
 import subprocess
 import sys
@@ -15,7 +17,18 @@ from typing import Any
 import anyio
 import anyio.abc
 import pytest
+import trustme
+from anyio.streams.tls import TLSStream
 from support import GUARD, HOST
+from tls_support import NAME, Certificates
+
+from transports_anyio import TransportGroup
+from transports_anyio.testing import Recorder, memory_connection
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from foreign_stream import ask_through
+from memory_connection import Netstrings
 
 pytestmark = pytest.mark.anyio
 
@@ -39,9 +52,9 @@ def command(example: str, *arguments: object) -> list[str]:
 
 
 @asynccontextmanager
-async def serving(example: str, backend: str, port: int) -> AsyncIterator[anyio.abc.Process]:
+async def serving(example: str, backend: str, port: int, *more: object) -> AsyncIterator[anyio.abc.Process]:
     """Run an example that serves until Ctrl-C, which it has to take without a word."""
-    process = await anyio.open_process(command(example, "--backend", backend, "--port", port))
+    process = await anyio.open_process(command(example, "--backend", backend, "--port", port, *more))
     try:
         assert process.stdout is not None
         with anyio.fail_after(4 * GUARD):
@@ -133,6 +146,163 @@ async def test_the_line_server(anyio_backend: Any) -> None:
             await stream.send(b"login anna\nquit\n")
             heard = b"".join([chunk async for chunk in stream]).decode()
         assert heard.splitlines() == ["please login", "welcome anna", "goodbye"]
+
+
+async def heard(process: anyio.abc.Process) -> str:
+    """What an example says next. The end of a line may come apart from it."""
+    assert process.stdout is not None
+    said = ""
+    with anyio.fail_after(4 * GUARD):
+        while not said.strip():
+            said = (await process.stdout.receive()).decode()
+    return said.strip()
+
+
+async def test_an_existing_socket(anyio_backend: Any) -> None:
+    said = await output(*command("existing_socket", "--backend", name_of(anyio_backend), "Is this on?"))
+    assert said.splitlines() == ["received  'Is this on?'", "answered  'thank you'"]
+
+
+@pytest.mark.parametrize("size", [None, 1, 7])
+async def test_a_memory_connection(anyio_backend: Any, size: int | None) -> None:
+    options = [] if size is None else ["--chunk-size", size]
+    said = await output(*command("memory_connection", "--backend", name_of(anyio_backend), *options, "pots", "emit"))
+    # Two netstrings of seven bytes.
+    chunks = {None: "1 chunk", 1: "14 chunks", 7: "2 chunks"}[size]
+    assert said.splitlines() == [
+        "'pots' backwards is 'stop'",
+        "'emit' backwards is 'time'",
+        f"the questions came in {chunks}",
+    ]
+
+
+@pytest.mark.parametrize("wrong", [b"x", b"5hello,", b"5:hello!", b":", b"100001:", b"9999999"])
+async def test_no_netstring(anyio_backend: Any, wrong: bytes) -> None:
+    async with TransportGroup() as group:
+        (transport, recorder), (_, netstrings) = await memory_connection(group, Recorder, Netstrings, chunk_size=1)
+        transport.write(b"0:,6:100000,")
+        transport.write(wrong)
+        with anyio.fail_after(GUARD):
+            await netstrings.finished.wait()
+            await recorder.wait_for("connection_lost")
+        assert recorder.received == b""
+
+
+async def test_a_stream_of_another_library(anyio_backend: Any) -> None:
+    """The pipes of `cat`, and of a relay to our own server."""
+    backend = name_of(anyio_backend)
+    said = await output(*command("foreign_stream", "--backend", backend, "--message", "hello", "cat"))
+    assert said.splitlines() == ["sent      'hello'", "received  'hello'"]
+    port = unused_port()
+    async with serving("tcp_echo_server", backend, port):
+        relay = [sys.executable, "-c", RELAY, HOST, str(port)]
+        assert (await output(*command("foreign_stream", "--backend", backend, *relay))).endswith("is anybody there?'\n")
+
+
+#: Standard input and output, and a socket: `nc` for systems that have none.
+RELAY = """
+import os, socket, sys, threading
+sock = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+def there():
+    while data := os.read(0, 65536):
+        sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)
+threading.Thread(target=there, daemon=True).start()
+while data := sock.recv(65536):
+    os.write(1, data)
+"""
+
+
+async def test_tls_of_another_library(anyio_backend: Any, certificate_authority: trustme.CA) -> None:
+    """AnyIO's TLS, over the pipes of a process, with a server of AnyIO's too: nothing of ours below the protocol."""
+    certificates = Certificates(certificate_authority)
+    listener = await anyio.create_tcp_listener(local_host=HOST)
+
+    async def echo(stream: anyio.abc.SocketStream) -> None:
+        tls = await TLSStream.wrap(
+            stream, server_side=True, ssl_context=certificates.server(), standard_compatible=False
+        )
+        async with tls:
+            await tls.send(await tls.receive())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, echo)
+        port = listener.extra(anyio.abc.SocketAttribute.local_port)
+        with anyio.fail_after(4 * GUARD):
+            relay = [sys.executable, "-c", RELAY, HOST, str(port)]
+            assert await ask_through(relay, "hello", certificates.client(), NAME) == "hello"
+        tasks.cancel_scope.cancel()
+    await listener.aclose()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+async def test_the_http_server(anyio_backend: Any) -> None:
+    port = unused_port()
+    async with serving("http_server", name_of(anyio_backend), port):
+        assert "<h1>It works</h1>" in await output("curl", "-sS", "--noproxy", "*", f"http://{HOST}:{port}/")
+
+
+async def test_the_proxy(anyio_backend: Any) -> None:
+    backend = name_of(anyio_backend)
+    port, port_behind = unused_port(), unused_port()
+    async with serving("tcp_proxy", backend, port, HOST, port_behind) as proxy:
+        with pytest.raises(ConnectionError):
+            async with await anyio.connect_tcp(HOST, port) as stream:
+                try:
+                    await stream.receive()
+                except anyio.BrokenResourceError as exc:
+                    raise ConnectionError from exc
+        assert "cannot reach" in await heard(proxy)
+        async with serving("tcp_echo_server", backend, port_behind):
+            said = await output(*command("tcp_echo_client", "--backend", backend, "--port", port, "Is this on?"))
+            assert said.splitlines() == ["sent      'Is this on?'", "received  'Is this on?'", "closed"]
+
+
+async def test_the_chat_server(anyio_backend: Any) -> None:
+    port = unused_port()
+    async with serving("chat_server", name_of(anyio_backend), port):
+        async with await anyio.connect_tcp(HOST, port) as stream:
+            await stream.send(b"anna\nhello\n")
+            await stream.send_eof()
+            said = b"".join([chunk async for chunk in stream]).decode()
+        assert said.splitlines() == ["* your name, please", "* here: nobody", "* anna is here", "anna: hello"]
+
+
+async def test_the_mail_server(anyio_backend: Any, certificate_authority: trustme.CA, tmp_path: Path) -> None:
+    certificate = certificate_authority.issue_cert("localhost")
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    context = Certificates(certificate_authority).client()
+    port = unused_port()
+
+    def send() -> None:
+        with smtplib.SMTP("localhost", port, timeout=GUARD) as client:
+            client.starttls(context=context)
+            client.sendmail("me@example.org", "you@example.org", b"hello\r\n")
+
+    async with serving(
+        "mail_server", name_of(anyio_backend), port, "--certificate", tmp_path / "server.pem"
+    ) as process:
+        await anyio.to_thread.run_sync(send)
+        assert await heard(process) == "from me@example.org to you@example.org: 7 bytes"
+
+
+PROGRAMS = sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("example", PROGRAMS)
+def test_help(example: str) -> None:
+    """Each is a program that says what it does, and, the tour apart, runs on the backend of one's choice."""
+    result = subprocess.run(command(example, "--help"), capture_output=True, text=True, timeout=4 * GUARD, check=True)
+    assert result.stdout.startswith("usage: ")
+    assert ("--backend {asyncio,uvloop,trio}" in result.stdout) == (example != "tour")
+
+
+def test_every_example_is_tested() -> None:
+    """By name, in a test that starts it; this one does not count."""
+    tests = Path(__file__).parent
+    sources = [path.read_text() for path in (Path(__file__), *tests.glob("test_*workers.py"))]
+    started = set(re.findall(r"(?:serving|command)\(\s*\"(\w+)\"|\"(\w+)\.py\"", "".join(sources)))
+    assert {name for pair in started for name in pair if name} == set(PROGRAMS)
 
 
 def test_the_tour() -> None:

@@ -212,9 +212,6 @@ async def test_a_chunked_upload(stack: Stack) -> None:
         assert body == BLOCK[:3]
 
 
-
-
-
 async def test_expect_100_continue(stack: Stack) -> None:
     async with stack.open() as group, visiting(group) as (peer, _):
         client = Client(peer)
@@ -291,14 +288,16 @@ async def test_a_client_that_does_not_leave(stack: Stack, monkeypatch: pytest.Mo
     async with stack.open() as group, visiting(group) as (peer, made):
         await peer.send(b"GET / HTTP/1.0\r\n\r\n")
         assert (await until_end(peer)).startswith(b"HTTP/1.1 200")
-        await until(lambda: made[0].transport.is_closing())
+        await until(made[0].transport.is_closing)
 
 
 async def test_a_silent_client(stack: Stack) -> None:
     async with stack.open() as group, visiting(group, idle_timeout=0.02) as (peer, _):
         assert await until_end(peer) == b""
-    async with stack.open() as group, visiting(group, idle_timeout=0.02) as (peer, _):
+    async with stack.open() as group, visiting(group) as (peer, made):
         await peer.send(GET[:10])
+        await until(lambda: made[0].http.trailing_data[0])
+        made[0].expect_within(0)
         assert (await until_end(peer)).startswith(b"HTTP/1.1 408 ")
 
 

@@ -107,24 +107,6 @@ def check_factory(name: str, factory: object) -> None:
     )
 
 
-def guarded(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
-    """Return the endpoint function with what can be said against a call before anything happens."""
-    name = function.__name__
-    factories = [(at, each) for at, each in enumerate(signature(function).parameters) if "factory" in each]
-
-    @wraps(function)
-    async def call(self: Endpoints, *args: Any, **options: Any) -> Any:
-        self._require_callable(name)
-        for at, parameter in factories:
-            if at <= len(args):
-                check_factory(name, args[at - 1])
-            elif parameter in options:
-                check_factory(name, options[parameter])
-        return await function(self, *args, **options)
-
-    return call
-
-
 class Endpoints(ABC):
     """The part of a group that the endpoint functions use."""
 
@@ -137,7 +119,25 @@ class Endpoints(ABC):
         if Endpoints in cls.__bases__:
             for name, function in tuple(vars(cls).items()):
                 if not name.startswith("_") and iscoroutinefunction(function):
-                    setattr(cls, name, guarded(function))
+                    setattr(cls, name, cls._guarded(function))
+
+    @staticmethod
+    def _guarded(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
+        """Return the endpoint function with what can be said against a call before anything happens."""
+        name = function.__name__
+        factories = [(at, each) for at, each in enumerate(signature(function).parameters) if "factory" in each]
+
+        @wraps(function)
+        async def call(self: Endpoints, *args: Any, **options: Any) -> Any:
+            self._require_callable(name)
+            for at, parameter in factories:
+                if at <= len(args):
+                    check_factory(name, args[at - 1])
+                elif parameter in options:
+                    check_factory(name, options[parameter])
+            return await function(self, *args, **options)
+
+        return call
 
     @abstractmethod
     def _require_callable(self, name: str) -> None:
