@@ -1,0 +1,355 @@
+"""What is told about calls that cannot work: it names the function, and says what to do instead."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+from support import HOST, Peer, Recorder, Stack, collect_contexts, connected, listening, open_descriptors, until
+
+from transports_anyio import Protocol, TransportGroup
+from transports_anyio._endpoints._base import Endpoints
+from transports_anyio.testing import memory_connection
+
+pytestmark = pytest.mark.anyio
+
+#: Every endpoint function, and whether it takes a protocol factory.
+ENDPOINTS = {
+    name: "factory" in str(inspect.signature(function))
+    for family in TransportGroup.__mro__
+    if issubclass(family, Endpoints)
+    for name, function in vars(family).items()
+    if inspect.iscoroutinefunction(function) and not name.startswith("_") and name != "wait_closed"
+}
+
+
+def test_the_list_of_endpoint_functions() -> None:
+    assert {"create_connection", "create_server", "subprocess_exec", "start_tls"} <= set(ENDPOINTS)
+    assert not ENDPOINTS["start_tls"]
+    assert sum(ENDPOINTS.values()) >= 13
+
+
+# -- outside the group's life -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+async def test_before_and_after_the_block(anyio_backend: Any, name: str) -> None:
+    group = TransportGroup()
+    with pytest.raises(RuntimeError, match=rf"{name}\(\): the group is not open yet: enter it.*async with"):
+        await getattr(group, name)()
+    async with group:
+        pass
+    with pytest.raises(RuntimeError, match=rf"{name}\(\): the group is not open any more: .*before .* new"):
+        await getattr(group, name)()
+
+
+async def test_while_the_block_is_being_left(anyio_backend: Any) -> None:
+    """`connection_lost` is too late for new connections, and is told so; callbacks can still be scheduled."""
+    coroutines: list[Any] = []
+
+    def reconnect(recorder: Recorder, exc: Exception | None) -> None:
+        coroutines.append(group.create_connection(Recorder, HOST, 1))
+        group.call_soon(later.append, "called")
+
+    later: list[str] = []
+    async with AsyncExitStack() as peers:
+        async with TransportGroup() as group:
+            await peers.enter_async_context(connected(group, Recorder(on_connection_lost=reconnect)))
+    with pytest.raises(RuntimeError, match="not open any more"):
+        await coroutines[0]
+    assert later == ["called"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("call_soon", [print]),
+        ("call_soon_threadsafe", [print]),
+        ("call_later", [0, print]),
+        ("call_at", [0, print]),
+        ("start_soon", [anyio.sleep, 0]),
+    ],
+)
+async def test_callbacks_outside_the_block(anyio_backend: Any, name: str, arguments: list[Any]) -> None:
+    group = TransportGroup()
+    with pytest.raises(RuntimeError, match=rf"{name}\(\).*: the group is not open yet"):
+        getattr(group, name)(*arguments)
+    with pytest.raises(RuntimeError, match=r"^time\(\): the group is not open yet"):
+        group.time()
+    async with group:
+        pass
+    with pytest.raises(RuntimeError, match=rf"{name}.*\(\): the group is not open any more"):
+        getattr(group, name)(*arguments)
+
+
+# -- another thread ---------------------------------------------------------------------------------------
+
+
+def in_a_thread(function: Callable[[], object]) -> list[BaseException]:
+    """What `function` raises in a thread of its own."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return errors
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+async def test_from_another_thread(anyio_backend: Any, name: str) -> None:
+    async with TransportGroup() as group:
+        # As any event loop of that thread would drive it.
+        (error,) = in_a_thread(lambda: getattr(group, name)().send(None))
+    assert isinstance(error, RuntimeError)
+    assert str(error).startswith(f"{name}() was called in another thread than the group's")
+    assert f"anyio.from_thread.run(group.{name}, ...)" in str(error)
+    assert "call_soon_threadsafe" in str(error)
+
+
+async def test_start_soon_from_another_thread(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        (error,) = in_a_thread(lambda: group.start_soon(anyio.sleep, 0))
+        assert group.statistics().running_tasks == 0
+    assert str(error).startswith("start_soon() was called in another thread")
+    assert "anyio.from_thread.run_sync(group.start_soon, ...)" in str(error)
+
+
+async def test_the_advice_is_good(anyio_backend: Any) -> None:
+    """Each of the ways that the messages name."""
+    done = anyio.Event()
+
+    async def task() -> None:
+        done.set()
+
+    async with TransportGroup() as group:
+        with listening() as listener:
+            address = listener.getsockname()
+
+            def work() -> None:
+                transport, _ = anyio.from_thread.run(group.create_connection, Protocol, *address)
+                group.call_soon_threadsafe(transport.close)
+                anyio.from_thread.run_sync(group.start_soon, task)
+
+            await anyio.to_thread.run_sync(work)
+            await done.wait()
+            await group.wait_closed()
+
+
+# -- factories --------------------------------------------------------------------------------------------
+
+
+async def make_protocol() -> Protocol:
+    return Protocol()
+
+
+COROUTINE_FUNCTIONS: dict[str, Any] = {"plain": make_protocol, "partial": functools.partial(make_protocol)}
+
+
+@pytest.mark.parametrize("name", [name for name, takes_factory in ENDPOINTS.items() if takes_factory])
+@pytest.mark.parametrize("factory", COROUTINE_FUNCTIONS.values(), ids=COROUTINE_FUNCTIONS)
+async def test_a_coroutine_function_as_a_factory(anyio_backend: Any, name: str, factory: Any) -> None:
+    """Refused at the call, before anything is done, wherever it stands."""
+    async with TransportGroup() as group:
+        with pytest.raises(TypeError, match=rf"{name}\(\) takes .* got the coroutine function .*start_soon\(\)"):
+            await getattr(group, name)(factory)
+        if name != "join_in_memory":
+            with pytest.raises(TypeError, match="coroutine function"):
+                await getattr(group, name)(protocol_factory=factory)
+
+
+async def test_either_factory_of_a_memory_connection(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        with pytest.raises(TypeError, match=r"join_in_memory\(\) takes a protocol factory, got 1"):
+            await memory_connection(group, Protocol, 1)  # type: ignore[arg-type]
+
+
+async def connect(group: Any, factory: Any) -> None:
+    with listening() as listener:
+        await group.create_connection(factory, *listener.getsockname())
+
+
+@pytest.mark.parametrize("factory", [None, 5, Protocol()], ids=["None", "a number", "a protocol"])
+async def test_what_cannot_be_called(stack: Stack, factory: Any) -> None:
+    async with stack.open() as group:
+        ours, theirs = socket.socketpair()
+        with ours, theirs, pytest.raises(TypeError, match="not callable"):
+            await group.connect_accepted_socket(factory, ours)
+
+
+async def test_what_to_give_instead_of_a_protocol(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        with pytest.raises(TypeError, match=r"create_server\(\) takes .* the protocol <.*> itself.*`lambda: protocol`"):
+            await group.create_server(Protocol(), HOST, 0)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"create_server\(\) takes .* got 5.* give a protocol class"):
+            await group.create_server(5, HOST, 0)  # type: ignore[arg-type]
+
+
+def async_lambda() -> Any:
+    return make_protocol()
+
+
+class Nothing:
+    """Has no callbacks."""
+
+
+@pytest.mark.ours_only("asyncio leaves the socket to the garbage collector; the exceptions are the same")
+@pytest.mark.parametrize(
+    ("factory", "error", "message"),
+    [
+        (lambda: None, AttributeError, r"<lambda> .*returned None, which has no connection_made\(\): let it return"),
+        (Nothing, AttributeError, r"Nothing'> returned <.*>, which has no connection_made\(\)"),
+        (async_lambda, AttributeError, r"returned the coroutine <.*make_protocol.*has no connection_made"),
+        (lambda: Protocol, TypeError, r"returned the class Protocol: let it return an instance, or give the class"),
+    ],
+    ids=["None", "nothing", "coroutine", "class"],
+)
+async def test_what_can_never_be_a_protocol(stack: Stack, factory: Any, error: type[Exception], message: str) -> None:
+    """It comes out of the endpoint function, and nothing is left behind; also not a coroutine that nobody awaited."""
+    before = open_descriptors()
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        inside = open_descriptors()
+        for call in (
+            lambda: connect(group, factory),
+            lambda: group.create_datagram_endpoint(factory, (HOST, 0)),
+            lambda: group.subprocess_exec(factory, sys.executable, "-c", ""),
+            lambda: memory_connection(group, Protocol, factory),
+        ):
+            with pytest.raises(error, match=message):
+                await call()
+        await group.wait_closed()
+        assert open_descriptors() == inside
+        assert contexts == []
+    assert open_descriptors() == before
+
+
+async def test_a_servers_factory_that_returns_none(anyio_backend: Any) -> None:
+    """It shows with the first client, and is told like any failure of the factory."""
+    async with TransportGroup() as group:
+        contexts = collect_contexts(group)
+        server = await group.create_server(lambda: None, HOST, 0)
+        with Peer.connect(server.sockets[0].getsockname()) as peer:
+            assert await peer.gone()
+        (context,) = contexts
+        assert context["message"] == "Error on transport creation for incoming connection"
+        assert "returned None, which has no connection_made()" in str(context["exception"])
+
+
+async def test_a_class_whose_callbacks_are_class_methods_is_a_protocol(stack: Stack) -> None:
+    """As any object with the right methods."""
+    calls: list[str] = []
+
+    class Everybody:
+        @classmethod
+        def connection_made(cls, transport: Any) -> None:
+            calls.append("connection_made")
+            transport.close()
+
+        @staticmethod
+        def connection_lost(exc: Exception | None) -> None:
+            calls.append("connection_lost")
+
+    async with stack.open() as group:
+        await connect(group, lambda: Everybody)
+        await until(lambda: calls == ["connection_made", "connection_lost"])
+
+
+# -- callbacks that are missing ---------------------------------------------------------------------------
+
+
+class Duck:
+    """A protocol that does not derive from asyncio's, and has only what it needs."""
+
+    def __init__(self) -> None:
+        self.lost: list[Exception | None] = []
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost.append(exc)
+
+
+class Buffered(Duck):
+    def get_buffer(self, sizehint: int) -> bytearray:
+        raise AssertionError
+
+    def buffer_updated(self, nbytes: int) -> None:
+        raise AssertionError
+
+
+async def test_a_protocol_needs_only_what_is_called(stack: Stack) -> None:
+    """Nothing comes and nothing is paused, so nothing more is needed."""
+    async with stack.open() as group:
+        duck = Duck()
+        async with connected(group, duck) as (transport, _, peer):
+            transport.write(b"hello")
+            assert await peer.receive_exactly(5) == b"hello"
+            transport.close()
+            await until(lambda: duck.lost == [None])
+
+
+@pytest.mark.parametrize(
+    ("protocol", "advice"),
+    [
+        (Duck, "Duck has no method data_received(): define it, or derive the class from one of asyncio's protocol"),
+        (Buffered, "Buffered has no method data_received(): derive it from BufferedProtocol"),
+    ],
+)
+async def test_data_for_a_protocol_that_takes_none(
+    anyio_backend: Any, protocol: Callable[[], Duck], advice: str
+) -> None:
+    async with TransportGroup() as group:
+        contexts = collect_contexts(group)
+        duck = protocol()
+        async with connected(group, duck) as (_, _, peer):
+            await peer.send(b"x")
+            await until(lambda: duck.lost)
+        (context,) = contexts
+        assert context["message"].startswith(f"Fatal error: protocol.data_received() call failed. {advice}")
+        assert isinstance(context["exception"], AttributeError)
+
+
+async def test_datagrams_and_output_for_protocols_that_take_none(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        contexts = collect_contexts(group)
+        endpoint, _ = await group.create_datagram_endpoint(Duck, (HOST, 0))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"x", endpoint.get_extra_info("sockname"))
+        await until(lambda: contexts)
+        endpoint.close()
+        await group.subprocess_exec(Duck, sys.executable, "-c", "print('x')", stdin=None, stderr=None)
+        await group.wait_closed()
+        messages = [context["message"] for context in contexts]
+        for name in ("datagram_received", "pipe_data_received"):
+            advice = f"Fatal error: protocol.{name}() call failed. Duck has no method {name}(): define it"
+            assert any(message.startswith(advice) for message in messages)
+
+
+async def test_a_callback_that_raises_is_not_told_that_it_is_missing(anyio_backend: Any) -> None:
+    class Failing(Protocol):
+        def data_received(self, data: bytes) -> None:
+            raise AttributeError("of another object")
+
+    async with TransportGroup() as group:
+        contexts = collect_contexts(group)
+        async with connected(group, Failing()) as (_, _, peer):
+            await peer.send(b"x")
+            await until(lambda: contexts)
+        assert contexts[0]["message"] == "Fatal error: protocol.data_received() call failed."
