@@ -18,7 +18,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
-nox.options.sessions = ["lint", "types", "tour", "tests", "tests_oldest_anyio"]
+nox.options.sessions = ["lint", "types", "docs", "package", "tour", "tests", "tests_oldest_anyio"]
 
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
@@ -27,6 +27,24 @@ EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 
 #: Each backend, and the extra that it needs.
 BACKENDS = {"asyncio": None, "uvloop": "uvloop", "trio": "trio"}
+
+#: Whether an installed package is whole: imported from where it was installed, typed, with its licence and version.
+LOOK_AT_PACKAGE = """
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+
+package = import_module("transports_anyio")
+import_module("transports_anyio.testing")
+home = Path(package.__file__).parent
+assert Path(sys.prefix) in home.parents, home
+assert (home / "py.typed").exists()
+files = {file.name for file in metadata.files("transports-anyio")}
+assert "LICENSE" in files, files
+assert metadata.version("transports-anyio") == sys.argv[1]
+for name in package.__all__:
+    getattr(package, name)
+"""
 
 
 def put_pyenv_interpreters_first() -> None:
@@ -147,6 +165,32 @@ def types(session: nox.Session) -> None:
     sources = [name for name in ("transports_anyio", "examples", "tests/typing") if any(ROOT.glob(f"{name}/*.py"))]
     session.run("mypy", *sources)
     session.run("pyright", *sources)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation in docs/_build; a warning is an error."""
+    session.install("--editable", ".", *group("docs"))
+    session.run("sphinx-build", "-W", "--keep-going", "--fresh-env", "-b", "html", "docs", "docs/_build")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build wheel and sdist, and look at each as an empty environment has it; every public name has its type."""
+    session.install(*group("package"))
+    built = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(built, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(built), silent=True)
+    archives = sorted(built.iterdir())
+    session.run("twine", "check", "--strict", *map(str, archives))
+    for archive in archives:
+        venv = built.parent / "venv"
+        session.run("python", "-m", "venv", "--clear", str(venv))
+        python = str(next(venv.glob("*/python*")))
+        session.run(python, "-m", "pip", "install", "--quiet", str(archive), external=True)
+        # Not from the checkout: -P keeps the working directory out, -I that and all else of the user's.
+        session.run(python, "-I", "-c", LOOK_AT_PACKAGE, PYPROJECT["project"]["version"], external=True)
+        session.run("pyright", "--pythonpath", python, "--verifytypes", "transports_anyio", "--ignoreexternal")
 
 
 @nox.session

@@ -1,0 +1,64 @@
+"""How Sphinx builds this site: `nox -s docs`. Nothing here needs the network."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+project = "transports_anyio"
+author = "the transports_anyio authors"
+project_copyright = author
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = project
+html_static_path = ["_static"]
+html_css_files = ["sides.css"]
+
+myst_heading_anchors = 3
+
+# Docstrings write `code` as Markdown does.
+default_role = "code"
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+autodoc_class_signature = "separated"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
+
+
+#: Pages that are written by programs or come with a release.
+MAY_BE_ABSENT = ("performance", "proof", "known-bugs")
+
+
+def leave_out_absent(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Take pages that are not there out of the table of contents."""
+    if docname == "index":
+        for page in MAY_BE_ABSENT:
+            if not (ROOT / "docs" / f"{page}.md").exists():
+                source[0] = source[0].replace(f"\n{page}\n", "\n")
+
+
+def list_examples(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Put every example into the page of the examples: what its docstring says, and the program."""
+    if docname != "examples":
+        return
+    for path in sorted((ROOT / "examples").glob("[!_]*.py")):
+        summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+        program = f"```{{literalinclude}} ../examples/{path.name}\n:language: python\n```"
+        source[0] += f"\n## {path.name}\n\n{summary}\n\n{program}\n"
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", leave_out_absent)
+    app.connect("source-read", list_examples)

@@ -1,0 +1,276 @@
+"""The documentation is true: every code block of README.md, CONTRIBUTING.md and docs/*.md runs, on every backend.
+
+A page is run from top to bottom.
+
+- A `python` block is run in its place, in one namespace for the page. It may await. What the reader need not see stands
+  in a comment, and is run in its place too:
+
+      <!-- python
+      assert answer == 42
+      -->
+
+- A `python` block under `<!-- file: NAME -->` is saved as NAME, in a folder of the page's own.
+- A `console` block has commands (`$ python NAME`) and exactly what they print. A command with `&` stays in the
+  background until `kill %1` (`%2` …) or the end of the page. Times (`0.03s`) may differ. A file that no command names is
+  run by itself.
+- `sh` blocks are commands that change the reader's machine, `text` blocks are pictures: neither runs. There is no other
+  language, so no block is left out unnoticed.
+
+`anyio.run` runs on the backend under test, whatever the block says, except in `examples/`; `asyncio.run`, in code
+"before", on asyncio. Port 8888 is replaced by one that is free.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from support import GUARD, HOST
+
+import transports_anyio
+import transports_anyio.testing
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PROGRAM = Path(__file__).with_name("docs_program.py")
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in [*ROOT.glob("*.md"), *DOCS.glob("*.md")]}
+
+BLOCK = re.compile(
+    r"""
+    ^<!--\ python\n (?P<hidden>.*?) ^-->$
+    | (?: ^<!--\ file:\ (?P<file>\S+)\ -->\n )?  ^(?P<fence>`{3,})(?P<language>[^\n]*)\n (?P<code>.*?) ^(?P=fence)$
+    """,
+    re.DOTALL | re.MULTILINE | re.VERBOSE,
+)
+#: What is not run: see above. What begins with a brace is Sphinx's business.
+NOT_RUN = {"sh", "text"}
+
+
+@dataclass
+class Block:
+    kind: str
+    code: str
+    line: int
+    hidden: bool
+    file: str | None
+
+
+def blocks_of(page: str) -> list[Block]:
+    text = PAGES[page].read_text(encoding="utf-8")
+    blocks = []
+    for match in BLOCK.finditer(text):
+        hidden = match["hidden"] is not None
+        line = text.count("\n", 0, match.start("hidden" if hidden else "code")) + 1
+        kind, code = ("python", match["hidden"]) if hidden else (match["language"], match["code"])
+        blocks.append(Block(kind, code, line, hidden, match["file"]))
+    return blocks
+
+
+def has_code(page: str) -> bool:
+    return any(block.kind in ("python", "console") for block in blocks_of(page))
+
+
+@pytest.mark.parametrize("page", list(PAGES))
+def test_every_block_is_of_a_known_kind(page: str) -> None:
+    text = PAGES[page].read_text(encoding="utf-8")
+    blocks = blocks_of(page)
+    for block in blocks:
+        assert block.kind in {"python", "console", *NOT_RUN} or block.kind.startswith("{"), (page, block.line)
+        assert block.file is None or block.kind == "python", (page, block.line)
+    # Nothing that looks like a block or a marker has escaped.
+    assert len(re.findall(r"^\s*(?:`{3,}|~{3,})", text, re.MULTILINE)) == 2 * sum(not block.hidden for block in blocks)
+    assert text.count("<!--") == sum(block.hidden or block.file is not None for block in blocks)
+
+
+def unused_port() -> int:
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def normal(output: str) -> list[str]:
+    """The output line by line; times are all the same."""
+    return re.sub(r"\d+\.\d+s", "0.00s", output).rstrip().splitlines()
+
+
+class Terminal:
+    """Runs the commands of `console` blocks in a folder, and compares what they print."""
+
+    def __init__(self, folder: Path, backend: tuple[str, Any], ending: ExitStack) -> None:
+        self.folder = folder
+        self.backend = json.dumps(backend)
+        self.ending = ending
+        self.jobs: list[subprocess.Popen[str]] = []
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+
+    def run(self, block: str) -> None:
+        for command in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            line, _, expected = command.partition("\n")
+            if line.startswith("kill %"):
+                self.end(int(line.removeprefix("kill %")))
+            elif line.endswith("&"):
+                self.start(shlex.split(line[:-1]), normal(expected))
+            else:
+                self.expect(shlex.split(line), normal(expected))
+
+    def command(self, words: list[str]) -> list[str]:
+        assert words[0] == "python", words
+        if words[1] == "-m" or words[1].startswith("examples/"):
+            return [sys.executable, *words[1:]]
+        return [sys.executable, "-W", "error", str(PROGRAM), self.backend, *words[1:]]
+
+    def expect(self, words: list[str], expected: list[str] | None) -> None:
+        done = subprocess.run(
+            self.command(words),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=4 * GUARD,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        if expected is not None:
+            assert normal(done.stdout) == expected
+
+    def start(self, words: list[str], expected: list[str]) -> None:
+        process = subprocess.Popen(
+            self.command(words), cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, text=True
+        )
+        self.jobs.append(process)
+        self.ending.callback(self.end, len(self.jobs))
+        guard = threading.Timer(4 * GUARD, process.kill)
+        guard.start()
+        assert process.stdout is not None
+        try:
+            printed = [process.stdout.readline().rstrip("\n") for _ in expected]
+        finally:
+            guard.cancel()
+            guard.join()
+        assert printed == expected
+
+    def end(self, number: int) -> None:
+        process = self.jobs[number - 1]
+        if process.returncode is None:
+            assert process.poll() is None, "ended by itself"
+            process.kill()
+            process.communicate()
+
+
+async def run_in_place(blocks: list[Block], page: str, namespace: dict[str, Any], terminal: Terminal) -> None:
+    """Run the page's blocks in order: Python in this task, commands in a thread."""
+    for block in blocks:
+        if block.kind == "console":
+            await anyio.to_thread.run_sync(terminal.run, block.code)
+        elif block.file is None:
+            # The lines of the page stand in tracebacks.
+            code = compile(
+                "\n" * (block.line - 1) + block.code, page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+            )
+            waiting = eval(code, namespace)
+            if waiting is not None:
+                await waiting
+
+
+@pytest.mark.parametrize("page", list(filter(has_code, PAGES)))
+def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    name, options = anyio_backend
+    blocks = [block for block in blocks_of(page) if block.kind in ("python", "console")]
+    port = str(unused_port())
+    for block in blocks:
+        block.code = block.code.replace("8888", port)
+    commands = " ".join(block.code for block in blocks if block.kind == "console")
+    if "examples/tour.py" in commands:  # It leaves out what is not installed.
+        pytest.importorskip("trio")
+        pytest.importorskip("uvloop")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for block in blocks:
+        if block.file is not None:
+            (tmp_path / block.file).write_text(block.code, encoding="utf-8")
+
+    async def run() -> None:
+        async with AsyncExitStack() as stack:
+            await run_in_place(blocks, page, {"__name__": page, "stack": stack}, terminal)
+
+    with ExitStack() as ending:
+        terminal = Terminal(tmp_path, (name, options), ending)
+        if any(block.kind == "console" or block.file is None for block in blocks):
+            anyio.run(run, backend=name, backend_options=options)
+        for block in blocks:
+            if block.file is not None and block.file not in commands:
+                terminal.expect(["python", block.file], None)
+
+
+# -- the reference ----------------------------------------------------------------------------------------
+
+
+def described_names() -> set[str]:
+    """What the reference has an entry for."""
+    text = (DOCS / "reference.md").read_text(encoding="utf-8")
+    entries = re.finditer(
+        r"^\.\. (?:auto|py:)(?:class|method|function|data):: (\S+)\n((?:   .*\n)*)", text, re.MULTILINE
+    )
+    names = set()
+    for name, options in (entry.groups() for entry in entries):
+        names.add(name)
+        members = re.search(r":members: (.*(?:\n {6}.*)*)", options)
+        if members:
+            names.update(f"{name}.{member}" for member in re.findall(r"\w+", members[1]))
+    return names
+
+
+@pytest.mark.parametrize("module", [transports_anyio, transports_anyio.testing])
+def test_every_public_name_is_in_the_reference(module: Any) -> None:
+    missing = {f"{module.__name__}.{name}" for name in module.__all__} - described_names()
+    assert missing == set()
+
+
+#: Methods without an underscore that are for the other rooms of the package, not for users.
+FOR_OTHER_ROOMS = {
+    "transports_anyio.TransportGroup": {
+        "accepted", "call_internal", "forget_server", "forget_transport", "join_in_memory", "next_turn",
+        "pending_handshake", "turn",
+    },
+    "transports_anyio.Server": {"listen"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(FOR_OTHER_ROOMS))
+def test_every_method_is_in_the_reference(name: str) -> None:
+    described = described_names()
+    methods = {method for method in dir(getattr(transports_anyio, name.split(".")[1])) if not method.startswith("_")}
+    assert methods & FOR_OTHER_ROOMS[name] == FOR_OTHER_ROOMS[name]
+    assert {method for method in methods - FOR_OTHER_ROOMS[name] if f"{name}.{method}" not in described} == set()
+
+
+# -- the package ------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_loads_nothing_that_is_not_needed() -> None:
+    """No backend but asyncio, whose abstract classes we need, and nothing that only tests or other programs need."""
+    heavy = ["trio", "uvloop", "trustme", "pytest", "transports_anyio.testing"]
+    program = "import sys, transports_anyio; print(*set(sys.argv[1:]) & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *heavy],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=4 * GUARD,
+        check=True,
+    )
+    assert done.stdout.split() == []
