@@ -29,6 +29,8 @@ myst_heading_anchors = 3
 # Docstrings write `code` as Markdown does.
 default_role = "code"
 add_module_names = False
+# asyncio's own docstrings are asyncio's to publish.
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

@@ -7,9 +7,9 @@ May know: the group's interface. Knows nothing of what the callbacks are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from inspect import iscoroutine, signature
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from ._group import TransportGroup
@@ -68,10 +68,10 @@ class Door:
 
     def __init__(self, group: TransportGroup) -> None:
         self._group = group
-        self.context = copy_context()
-        self.run = self.context.run
+        self.context: Context = copy_context()
+        self.run: Callable[..., Any] = self.context.run
         self.run(current.set, group)
-        self.call_soon = group.call_internal
+        self.call_soon: Callable[..., None] = group.call_internal
 
     def make_protocol(self, factory: Callable[[], ProtocolT]) -> ProtocolT:
         """Call the protocol factory in the connection's context; what it raises is the caller's to handle.

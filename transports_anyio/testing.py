@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import anyio
 
@@ -37,6 +37,9 @@ __all__ = ["BufferedRecorder", "Call", "DatagramRecorder", "Recorder", "Subproce
 #: A callback: its name, and behind it its arguments.
 Call = tuple[Any, ...]
 
+#: For each callback, the states in which it is legal and those that it leads to.
+_Order: TypeAlias = Mapping[str, Mapping[str, str]]
+
 WrappedT = TypeVar("WrappedT", bound=asyncio.BaseProtocol)
 
 #: Callbacks that a transport may make inside another one: from `write`, `sendto` and `set_write_buffer_limits`.
@@ -46,9 +49,8 @@ NESTED = {"pause_writing", "resume_writing", "error_received"}
 class _Recorder(Generic[WrappedT]):
     """What every recorder has; the legal order of callbacks is a table in each kind."""
 
-    #: For each callback, the states in which it is legal and those that it leads to. A connection begins as "new"
-    #: and ends as "lost".
-    ORDER: ClassVar[Mapping[str, Mapping[str, str]]]
+    #: A connection begins as "new" and ends as "lost".
+    ORDER: ClassVar[_Order]
 
     def __init__(self, protocol: WrappedT | None = None, *, transport: asyncio.BaseTransport | None = None) -> None:
         """Record what `protocol` is told, or nobody at all.
@@ -64,7 +66,7 @@ class _Recorder(Generic[WrappedT]):
         #: Every callback that came in an illegal order, as a sentence.
         self.violations: list[str] = []
         #: Whether the last of `pause_writing` and `resume_writing` was the first.
-        self.writing_paused = False
+        self.writing_paused: bool = False
         self._state = "new" if transport is None else "open"
         self._counts: Counter[str] = Counter()  # Asked by those who wait, after every callback.
         self._under_way: list[str] = []
@@ -183,7 +185,7 @@ class _StreamRecorder(_Recorder[WrappedT]):
     def __init__(self, protocol: WrappedT | None = None, *, transport: asyncio.BaseTransport | None = None) -> None:
         super().__init__(protocol, transport=transport)
         #: Every byte that came.
-        self.received = bytearray()
+        self.received: bytearray = bytearray()
 
     async def wait_received(self, size: int) -> bytes:
         """Wait until `size` bytes have come in all, and return every byte that has. As `wait_until`."""
@@ -198,7 +200,7 @@ class _StreamRecorder(_Recorder[WrappedT]):
 class Recorder(_StreamRecorder[asyncio.Protocol], asyncio.Protocol):
     """Records what a `Protocol` is told."""
 
-    ORDER: ClassVar = {
+    ORDER: ClassVar[_Order] = {
         "connection_made": {"new": "open"},
         "data_received": _OPEN,
         "eof_received": {"open": "ended"},
@@ -208,14 +210,14 @@ class Recorder(_StreamRecorder[asyncio.Protocol], asyncio.Protocol):
     }
 
     def data_received(self, data: bytes) -> None:
-        self.received += data
+        self.received.extend(data)
         self._pass_on("data_received", data)
 
 
 class BufferedRecorder(_StreamRecorder[asyncio.BufferedProtocol], asyncio.BufferedProtocol):
     """Records what a `BufferedProtocol` is told; a buffer may be asked for again before it is filled."""
 
-    ORDER: ClassVar = {
+    ORDER: ClassVar[_Order] = {
         "connection_made": {"new": "open"},
         "get_buffer": {"open": "waiting", "waiting": "waiting"},
         "buffer_updated": {"waiting": "open"},
@@ -244,14 +246,14 @@ class BufferedRecorder(_StreamRecorder[asyncio.BufferedProtocol], asyncio.Buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         given, self._given = self._given, b""
-        self.received += memoryview(given).cast("B")[:nbytes]
+        self.received.extend(memoryview(given).cast("B")[:nbytes])
         self._pass_on("buffer_updated", nbytes)
 
 
 class DatagramRecorder(_Recorder[asyncio.DatagramProtocol], asyncio.DatagramProtocol):
     """Records what a `DatagramProtocol` is told."""
 
-    ORDER: ClassVar = {
+    ORDER: ClassVar[_Order] = {
         "connection_made": {"new": "open"},
         "datagram_received": _OPEN,
         "error_received": _OPEN,
@@ -278,7 +280,7 @@ class SubprocessRecorder(_Recorder[asyncio.SubprocessProtocol], asyncio.Subproce
     """Records what a `SubprocessProtocol` is told: a pipe may outlive the process, the connection neither."""
 
     _ALIVE: ClassVar = {"open": "open", "exited": "exited"}
-    ORDER: ClassVar = {
+    ORDER: ClassVar[_Order] = {
         "connection_made": {"new": "open"},
         "pipe_data_received": _ALIVE,
         "pipe_connection_lost": _ALIVE,

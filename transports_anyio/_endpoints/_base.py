@@ -55,7 +55,7 @@ class PendingHandshake:
         self._channel = channel
         self._own = own
         self._disown = disown
-        self.aborted = False  # By this side.
+        self.aborted: bool = False  # By this side.
         self.failure: Exception | None = None
 
     def begin(self, over: Callable[[], None]) -> None:

@@ -30,9 +30,11 @@ class Watermarks:
     __slots__ = ("high", "low", "paused", "size")
 
     def __init__(self) -> None:
-        self.size = 0
+        self.size: int = 0
+        self.low: int
+        self.high: int
         self.low, self.high = limits(None, None)
-        self.paused = False
+        self.paused: bool = False
 
     def crossed(self) -> str | None:
         """Return the callback that is due, if the size has crossed a mark since the last call."""
@@ -50,6 +52,7 @@ class WriteBuffer(Watermarks):
     """Chunks waiting to be sent. Adding and taking count the size in one place each."""
 
     __slots__ = ("chunks",)
+    size: int
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,6 +87,7 @@ class DatagramBuffer(Watermarks):
     """Datagrams waiting to be sent, each with its address."""
 
     __slots__ = ("datagrams",)
+    size: int
 
     def __init__(self) -> None:
         super().__init__()
