@@ -78,7 +78,7 @@ class Door:
 
         Raises `AttributeError` or `TypeError` when it returns what can never be a protocol.
         """
-        protocol = self.run(factory)
+        protocol: ProtocolT = self.run(factory)
         check_protocol(protocol, factory)
         return protocol
 
