@@ -171,26 +171,30 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation in docs/_build; a warning is an error."""
     session.install("--editable", ".", *group("docs"))
-    session.run("sphinx-build", "-W", "--keep-going", "--fresh-env", "-b", "html", "docs", "docs/_build")
+    session.run("sphinx-build", "-W", "--keep-going", "--fresh-env", "-q", "-b", "html", "docs", "docs/_build")
 
 
 @nox.session
 def package(session: nox.Session) -> None:
     """Build wheel and sdist, and look at each as an empty environment has it; every public name has its type."""
     session.install(*group("package"))
-    built = Path(session.create_tmp()) / "dist"
+    outside = Path(session.create_tmp()).resolve()
+    built = outside / "dist"
     shutil.rmtree(built, ignore_errors=True)
     session.run("python", "-m", "build", "--outdir", str(built), silent=True)
     archives = sorted(built.iterdir())
     session.run("twine", "check", "--strict", *map(str, archives))
     for archive in archives:
-        venv = built.parent / "venv"
+        venv = outside / "venv"
         session.run("python", "-m", "venv", "--clear", str(venv))
-        python = str(next(venv.glob("*/python*")))
-        session.run(python, "-m", "pip", "install", "--quiet", str(archive), external=True)
-        # Not from the checkout: -P keeps the working directory out, -I that and all else of the user's.
-        session.run(python, "-I", "-c", LOOK_AT_PACKAGE, PYPROJECT["project"]["version"], external=True)
-        session.run("pyright", "--pythonpath", python, "--verifytypes", "transports_anyio", "--ignoreexternal")
+        # Where the checkout is neither imported nor analysed.
+        with session.chdir(outside):
+            python = str(next(venv.glob("[bS]*/python*")))
+            session.run(python, "-m", "pip", "install", "--quiet", str(archive), external=True)
+            session.run(python, "-I", "-c", LOOK_AT_PACKAGE, PYPROJECT["project"]["version"], external=True)
+            # With --verifytypes, pyright knows the Python that is first on the path only.
+            path = os.pathsep.join([str(Path(python).parent), session.bin, os.environ["PATH"]])
+            session.run("pyright", "--verifytypes", "transports_anyio", "--ignoreexternal", env={"PATH": path})
 
 
 @nox.session
