@@ -11,8 +11,8 @@ A page is run from top to bottom.
 
 - A `python` block under `<!-- file: NAME -->` is saved as NAME, in a folder of the page's own.
 - A `console` block has commands (`$ python NAME`) and exactly what they print. A command with `&` stays in the
-  background until `kill %1` (`%2` …) or the end of the page. Times (`0.03s`) may differ. A file that no command names is
-  run by itself.
+  background until `kill %1` (`%2` …) or the end of the page. Times (`0.03s`) may differ. A file that no command names
+  is run by itself.
 - `sh` blocks are commands that change the reader's machine, `text` blocks are pictures: neither runs. There is no other
   language, so no block is left out unnoticed.
 
