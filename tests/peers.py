@@ -6,12 +6,16 @@ import hashlib
 import socket
 import sys
 import threading
-import time
 
 
-def exchange(port: int, size: int, chunk: int, pause: float) -> None:
-    """Send `size` bytes and read until the end at the same time, slowly; print both hashes."""
-    sock = socket.create_connection(("127.0.0.1", port))
+def exchange(port: int, size: int, chunk: int, pauses: int) -> None:
+    """Send `size` bytes and read until the end at the same time; print both hashes.
+
+    So many times the reading stops, until the test has seen it.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    sock.connect(("127.0.0.1", port))
     sent = hashlib.sha256()
 
     def send() -> None:
@@ -30,13 +34,14 @@ def exchange(port: int, size: int, chunk: int, pause: float) -> None:
     sender.start()
     received = hashlib.sha256()
     count = 0
-    turn = 0
+    stops = [size * number // (pauses + 1) for number in range(1, pauses + 1)]
     while data := sock.recv(chunk):
         received.update(data)
         count += len(data)
-        turn += 1
-        if turn % 64 == 0:
-            time.sleep(pause)
+        if stops and count >= stops[0]:
+            del stops[0]
+            print("waiting")
+            sys.stdin.readline()
     sender.join()
     sock.close()
     print(sent.hexdigest(), received.hexdigest(), count)
@@ -93,7 +98,7 @@ def resolve(port: int, name: str) -> None:
 if __name__ == "__main__":
     task, *arguments = sys.argv[1:]
     if task == "exchange":
-        exchange(int(arguments[0]), int(arguments[1]), int(arguments[2]), float(arguments[3]))
+        exchange(int(arguments[0]), int(arguments[1]), int(arguments[2]), int(arguments[3]))
     elif task == "late_reader":
         late_reader(int(arguments[0]))
     elif task == "flood":

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import anyio
 import pytest
-from support import HOST, Recorder, Stack, peer_process
+from support import GUARD, HOST, Recorder, Stack, peer_process
 
 pytestmark = pytest.mark.anyio
 
 SIZE = 64 << 20
 PIECE = 48 * 1024
 HIGH = 32 * 1024
+PAUSES = 3
 
 
 class Pusher(Recorder):
@@ -65,7 +67,12 @@ async def test_64_mib_each_way_at_once_against_a_slow_reader(stack: Stack) -> No
     async with stack.open() as group:
         server = await group.create_server(make, HOST, 0)
         port = server.sockets[0].getsockname()[1]
-        async with peer_process("exchange", port, SIZE, 100_000, 0.001) as peer:
+        async with peer_process("exchange", port, SIZE, 100_000, PAUSES) as peer:
+            for _ in range(PAUSES):
+                assert await peer.line() == "waiting"
+                with anyio.fail_after(GUARD):
+                    await pushers[0].wait_until(lambda: pushers[0].writing_paused)
+                await peer.say("go on")
             sent, received, count = (await peer.line()).split()
         (pusher,) = pushers
         assert int(count) == SIZE
@@ -74,7 +81,7 @@ async def test_64_mib_each_way_at_once_against_a_slow_reader(stack: Stack) -> No
         assert pusher.bytes == SIZE
         assert sent == pusher.got.hexdigest()
         assert pusher.greatest <= HIGH + PIECE
-        assert sum(name == "pause_writing" for name, *_ in pusher.calls) > 1
+        assert sum(name == "pause_writing" for name, *_ in pusher.calls) >= PAUSES
         pusher.transport.close()
         await pusher.wait_for("connection_lost")
         server.close()
