@@ -177,7 +177,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def package(session: nox.Session) -> None:
     """Build wheel and sdist, and look at each as an empty environment has it; every public name has its type."""
-    session.install(*group("package"))
+    session.install(*group("package"), *PYPROJECT["project"]["dependencies"])
     outside = Path(session.create_tmp()).resolve()
     built = outside / "dist"
     shutil.rmtree(built, ignore_errors=True)
@@ -193,7 +193,7 @@ def package(session: nox.Session) -> None:
             session.run(python, "-m", "pip", "install", "--quiet", str(archive), external=True)
             session.run(python, "-I", "-c", LOOK_AT_PACKAGE, PYPROJECT["project"]["version"], external=True)
             # With --verifytypes, pyright looks nowhere but into the environment that it runs in.
-            session.install("--force-reinstall", str(archive))
+            session.install("--force-reinstall", "--no-deps", str(archive))
             session.run("pyright", "--verifytypes", "transports_anyio", "--ignoreexternal")
 
 

@@ -216,6 +216,24 @@ def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Pa
                 terminal.expect(["python", block.file], None)
 
 
+@pytest.mark.parametrize("page", list(PAGES))
+def test_every_link_leads_somewhere(page: str) -> None:
+    """In the checkout too, where Sphinx does not look."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    targets = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target}
+    folder = PAGES[page].parent
+    absent = {target for target in targets - {""} if not (folder / target).exists()}
+    assert absent == set()
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("[!_]*.py")))
+def test_every_example_says_what_it_is(example: str) -> None:
+    """Its docstring stands in docs/examples.md, which has them all."""
+    docstring = ast.get_docstring(ast.parse((ROOT / "examples" / example).read_text(encoding="utf-8")))
+    assert docstring
+    assert docstring.split("\n\n")[0].endswith((".", ":"))
+
+
 # -- the reference ----------------------------------------------------------------------------------------
 
 
