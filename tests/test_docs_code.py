@@ -241,11 +241,12 @@ def described_names() -> set[str]:
     """What the reference has an entry for."""
     text = (DOCS / "reference.md").read_text(encoding="utf-8")
     entries = re.finditer(
-        r"^\.\. (?:auto|py:)(?:class|method|function|data):: (\S+)\n((?:   .*\n)*)", text, re.MULTILINE
+        r"^\.\. (?:auto|py:)(?:class|method|function|data):: ([\w.]+).*\n((?:   .*\n)*)", text, re.MULTILINE
     )
     names = set()
     for name, options in (entry.groups() for entry in entries):
-        names.add(name)
+        module = re.search(r":module: (\S+)", options)
+        names.add(f"{module[1]}.{name}" if module else name)
         members = re.search(r":members: (.*(?:\n {6}.*)*)", options)
         if members:
             names.update(f"{name}.{member}" for member in re.findall(r"\w+", members[1]))
