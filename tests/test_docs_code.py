@@ -277,6 +277,13 @@ def test_every_method_is_in_the_reference(name: str) -> None:
     assert {method for method in methods - FOR_OTHER_ROOMS[name] if f"{name}.{method}" not in described} == set()
 
 
+def test_every_module_is_in_the_architecture() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    package = Path(transports_anyio.__file__).parent
+    modules = {path.stem for path in package.rglob("*.py")} - {"__init__"}
+    assert {module for module in modules if not re.search(rf"`(?:\w+/)?{module}`", text)} == set()
+
+
 # -- the package ------------------------------------------------------------------------------------------
 
 
