@@ -131,7 +131,7 @@ class Terminal:
         assert words[0] == "python", words
         if words[1] == "-m" or words[1].startswith("examples/"):
             return [sys.executable, *words[1:]]
-        return [sys.executable, "-W", "error", str(PROGRAM), self.backend, *words[1:]]
+        return [sys.executable, "-W", "always::ResourceWarning", str(PROGRAM), self.backend, *words[1:]]
 
     def expect(self, words: list[str], expected: list[str] | None) -> None:
         done = subprocess.run(
@@ -289,7 +289,7 @@ def test_every_module_is_in_the_architecture() -> None:
 
 def test_importing_the_package_loads_nothing_that_is_not_needed() -> None:
     """No backend but asyncio, whose abstract classes we need, and nothing that only tests or other programs need."""
-    heavy = ["trio", "uvloop", "trustme", "pytest", "transports_anyio.testing"]
+    heavy = ["trio", "uvloop", "anyio._backends._asyncio", "pytest", "multiprocessing", "transports_anyio.testing"]
     program = "import sys, transports_anyio; print(*set(sys.argv[1:]) & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", program, *heavy],
