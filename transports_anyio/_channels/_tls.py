@@ -233,6 +233,10 @@ class TLSChannel(Channel):
         self._handshake_over(exc)
 
     def _handshake_over(self, exc: Exception | None) -> None:
+        self._cancel_timer()
+        done, self._on_handshake = self._on_handshake, None
+        if done is None:
+            return  # It was over already.
         if exc is not None:
             logger.debug("TLS handshake failed: %r", exc)
         elif logger.isEnabledFor(logging.DEBUG):
@@ -241,10 +245,7 @@ class TLSChannel(Channel):
                 "TLS handshake with %r done: %s, %s",
                 self._inner.extra_info().get("peername"), self._tls.version(), cipher and cipher[0],
             )  # fmt: skip
-        self._cancel_timer()
-        done, self._on_handshake = self._on_handshake, None
-        if done is not None:
-            done(exc)
+        done(exc)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
