@@ -59,12 +59,12 @@ class Echo(Protocol):
         self.transport.write(data)
 
 
-async def converse() -> None:
+async def converse(messages: int = 100) -> None:
     """Ask an echo server, one after the other, so that the order of the lines is no matter of chance."""
     async with TransportGroup() as group:
         server = await group.create_server(Echo, HOST, 0)
         transport, client = await group.create_connection(Recorder, *server.sockets[0].getsockname())
-        for _ in range(100):
+        for _ in range(messages):
             size = len(client.received)
             transport.write(b"hello")
             await client.wait_received(size + 5)
@@ -109,6 +109,25 @@ async def test_nothing_is_said_at_info(anyio_backend: Any) -> None:
     with story(logging.INFO) as lines:
         await converse()
     assert lines == []
+
+
+async def test_messages_cost_nothing(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logger is asked as often for a hundred messages as for one, and that is when something changes."""
+    asked = 0
+    is_enabled_for = LOGGER.isEnabledFor
+
+    def counting(level: int) -> bool:
+        nonlocal asked
+        asked += 1
+        return is_enabled_for(level)
+
+    monkeypatch.setattr(LOGGER, "isEnabledFor", counting)
+    counts = []
+    for messages in (1, 100):
+        asked = 0
+        await converse(messages)
+        counts.append(asked)
+    assert counts[0] == counts[1] > 0
 
 
 async def test_flow_control_and_a_failure(anyio_backend: Any) -> None:

@@ -241,10 +241,11 @@ class TLSChannel(Channel):
             logger.debug("TLS handshake failed: %r", exc)
         elif logger.isEnabledFor(logging.DEBUG):
             cipher = self._tls.cipher()
-            logger.debug(
-                "TLS handshake with %r done: %s, %s",
-                self._inner.extra_info().get("peername"), self._tls.version(), cipher and cipher[0],
-            )  # fmt: skip
+            try:
+                peername = self._inner.extra_info().get("peername")
+            except OSError:  # Of a stream that looks it up when it is asked, and whose peer has left.
+                peername = None
+            logger.debug("TLS handshake with %r done: %s, %s", peername, self._tls.version(), cipher and cipher[0])
         done(exc)
 
     def _cancel_timer(self) -> None:
