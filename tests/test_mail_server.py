@@ -171,7 +171,7 @@ async def test_nothing_is_taken_in_the_clear(stack: Stack, certificates: Certifi
 
 
 @pytest.mark.parametrize("behind", ["MAIL FROM:<evil@example.org>\r\n", "EH"], ids=["a command", "half a command"])
-async def test_t2_what_comes_behind_starttls_ends_the_connection(
+async def test_what_comes_behind_starttls_ends_the_connection(
     stack: Stack, certificates: Certificates, behind: str
 ) -> None:
     """In one segment with it: nothing of it is done, and there is no encrypted connection to be confused."""
