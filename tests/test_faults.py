@@ -35,7 +35,6 @@ from support import (
     BufferedRecorder,
     Peer,
     Recorder,
-    collect_contexts,
     leaves,
     listening,
     open_descriptors,
@@ -60,7 +59,9 @@ class Outcome:
     def __init__(self, group: Any, layer: Layer) -> None:
         self.group = group
         self.layer = layer
-        self.contexts = collect_contexts(group)
+        self.contexts: list[dict[str, Any]] = []
+        self.server: Any = None
+        group.set_exception_handler(self.report)
         #: Pairs of what was sent and what arrived.
         self.streams: list[tuple[bytes, Callable[[], bytes]]] = []
         self.protocols: list[tuple[Any, Any]] = []
@@ -69,6 +70,11 @@ class Outcome:
         self.pids: list[int] = []
         #: Whether it is an AnyIO stream that fails: it knows no transient errors.
         self.on_stream = False
+
+    def report(self, group: Any, context: dict[str, Any]) -> None:
+        self.contexts.append(context)
+        if "accepts no more" in context["message"]:
+            self.server.close()  # Or else its client would wait for ever.
 
     @property
     def spoiled(self) -> bool:
@@ -134,14 +140,7 @@ async def exchange(outcome: Outcome, serve: Any, connect: Any, recorder: Any = R
         return protocol
 
     client = recorder()
-    server = await serve(accept)
-
-    def handler(group: Any, context: dict[str, Any]) -> None:
-        outcome.contexts.append(context)
-        if "accepts no more" in context["message"]:
-            server.close()  # Or else its client would wait for ever.
-
-    outcome.group.set_exception_handler(handler)
+    server = outcome.server = await serve(accept)
     try:
         transport, _ = await connect(server, lambda: client)
     except OSError as exc:
@@ -319,7 +318,7 @@ def file(directory: str) -> Scenario:
     async def scenario(outcome: Outcome) -> None:
         receiver, sender = Recorder(), Recorder()
         outcome.streams.append((UP, lambda: bytes(receiver.received)))
-        server = await outcome.group.create_server(lambda: receiver, HOST, 0)
+        server = outcome.server = await outcome.group.create_server(lambda: receiver, HOST, 0)
         try:
             transport, _ = await outcome.group.create_connection(lambda: sender, *server.sockets[0].getsockname())
         except OSError as exc:

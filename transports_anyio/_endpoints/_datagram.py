@@ -139,6 +139,7 @@ async def address_pairs(local: Any, remote: Any, family: int, proto: int, flags:
     for address in (local, remote):
         if address is not None and not (isinstance(address, tuple) and len(address) == 2):
             raise TypeError("2-tuple is expected")
+    await anyio.lowlevel.checkpoint()  # Numbers need no other.
     for address in (local, remote):
         if address is None:
             continue

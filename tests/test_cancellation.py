@@ -1,0 +1,464 @@
+"""Every endpoint function is cancelled at each of its checkpoints in turn, until it comes to its end without."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import types
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from faults import DATAGRAM, STREAM, SUBPROCESS, Keeper, check_legal
+from network import Echo, needs_ipv6
+from support import GUARD, HOST, RECORDERS, Recorder, open_descriptors, pattern, until
+from tls_support import NAME, Certificates
+
+from transports_anyio import TransportGroup
+from transports_anyio.testing import memory_connection
+
+pytestmark = pytest.mark.anyio
+
+#: More checkpoints than any of these functions has.
+MOST_CHECKPOINTS = 300
+
+DATA = pattern(300_000)
+
+
+@pytest.fixture(scope="module")
+def certificates(certificate_authority: Any) -> Certificates:
+    return Certificates(certificate_authority)
+
+
+@types.coroutine
+def driven(coroutine: Coroutine[Any, Any, Any], waits: Callable[[], object]) -> Generator[Any, Any, Any]:
+    """Run a coroutine and call `waits` each time that it is about to wait: at each of its checkpoints."""
+    step, value = coroutine.send, None
+    while True:
+        try:
+            asked = step(value)  # type: ignore[arg-type]
+        except StopIteration as exc:
+            return exc.value
+        waits()
+        try:
+            step, value = coroutine.send, (yield asked)
+        except BaseException as exc:
+            step, value = coroutine.throw, exc
+
+
+class Case:
+    """What a function under test needs, and what it has made."""
+
+    def __init__(self, group: TransportGroup, certificates: Certificates) -> None:
+        self.group = group
+        self.certificates = certificates
+        self.made: list[tuple[Any, Any]] = []
+
+    def stream(self, **hooks: Any) -> Recorder:
+        recorder = Recorder(**hooks)
+        self.made.append((recorder, STREAM))
+        return recorder
+
+    def keep(self, machine: Any = DATAGRAM) -> Keeper:
+        keeper = Keeper()
+        self.made.append((keeper, machine))
+        return keeper
+
+    def tls(self) -> dict[str, Any]:
+        return {"ssl": self.certificates.client(), "server_hostname": NAME}
+
+
+Act = Callable[[], Coroutine[Any, Any, Any]]
+#: Prepares, yields the call that is to be cancelled, and cleans up what was its own.
+Prepare = Callable[[Case], Any]
+
+
+@asynccontextmanager
+async def tcp_connection(case: Case) -> AsyncIterator[Act]:
+    server = await case.group.create_server(Echo, HOST, 0)
+    yield lambda: case.group.create_connection(case.stream, *server.sockets[0].getsockname())
+    server.close()
+    server.abort_clients()
+
+
+@asynccontextmanager
+async def happy_eyeballs(case: Case) -> AsyncIterator[Act]:
+    server = await case.group.create_server(Echo, None, 0)
+    port = server.sockets[0].getsockname()[1]
+    yield lambda: case.group.create_connection(case.stream, None, port, happy_eyeballs_delay=0)
+    server.close()
+    server.abort_clients()
+
+
+@asynccontextmanager
+async def name_lookup(case: Case) -> AsyncIterator[Act]:
+    server = await case.group.create_server(Echo, HOST, 0)
+    port = server.sockets[0].getsockname()[1]
+    yield lambda: case.group.create_connection(case.stream, "localhost", port, family=socket.AF_INET)
+    server.close()
+    server.abort_clients()
+
+
+@asynccontextmanager
+async def tls_connection(case: Case) -> AsyncIterator[Act]:
+    server = await case.group.create_server(Echo, HOST, 0, ssl=case.certificates.server())
+    yield lambda: case.group.create_connection(case.stream, *server.sockets[0].getsockname(), **case.tls())
+    server.close()
+    server.abort_clients()
+
+
+@asynccontextmanager
+async def tcp_server(case: Case) -> AsyncIterator[Act]:
+    yield lambda: case.group.create_server(case.stream, HOST, 0)
+
+
+@asynccontextmanager
+async def unix_connection(case: Case, path: str = "server") -> AsyncIterator[Act]:
+    server = await case.group.create_unix_server(Echo, path)
+    yield lambda: case.group.create_unix_connection(case.stream, path)
+    server.close()
+    server.abort_clients()
+
+
+@asynccontextmanager
+async def unix_server(case: Case) -> AsyncIterator[Act]:
+    yield lambda: case.group.create_unix_server(case.stream, "server")
+    assert not Path("server").exists()
+
+
+@asynccontextmanager
+async def accepted_socket(case: Case) -> AsyncIterator[Act]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        yield lambda: case.group.connect_accepted_socket(case.stream, ours)
+
+
+@asynccontextmanager
+async def accepted_tls_socket(case: Case) -> AsyncIterator[Act]:
+    """Both ends at once: the client's handshake goes on beside."""
+    ours, theirs = socket.socketpair()
+
+    async def client() -> None:
+        try:
+            await case.group.create_connection(case.stream, sock=theirs, **case.tls())
+        except OSError:
+            pass  # The server's end was cancelled.
+
+    case.group.start_soon(client)
+    yield lambda: case.group.connect_accepted_socket(case.stream, ours, ssl=case.certificates.server())
+
+
+@asynccontextmanager
+async def datagram_endpoint(case: Case) -> AsyncIterator[Act]:
+    yield lambda: case.group.create_datagram_endpoint(case.keep, local_addr=(HOST, 0), remote_addr=(HOST, 9))
+
+
+@asynccontextmanager
+async def datagram_endpoint_by_name(case: Case) -> AsyncIterator[Act]:
+    yield lambda: case.group.create_datagram_endpoint(case.keep, local_addr=("localhost", 0))
+
+
+@asynccontextmanager
+async def read_pipe(case: Case) -> AsyncIterator[Act]:
+    reader, writer = (open(fd, mode, 0) for fd, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+    with reader, writer:  # A pipe that was not taken over is still its maker's.
+        yield lambda: case.group.connect_read_pipe(case.stream, reader)
+
+
+@asynccontextmanager
+async def write_pipe(case: Case) -> AsyncIterator[Act]:
+    reader, writer = (open(fd, mode, 0) for fd, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+    with reader, writer:
+        yield lambda: case.group.connect_write_pipe(case.stream, writer)
+
+
+@asynccontextmanager
+async def program(case: Case) -> AsyncIterator[Act]:
+    yield lambda: case.group.subprocess_exec(lambda: case.keep(SUBPROCESS), "cat")
+
+
+@asynccontextmanager
+async def shell(case: Case) -> AsyncIterator[Act]:
+    yield lambda: case.group.subprocess_shell(lambda: case.keep(SUBPROCESS), "exec cat")
+
+
+@asynccontextmanager
+async def process(case: Case) -> AsyncIterator[Act]:
+    theirs = await anyio.open_process(["cat"], stderr=subprocess.PIPE)
+    yield lambda: case.group.connect_process(lambda: case.keep(SUBPROCESS), theirs)
+    with anyio.CancelScope(shield=True):
+        if not case.made:  # It was left to us.
+            theirs.kill()
+            await theirs.wait()
+            await theirs.aclose()
+
+
+@asynccontextmanager
+async def stream(case: Case, *, ssl: bool = False) -> AsyncIterator[Act]:
+    context = case.certificates.server() if ssl else None
+    server = await case.group.create_server(Echo, HOST, 0, ssl=context)
+    theirs = await anyio.connect_tcp(*server.sockets[0].getsockname())
+    options = case.tls() if ssl else {}
+    yield lambda: case.group.connect_stream(case.stream, theirs, **options)
+    if not case.made and not ssl:
+        await theirs.aclose()  # It was left to us.
+    elif not case.made:
+        await anyio.aclose_forcefully(theirs)
+    server.close()
+    server.abort_clients()
+
+
+def tls_stream(case: Case) -> Any:
+    return stream(case, ssl=True)
+
+
+@asynccontextmanager
+async def datagram_socket(case: Case) -> AsyncIterator[Act]:
+    theirs = await anyio.create_udp_socket(local_host=HOST)
+    yield lambda: case.group.connect_datagram_socket(case.keep, theirs)
+    if not case.made:
+        await theirs.aclose()
+
+
+@asynccontextmanager
+async def upgrade(case: Case) -> AsyncIterator[Act]:
+    def begin(protocol: Recorder, data: bytes) -> None:
+        async def run() -> None:
+            try:
+                await case.group.start_tls(protocol.transport, protocol, case.certificates.server(), server_side=True)
+            except OSError:
+                pass  # The client's end was cancelled.
+
+        if data == b"STARTTLS":
+            protocol.transport.write(b"GO")
+            case.group.start_soon(run)
+
+    server = await case.group.create_server(lambda: case.stream(on_data_received=begin), HOST, 0)
+    transport, protocol = await case.group.create_connection(case.stream, *server.sockets[0].getsockname())
+    transport.write(b"STARTTLS")
+    await protocol.wait_received(2)
+
+    async def act() -> Any:
+        new = await case.group.start_tls(transport, protocol, case.certificates.client(), server_hostname=NAME)
+        return new, protocol
+
+    yield act
+    server.close()
+    await until(lambda: protocol.lost)
+    server.abort_clients()
+
+
+@asynccontextmanager
+async def file(case: Case, *, ssl: bool = False) -> AsyncIterator[Act]:
+    context = case.certificates.server() if ssl else None
+    receivers: list[Recorder] = []
+
+    def make() -> Recorder:
+        receivers.append(case.stream())
+        return receivers[-1]
+
+    server = await case.group.create_server(make, HOST, 0, ssl=context)
+    options = case.tls() if ssl else {}
+    transport, protocol = await case.group.create_connection(case.stream, *server.sockets[0].getsockname(), **options)
+    with open("file", "w+b") as source:
+        source.write(DATA)
+        source.seek(0)
+
+        async def act() -> Any:
+            assert await case.group.sendfile(transport, source) == len(DATA)
+            return transport, protocol
+
+        yield act
+        # Cancelled or not, the connection works, and what has arrived is the beginning of the file.
+        position = source.tell()
+        if not transport.is_closing():
+            transport.write(b"behind it")
+            await receivers[0].wait_until(lambda: receivers[0].received.endswith(b"behind it"))
+            assert receivers[0].received[:-9] == DATA[:position]
+        transport.close()
+    server.close()
+
+
+def tls_file(case: Case) -> Any:
+    return file(case, ssl=True)
+
+
+@asynccontextmanager
+async def in_memory(case: Case) -> AsyncIterator[Act]:
+    async def act() -> Any:
+        first, _ = await memory_connection(case.group, case.stream, case.stream)
+        return first
+
+    yield act
+
+
+@asynccontextmanager
+async def server_wait_closed(case: Case) -> AsyncIterator[Act]:
+    server = await case.group.create_server(Echo, HOST, 0)
+    _, client = await case.group.create_connection(case.stream, *server.sockets[0].getsockname())
+    await until(lambda: server._connections)
+
+    async def act() -> Any:
+        server.close()
+        case.group.call_soon(client.transport.close)
+        await server.wait_closed()
+        return client.transport, client
+
+    yield act
+    server.close()
+
+
+@asynccontextmanager
+async def serve_forever(case: Case) -> AsyncIterator[Act]:
+    server = await case.group.create_server(Echo, HOST, 0, start_serving=False)
+
+    async def act() -> None:
+        case.group.call_later(0.005, server.close)
+        await server.serve_forever()
+
+    yield act
+    server.close()
+    assert not server.is_serving()
+
+
+@asynccontextmanager
+async def group_wait_closed(case: Case) -> AsyncIterator[Act]:
+    first, _ = await memory_connection(case.group, case.stream, case.stream)
+
+    async def act() -> Any:
+        case.group.call_soon(first[0].close)
+        await case.group.wait_closed()
+        return first
+
+    yield act
+
+
+CASES: list[Any] = [
+    tcp_connection, pytest.param(happy_eyeballs, marks=needs_ipv6, id="happy_eyeballs"), name_lookup, tls_connection,
+    tcp_server, unix_connection, unix_server, accepted_socket, accepted_tls_socket, datagram_endpoint,
+    datagram_endpoint_by_name, read_pipe, write_pipe, program, shell, process, stream, tls_stream, datagram_socket,
+    upgrade, file, tls_file, in_memory, server_wait_closed, serve_forever, group_wait_closed,
+]  # fmt: skip
+
+
+async def echoes(group: TransportGroup) -> None:
+    """Show that the group works."""
+    (transport, client), _ = await memory_connection(group, Recorder, Echo)
+    transport.write(b"still there?")
+    assert await client.wait_received(12) == b"still there?"
+    transport.close()
+    await client.wait_for("connection_lost")
+
+
+def end(result: Any) -> None:
+    """End what a function has returned: a server, or a transport with its protocol."""
+    if isinstance(result, tuple):
+        result[0].abort() if hasattr(result[0], "abort") else result[0].close()
+    elif result is not None:
+        result.close()
+
+
+@pytest.mark.parametrize("prepare", CASES)
+async def test_cancelled_at_every_checkpoint(
+    anyio_backend: Any, certificates: Certificates, prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with TransportGroup() as group:
+        group.set_exception_handler(lambda *_: None)  # A server tells of handshakes that its clients give up.
+        await echoes(group)
+        cancelled = 0
+        for number in range(MOST_CHECKPOINTS):
+            descriptors = own_descriptors()
+            tasks = {task.id for task in anyio.get_running_tasks()}
+            case = Case(group, certificates)
+            count = 0
+            result = None
+
+            def waits(number: int = number) -> None:
+                nonlocal count
+                if count == number:
+                    scope.cancel()
+                count += 1
+
+            async with prepare(case) as act:
+                with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
+                    result = await driven(act(), waits)
+                cancelled += scope.cancelled_caught
+                end(result)
+            await echoes(group)
+            for transport in tuple(group._transports):
+                transport.abort()
+            with anyio.fail_after(GUARD):
+                await group.wait_closed()
+                await until(lambda: {task.id for task in anyio.get_running_tasks()} <= tasks)  # noqa: B023
+                await until(lambda: own_descriptors() == descriptors)  # noqa: B023
+            for protocol, machine in case.made:
+                if protocol.calls:
+                    check_legal(protocol.calls, machine)
+            for recorder in RECORDERS:
+                recorder.check_finished()
+            RECORDERS.clear()
+            if count <= number:
+                break  # It was over before it came to that checkpoint.
+        else:
+            raise AssertionError("there is no end of checkpoints")
+    assert cancelled
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def own_descriptors() -> dict[int, str]:
+    # uvloop keeps one in reserve from its first stream on, for the day when there are no others.
+    return {fd: what for fd, what in open_descriptors().items() if what != os.devnull}
+
+
+async def test_a_group_cancelled_at_every_checkpoint(anyio_backend: Any, certificates: Certificates) -> None:
+    """A program that does a bit of everything, cancelled anywhere, its group's beginning and end included."""
+
+    async def everything(case: Case) -> None:
+        async with TransportGroup() as case.group:
+            group = case.group
+            group.set_exception_handler(lambda *_: None)
+            server = await group.create_server(case.stream, HOST, 0, ssl=case.certificates.server())
+            transport, protocol = await group.create_connection(
+                case.stream, *server.sockets[0].getsockname(), **case.tls()
+            )
+            transport.write(DATA)
+            await group.subprocess_exec(lambda: case.keep(SUBPROCESS), "cat")
+            (first, recorder), (second, _) = await memory_connection(group, case.stream, case.stream)
+            second.write(b"hello")
+            await recorder.wait_received(5)
+
+    for number in range(MOST_CHECKPOINTS):
+        descriptors = own_descriptors()
+        tasks = {task.id for task in anyio.get_running_tasks()}
+        case = Case(None, certificates)  # type: ignore[arg-type]
+        count = 0
+
+        def waits(number: int = number) -> None:
+            nonlocal count
+            if count == number:
+                scope.cancel()
+            count += 1
+
+        with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
+            await driven(everything(case), waits)
+        # This very moment, without another turn.
+        for protocol, machine in case.made:
+            if protocol.calls:
+                check_legal(protocol.calls, machine)
+        assert {task.id for task in anyio.get_running_tasks()} <= tasks
+        assert own_descriptors() == descriptors
+        RECORDERS.clear()
+        if count <= number:
+            break
+    else:
+        raise AssertionError("there is no end of checkpoints")
+    assert number > 5
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
