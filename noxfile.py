@@ -211,3 +211,12 @@ def benchmarks(session: nox.Session) -> None:
     session.run("python", "benchmarks/bench_transports.py", *session.posargs)
     if not session.posargs:
         session.run("python", "benchmarks/report.py")
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Let connections come and go, half of them rude, and see whether memory stays flat; two minutes a backend."""
+    backends = install_with_backends(session, *group("benchmarks"))
+    given = any(argument.startswith("--backend") for argument in session.posargs)
+    chosen = [] if given else [argument for backend in backends for argument in ("--backend", backend)]
+    session.run("python", "benchmarks/soak.py", *chosen, *session.posargs)
