@@ -63,8 +63,12 @@ def put_pyenv_interpreters_first() -> None:
 
 put_pyenv_interpreters_first()
 
-#: The newest Python that is there, on which coverage is measured.
-NEWEST_PYTHON = next((python for python in reversed(PYTHONS) if shutil.which(f"python{python}")), None)
+#: The Pythons that are there, the oldest first. On the newest, coverage is measured.
+PYTHONS_HERE = [python for python in PYTHONS if shutil.which(f"python{python}")]
+NEWEST_PYTHON = PYTHONS_HERE[-1] if PYTHONS_HERE else None
+
+#: For pytest: without the tests that run on the oldest and the newest Python only.
+NOT_EXHAUSTIVE = ("-m", "not exhaustive")
 
 
 def group(*names: str) -> tuple[str, ...]:
@@ -125,7 +129,8 @@ def tests(session: nox.Session) -> None:
     """Run the tests on every backend, on every Python that is there; on the newest of these, measure coverage."""
     backends = install_with_backends(session, *group("test"))
     if session.python != NEWEST_PYTHON or session.posargs:
-        run_tests(session, backends)
+        between = session.python in PYTHONS_HERE[1:-1] and not session.posargs
+        run_tests(session, backends, *(NOT_EXHAUSTIVE if between else ()))
         return
     session.run("coverage", "erase")
     run_tests(session, backends, "--cov", "--cov-append", "--cov-report=")
@@ -136,7 +141,7 @@ def tests(session: nox.Session) -> None:
 def tests_oldest_anyio(session: nox.Session) -> None:
     """Run the tests with the oldest AnyIO that we support, on its two backends."""
     backends = install_with_backends(session, *group("test"), oldest("anyio"))
-    run_tests(session, [backend for backend in backends if backend != "uvloop"])
+    run_tests(session, [backend for backend in backends if backend != "uvloop"], *NOT_EXHAUSTIVE)
 
 
 @nox.session(python=NEWEST_PYTHON)

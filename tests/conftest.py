@@ -41,6 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "ours_only(reason): not run on asyncio's own transports, because we differ on purpose or "
         "because asyncio has no such thing",
     )
+    config.addinivalue_line(
+        "markers", "exhaustive: takes long; nox runs it on the oldest and the newest Python, with the newest AnyIO"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

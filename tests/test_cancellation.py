@@ -22,7 +22,7 @@ from tls_support import NAME, Certificates
 from transports_anyio import TransportGroup
 from transports_anyio.testing import memory_connection
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.exhaustive]
 
 #: More checkpoints than any of these functions has.
 MOST_CHECKPOINTS = 300

@@ -187,6 +187,7 @@ async def run_in_place(blocks: list[Block], page: str, namespace: dict[str, Any]
                 await waiting
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("page", list(filter(has_code, PAGES)))
 def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     name, options = anyio_backend

@@ -45,7 +45,7 @@ from tls_support import NAME, Certificates
 
 from transports_anyio import TransportGroup, _server
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.exhaustive]
 
 #: What each end sends. A socket is given a small buffer, so that it takes many calls.
 UP = pattern(300_000)

@@ -17,7 +17,7 @@ from tls_support import Output
 
 from transports_anyio import Protocol, TransportGroup
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.exhaustive]
 
 TESTS = Path(__file__).parent
 SOAK = TESTS.parent / "benchmarks" / "soak.py"
