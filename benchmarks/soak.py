@@ -3,10 +3,10 @@
     nox -s soak                                   every backend, two minutes each
     nox -s soak -- --backend trio --seconds 600
 
-One group serves TCP, TLS and UNIX sockets, and makes connections of its own; the clients are a process of their own, with
-bare blocking sockets. After each round everything is over and done with, garbage is collected, and what is left is
-written down. The first rounds warm up allocators and caches. The figure is the memory after each round; the program fails
-when the end is not as the end of the warm-up was.
+One group serves TCP, TLS and UNIX sockets, and makes connections of its own; the clients are a process of their own,
+with bare blocking sockets. After each round everything is over and done with, garbage is collected, and what is left is
+written down. The first third warms up allocators and caches. The figure is the memory after each round; the program
+fails when the end is not as the end of the warm-up was.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -86,6 +87,7 @@ class Once(Protocol):
     """Ask for an echo, and close when it has come."""
 
     def __init__(self, message: bytes) -> None:
+        self.over = anyio.Event()
         self.left = len(message)
         self.message = message
 
@@ -97,6 +99,9 @@ class Once(Protocol):
         self.left -= len(data)
         if not self.left:
             self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.over.set()
 
 
 async def serve(directory: str, seconds: float, round_seconds: float) -> list[tuple[float, int, int, int]]:
@@ -129,8 +134,7 @@ async def serve(directory: str, seconds: float, round_seconds: float) -> list[tu
                     await use(group, ports, directory, client_context)
                 await clients.stdout.receive()
                 # Until the last of the rude has tried our patience.
-                while group.statistics().open_transports:
-                    await anyio.sleep(0.01)
+                await group.wait_closed()
                 gc.collect()
                 samples.append((time.monotonic() - began, Service.made, len(gc.get_objects()), resident()))
             await clients.stdin.aclose()
@@ -155,14 +159,13 @@ async def use(group: TransportGroup, ports: list[str], directory: str, context: 
             lambda: Once(b""), HOST, int(ports[1]), ssl=context, server_hostname=NAME
         )
         transport.abort()
-    while not all(transport.is_closing() for transport, _ in made):
-        await anyio.sleep(0.001)
+    for _, protocol in made:
+        await protocol.over.wait()
 
 
 def resident() -> int:
     """The resident memory of this process, in bytes."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # The clients, in a process of their own: each is given its share of the clients' bad manners.
