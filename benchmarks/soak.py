@@ -6,7 +6,7 @@
 One group serves TCP, TLS and UNIX sockets, and makes connections of its own; the clients are a process of their own,
 with bare blocking sockets. After each round everything is over and done with, garbage is collected, and what is left is
 written down. The first third warms up allocators and caches. The figure is the memory after each round; the program
-fails when the end is not as the end of the warm-up was.
+fails when the last third is not as the middle one.
 """
 
 from __future__ import annotations
@@ -48,10 +48,13 @@ FLOOD_SIZE = 1 << 20
 PATIENCE = 0.2
 CLIENTS_AT_ONCE = 12
 
+#: When, in seconds; how many connections so far; the memory, in objects and in bytes.
+Sample = tuple[float, int, int, int]
+
 #: How much may be left over at the end. Objects, as the collector counts them, are exact: a leak of one for each
 #: connection would be tens of thousands. The resident memory moves with the allocator, by pages and arenas.
 OBJECTS_ALLOWED = 300
-RESIDENT_ALLOWED = 4 << 20  # Bytes; and a twentieth of the whole.
+RESIDENT_ALLOWED = 4 << 20  # Bytes.
 
 
 # The server, in this process
@@ -105,12 +108,12 @@ class Once(Protocol):
         self.over.set()
 
 
-async def serve(directory: str, seconds: float, round_seconds: float) -> list[tuple[float, int, int, int]]:
+async def serve(directory: str, seconds: float, round_seconds: float) -> list[Sample]:
     """Return the time, the connections so far, and the memory, in objects and bytes, after each round."""
     server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server_context.load_cert_chain(f"{directory}/server.pem")
     client_context = ssl.create_default_context(cafile=f"{directory}/ca.pem")
-    samples: list[tuple[float, int, int, int]] = []
+    samples: list[Sample] = []
     async with TransportGroup() as group:
         group.set_exception_handler(lambda *_: None)  # Handshakes that fail: that is what they are for.
 
@@ -297,23 +300,27 @@ class Clients:
 # The figure
 
 
-def figure(backend: str, samples: list[tuple[float, int, int, int]], warm: int) -> str:
+def figure(backend: str, samples: list[Sample]) -> str:
     """The memory over time, as text: each bar is between the least and the most resident memory."""
     least, most = min(sample[3] for sample in samples), max(sample[3] for sample in samples)
     lines = [f"{backend}: memory after each round", "   s  connections  objects  resident MiB"]
     step = max(1, len(samples) // 30)
     for number, (seconds, connections, objects, size) in enumerate(samples):
-        if number % step == 0 or number in (warm, len(samples) - 1):
+        if number % step == 0 or number == len(samples) - 1:
             bar = "#" * (1 + round(39 * (size - least) / max(most - least, 1 << 20)))
-            mark = " (warm)" if number == warm else ""
-            lines.append(f"{seconds:4.0f}  {connections:11}  {objects:7}  {size / (1 << 20):12.2f}  {bar}{mark}")
+            lines.append(f"{seconds:4.0f}  {connections:11}  {objects:7}  {size / (1 << 20):12.2f}  {bar}")
     return "\n".join(lines)
 
 
-def is_flat(samples: list[tuple[float, int, int, int]], warm: int) -> bool:
-    _, _, objects, size = samples[warm]
-    _, _, objects_at_last, size_at_last = samples[-1]
-    return objects_at_last - objects <= OBJECTS_ALLOWED and size_at_last - size <= RESIDENT_ALLOWED + size // 20
+def growth(samples: list[Sample]) -> tuple[int, int, int]:
+    """Connections, objects and bytes of the last third, over the middle one. The first is for warming up.
+
+    The least of each third is what counts: what the allocator keeps for a while after a round comes and goes.
+    """
+    third = len(samples) // 3
+    middle, last = samples[third : 2 * third], samples[2 * third :]
+    objects, size = (min(s[n] for s in last) - min(s[n] for s in middle) for n in (2, 3))
+    return samples[-1][1] - samples[third][1], objects, size
 
 
 def soak(backend: str, seconds: float, round_seconds: float) -> bool:
@@ -324,16 +331,12 @@ def soak(backend: str, seconds: float, round_seconds: float) -> bool:
         authority.cert_pem.write_to_path(f"{directory}/ca.pem")
         authority.issue_cert(NAME).private_key_and_cert_chain_pem.write_to_path(f"{directory}/server.pem")
         samples = anyio.run(serve, directory, seconds, round_seconds, **BACKENDS[backend])
-    warm = len(samples) // 3
-    flat = is_flat(samples, warm)
-    (_, connections, objects, size), (_, connections_at_last, objects_at_last, size_at_last) = (
-        samples[warm],
-        samples[-1],
-    )
-    print(figure(backend, samples, warm))
+    connections, objects, size = growth(samples)
+    flat = objects <= OBJECTS_ALLOWED and size <= RESIDENT_ALLOWED
+    print(figure(backend, samples))
     print(
-        f"{backend}: {'flat' if flat else 'NOT FLAT'}: {objects_at_last - objects:+} objects and "
-        f"{(size_at_last - size) / 1024:+.0f} KiB in {connections_at_last - connections} connections",
+        f"{backend}: {'flat' if flat else 'NOT FLAT'}: {objects:+} objects and {size / 1024:+.0f} KiB "
+        f"in {connections} connections",
         flush=True,
     )
     return flat

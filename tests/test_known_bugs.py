@@ -182,7 +182,6 @@ class Bytes(anyio.abc.ByteReceiveStream):
 
 
 @pytest.mark.anyio
-@pytest.mark.ours_only("asyncio takes a turn for each record")
 async def test_r7_a_buffered_protocol_over_tls_takes_many_records_at_once(
     stack: Stack, certificates: Certificates
 ) -> None:
