@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import socket
@@ -824,22 +825,34 @@ async def test_handshake_that_is_cancelled(stack: Stack, certificates: Certifica
 
 
 @pytest.mark.ours_only("asyncio leaks descriptors here")
+@pytest.mark.exhaustive
 async def test_t3_failed_handshakes_leak_nothing(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group:
         before = len(open_descriptors())
-        with plain_server(*[read_four] * 300) as address:
-            for _ in range(300):
+        with plain_server(*[read_four] * 1000) as address:
+            for _ in range(1000):
                 await connect_to(group, address, ssl=certificates.client())
-        with listening() as stalling:  # Nobody accepts.
+        with listening() as stalling:
             address = stalling.getsockname()
-            for _ in range(50):
+            stalling.setblocking(False)
+
+            def forget() -> None:
+                """Take the silent connections out of the backlog."""
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        stalling.accept()[0].close()
+
+            for _ in range(1000):
                 await connect_to(group, address, ssl=certificates.client(), ssl_handshake_timeout=0.001)
-            for _ in range(50):
+                forget()
+            for _ in range(1000):
                 with anyio.move_on_after(0.001):
                     await connect_to(group, address, ssl=certificates.client())
+                forget()
         await until(lambda: len(open_descriptors()) <= before)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.ours_only("about our own objects")
 async def test_t6_failed_handshakes_keep_no_memory(stack: Stack, certificates: Certificates) -> None:
     # Counted without the collector's help: a cycle for each failure would grow until it runs.
@@ -852,10 +865,10 @@ async def test_t6_failed_handshakes_keep_no_memory(stack: Stack, certificates: C
         gc.collect()
         gc.disable()
         try:
-            with plain_server(*[read_four] * 50) as address:
-                for _ in range(50):
+            with plain_server(*[read_four] * 1000) as address:
+                for _ in range(1000):
                     await connect_to(group, address, ssl=context)
-            for _ in range(50):
+            for _ in range(1000):
                 await connect_to(group, serving.address, ssl=untrusting)
             await turns()
             alive = sum(isinstance(thing, (ssl.SSLObject, ssl.MemoryBIO)) for thing in gc.get_objects())
