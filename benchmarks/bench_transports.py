@@ -74,7 +74,7 @@ WORKLOADS = [
     *(
         Workload(f"buffered {size // KIB} KiB x {count}", "buffered", "tcp", count, size, (*BUFFERED, "trio"))
         for size in (KIB, 64 * KIB)
-        for count in (16,)
+        for count in (1, 16, 256)
     ),
     Workload("accept, echo, close", "echo", "conn", 16, KIB, tuple(EVERYBODY)),
     *(tls(size, count) for size in (KIB, 64 * KIB, 256 * KIB) for count in (1, 16)),

@@ -69,6 +69,54 @@ def ratios(results: dict[str, dict[str, list[float]]]) -> list[str]:
     return lines
 
 
+#: What was set out to be reached: the greatest ratio for each column of `RATIOS`.
+TARGETS: dict[str, tuple[float | None, ...]] = {
+    "tcp 1 KiB x 16 (fresh)": (0.40, None, None, None),
+    "tcp 1 KiB x 16 (used)": (1.0, 1.6, 0.40, 0.15),
+    "tcp 1 KiB x 256 (used)": (1.0, 1.6, 0.40, 0.15),
+    "tcp 64 KiB x 16 (used)": (1.05, 1.25, 0.55, 0.32),
+    "tcp 1 KiB x 1 (used)": (1.05, 1.25, 0.95, 0.80),
+    "tcp 1 KiB x 1, one processor (used)": (1.3, 2.0, 0.90, 0.40),
+    "buffered 64 KiB x 16 (used)": (0.95, 1.15, 0.50, 0.30),
+    "accept, echo, close (used)": (1.0, 2.7, 0.35, 0.15),
+    "outgoing connection": (1.2, 2.2, 0.80, 0.40),
+    "tls 256 KiB x 1 (used)": (1.0, 1.25, 0.40, 0.85),
+    "tls 1 KiB x 16 (used)": (0.85, 1.5, 0.35, 0.20),
+    "udp 512 B (used)": (1.0, 1.7, 0.30, 0.12),
+    "writelines 1000 x 100 B (used)": (0.30, 1.2, 1.5, 0.25),
+    "memory of an idle connection, KiB": (1.0, 2.0, 0.50, 0.40),
+    "spawn of true": (1.1, 0.8, 1.0, 0.35),
+    "64 MiB through cat": (0.9, None, 0.9, None),
+    "timer": (1.2, 1.4, None, 0.20),
+}
+
+
+def targets(results: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Each ratio beside its target; a target that is missed is in bold."""
+    lines = ["| workload | " + " | ".join(name for name, _, _ in RATIOS) + " |", "| --- |" + " ---: |" * len(RATIOS)]
+    for name, limits in TARGETS.items():
+        row, cells = results.get(name, {}), []
+        for limit, (_, ours, other) in zip(limits, RATIOS, strict=True):
+            mine, theirs = median(row.get(ours)), median(row.get(other))
+            if limit is None or not mine or not theirs:
+                cells.append("")
+                continue
+            cell = f"{mine / theirs:.2f} of {limit:.2f}"
+            cells.append(cell if mine / theirs <= limit else f"**{cell}**")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def flat(results: dict[str, dict[str, list[float]]]) -> list[str]:
+    """The cost of one echo by the number of open connections, and the bare loop's beside it."""
+    names = {"16": "tcp 1 KiB x 16 (used)", "256": "tcp 1 KiB x 256 (used)", "10,016": "10,000 idle connections (used)"}
+    lines = ["| open connections | " + " | ".join(PEERS) + " |", "| ---: |" + " ---: |" * len(PEERS)]
+    for count, name in names.items():
+        values = [median(results.get(name, {}).get(peer)) for peer in PEERS]
+        lines.append(f"| {count} | " + " | ".join("" if value is None else f"{value:.1f}" for value in values) + " |")
+    return lines
+
+
 def chart(results: dict[str, dict[str, list[float]]]) -> str:
     """Bars of microseconds for each request; the shorter, the better. Long ones are cut, with their number."""
     width, left, bar, gap = 760, 190, 12, 26
@@ -108,6 +156,20 @@ def page(document: dict[str, Any]) -> str:
         "Make it again with `nox -s benchmarks`; the raw figures are in `benchmarks/results.json`.",
         "",
         "![Microseconds for each request](performance.svg)",
+        "",
+        "## Targets",
+        "",
+        "The ratio to the peer of the same run, and what it was to reach; **bold** where it did not.",
+        "",
+        *targets(results),
+        "",
+        (HERE / "notes.md").read_text().strip(),
+        "",
+        "## Many connections",
+        "",
+        "Microseconds for one echo of 1 KiB, by the number of connections that are open; 16 are busy.",
+        "",
+        *flat(results),
         "",
         "## Ratios",
         "",

@@ -38,8 +38,9 @@ class Ending(asyncio.Protocol):
 class Child(asyncio.SubprocessProtocol):
     """Feed the child's standard input, and count what comes out of it."""
 
-    def __init__(self, pieces: int = 0) -> None:
+    def __init__(self, pieces: int = 0, call_soon: Any = None) -> None:
         self.ended = anyio.Event()
+        self.call_soon = call_soon
         self.pieces = pieces
         self.paused = False
         self.received = 0
@@ -54,7 +55,8 @@ class Child(asyncio.SubprocessProtocol):
             self.pieces -= 1
             self.stdin.write(PIECE)
         if not self.pieces:
-            self.stdin.close()
+            # Not at once, inside `resume_writing`: asyncio would lose what is buffered.
+            self.call_soon(self.stdin.close)
 
     def pause_writing(self) -> None:
         self.paused = True
@@ -90,7 +92,7 @@ async def with_transports(owner: Any, task: str, port: int) -> float:
         await protocol.ended.wait()
 
     async def pipe() -> None:
-        _, protocol = await owner.subprocess_exec(lambda: Child(PIECES), "cat", stderr=None)
+        _, protocol = await owner.subprocess_exec(lambda: Child(PIECES, owner.call_soon), "cat", stderr=None)
         await protocol.ended.wait()
         assert protocol.received == len(PIECE) * PIECES
 
