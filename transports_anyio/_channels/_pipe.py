@@ -22,8 +22,8 @@ if sys.platform == "linux":
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# What a pipe of ours holds, in bytes, once it turns out to carry bulk: one read can empty it. It is what `cat` writes at
-# once; 64 MiB through it cost less than with the 64 KiB that the system gives, and no less with more.
+# What a pipe of ours holds, in bytes, once it turns out to carry bulk: one read can empty it. It is what `cat` writes
+# at once; 64 MiB through it cost less than with the 64 KiB that the system gives, and no less with more.
 READ_SIZE = 128 * 1024
 
 # What a pipe holds on Linux to begin with, in bytes.
