@@ -63,11 +63,10 @@ def put_pyenv_interpreters_first() -> None:
 
 put_pyenv_interpreters_first()
 
-#: The Pythons that are there, the oldest first. On the newest, coverage is measured.
-PYTHONS_HERE = [python for python in PYTHONS if shutil.which(f"python{python}")]
-NEWEST_PYTHON = PYTHONS_HERE[-1] if PYTHONS_HERE else None
+#: The newest Python that is there, on which coverage is measured, and the tests that take long are run.
+NEWEST_PYTHON = next((python for python in reversed(PYTHONS) if shutil.which(f"python{python}")), None)
 
-#: For pytest: without the tests that run on the oldest and the newest Python only.
+#: For pytest: without the tests that take long.
 NOT_EXHAUSTIVE = ("-m", "not exhaustive")
 
 
@@ -129,8 +128,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests on every backend, on every Python that is there; on the newest of these, measure coverage."""
     backends = install_with_backends(session, *group("test"))
     if session.python != NEWEST_PYTHON or session.posargs:
-        between = session.python in PYTHONS_HERE[1:-1] and not session.posargs
-        run_tests(session, backends, *(NOT_EXHAUSTIVE if between else ()))
+        run_tests(session, backends, *(() if session.posargs else NOT_EXHAUSTIVE))
         return
     session.run("coverage", "erase")
     run_tests(session, backends, "--cov", "--cov-append", "--cov-report=")

@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "because asyncio has no such thing",
     )
     config.addinivalue_line(
-        "markers", "exhaustive: takes long; nox runs it on the oldest and the newest Python, with the newest AnyIO"
+        "markers", "exhaustive: takes long; nox runs it on the newest Python only, unless it is given arguments"
     )
 
 
