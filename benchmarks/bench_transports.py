@@ -262,19 +262,25 @@ def main() -> None:
                     function(*arguments, peer)
                 except (RuntimeError, subprocess.CalledProcessError, AssertionError, ValueError, IndexError) as exc:
                     print(f"\n{name}: {peer}: {exc}", file=sys.stderr)
-    report(bench.results, options)
+            save(bench.results, options, number + 1)
+    report(bench.results)
 
 
-def report(results: Results, options: argparse.Namespace) -> None:
+def save(results: Results, options: argparse.Namespace, rounds: int) -> None:
+    """Write what is there after so many rounds."""
     document = {
         "machine": f"{processor()}, {os.cpu_count()} processors, {platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("anyio", "trio", "uvloop", "trio-asyncio")},
-        "rounds": options.rounds,
+        "rounds": rounds,
         "seconds": options.seconds,
         "results": results,
     }
     options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def report(results: Results) -> None:
+    """Print the medians."""
     peers = [peer for peer in EVERYBODY if any(peer in row for row in results.values())]
     print(" " * 44 + "".join(f"{peer[-14:]:>16}" for peer in peers))
     for name, row in results.items():

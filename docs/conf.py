@@ -38,12 +38,6 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
 
-def leave_out_absent(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Take the page that `nox -s benchmarks` writes out of the table of contents until it is there."""
-    if docname == "index" and not (ROOT / "docs" / "performance.md").exists():
-        source[0] = source[0].replace("\nperformance\n", "\n")
-
-
 def list_examples(app: Sphinx, docname: str, source: list[str]) -> None:
     """Put every example into the page of the examples: what its docstring says, and the program."""
     if docname != "examples":
@@ -55,5 +49,4 @@ def list_examples(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("source-read", leave_out_absent)
     app.connect("source-read", list_examples)
