@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -52,6 +53,14 @@ static SSL_CTX *context;
 static void fail(const char *what) {
     perror(what);
     exit(1);
+}
+
+/* Some processors copy several times slower to or from an address that is a few bytes off a page, where `malloc` puts
+ * what is large. */
+static char *allocate_pages(size_t count) {
+    void *pages = mmap(NULL, count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) fail("mmap");
+    return pages;
 }
 
 static double now(void) {
@@ -196,8 +205,8 @@ int main(int argc, char **argv) {
     int count = atoi(argv[3]);
     size = atol(argv[4]);
     double seconds = atof(argv[5]);
-    payload = calloc(1, size + 1);
-    answer = malloc(1 << 18);
+    payload = allocate_pages(size + 1);
+    answer = allocate_pages(1 << 18);
     if (!strcmp(argv[1], "serve")) {
         serve(seconds);
         printf("%lu\n", answers);

@@ -9,7 +9,8 @@ from typing import Any
 
 from .._poller import Poller
 from ._polled import Polled
-from ._socket import describe_socket, scratch
+from ._receive_buffers import buffers
+from ._socket import describe_socket
 
 
 class ChannelEnded(Exception):  # noqa: N818  # the end of a channel need not be an error
@@ -69,8 +70,9 @@ class DatagramSocketChannel(Polled, DatagramChannel):
         self._connected = False
 
     def receive(self) -> tuple[bytes, Any]:
-        size, address = self._socket.recvfrom_into(scratch)
-        return bytes(scratch[:size]), address
+        buffer = buffers.received
+        size, address = self._socket.recvfrom_into(buffer)
+        return bytes(buffer[:size]), address
 
     def send(self, data: bytes | bytearray | memoryview, address: Any) -> None:
         # A connected socket refuses an address on some systems (EISCONN), even its peer's.

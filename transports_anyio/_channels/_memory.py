@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ._contract import Channel
+from ._receive_buffers import RECEIVE_SIZE
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-# How much one turn receives where nobody asked for chunks: as from a socket.
-RECEIVE_SIZE = 256 * 1024
 
 
 class Direction:
@@ -65,7 +63,7 @@ class MemoryChannel(Channel):
         self._incoming = incoming
         self._outgoing = outgoing
         self._call_soon = call_soon
-        self._chunk_size = chunk_size or RECEIVE_SIZE
+        self._chunk_size = chunk_size or RECEIVE_SIZE  # As from a socket.
         self._info = info
         self._reading = self._writing = self._turn_asked = False
         incoming.wake_receiver = outgoing.wake_sender = self._ask_for_turn

@@ -12,22 +12,16 @@ from typing import TYPE_CHECKING, Any
 from .._poller import Poller
 from ._contract import Channel
 from ._polled import Polled
+from ._receive_buffers import buffers
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-# How much one readiness event may receive: asyncio's figure, for the same chunks at the protocol.
-RECEIVE_SIZE = 256 * 1024
 
 # The most buffers that one `sendmsg` takes (POSIX `IOV_MAX`); 16 is the least that POSIX allows.
 try:
     GATHER_LIMIT = os.sysconf("SC_IOV_MAX")
 except (AttributeError, OSError, ValueError):
     GATHER_LIMIT = 16
-
-# Received bytes pass through one buffer: `recv(262144)` makes the C library map and unmap 256 KiB for every message
-# until a process has freed its first such block. It is never held over a call of the user's code.
-scratch = memoryview(bytearray(RECEIVE_SIZE))
 
 
 class SocketView:
@@ -122,7 +116,8 @@ class SocketChannel(Polled, Channel):
         self._peername = peername
 
     def receive(self) -> bytes:
-        return bytes(scratch[: self._socket.recv_into(scratch)])
+        buffer = buffers.received
+        return bytes(buffer[: self._socket.recv_into(buffer)])
 
     def receive_into(self, buffer: Buffer) -> int:
         return self._socket.recv_into(buffer)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from .._errors import logger
 from ._contract import Channel
+from ._receive_buffers import RECEIVE_SIZE, buffers
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -33,19 +34,12 @@ if TYPE_CHECKING:
 # not read. Both sizes also bound what the memory buffers of a connection keep allocated once they were that full.
 ENCRYPT_SIZE = 128 * 1024
 
-# How much ciphertext one readiness event may receive: asyncio's figure, for the same chunks at the protocol.
-RECEIVE_SIZE = 256 * 1024
-
 # How often in a row one readiness event may call a protocol whose buffer is smaller than what was received.
 READS_IN_A_ROW = 16
 
 # How much a peer may still send after our `close_notify` before the connection ends without waiting for its own.
 # What is on its way when we close should fit; a download without end should not be read to the end.
 DISCARD_LIMIT = 1024 * 1024
-
-# As in `_socket`: bytes on their way in pass through these, and they are never held over a call of the user's code.
-_ciphertext = memoryview(bytearray(RECEIVE_SIZE))
-_plaintext = memoryview(bytearray(RECEIVE_SIZE))
 
 
 def _ignore() -> None: ...
@@ -168,7 +162,7 @@ class TLSChannel(Channel):
 
     def _handshake_readable(self) -> None:
         try:
-            count = self._inner.receive_into(_ciphertext)
+            count = self._receive_ciphertext()
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
@@ -177,7 +171,6 @@ class TLSChannel(Channel):
         if not count:
             self._end_handshake(ConnectionResetError(errno.ECONNRESET, "the peer left during the TLS handshake"))
             return
-        self._incoming.write(_ciphertext[:count])
         self._advance_handshake()
 
     def _handshake_writable(self) -> None:
@@ -191,7 +184,7 @@ class TLSChannel(Channel):
     def _last_words(self) -> Exception | None:
         """Return the alert of a peer that has left, if it sent one before."""
         try:
-            self._incoming.write(_ciphertext[: self._inner.receive_into(_ciphertext)])
+            self._receive_ciphertext()
             self._tls.do_handshake()
         except ssl.SSLWantReadError:
             return None
@@ -315,13 +308,12 @@ class TLSChannel(Channel):
         self._write_needs_read = False
         if not self._more:
             try:
-                count = self._inner.receive_into(_ciphertext)
+                self._receive_ciphertext()
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError as exc:
                 self._fail(exc)
             else:
-                self._incoming.write(_ciphertext[:count])
                 self._more = True
         self._update_interest()
 
@@ -341,21 +333,27 @@ class TLSChannel(Channel):
             self._write_ready()
 
     def receive(self) -> bytes:
-        count = self._receive(_plaintext)
-        return bytes(_plaintext[:count])
+        plaintext = buffers.decrypted
+        count = self._receive(plaintext)
+        return bytes(plaintext[:count])
 
     def receive_into(self, buffer: Buffer) -> int:
         with memoryview(buffer) as view, view.cast("B") as plaintext:
             return self._receive(plaintext)
 
+    def _receive_ciphertext(self) -> int:
+        """Give OpenSSL what the channel below has, and return how much that was, 0 at the end."""
+        ciphertext = buffers.received
+        count = self._inner.receive_into(ciphertext)
+        self._incoming.write(ciphertext[:count])
+        return count
+
     def _receive(self, into: memoryview) -> int:
         """Fill `into` with what is in memory, or else arrives, and note whether there may be more."""
         if not self._more:
-            count = self._inner.receive_into(_ciphertext)
-            if not count:
+            if not self._receive_ciphertext():
                 self._eof = self._eof_reported = True  # The peer has left without `close_notify`.
                 return 0
-            self._incoming.write(_ciphertext[:count])
         elif self._failure is not None:
             raise self._failure
         read = self._read
@@ -494,15 +492,13 @@ class TLSChannel(Channel):
 
     def _farewell_readable(self) -> None:
         try:
-            count = self._inner.receive_into(_ciphertext)
+            count = self._receive_ciphertext()
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
             self._finished(exc)
             return
-        if count:
-            self._incoming.write(_ciphertext[:count])
-        else:
+        if not count:
             self._eof = True
             self._inner.set_reading(False)
         self._farewell_writable()
@@ -520,7 +516,7 @@ class TLSChannel(Channel):
         """Say `close_notify` and look for the peer's; return whether there is nothing to wait for any more."""
         try:
             # Before OpenSSL is told, because it takes data that is there by then for an error.
-            while count := self._read(RECEIVE_SIZE, _plaintext):
+            while count := self._read(RECEIVE_SIZE, buffers.decrypted):
                 self._discarded += count
         except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
             pass
