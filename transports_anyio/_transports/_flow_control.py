@@ -56,16 +56,24 @@ class WriteBuffer(Watermarks):
 
     def __init__(self) -> None:
         super().__init__()
-        self.chunks: deque[bytes | memoryview] = deque()
+        # A deque only while something waits: an empty one takes 760 bytes, a third of an idle connection.
+        self.chunks: deque[bytes | memoryview] | tuple[()] = ()
 
     def append(self, chunk: bytes | memoryview) -> None:
-        self.chunks.append(chunk)
+        if self.chunks:
+            self.chunks.append(chunk)
+        else:
+            self.chunks = deque((chunk,))
         self.size += len(chunk)
 
     def take(self, count: int) -> None:
         """Remove the first `count` bytes, which have been sent."""
         self.size -= count
+        if not self.size:
+            self.chunks = ()
+            return
         chunks = self.chunks
+        assert chunks
         while count:
             chunk = chunks.popleft()
             if len(chunk) > count:
@@ -74,7 +82,7 @@ class WriteBuffer(Watermarks):
             count -= len(chunk)
 
     def clear(self) -> None:
-        self.chunks.clear()
+        self.chunks = ()
         self.size = 0
 
 

@@ -290,7 +290,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
     def _write_ready(self) -> None:
         buffer = self._buffer
         try:
-            if len(buffer.chunks) == 1:
+            if buffer.chunks and len(buffer.chunks) == 1:
                 sent = self._channel.send(buffer.chunks[0])
             elif buffer.chunks or self._file is None:  # With no chunks, a channel may have a failure to tell.
                 sent = self._channel.send_many(buffer.chunks)
