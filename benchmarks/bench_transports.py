@@ -107,6 +107,12 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak_memory(pid: int) -> int:
+    """Bytes of memory that a process has had resident at most."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return KIB * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
 class Bench:
     def __init__(self, folder: Path, seconds: float) -> None:
         self.seconds = seconds
@@ -214,14 +220,13 @@ class Bench:
     def measure_slow_reader(self, peer: str) -> None:
         with self.server(peer, "push") as (process, port):
             before = processor_time(process.pid)
-            memory = resident(process.pid)
+            memory = peak_memory(process.pid)
             subprocess.run(
                 [sys.executable, str(HERE / "slow_reader.py"), str(port)], preexec_fn=pin(LOAD_CPU), check=True
             )
             wait_until_quiet(process.pid)
             self.note(f"{SLOW_READER}: us for each MiB", peer, (processor_time(process.pid) - before) * 1e6 / 64)
-            out, _ = process.communicate()
-            self.note(f"{SLOW_READER}: peak memory, KiB", peer, int(out) - memory / KIB)
+            self.note(f"{SLOW_READER}: growth of the peak memory, KiB", peer, (peak_memory(process.pid) - memory) / KIB)
 
 
 def wait_until_quiet(pid: int) -> None:

@@ -1,8 +1,8 @@
 """The servers that are measured, each run as a process of its own: `python servers.py PEER WORKLOAD`.
 
 A peer is a way to serve: asyncio's or uvloop's own transports, trio's streams, AnyIO's streams, trio-asyncio, ours on
-each backend, and a bare epoll loop, which is the physical limit. A server prints its port, serves until its standard
-input ends, and then prints its peak memory in KiB.
+each backend, and a bare epoll loop, which is the physical limit. A server prints its port and serves until its standard
+input ends.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Lines(Echo):
 
 
 class Push(asyncio.Protocol):
-    """Send 64 MiB as fast as flow control lets it."""
+    """Send 64 MiB as fast as flow control lets it; the peer closes."""
 
     transport: Any
     chunk = bytes(64 * 1024)
@@ -101,8 +101,6 @@ class Push(asyncio.Protocol):
         while self.left and not self.paused:
             self.left -= 1
             self.transport.write(self.chunk)
-        if not self.left:
-            self.transport.close()
 
     def pause_writing(self) -> None:
         self.paused = True
@@ -353,7 +351,6 @@ def end_with_standard_input() -> None:
 
     def wait() -> None:
         sys.stdin.read()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -72,7 +72,7 @@ class DatagramSocketChannel(Polled, DatagramChannel):
     def receive(self) -> tuple[bytes, Any]:
         buffer = buffers.received
         size, address = self._socket.recvfrom_into(buffer)
-        return bytes(buffer[:size]), address
+        return buffer[:size].tobytes(), address
 
     def send(self, data: bytes | bytearray | memoryview, address: Any) -> None:
         # A connected socket refuses an address on some systems (EISCONN), even its peer's.

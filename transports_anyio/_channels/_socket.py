@@ -117,7 +117,7 @@ class SocketChannel(Polled, Channel):
 
     def receive(self) -> bytes:
         buffer = buffers.received
-        return bytes(buffer[: self._socket.recv_into(buffer)])
+        return buffer[: self._socket.recv_into(buffer)].tobytes()
 
     def receive_into(self, buffer: Buffer) -> int:
         return self._socket.recv_into(buffer)

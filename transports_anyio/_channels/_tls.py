@@ -335,7 +335,7 @@ class TLSChannel(Channel):
     def receive(self) -> bytes:
         plaintext = buffers.decrypted
         count = self._receive(plaintext)
-        return bytes(plaintext[:count])
+        return plaintext[:count].tobytes()
 
     def receive_into(self, buffer: Buffer) -> int:
         with memoryview(buffer) as view, view.cast("B") as plaintext:
