@@ -87,6 +87,38 @@ def udp_flood(port: int) -> None:
         pass
 
 
+def http_proxy(refusal: str = "") -> None:
+    """Open tunnels for whoever asks by CONNECT, or refuse with a status; print the port, and each tunnel's end."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    print(listener.getsockname()[1], flush=True)
+
+    def carry(source: socket.socket, target: socket.socket) -> None:
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+    while True:
+        client, _ = listener.accept()
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += client.recv(1)
+        method, where, _ = head.split(maxsplit=2)
+        assert method == b"CONNECT"
+        if refusal:
+            client.sendall(f"HTTP/1.1 {refusal}\r\nContent-Length: 0\r\n\r\n".encode())
+            client.close()
+            continue
+        host, _, port = where.decode().rpartition(":")
+        server = socket.create_connection((host, int(port)))
+        client.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+        there = threading.Thread(target=carry, args=(client, server))
+        there.start()
+        carry(server, client)
+        there.join()
+        client.close()
+        server.close()
+
+
 def resolve(port: int, name: str) -> None:
     """Ask a name server for the address of `name`, and print it."""
     import dnslib
@@ -105,6 +137,8 @@ if __name__ == "__main__":
         flood(int(arguments[0]))
     elif task == "udp_flood":
         udp_flood(int(arguments[0]))
+    elif task == "http_proxy":
+        http_proxy(*arguments)
     elif task == "resolve":
         resolve(int(arguments[0]), arguments[1])
     else:

@@ -28,6 +28,7 @@ from transports_anyio.testing import Recorder, memory_connection
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from foreign_stream import ask_through
+from http_tunnel import open_tunnel
 from memory_connection import Netstrings
 
 pytestmark = pytest.mark.anyio
@@ -197,6 +198,57 @@ async def test_a_stream_of_another_library(anyio_backend: Any) -> None:
     async with serving("tcp_echo_server", backend, port):
         relay = [sys.executable, "-c", RELAY, HOST, str(port)]
         assert (await output(*command("foreign_stream", "--backend", backend, *relay))).endswith("is anybody there?'\n")
+
+
+@asynccontextmanager
+async def http_proxy(*arguments: str) -> AsyncIterator[str]:
+    process = await anyio.open_process(
+        [sys.executable, str(Path(__file__).with_name("peers.py")), "http_proxy", *arguments]
+    )
+    try:
+        assert process.stdout is not None
+        with anyio.fail_after(4 * GUARD):
+            yield f"http://{HOST}:{int(await process.stdout.receive())}"
+    finally:
+        with anyio.CancelScope(shield=True):
+            process.kill()
+            await process.aclose()
+
+
+async def test_a_stream_of_httpcore(anyio_backend: Any) -> None:
+    """A tunnel through a proxy that runs as a process of its own."""
+    backend = name_of(anyio_backend)
+    port = unused_port()
+    async with serving("tcp_echo_server", backend, port), http_proxy() as proxy:
+        said = await output(*command("http_tunnel", "--backend", backend, "--port", port, "--proxy", proxy))
+    assert said.splitlines() == [f"{word:8}  'Hello, is anybody there?'" for word in ("sent", "received")]
+
+
+async def test_the_addresses_and_the_end_of_a_tunnel(anyio_backend: Any) -> None:
+    with socket.create_server((HOST, 0)) as listener:
+        async with http_proxy() as proxy, open_tunnel(proxy, HOST, listener.getsockname()[1]) as tunnel:
+            async with TransportGroup() as group:
+                transport, recorder = await group.connect_stream(Recorder, tunnel)
+                assert transport.get_extra_info("peername") == (HOST, int(proxy.rpartition(":")[2]))
+                assert transport.get_extra_info("sockname")[0] == HOST
+                server, _ = await anyio.to_thread.run_sync(listener.accept)
+                with server:
+                    transport.write(b"x" * 1_000_000)
+                    received = 0
+                    while received < 1_000_000:
+                        received += len(await anyio.to_thread.run_sync(server.recv, 65536))
+                    server.sendall(b"bye")
+                with anyio.fail_after(GUARD):
+                    await recorder.wait_for("connection_lost")
+    assert recorder.received == b"bye"
+    assert recorder.calls[-2:] == [("eof_received",), ("connection_lost", None)]
+
+
+async def test_a_proxy_that_refuses(anyio_backend: Any) -> None:
+    async with http_proxy("403 Forbidden") as proxy:
+        with pytest.raises(ConnectionError, match="403"):
+            async with open_tunnel(proxy, HOST, 1):
+                pass
 
 
 #: Standard input and output, and a socket: `nc` for systems that have none.
