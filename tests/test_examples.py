@@ -19,7 +19,7 @@ import anyio.abc
 import pytest
 import trustme
 from anyio.streams.tls import TLSStream
-from support import GUARD, HOST, Peer
+from support import GUARD, HOST, Peer, peer_process
 from tls_support import NAME, Certificates
 
 from transports_anyio import TransportGroup
@@ -202,17 +202,8 @@ async def test_a_stream_of_another_library(anyio_backend: Any) -> None:
 
 @asynccontextmanager
 async def http_proxy(*arguments: str) -> AsyncIterator[str]:
-    process = await anyio.open_process(
-        [sys.executable, str(Path(__file__).with_name("peers.py")), "http_proxy", *arguments]
-    )
-    try:
-        assert process.stdout is not None
-        with anyio.fail_after(4 * GUARD):
-            yield f"http://{HOST}:{int(await process.stdout.receive())}"
-    finally:
-        with anyio.CancelScope(shield=True):
-            process.kill()
-            await process.aclose()
+    async with peer_process("http_proxy", *arguments) as process:
+        yield f"http://{HOST}:{await process.line()}"
 
 
 async def test_a_stream_of_httpcore(anyio_backend: Any) -> None:
