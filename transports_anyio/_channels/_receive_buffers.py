@@ -10,15 +10,19 @@ import threading
 RECEIVE_SIZE = 256 * 1024
 
 
-def allocate_pages(size: int) -> memoryview:
-    """Return zeroed memory of the process's own that begins with a page.
+# Zen processors copy at a twelfth of the speed to an address that is less than 32 bytes further into its page than the
+# source is into its own. The kernel's memory of a message begins with a page, and what the C library makes for
+# anything as large begins 16 bytes behind one; an address a cache line behind is good to copy to and from either.
+PAGE_OFFSET = 64
 
-    Zen processors copy to 16 bytes behind the beginning of a page, where the C library puts what is this large, at a
-    quarter of the speed: 64 KiB took `recv` 48 µs instead of 12.
-    """
+
+def allocate(size: int) -> memoryview:
+    """Return zeroed memory of the process's own, where it is quick to copy to and from."""
+    whole = size + PAGE_OFFSET
     if sys.platform == "win32":
-        return memoryview(mmap.mmap(-1, size))
-    return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))  # Not shared with a forked child.
+        return memoryview(mmap.mmap(-1, whole))[PAGE_OFFSET:]
+    # Not shared with a forked child.
+    return memoryview(mmap.mmap(-1, whole, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[PAGE_OFFSET:]
 
 
 class ReceiveBuffers(threading.local):
@@ -30,9 +34,9 @@ class ReceiveBuffers(threading.local):
 
     def __init__(self) -> None:
         #: What a socket gives.
-        self.received = allocate_pages(RECEIVE_SIZE)
+        self.received = allocate(RECEIVE_SIZE)
         #: What TLS makes of it.
-        self.decrypted = allocate_pages(RECEIVE_SIZE)
+        self.decrypted = allocate(RECEIVE_SIZE)
 
 
 buffers = ReceiveBuffers()
