@@ -3,12 +3,14 @@
     nox -s benchmarks                       all of it
     nox -s benchmarks -- --only 'tcp 1 KiB'   the workloads whose names contain this
     nox -s benchmarks -- --rounds 3
+    nox -s benchmarks -- --only 'x 16' --update   measure these again, and keep the other figures of the file
 
 Each server runs in a process of its own, the load generator in another, each pinned to a processor. The figure is the
 server's processor time, user plus system, as the operating system accounts it, for each request. Every round measures
 every peer once, so that whatever disturbs the machine disturbs them alike; the result is the median of the rounds and
 their spread. A server is measured twice, "fresh" before any connection has ended and "used" after some have: the cost
-of asyncio differs by a factor between the two, and users live in the second.
+of asyncio differs by a factor between the two, and users live in the second. What part of it the server spent in its
+own code, and not in the kernel, is noted beside it, as the kernel's clock samples it.
 
 Writes `results.json`; report.py makes the table and the chart of docs/performance.md from it.
 """
@@ -29,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import trustme
 
@@ -102,6 +104,14 @@ def processor_time(pid: int) -> float:
     return total / 1e9
 
 
+def own_share(pid: int, before: tuple[int, int] = (0, 0)) -> tuple[float, tuple[int, int]]:
+    """What part of a process's time since `before` it spent in its own code, and the ticks by now: user, system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    user, system = now = int(fields[11]), int(fields[12])
+    user, system = user - before[0], system - before[1]
+    return user / max(user + system, 1), now
+
+
 def resident(pid: int) -> int:
     """Bytes of memory that a process has resident."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -113,6 +123,17 @@ def peak_memory(pid: int) -> int:
     return KIB * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
+class Load(NamedTuple):
+    """What a run of the load generator cost the server."""
+
+    cost: float
+    """Microseconds of processor time for each request."""
+    own: float
+    """How many of them in the server's own code, and in that of the libraries that it calls."""
+    idle: float
+    """Bytes of memory for each idle connection."""
+
+
 class Bench:
     def __init__(self, folder: Path, seconds: float) -> None:
         self.seconds = seconds
@@ -121,6 +142,7 @@ class Bench:
         trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(certificate)
         self.environment = {**os.environ, "BENCHMARK_CERTIFICATE": str(certificate)}
         self.results: Results = {}
+        self.own: Results = {}
         self.compile()
 
     def compile(self) -> None:
@@ -159,8 +181,7 @@ class Bench:
             finally:
                 process.kill()
 
-    def run_load(self, workload: Workload, port: int, pid: int) -> tuple[float, float]:
-        """Return processor time for each request, in microseconds, and bytes for each idle connection."""
+    def run_load(self, workload: Workload, port: int, pid: int) -> Load:
         command = self.command
         if workload.mode == "tls" and not self.with_tls:
             command = [sys.executable, str(HERE / "load.py")]
@@ -180,21 +201,26 @@ class Bench:
                 wait_until_quiet(pid)
                 per_connection = (resident(pid) - memory) / workload.idle
             before = processor_time(pid)
+            _, ticks = own_share(pid)
             if workload.idle:
                 load.stdin.write("\n")
                 load.stdin.flush()
             answers = int(load.stdout.readline().split()[0])
             spent = processor_time(pid) - before
+            share, _ = own_share(pid, ticks)
         wait_until_quiet(pid)
-        return spent / answers * 1e6, per_connection
+        cost = spent / answers * 1e6
+        return Load(cost, cost * share, per_connection)
 
     def measure(self, workload: Workload, peer: str) -> None:
         with self.server(peer, workload.server) as (process, port):
             for state in ("fresh", "used"):
-                cost, memory = self.run_load(workload, port, process.pid)
-                self.note(f"{workload.name} ({state})", peer, cost)
+                load = self.run_load(workload, port, process.pid)
+                name = f"{workload.name} ({state})"
+                self.note(name, peer, load.cost)
+                self.own.setdefault(name, {}).setdefault(peer, []).append(load.own)
                 if workload.idle and state == "fresh":
-                    self.note("memory of an idle connection, KiB", peer, memory / KIB)
+                    self.note("memory of an idle connection, KiB", peer, load.idle / KIB)
 
     def measure_task(self, task: str, peer: str) -> None:
         command = [sys.executable, str(HERE / "tasks.py"), peer, task]
@@ -246,7 +272,12 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="part of a workload's name")
     parser.add_argument("--peers", action="append", default=[], help="part of a peer's name")
     parser.add_argument("--json", type=Path, default=HERE / "results.json")
+    parser.add_argument("--update", action="store_true", help="keep what the file has of others")
     options = parser.parse_args()
+    kept = json.loads(options.json.read_text()) if options.update else {}
+    for name, value in circumstances(options).items():
+        if kept and kept[name] != value:
+            parser.error(f"{options.json} was measured with {kept[name]}, not {value}: figures do not mix")
 
     def wanted(name: str, parts: list[str]) -> bool:
         return not parts or any(part in name for part in parts)
@@ -267,20 +298,28 @@ def main() -> None:
                     function(*arguments, peer)
                 except (RuntimeError, subprocess.CalledProcessError, AssertionError, ValueError, IndexError) as exc:
                     print(f"\n{name}: {peer}: {exc}", file=sys.stderr)
-            save(bench.results, options, number + 1)
+            save(bench, kept, options)
     report(bench.results)
 
 
-def save(results: Results, options: argparse.Namespace, rounds: int) -> None:
-    """Write what is there after so many rounds."""
-    document = {
+def circumstances(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what figures have to share to be in one table."""
+    return {
         "machine": f"{processor()}, {os.cpu_count()} processors, {platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("anyio", "trio", "uvloop", "trio-asyncio")},
-        "rounds": rounds,
         "seconds": options.seconds,
-        "results": results,
     }
+
+
+def save(bench: Bench, kept: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write what is there so far, over what is kept of earlier runs."""
+    document = circumstances(options)
+    for name, measured in (("results", bench.results), ("own", bench.own)):
+        rows: Results = {row: dict(peers) for row, peers in kept.get(name, {}).items()}
+        for row, peers in measured.items():
+            rows.setdefault(row, {}).update(peers)
+        document[name] = rows
     options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
+
+Rows = dict[str, dict[str, list[float]]]
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -46,27 +49,36 @@ def spread(values: list[float]) -> str:
     return f"±{(max(values) - min(values)) / 2 / middle * 100:.0f} %" if len(values) > 1 and middle else ""
 
 
-def table(results: dict[str, dict[str, list[float]]]) -> list[str]:
-    lines = ["| workload | " + " | ".join(PEERS) + " |", "| --- |" + " ---: |" * len(PEERS)]
-    for name, row in results.items():
-        cells = []
-        for peer in PEERS:
-            value = median(row.get(peer))
-            cells.append("" if value is None else f"{value:.3g} {spread(row[peer])}".strip())
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+def grid(first: str, columns: list[str], rows: Iterable[tuple[str, list[str]]]) -> list[str]:
+    """A table in Markdown, without the rows that have nothing to show."""
+    lines = [f"| {first} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    return lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows if any(cells)]
 
 
-def ratios(results: dict[str, dict[str, list[float]]]) -> list[str]:
-    lines = ["| workload | " + " | ".join(name for name, _, _ in RATIOS) + " |", "| --- |" + " ---: |" * len(RATIOS)]
-    for name, row in results.items():
-        cells = []
-        for _, ours, other in RATIOS:
-            mine, theirs = median(row.get(ours)), median(row.get(other))
-            cells.append(f"{mine / theirs:.2f}" if mine and theirs else "")
-        if any(cells):
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+def figures(row: dict[str, list[float]]) -> list[str]:
+    """The median of each peer."""
+    medians = (median(row.get(peer)) for peer in PEERS)
+    return ["" if value is None else f"{value:.1f}" for value in medians]
+
+
+def table(results: Rows) -> list[str]:
+    def cell(values: list[float] | None) -> str:
+        return f"{statistics.median(values):.3g} {spread(values)}".strip() if values else ""
+
+    return grid("workload", PEERS, ((name, [cell(row.get(peer)) for peer in PEERS]) for name, row in results.items()))
+
+
+def ratio(row: dict[str, list[float]], ours: str, other: str) -> float | None:
+    mine, theirs = median(row.get(ours)), median(row.get(other))
+    return mine / theirs if mine and theirs else None
+
+
+def ratios(results: Rows) -> list[str]:
+    def cells(row: dict[str, list[float]]) -> list[str]:
+        values = (ratio(row, ours, other) for _, ours, other in RATIOS)
+        return ["" if value is None else f"{value:.2f}" for value in values]
+
+    return grid("workload", [title for title, _, _ in RATIOS], ((name, cells(row)) for name, row in results.items()))
 
 
 #: What was set out to be reached: the greatest ratio for each column of `RATIOS`.
@@ -91,33 +103,38 @@ TARGETS: dict[str, tuple[float | None, ...]] = {
 }
 
 
-def targets(results: dict[str, dict[str, list[float]]]) -> list[str]:
+def targets(results: Rows) -> list[str]:
     """Each ratio beside its target; a target that is missed is in bold."""
-    lines = ["| workload | " + " | ".join(name for name, _, _ in RATIOS) + " |", "| --- |" + " ---: |" * len(RATIOS)]
-    for name, limits in TARGETS.items():
-        row, cells = results.get(name, {}), []
+
+    def cells(name: str, limits: tuple[float | None, ...]) -> Iterator[str]:
         for limit, (_, ours, other) in zip(limits, RATIOS, strict=True):
-            mine, theirs = median(row.get(ours)), median(row.get(other))
-            if limit is None or not mine or not theirs:
-                cells.append("")
-                continue
-            cell = f"{mine / theirs:.2f} of {limit:.2f}"
-            cells.append(cell if mine / theirs <= limit else f"**{cell}**")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+            value = ratio(results.get(name, {}), ours, other)
+            if limit is None or value is None:
+                yield ""
+            else:
+                yield f"{value:.2f} of {limit:.2f}" if value <= limit else f"**{value:.2f} of {limit:.2f}**"
+
+    rows = ((name, list(cells(name, limits))) for name, limits in TARGETS.items())
+    return grid("workload", [title for title, _, _ in RATIOS], rows)
 
 
-def flat(results: dict[str, dict[str, list[float]]]) -> list[str]:
+def flat(results: Rows) -> list[str]:
     """The cost of one echo by the number of open connections, and the bare loop's beside it."""
     names = {"16": "tcp 1 KiB x 16 (used)", "256": "tcp 1 KiB x 256 (used)", "10,016": "10,000 idle connections (used)"}
-    lines = ["| open connections | " + " | ".join(PEERS) + " |", "| ---: |" + " ---: |" * len(PEERS)]
-    for count, name in names.items():
-        values = [median(results.get(name, {}).get(peer)) for peer in PEERS]
-        lines.append(f"| {count} | " + " | ".join("" if value is None else f"{value:.1f}" for value in values) + " |")
-    return lines
+    return grid("open connections", PEERS, ((count, figures(results.get(name, {}))) for count, name in names.items()))
 
 
-def chart(results: dict[str, dict[str, list[float]]]) -> str:
+def own_code(own: Rows) -> list[str]:
+    """What of a request's time is the server's own, for the rows that have a target."""
+    return grid("workload", PEERS, ((name, figures(own.get(name, {}))) for name in TARGETS))
+
+
+def rounds(results: Rows) -> str:
+    counts = {len(values) for row in results.values() for values in row.values()}
+    return f"{min(counts)} to {max(counts)} rounds" if len(counts) > 1 else f"{max(counts)} rounds"
+
+
+def chart(results: Rows) -> str:
     """Bars of microseconds for each request; the shorter, the better. Long ones are cut, with their number."""
     width, left, bar, gap = 760, 190, 12, 26
     parts, y = [], 20
@@ -152,7 +169,7 @@ def page(document: dict[str, Any]) -> str:
         "figures are medians, with half the range of the rounds. A server is measured *fresh*, before any connection",
         "has ended, and *used*, after some have. *epoll* is a bare loop that receives and sends: the limit for Python.",
         "",
-        f"{document['machine']}; {versions}; {document['rounds']} rounds of {document['seconds']} s each.",
+        f"{document['machine']}; {versions}; {rounds(results)} of {document['seconds']} s each.",
         "Make it again with `nox -s benchmarks`; the raw figures are in `benchmarks/results.json`.",
         "",
         "![Microseconds for each request](performance.svg)",
@@ -164,6 +181,13 @@ def page(document: dict[str, Any]) -> str:
         *targets(results),
         "",
         (HERE / "notes.md").read_text().strip(),
+        "",
+        "## Where the time goes",
+        "",
+        "Microseconds of a request that the server spends in its own code and its libraries', as the kernel's clock",
+        "samples it; the rest is the kernel's, copying, waking up and handling packets.",
+        "",
+        *own_code(document["own"]),
         "",
         "## Many connections",
         "",
