@@ -34,7 +34,7 @@ ENDPOINTS = {
 
 
 def test_the_list_of_endpoint_functions() -> None:
-    assert {"create_connection", "create_server", "subprocess_exec", "start_tls"} <= set(ENDPOINTS)
+    assert {"create_connection", "create_server", "subprocess_exec", "start_tls", "sendfile"} <= set(ENDPOINTS)
     assert not ENDPOINTS["start_tls"]
     assert sum(ENDPOINTS.values()) >= 13
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import anyio.to_thread
 
 from .._transports._stream import StreamTransport
+from ._base import Endpoints
 
 if TYPE_CHECKING:
     from asyncio import WriteTransport
@@ -24,7 +25,7 @@ MOST_AT_ONCE = 1 << 30
 BLOCK_SIZE = 256 * 1024
 
 
-class FileEndpoints:
+class FileEndpoints(Endpoints):
     """`sendfile`."""
 
     async def sendfile(
