@@ -80,6 +80,10 @@ WORKLOADS = [
     ),
     Workload("accept, echo, close", "echo", "conn", 16, KIB, tuple(EVERYBODY)),
     *(tls(size, count) for size in (KIB, 64 * KIB, 256 * KIB) for count in (1, 16)),
+    *(
+        Workload(f"tls buffered {size // KIB} KiB x 16", "tls buffered", "tls", 16, size, BUFFERED)
+        for size in (KIB, 64 * KIB, 256 * KIB)
+    ),
     Workload("udp 512 B", "udp", "udp", 16, 512, tuple(EVERYBODY)),
     Workload("writelines 1000 x 100 B", "lines", "tcp", 1, 100_000, tuple(LOOPS)),
     Workload("10,000 idle connections", "echo", "tcp", 16, KIB, tuple(EVERYBODY), idle=10_000),

@@ -124,6 +124,7 @@ PROTOCOLS: dict[str, type[asyncio.BaseProtocol]] = {
     "echo": Echo,
     "tls": Echo,
     "buffered": BufferedEcho,
+    "tls buffered": BufferedEcho,
     "lines": Lines,
     "push": Push,
     "stream": Echo,
@@ -157,7 +158,7 @@ async def serve_with_transports(owner: Any, workload: str) -> None:
         transport, _ = await owner.create_datagram_endpoint(UDPEcho, local_addr=(HOST, 0))
         announce(transport.get_extra_info("sockname")[1])
         return
-    options = {"ssl": tls_context()} if workload == "tls" else {}
+    options = {"ssl": tls_context()} if workload.startswith("tls") else {}
     server = await owner.create_server(PROTOCOLS[workload], HOST, 0, backlog=1024, **options)
     announce(server.sockets[0].getsockname()[1])
 
