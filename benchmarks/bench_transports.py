@@ -108,12 +108,10 @@ def processor_time(pid: int) -> float:
     return total / 1e9
 
 
-def own_share(pid: int, before: tuple[int, int] = (0, 0)) -> tuple[float, tuple[int, int]]:
-    """What part of a process's time since `before` it spent in its own code, and the ticks by now: user, system."""
+def clock_ticks(pid: int) -> tuple[int, int]:
+    """How often the kernel's clock has found a process in its own code, and in the kernel."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    user, system = now = int(fields[11]), int(fields[12])
-    user, system = user - before[0], system - before[1]
-    return user / max(user + system, 1), now
+    return int(fields[11]), int(fields[12])
 
 
 def resident(pid: int) -> int:
@@ -205,16 +203,16 @@ class Bench:
                 wait_until_quiet(pid)
                 per_connection = (resident(pid) - memory) / workload.idle
             before = processor_time(pid)
-            _, ticks = own_share(pid)
+            ticks = clock_ticks(pid)
             if workload.idle:
                 load.stdin.write("\n")
                 load.stdin.flush()
             answers = int(load.stdout.readline().split()[0])
             spent = processor_time(pid) - before
-            share, _ = own_share(pid, ticks)
+            user, system = (now - then for now, then in zip(clock_ticks(pid), ticks, strict=True))
         wait_until_quiet(pid)
         cost = spent / answers * 1e6
-        return Load(cost, cost * share, per_connection)
+        return Load(cost, cost * user / max(user + system, 1), per_connection)
 
     def measure(self, workload: Workload, peer: str) -> None:
         with self.server(peer, workload.server) as (process, port):

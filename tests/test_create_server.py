@@ -434,6 +434,37 @@ async def test_s6_no_descriptor_for_a_connection(stack: Stack) -> None:
         server.close()
 
 
+@pytest.mark.parametrize("name", ["ENFILE", "ENOBUFS", "ENOMEM"])
+@pytest.mark.ours_only("asyncio reports it as often as the backlog is long")
+async def test_s6_a_system_that_is_out_of_something(stack: Stack, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [OSError(getattr(errno, name), "as the system would")]
+    accept = socket.socket.accept
+
+    def failing_once(sock: socket.socket) -> Any:
+        if failures:
+            raise failures.pop()
+        return accept(sock)
+
+    made = Made(Echo)
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        server = await group.create_server(made, HOST, 0)
+        with Peer.connect(*addresses(server)) as first:
+            await first.send(b"x")
+            assert await first.receive() == b"x"
+            monkeypatch.setattr(socket.socket, "accept", failing_once)
+            with Peer.connect(*addresses(server)) as second:
+                await until(lambda: contexts)
+                assert contexts[0]["exception"].errno == getattr(errno, name)
+                assert len(made) == 1
+                await first.send(b"y")
+                assert await first.receive() == b"y"
+                await second.send(b"at last")
+                assert await second.receive_exactly(7) == b"at last"
+                assert len(contexts) == 1
+        server.close()
+
+
 async def test_s6_a_server_that_is_closed_while_it_waits_for_descriptors(stack: Stack) -> None:
     async with stack.open() as group:
         contexts = collect_contexts(group)

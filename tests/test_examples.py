@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import os
 import re
 import shutil
 import signal
@@ -87,22 +89,27 @@ async def test_tcp_echo(anyio_backend: Any) -> None:
         assert said.splitlines() == ["sent      'Is this on?'", "received  'Is this on?'", "closed"]
 
 
+async def answer(*arguments: str, text: bytes) -> bytes:
+    """What a program prints first for `text`; it would go on when its input has ended, and is killed."""
+    process = await anyio.open_process(arguments)
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        await process.stdin.send(text)
+        with anyio.fail_after(4 * GUARD):
+            return await process.stdout.receive()
+    finally:
+        with anyio.CancelScope(shield=True):
+            process.kill()
+            await process.aclose()
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 async def test_curl_talks_to_the_echo_server(anyio_backend: Any) -> None:
     port = unused_port()
     async with serving("tcp_echo_server", name_of(anyio_backend), port):
-        # It goes on when its input has ended, so it is ended by us.
-        curl = await anyio.open_process(["curl", "-sSN", f"telnet://{HOST}:{port}"])
-        try:
-            assert curl.stdin is not None
-            assert curl.stdout is not None
-            await curl.stdin.send(b"hello from curl\n")
-            with anyio.fail_after(4 * GUARD):
-                assert await curl.stdout.receive() == b"hello from curl\n"
-        finally:
-            with anyio.CancelScope(shield=True):
-                curl.kill()
-                await curl.aclose()
+        url = f"telnet://{HOST}:{port}"
+        assert await answer("curl", "-sSN", url, text=b"hello from curl\n") == b"hello from curl\n"
 
 
 @pytest.mark.skipif(shutil.which("nc") is None, reason="there is no nc")
@@ -118,6 +125,13 @@ async def test_udp_echo(anyio_backend: Any) -> None:
     async with serving("udp_echo_server", backend, port):
         said = await output(*command("udp_echo_client", "--backend", backend, "--port", port, "Is this on?"))
         assert said.splitlines() == ["sent      'Is this on?'", "received  'Is this on?'", "closed"]
+
+
+@pytest.mark.skipif(shutil.which("nc") is None, reason="there is no nc")
+async def test_nc_talks_to_the_udp_echo_server(anyio_backend: Any) -> None:
+    port = unused_port(socket.SOCK_DGRAM)
+    async with serving("udp_echo_server", name_of(anyio_backend), port):
+        assert await answer("nc", "-u", HOST, str(port), text=b"hello from nc\n") == b"hello from nc\n"
 
 
 async def test_a_client_without_a_server(anyio_backend: Any) -> None:
@@ -138,6 +152,41 @@ async def test_a_filter(anyio_backend: Any, tmp_path: Path) -> None:
     paths = [str(tmp_path / "source"), str(tmp_path / "target")]
     await output(*command("filter_file", "--backend", name_of(anyio_backend), *paths, "sort", "-n"))
     assert (tmp_path / "target").read_bytes() == b"".join(b"%d\n" % number for number in range(10_000))
+
+
+#: Runs an example, then prints the most memory that the process had, in KiB.
+MEASURED = """
+import pathlib, runpy, sys
+del sys.argv[0]
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+status = pathlib.Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the memory is not told there")
+async def test_a_filter_of_a_large_file_needs_no_more_memory(anyio_backend: Any, tmp_path: Path) -> None:
+    """Nobody takes the result for a while: without back-pressure, on either side, all of it would wait in memory."""
+    source, target, result = tmp_path / "source", tmp_path / "target", tmp_path / "result"
+    os.mkfifo(target)
+    example = command("filter_file", "--backend", name_of(anyio_backend), source, target, "cat")[2:]
+    peaks = []
+    for mebibytes in (1, 128):
+        with source.open("wb") as file:
+            for number in range(mebibytes):
+                file.write(bytes([number]) * (1 << 20))
+        with subprocess.Popen(["sh", "-c", '{ sleep 1; cat; } < "$0" > "$1"', target, result]) as reader:
+            try:
+                said = await output(sys.executable, "-c", MEASURED, *example)
+                reader.wait(GUARD)
+            finally:
+                reader.kill()
+        assert filecmp.cmp(source, result, shallow=False)
+        peaks.append(int(said.splitlines()[-1]))
+    assert peaks[1] < peaks[0] + 16 * 1024
+    source.unlink()
+    result.unlink()
 
 
 async def test_the_line_server(anyio_backend: Any) -> None:

@@ -437,7 +437,7 @@ async def test_w15_much_through_cat(stack: Stack) -> None:
 
 
 async def test_much_on_both_outputs_at_once(stack: Stack) -> None:
-    size = 20 << 20
+    size = 100 << 20
     program = f"""
 import os, threading
 def work(fd):

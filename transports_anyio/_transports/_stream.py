@@ -218,15 +218,12 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
         Raises `TypeError` for anything that is not bytes-like and `RuntimeError` after `write_eof`.
         """
-        if type(data) is bytes:
-            view: bytes | memoryview = data
-        elif isinstance(data, (bytes, bytearray, memoryview)):
-            view = as_bytes_view(data)
-        else:
+        if not isinstance(data, (bytes, bytearray, memoryview)):
             msg = f"data argument must be a bytes-like object, not {type(data).__name__!r}"
             raise TypeError(msg)
         if self._writing_refused:
             self._refuse_writing("write")
+        view = data if type(data) is bytes else as_bytes_view(data)
         if not view:
             return
         if self._flushed:
