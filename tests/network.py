@@ -137,6 +137,19 @@ class Web(Recorder):
             self.transport.close()
 
 
+def a_link_local_address() -> tuple[str, str] | None:
+    """An address of this machine that needs a scope, and the name of its interface."""
+    try:
+        with open("/proc/net/if_inet6") as file:
+            lines = [line.split() for line in file]
+    except OSError:
+        return None
+    for digits, *_, name in lines:
+        if digits.startswith("fe80"):
+            return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)), name
+    return None
+
+
 async def run_program(*command: str, stdin: bytes | None = None) -> bytes:
     """What another program prints."""
     with anyio.fail_after(4 * GUARD):

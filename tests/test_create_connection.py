@@ -18,6 +18,7 @@ from network import (
     HOST,
     HOST_6,
     Echo,
+    a_link_local_address,
     black_hole,
     bound,
     cancelled_after,
@@ -69,19 +70,6 @@ async def test_ipv6(stack: Stack, host: Any) -> None:
         with bound(HOST_6, backlog=1) as listener:
             info = await visit(group, listener, host, listener.getsockname()[1])
             assert info["peername"] == listener.getsockname()
-
-
-def a_link_local_address() -> tuple[str, str] | None:
-    """An address of this machine that needs a scope, and the name of its interface."""
-    try:
-        with open("/proc/net/if_inet6") as file:
-            lines = [line.split() for line in file]
-    except OSError:
-        return None
-    for digits, *_, name in lines:
-        if digits.startswith("fe80"):
-            return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)), name
-    return None
 
 
 @pytest.mark.skipif(a_link_local_address() is None, reason="there is no link-local address")

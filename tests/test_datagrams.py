@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from network import a_link_local_address
 from support import GUARD, HOST, PeerProcess, Stack, capture_log, collect_contexts, leaves, peer_process, until
 
 from transports_anyio import TransportGroup, current_group
@@ -62,7 +63,7 @@ class Endpoint(asyncio.DatagramProtocol):
 @contextmanager
 def udp_peer(family: int = socket.AF_INET, host: str = HOST) -> Iterator[socket.socket]:
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.bind((host, 0))
+        sock.bind(socket.getaddrinfo(host, 0, family, socket.SOCK_DGRAM)[0][4])  # A scope and all.
         sock.setblocking(False)
         yield sock
 
@@ -121,6 +122,26 @@ async def test_datagrams_both_ways(stack: Stack, family: int, host: str) -> None
             assert await receive(peer) == (b"answer", address)
             assert transport.get_extra_info("peername") is None
             assert transport.get_extra_info("socket").family == family
+
+
+@pytest.mark.skipif(a_link_local_address() is None, reason="there is no link-local address")
+@pytest.mark.parametrize("connected", [False, True])
+async def test_flow_and_scope(stack: Stack, connected: bool) -> None:
+    address, interface = a_link_local_address() or ("", "")
+    host, scope = f"{address}%{interface}", socket.if_nametoindex(interface)
+    with udp_peer(socket.AF_INET6, host) as peer:
+        port = peer.getsockname()[1]
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            remote = {"remote_addr": (host, port)} if connected else {}
+            transport, protocol = await endpoints.make(local_addr=(host, 0), **remote)
+            own = transport.get_extra_info("sockname")
+            assert own == (address, own[1], 0, scope)
+            assert transport.get_extra_info("peername") == ((address, port, 0, scope) if connected else None)
+            transport.sendto(b"question", None if connected else (address, port, 5, scope))
+            assert await receive(peer) == (b"question", own)
+            peer.sendto(b"answer", own)
+            await until(lambda: protocol.received)
+            assert protocol.received == [(b"answer", (address, port, 0, scope))]
 
 
 async def test_a_remote_address(stack: Stack) -> None:

@@ -16,6 +16,7 @@ import anyio.to_thread
 import pytest
 from support import (
     GUARD,
+    HOST,
     BufferedRecorder,
     Recorder,
     Stack,
@@ -27,7 +28,7 @@ from support import (
     until,
 )
 
-from transports_anyio import TransportGroup, current_group
+from transports_anyio import DatagramProtocol, SubprocessProtocol, TransportGroup, current_group
 
 pytestmark = pytest.mark.anyio
 
@@ -645,3 +646,37 @@ async def test_a_task_waits_for_what_a_callback_signals(stack: Stack, callback: 
             await signal.wait()
             await answered.wait()
     assert groups == [group, group]
+
+
+@pytest.mark.ours_only("asyncio has no group")
+@pytest.mark.parametrize(
+    "callback", ["datagram_received", "error_received", "pipe_data_received", "pipe_connection_lost", "process_exited"]
+)
+async def test_a_task_waits_for_what_a_datagram_or_a_child_signals(stack: Stack, callback: str) -> None:
+    async with stack.open() as group:
+        signal = anyio.Event()
+
+        def hook(*_: Any) -> None:
+            current_group().start_soon(answer)
+
+        async def answer() -> None:
+            assert current_group() is group
+            signal.set()
+
+        if callback in ("datagram_received", "error_received"):
+            protocol: Any = type("Protocol", (DatagramProtocol,), {callback: hook})
+            local, _ = await group.create_datagram_endpoint(protocol, local_addr=(HOST, 0))
+            # To itself, or to where nobody listens any more.
+            name = local.get_extra_info("sockname")
+            if callback == "datagram_received":
+                local.sendto(b"data", name)
+            else:
+                local.close()
+                await until(lambda: not group.statistics().open_transports)
+                remote, _ = await group.create_datagram_endpoint(protocol, remote_addr=name)
+                remote.sendto(b"data")
+        else:
+            protocol = type("Protocol", (SubprocessProtocol,), {callback: hook})
+            await group.subprocess_exec(protocol, "echo", "data", stdin=None, stderr=None)
+        with anyio.fail_after(GUARD):
+            await signal.wait()
