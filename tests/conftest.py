@@ -7,7 +7,9 @@ asyncio's own transports say what is right.
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import sys
 import threading
 import time
@@ -64,6 +66,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif "anyio_backend" in metafunc.fixturenames:
         names = [name for name in BACKENDS if name in backends]
         metafunc.parametrize("anyio_backend", [BACKENDS[name] for name in names], ids=names, indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    """Fail a test that has passed and leaves a task. AnyIO's plugin runs it after this."""
+    test = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(test) or "anyio_backend" not in pyfuncitem.fixturenames:
+        return
+
+    @functools.wraps(test)
+    async def and_no_task_is_left(*args: object, **options: object) -> None:
+        before = {task.id for task in anyio.get_running_tasks()}
+        await test(*args, **options)
+        await support.turns()
+        assert [task for task in anyio.get_running_tasks() if task.id not in before] == [], "tasks left running"
+
+    pyfuncitem.obj = and_no_task_is_left
 
 
 @pytest.fixture

@@ -97,9 +97,8 @@ def few_descriptors(more: int = 0) -> Iterator[Callable[[], None]]:
 @contextmanager
 def names(monkeypatch: pytest.MonkeyPatch, known: dict[str, list[str]], backend: Any) -> Iterator[None]:
     """Make the C library's resolver know other names, each of some numeric addresses."""
-    if backend[1].get("use_uvloop"):
-        pytest.skip("uvloop brings a resolver of its own")
     original = socket.getaddrinfo
+    original_of_anyio = anyio.getaddrinfo
 
     def getaddrinfo(host: Any, port: Any, family: int = 0, kind: int = 0, proto: int = 0, flags: int = 0) -> Any:
         name = host.decode() if isinstance(host, bytes) else host
@@ -111,8 +110,18 @@ def names(monkeypatch: pytest.MonkeyPatch, known: dict[str, list[str]], backend:
                 found += original(address, port, family, kind, proto, flags)
         return found
 
+    async def getaddrinfo_of_anyio(host: Any, port: Any, **options: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        if name not in known:
+            return await original_of_anyio(host, port, **options)
+        found = getaddrinfo(host, port, *(options[key] for key in ("family", "type", "proto", "flags")))
+        return [(family, kind, proto, "", address[:2]) for family, kind, proto, _, address in found]
+
     with monkeypatch.context() as patch:
-        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        if backend[1].get("use_uvloop"):  # It brings a resolver of its own.
+            patch.setattr(anyio, "getaddrinfo", getaddrinfo_of_anyio)
+        else:
+            patch.setattr(socket, "getaddrinfo", getaddrinfo)
         yield
 
 
@@ -158,7 +167,7 @@ async def run_program(*command: str, stdin: bytes | None = None) -> bytes:
 
 @asynccontextmanager
 async def cancelled_after(checkpoints: int) -> AsyncIterator[anyio.CancelScope]:
-    """Cancel the block after so many turns of the event loop."""
+    """Cancel the block after so many turns of the event loop; with 0 at its first checkpoint."""
 
     async def count() -> None:
         for _ in range(checkpoints):
@@ -167,6 +176,9 @@ async def cancelled_after(checkpoints: int) -> AsyncIterator[anyio.CancelScope]:
 
     async with anyio.create_task_group() as tasks:
         with anyio.CancelScope() as scope:
-            tasks.start_soon(count)
+            if checkpoints:
+                tasks.start_soon(count)
+            else:
+                scope.cancel()
             yield scope
         tasks.cancel_scope.cancel()

@@ -55,6 +55,7 @@ SCENARIOS = [
         [B_PAUSES, A_WRITES, B_CLOSES],
     ),
     everywhere("close_is_told_later", [A_CLOSES], reactions={("a", "connection_lost", 1): [("self", "is_closing")]}),
+    everywhere("write_after_a_close_that_flushed", [B_PAUSES, A_FILLS, A_CLOSES, B_RESUMES, A_WRITES]),
     everywhere("use_after_close", [A_CLOSES, A_WRITES, ("a", "close"), ("a", "abort"), ("a", "is_closing")]),
     both_ways("use_for_reading_after_close", [B_CLOSES, B_PAUSES, B_RESUMES, ("b", "is_reading")]),
     everywhere("extra_info", [("a", "has", "nothing of the kind"), ("a", "default", "nothing of the kind")]),
@@ -382,6 +383,7 @@ SCENARIOS = [
         [("a", "pause_reading"), ("b", "write", HUGE), ("a", "reset")],
         carriers=RESETTING,
     ),
+    Scenario("write_eof_after_a_reset", [B_PAUSES, ("a", "reset"), ("b", "write_eof")], carriers=RESETTING),
     Scenario("a_reset_while_paused", [B_PAUSES, ("a", "reset"), B_WRITES, B_WRITES], carriers=RESETTING),
     Scenario(
         "a_reset_while_half_closed",
@@ -454,6 +456,10 @@ DIFFERENCES: dict[str, dict[str, Sequence[str]]] = {
         "writelines_of_no_type": (*SOCKETS, "tls"),
         "writelines_after_close": SOCKETS,
     },
+    "`write` after a `close` that flushed": {
+        "write_after_a_close_that_flushed": SOCKETS,
+    },
+    "`write_eof` after a reset": {"write_eof_after_a_reset": RESETTING},
     "a buffer that its owner changes after `write`": {
         "a_buffer_that_changes_after_write": (*SOCKETS, "tls"),
     },
@@ -486,6 +492,7 @@ DIFFERENCES: dict[str, dict[str, Sequence[str]]] = {
         (
             "close_flushes",
             "close_flushes_to_a_slow_reader",
+            "write_after_a_close_that_flushed",
             "abort_loses_what_is_buffered",
             "abort_ends_a_close",
             "limits_after_an_abort",

@@ -287,6 +287,7 @@ async def file(case: Case, *, ssl: bool = False) -> AsyncIterator[Act]:
         position = source.tell()
         if not transport.is_closing():
             transport.write(b"behind it")
+            await until(lambda: receivers)
             await receivers[0].wait_until(lambda: receivers[0].received.endswith(b"behind it"))
             assert receivers[0].received[:-9] == DATA[:position]
         transport.close()

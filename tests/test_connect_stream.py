@@ -13,7 +13,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import trustme
-from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketAttribute
+from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketAttribute, UNIXSocketStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSStream
@@ -79,6 +79,13 @@ async def tcp_pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
 
 
 @asynccontextmanager
+async def unix_pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
+    a, b = [await UNIXSocketStream.from_socket(sock) for sock in socket.socketpair()]
+    async with a, b:
+        yield a, b
+
+
+@asynccontextmanager
 async def tls_pair(authority: trustme.CA) -> AsyncIterator[tuple[ByteStream, ByteStream]]:
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(server)
@@ -96,19 +103,23 @@ async def tls_pair(authority: trustme.CA) -> AsyncIterator[tuple[ByteStream, Byt
         yield a, wrapped[0]
 
 
-@pytest.fixture(params=["memory", "tcp", "tls"])
+@pytest.fixture(params=["memory", "tcp", "unix", "tls"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
 def pair(kind: str, certificate_authority: trustme.CA) -> Any:
-    return {"memory": memory_pair, "tcp": tcp_pair, "tls": lambda: tls_pair(certificate_authority)}[kind]()
+    pairs = {"memory": memory_pair, "tcp": tcp_pair, "unix": unix_pair, "tls": lambda: tls_pair(certificate_authority)}
+    return pairs[kind]()
 
 
 async def farewell(transport: Any, protocol: Any, theirs: ByteStream) -> None:
     """Close both ends: over TLS each waits for the other's close_notify."""
     transport.close()
+    if isinstance(theirs, UNIXSocketStream):
+        # AnyIO's, on asyncio, complains (`InvalidStateError`) if the end comes in the moment in which it is cancelled.
+        await protocol.wait_for("connection_lost")
     with anyio.fail_after(GUARD):
         await theirs.aclose()
     await protocol.wait_for("connection_lost")
@@ -254,9 +265,10 @@ async def test_the_end_of_the_stream(anyio_backend: Any, pair: Any) -> None:
         assert protocol.lost_with is None
 
 
-async def test_half_close(anyio_backend: Any) -> None:
+@pytest.mark.parametrize("kind", ["memory", "tcp", "unix"])
+async def test_half_close(anyio_backend: Any, pair: Any) -> None:
     protocol = Recorder(on_eof_received=lambda _: True)
-    async with tcp_pair() as (ours, theirs), TransportGroup() as group:
+    async with pair as (ours, theirs), TransportGroup() as group:
         transport, _ = await group.connect_stream(lambda: protocol, ours)
         assert transport.can_write_eof()
         await theirs.send(b"question")
@@ -269,6 +281,7 @@ async def test_half_close(anyio_backend: Any) -> None:
         assert await receive_all(theirs) == answer
         transport.close()
         await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
 
 
 async def test_write_eof_then_close(anyio_backend: Any) -> None:
@@ -336,6 +349,8 @@ async def test_extra_info_comes_from_the_typed_attributes(anyio_backend: Any, ce
         assert transport.get_extra_info("peername") == ours.extra(SocketAttribute.remote_address)
         assert transport.get_extra_info("sockname") == ours.extra(SocketAttribute.local_address)
         assert transport.get_extra_info("socket").fileno() == ours.extra(SocketAttribute.raw_socket).fileno()
+        for name in ("recv", "send", "close", "detach", "dup", "shutdown"):  # It is to look at.
+            assert not hasattr(transport.get_extra_info("socket"), name), name
         assert transport.get_extra_info("ssl_object").version().startswith("TLS")
         assert transport.get_extra_info("cipher")[0]
         assert transport.get_extra_info("peercert")["subjectAltName"] == (("DNS", "localhost"),)
@@ -398,6 +413,12 @@ class Failing(ByteStream):
         self.closed += 1
 
 
+class PickyError(OSError):
+    def __init__(self, *args: object, where: str) -> None:
+        super().__init__(*args)
+        self.where = where
+
+
 def broken_by(cause: BaseException) -> Exception:
     error = anyio.BrokenResourceError()
     error.__cause__ = cause
@@ -411,11 +432,12 @@ def broken_by(cause: BaseException) -> Exception:
         (anyio.BrokenResourceError(), ConnectionResetError),
         (broken_by(BrokenPipeError(32, "broken pipe")), BrokenPipeError),
         (broken_by(ssl.SSLError(1, "bad record")), ssl.SSLError),
+        (broken_by(PickyError(104, "reset", where="there")), ConnectionResetError),
         (anyio.ClosedResourceError(), ConnectionAbortedError),
         (ConnectionRefusedError(111, "refused"), ConnectionRefusedError),
         (ValueError("a user's own"), OSError),
     ],
-    ids=["broken", "broken by a pipe", "broken by TLS", "closed", "an OSError", "anything else"],
+    ids=["broken", "broken by a pipe", "broken by TLS", "broken pickily", "closed", "an OSError", "anything else"],
 )
 async def test_errors_become_os_errors_with_their_cause(
     anyio_backend: Any, direction: str, error: Exception, expected: type[OSError]
@@ -466,6 +488,41 @@ async def test_a_callback_that_raises_ends_this_connection_only(anyio_backend: A
             assert protocol.lost_with is context["exception"]
         await other_theirs.send(b"alive")
         await other.wait_received(5)
+
+
+@pytest.mark.parametrize("what", ["an object stream", "no stream"])
+async def test_what_moves_no_bytes_is_refused_and_left_to_the_caller(anyio_backend: Any, what: str) -> None:
+    sender, receiver = anyio.create_memory_object_stream[bytes](1)
+    with sender, receiver:
+        async with TransportGroup() as group:
+            for stream in (sender, receiver) if what == "an object stream" else (object(), None):
+                with pytest.raises(TypeError, match="ByteStream"):
+                    await group.connect_stream(Recorder, stream)  # type: ignore[arg-type]
+        await sender.send(b"still the caller's")
+        assert await receiver.receive() == b"still the caller's"
+
+
+async def test_a_stream_that_fails_to_close_ends_nothing_else(anyio_backend: Any) -> None:
+    class Unclosable(Failing):
+        async def aclose(self) -> None:
+            await super().aclose()
+            raise ValueError("a user's own")
+
+    stream = Unclosable(None, None)
+    async with memory_pair() as (ours, theirs), TransportGroup() as group:
+        contexts = collect_contexts(group)
+        _, other = await group.connect_stream(Recorder, ours)
+        transport, protocol = await group.connect_stream(Recorder, stream)
+        transport.close()
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+        await until(lambda: contexts)
+        (context,) = contexts
+        assert context["message"].startswith("Closing <")
+        assert isinstance(context["exception"], ValueError)
+        await theirs.send(b"alive")
+        await other.wait_received(5)
+    assert stream.closed == 1
 
 
 async def test_a_factory_that_raises_leaves_the_stream_to_the_caller(anyio_backend: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import errno
 import socket
 import ssl
@@ -156,6 +157,42 @@ async def test_ports_out_of_range_with_a_name(stack: Stack) -> None:
     async with stack.open() as group:
         with pytest.raises(OverflowError, match="65536"):
             await group.create_connection(Recorder, "localhost", 65536)
+
+
+class Ports(enum.IntEnum):
+    """A port by its name: an `int`, but not a plain one."""
+
+    TOP = 65535
+
+
+@pytest.mark.parametrize("port", [Ports.TOP, " 65535", "+65535"], ids=repr)
+async def test_what_is_a_number_too(stack: Stack, port: Any) -> None:
+    async with stack.open() as group:
+        with bound(port=65535, backlog=1) as listener:
+            await visit(group, listener, HOST, port)
+
+
+@pytest.mark.parametrize("host", [f"{HOST}\0.example", f"{HOST}\0.example".encode()])
+async def test_a_nul_in_a_host(stack: Stack, host: Any) -> None:
+    """Nobody listens behind it, and somebody before it: what a C string would end with is not the host."""
+    async with stack.open() as group:
+        with bound(backlog=1) as listener:
+            with pytest.raises(ValueError, match="null"):
+                await group.create_connection(Recorder, host, listener.getsockname()[1])
+            with pytest.raises(ValueError, match="null"):
+                await group.create_server(Recorder, [host], 0)
+
+
+@pytest.mark.ours_only("asyncio lets the C library stop at it")
+async def test_a_nul_in_a_name_or_a_port(stack: Stack) -> None:
+    async with stack.open() as group:
+        with bound(backlog=1) as listener:
+            port = listener.getsockname()[1]
+            for address in (("localhost\0.example", port), (HOST, f"{port}\0"), (HOST, f"{port}\0".encode())):
+                with pytest.raises(ValueError, match="null"):
+                    await group.create_connection(Recorder, *address)
+                with pytest.raises(ValueError, match="null"):
+                    await group.create_datagram_endpoint(Recorder, remote_addr=address)
 
 
 @pytest.mark.ours_only("asyncio needs a thread for IPv6 with a scope")
@@ -410,6 +447,30 @@ async def test_a_local_address_that_cannot_be_had(stack: Stack) -> None:
             with pytest.raises(OSError, match=rf"bind on address.*'{HOST}', {name[1]}") as caught:
                 await group.create_connection(Recorder, *name, local_addr=name)
             assert caught.value.errno == errno.EADDRINUSE
+
+
+@linux_only
+async def test_a_local_address_that_fails_for_every_remote_one(
+    stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is one failure, and has the number of one."""
+    async with stack.open() as group:
+        with bound(backlog=1) as listener, names(monkeypatch, {"two.test": ["127.0.0.77", HOST]}, anyio_backend):
+            name = listener.getsockname()
+            with pytest.raises(OSError, match=rf"bind on address.*'{HOST}', {name[1]}") as caught:
+                await group.create_connection(Recorder, "two.test", name[1], local_addr=name)
+            assert caught.value.errno == errno.EADDRINUSE
+
+
+@pytest.mark.parametrize(
+    ("local_addr", "error"),
+    [((HOST,), ValueError), ((), ValueError), (HOST, TypeError), (5, TypeError), ((HOST, 0, 0, 0, 0), TypeError)],
+    ids=str,
+)
+async def test_what_is_no_local_address(stack: Stack, local_addr: Any, error: type[Exception]) -> None:
+    async with stack.open() as group:
+        with bound(backlog=1) as listener, pytest.raises(error):
+            await group.create_connection(Recorder, *listener.getsockname(), local_addr=local_addr)
 
 
 @needs_ipv6

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from network import a_link_local_address
-from support import GUARD, HOST, PeerProcess, Stack, capture_log, collect_contexts, leaves, peer_process, until
+from network import a_link_local_address, names, needs_ipv6
+from support import (
+    GUARD,
+    HOST,
+    PeerProcess,
+    Stack,
+    capture_log,
+    collect_contexts,
+    leaves,
+    open_descriptors,
+    peer_process,
+    until,
+)
 
 from transports_anyio import TransportGroup, current_group
 
@@ -184,6 +197,48 @@ async def test_names_are_resolved(stack: Stack) -> None:
             assert (await receive(peer))[0] == b"x"
 
 
+@needs_ipv6
+async def test_the_second_address_when_the_first_is_taken(stack: Stack) -> None:
+    """No host is the loopback, of which one is IPv4 and one is IPv6."""
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        for host, other in ((HOST, "::1"), ("::1", HOST)):  # Whichever the system sorts first.
+            with udp_peer(socket.AF_INET6 if ":" in host else socket.AF_INET, host) as taken:
+                port = taken.getsockname()[1]
+                transport, _ = await endpoints.make(local_addr=(None, port))
+                assert transport.get_extra_info("sockname")[:2] == (other, port)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a loopback network of more than one address")
+@pytest.mark.parametrize("free", [0, 1, 2])
+@pytest.mark.parametrize("connected", [False, True])
+async def test_every_resolved_address_is_tried(
+    stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, free: int, connected: bool
+) -> None:
+    """Addresses of one family: the first that can be had."""
+    if stack.is_oracle and free != 2:
+        pytest.skip("asyncio keeps the last address of each family only")
+    addresses = ["127.0.0.5", "127.0.0.6", "127.0.0.7"]
+    with ExitStack() as sockets:
+        port = 0
+        for address in addresses:
+            sock = sockets.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            sock.bind((address, port))
+            port = sock.getsockname()[1]
+            if address == addresses[free]:
+                freed = sock
+        freed.close()
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            with names(monkeypatch, {"three.test": addresses}, anyio_backend):
+                remote = {"remote_addr": (HOST, 9)} if connected else {}
+                transport, _ = await endpoints.make(local_addr=("three.test", port), **remote)
+                assert transport.get_extra_info("sockname") == (addresses[free], port)
+                before = open_descriptors()
+                with pytest.raises(OSError) as caught:  # Now all are taken.
+                    await group.create_datagram_endpoint(Endpoint, local_addr=("three.test", port), **remote)
+                assert caught.value.errno == errno.EADDRINUSE
+                assert open_descriptors() == before
+
+
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 async def test_what_sendto_accepts(stack: Stack, kind: Any) -> None:
     with udp_peer() as peer:
@@ -240,6 +295,31 @@ async def test_d3_an_adopted_socket_that_is_connected(stack: Stack) -> None:
             transport.sendto(b"with one", peer.getsockname())
             assert [(await receive(peer))[0] for _ in range(2)] == [b"without an address", b"with one"]
             assert protocol.errors == []
+
+
+@pytest.mark.ours_only("asyncio takes a peer without a name for none")
+async def test_an_adopted_end_of_a_pair(stack: Stack) -> None:
+    """Its peer has no name."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    theirs.setblocking(False)
+    with theirs:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, protocol = await endpoints.make(sock=ours)
+            transport.sendto(b"hello")
+            assert (await receive(theirs))[0] == b"hello"
+            theirs.send(b"answer")
+            await until(lambda: protocol.received)
+            assert protocol.data == [b"answer"]
+
+
+@pytest.mark.ours_only("asyncio leaves the socket open")
+async def test_an_adopted_socket_is_closed_by_a_cancellation(stack: Stack) -> None:
+    async with stack.open() as group:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await group.create_datagram_endpoint(Endpoint, sock=sock)
+        assert sock.fileno() == -1
 
 
 # -- flow control -------------------------------------------------------------------------------------------
@@ -399,6 +479,21 @@ async def test_d1_a_peer_that_refuses(stack: Stack) -> None:
             await until(lambda: protocol.received)
 
 
+async def test_a_datagram_to_nobody_is_dropped_in_silence(stack: Stack) -> None:
+    """The system tells it only of sockets that are connected to one address."""
+    with udp_peer() as peer:
+        nobody = peer.getsockname()
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        transport, protocol = await endpoints.make(local_addr=(HOST, 0))
+        address = transport.get_extra_info("sockname")
+        transport.sendto(b"is anybody there?", nobody)
+        transport.sendto(b"to oneself", address)
+        await until(lambda: protocol.received)
+        assert protocol.received == [(b"to oneself", address)]
+        assert protocol.errors == []
+        assert not transport.is_closing()
+
+
 async def test_d1_a_datagram_that_is_too_large(stack: Stack) -> None:
     with udp_peer() as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
@@ -406,8 +501,25 @@ async def test_d1_a_datagram_that_is_too_large(stack: Stack) -> None:
             transport.sendto(bytes(100_000))
             (error,) = protocol.errors
             assert isinstance(error, OSError)
+            assert error.errno == errno.EMSGSIZE
             transport.sendto(b"small")
             assert (await receive(peer))[0] == b"small"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other codes for it")
+async def test_a_system_without_a_way_to_the_peer(stack: Stack) -> None:
+    """No broadcasts without permission; and no IPv4 address but as one of IPv6."""
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        for host, address, code in (
+            (HOST, ("127.255.255.255", 9), errno.EACCES),
+            ("::1", ("::ffff:127.0.0.1", 9), errno.ENETUNREACH),
+        ):
+            transport, protocol = await endpoints.make(local_addr=(host, 0))
+            transport.sendto(b"x", address)
+            assert [error.errno for error in protocol.errors] == [code]
+            with udp_peer(host=host, family=socket.AF_INET6 if ":" in host else socket.AF_INET) as peer:
+                transport.sendto(b"alive", peer.getsockname())
+                assert (await receive(peer))[0] == b"alive"
 
 
 async def test_d4_a_protocol_without_error_received(stack: Stack) -> None:
@@ -520,6 +632,18 @@ async def test_arguments_that_do_not_work(stack: Stack, options: Any, error: typ
             await group.create_datagram_endpoint(Endpoint, **options)
 
 
+@pytest.mark.ours_only("asyncio names none")
+async def test_errors_name_the_address(stack: Stack) -> None:
+    async with stack.open() as group:
+        with udp_peer() as taken:
+            name = taken.getsockname()
+            with pytest.raises(OSError, match=rf"bind on address \('127\.0\.0\.1', {name[1]}\)") as caught:
+                await group.create_datagram_endpoint(Endpoint, local_addr=name)
+            assert caught.value.errno == errno.EADDRINUSE
+        with pytest.raises(PermissionError, match=r"Connect call failed \('127\.255\.255\.255', 9\)"):
+            await group.create_datagram_endpoint(Endpoint, remote_addr=("127.255.255.255", 9))
+
+
 async def test_an_adopted_socket_of_the_wrong_kind(stack: Stack) -> None:
     async with stack.open() as group:
         with socket.socket() as sock, pytest.raises(ValueError, match="datagram socket"):
@@ -555,6 +679,16 @@ async def test_sharing_a_port(stack: Stack) -> None:
         assert second.get_extra_info("sockname") == address
         with pytest.raises(OSError, match="in use"):
             await group.create_datagram_endpoint(Endpoint, local_addr=address)
+
+
+async def test_sharing_a_port_where_that_is_missing(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with stack.open() as group:
+        monkeypatch.delattr(socket, "SO_REUSEPORT")
+        before = open_descriptors()
+        with pytest.raises(ValueError, match="not supported"):
+            await group.create_datagram_endpoint(Endpoint, local_addr=(HOST, 0), reuse_port=True)
+        if not stack.is_oracle:
+            assert open_descriptors() == before
 
 
 async def test_broadcasting(stack: Stack) -> None:
@@ -765,6 +899,67 @@ async def test_anyio_unix_datagram_sockets(anyio_backend: Any, tmp_path: Path, c
             for _ in range(2000):
                 await receive(peer)
             await until(lambda: protocol.flow == ["pause", "resume"])
+
+
+async def test_an_anyio_socket_that_fails_to_send(anyio_backend: Any, tmp_path: Path) -> None:
+    """An error of the network is the protocol's, an address that is none the end, as for sockets of our own."""
+    async with TransportGroup() as group:
+        contexts = collect_contexts(group)
+        sock = await anyio.create_unix_datagram_socket(local_path=str(tmp_path / "ours"))
+        transport, protocol = await group.connect_datagram_socket(Endpoint, sock)
+        transport.sendto(b"x", str(tmp_path / "missing"))
+        transport.sendto(b"to myself", str(tmp_path / "ours"))
+        await until(lambda: protocol.received)
+        assert [type(error) for error in protocol.errors] == [FileNotFoundError]
+        assert contexts == []
+        udp = await anyio.create_udp_socket(local_host=HOST)
+        transport, protocol = await group.connect_datagram_socket(Endpoint, udp)
+        transport.sendto(b"x")
+        await until(lambda: protocol.lost)
+        assert isinstance(protocol.lost[0], TypeError)
+        assert protocol.errors == []
+        (context,) = contexts
+        assert context["exception"] is protocol.lost[0]
+
+
+async def test_an_anyio_socket_that_a_peer_refuses(anyio_backend: Any) -> None:
+    """AnyIO tells of it on trio, and keeps it to itself on asyncio; either way the endpoint lives on."""
+    with udp_peer() as peer:
+        address = peer.getsockname()
+    async with TransportGroup() as group:
+        udp = await anyio.create_connected_udp_socket(*address)
+        transport, protocol = await group.connect_datagram_socket(Endpoint, udp)
+        transport.sendto(b"is anybody there?")
+        if anyio_backend[0] == "trio":
+            await until(lambda: protocol.errors)
+            assert isinstance(protocol.errors[0], ConnectionRefusedError)
+        else:
+            await until(lambda: transport.get_write_buffer_size() == 0)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+            peer.bind(address)
+            peer.setblocking(False)
+            if anyio_backend[0] != "trio":
+                # A refusal that asyncio has not noticed yet takes the place of a datagram.
+                transport.sendto(b"now?")
+                await until(lambda: transport.get_write_buffer_size() == 0)
+            transport.sendto(b"now!")
+            while (await receive(peer))[0] != b"now!":
+                pass
+            peer.sendto(b"yes", transport.get_extra_info("sockname"))
+            await until(lambda: protocol.received)
+        assert not transport.is_closing()
+
+
+async def test_the_socket_of_an_anyio_socket_is_to_look_at(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        udp = await anyio.create_udp_socket(local_host=HOST)
+        transport, _ = await group.connect_datagram_socket(Endpoint, udp)
+        sock = transport.get_extra_info("socket")
+        assert sock.getsockname() == transport.get_extra_info("sockname")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST)
+        for name in ("recv", "recvfrom", "send", "sendto", "close", "detach", "dup", "shutdown"):
+            assert not hasattr(sock, name), name
 
 
 async def test_cancelling_the_group_closes_an_anyio_socket(anyio_backend: Any) -> None:

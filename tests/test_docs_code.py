@@ -263,8 +263,8 @@ def test_every_public_name_is_in_the_reference(module: Any) -> None:
 #: Methods without an underscore that are for the other rooms of the package, not for users.
 FOR_OTHER_ROOMS = {
     "transports_anyio.TransportGroup": {
-        "accepted", "call_internal", "forget_server", "forget_transport", "join_in_memory", "next_turn",
-        "pending_handshake", "turn",
+        "accepted", "call_internal", "forget_server", "forget_transport", "memory_connection", "pending_handshake",
+        "turn",
     },
     "transports_anyio.Server": {"listen"},
 }  # fmt: skip

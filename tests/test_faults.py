@@ -9,6 +9,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,44 @@ async def accepted_socket(outcome: Outcome) -> None:
     await until_spinning(lambda: first.lost and second.lost)
 
 
+def upgraded(certificates: Certificates) -> Scenario:
+    """`start_tls` on both ends of a connection."""
+    contexts = certificates.client(), certificates.server()
+
+    async def scenario(outcome: Outcome) -> None:
+        protocols = Recorder(), Recorder()
+        outcome.protocols += [(protocol, STREAM) for protocol in protocols]
+        outcome.streams += [(UP, lambda: bytes(protocols[1].received)), (DOWN, lambda: bytes(protocols[0].received))]
+        for protocol, sock in zip(protocols, socket.socketpair(), strict=True):
+            await outcome.group.connect_accepted_socket(lambda protocol=protocol: protocol, sock)
+        new: list[Any] = []
+
+        async def upgrade(protocol: Any, context: Any, data: bytes, **options: Any) -> None:
+            try:
+                transport = await outcome.group.start_tls(protocol.transport, protocol, context, **options)
+            except OSError as exc:
+                outcome.raised.append(exc)
+                return
+            new.append(transport)
+            shrink(transport)
+            send(transport, data)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(upgrade, protocols[0], contexts[0], UP, server_hostname=NAME))
+            tasks.start_soon(partial(upgrade, protocols[1], contexts[1], DOWN, server_side=True))
+        await until_spinning(
+            lambda: (
+                any(protocol.lost for protocol in protocols)
+                or (len(protocols[0].received) == len(DOWN) and len(protocols[1].received) == len(UP))
+            )
+        )
+        if new:
+            new[0].close()
+        await until_spinning(lambda: all(protocol.lost for protocol in protocols))
+
+    return scenario
+
+
 def pipes(recorder: Any) -> Scenario:
     async def scenario(outcome: Outcome) -> None:
         reader, writer = os.pipe()
@@ -449,14 +488,16 @@ async def every_position(scenario: Scenario, fault: str) -> int:
     return runs
 
 
-@pytest.fixture(params=["tcp", "buffered", "tls", "unix", "accepted", "pipe", "readv", "child", "udp", "unix datagrams",
-                        "sendfile", "stream"])  # fmt: skip
+@pytest.fixture(params=["tcp", "buffered", "tls", "buffered tls", "upgraded", "unix", "accepted", "pipe", "readv",
+                        "child", "udp", "unix datagrams", "sendfile", "stream"])  # fmt: skip
 def scenario(request: pytest.FixtureRequest, certificates: Certificates) -> Iterator[Scenario]:
     with tempfile.TemporaryDirectory() as directory:
         yield {
             "tcp": tcp,
             "buffered": lambda: tcp(lambda **hooks: BufferedRecorder(50_000, **hooks)),
             "tls": lambda: tcp(Recorder, certificates),
+            "buffered tls": lambda: tcp(lambda **hooks: BufferedRecorder(50_000, **hooks), certificates),
+            "upgraded": lambda: upgraded(certificates),
             "unix": lambda: unix(directory),
             "accepted": lambda: accepted_socket,
             "pipe": lambda: pipes(Recorder),

@@ -115,15 +115,13 @@ async def test_w12_nothing_is_copied_on_its_way_out(stack: Stack, monkeypatch: p
         return original_send(sock, chunks[0][:limit])
 
     original_send = socket.socket.send
+    monkeypatch.setattr(socket.socket, "send", send)
+    monkeypatch.setattr(socket.socket, "sendmsg", sendmsg)
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
-        # The peer reads from below, and so does not meet what is patched.
-        with monkeypatch.context() as patch:
-            patch.setattr(socket.socket, "send", send)
-            patch.setattr(socket.socket, "sendmsg", sendmsg)
-            for block in blocks:
-                transport.write(block)
-            transport.close()
-            assert await peer.receive_all() == b"".join(blocks)
+        for block in blocks:
+            transport.write(block)
+        transport.close()
+        assert await peer.receive_all() == b"".join(blocks)  # It reads, and so does not meet what is patched.
         await protocol.wait_for("connection_lost")
     assert offered > 16
 

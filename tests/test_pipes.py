@@ -279,6 +279,33 @@ async def test_p6_terminals_in_both_directions(stack: Stack) -> None:
             await receiver.wait_for("connection_lost")
 
 
+@pytest.mark.parametrize("first", ["reader", "writer"])
+@pytest.mark.parametrize("closed", ["reader", "writer"])
+async def test_a_terminal_for_both_blocks_again_after_its_last_transport(
+    anyio_backend: Any, first: str, closed: str
+) -> None:
+    """Input and output of a terminal are one open file: what the first to close does to it, it does to the other."""
+    connect = {"reader": connect_reader, "writer": connect_writer}
+    with terminal() as (program, user):
+        # Duplicates, as standard input and output are: the test looks at the file after they are closed.
+        files = {"reader": open(os.dup(program.fileno()), "rb", 0), "writer": open(os.dup(program.fileno()), "wb", 0)}
+        transports, protocols = {}, {}
+        async with TransportGroup() as group:
+            for name in sorted(files, key=first.__ne__):
+                transports[name], protocols[name] = await connect[name](group, files[name])
+            transports[closed].close()
+            await protocols[closed].wait_for("connection_lost")
+            assert not os.get_blocking(program.fileno())
+            if closed == "reader":
+                fill(transports["writer"], 1 << 20)  # more than a terminal takes that nobody reads: it would block
+            else:
+                user.write(b"typed")
+                await protocols["reader"].wait_received(5)
+            for transport in transports.values():
+                transport.abort()
+        assert os.get_blocking(program.fileno())
+
+
 @pytest.mark.ours_only("asyncio cannot watch what is always ready")
 async def test_character_devices_that_are_always_ready(stack: Stack) -> None:
     async with stack.open() as group:

@@ -16,7 +16,8 @@ from support import GUARD, BufferedRecorder, Recorder, Stack, connected, pattern
 
 import transports_anyio._group
 from transports_anyio._loop_poller import LoopPoller, make_poller
-from transports_anyio._poller import READ, WRITE, Poller, SelectorPoller, TaskPoller
+from transports_anyio._poller import Poller, TaskPoller, WaitingListPoller
+from transports_anyio._readiness import READ, WRITE, SelectorList, Watch, make_readiness_list
 
 pytestmark = pytest.mark.anyio
 
@@ -30,24 +31,42 @@ class Turns:
         self.deadline = inf
         self.failure: Exception | None = None
 
-    def turn(self) -> None:
+    def turn(self) -> float:
         self.count += 1
         self.poller.dispatch()
         if self.deadline <= self.poller.time():
             self.deadline = inf
         if self.failure is not None:
             raise self.failure
-
-    def next_turn(self) -> float:
         return self.deadline
 
 
-@pytest.fixture(params=["made here", "selector", "tasks"])
+def watch_of(sock: socket.socket, read: Callable[[], object], write: Callable[[], object] | None = None) -> Watch:
+    watch = Watch(sock.fileno())
+    watch.read_ready = read
+    if write is not None:
+        watch.write_ready = write
+    return watch
+
+
+def waiting_poller() -> Poller:
+    readiness = make_readiness_list()
+    assert readiness is not None
+    return WaitingListPoller(readiness)
+
+
+#: Every kind of poller: what is made here, what other backends, other systems with a selector, and Windows have.
+POLLERS: dict[str, Callable[[], Poller]] = {
+    "made here": make_poller,
+    "waiting": waiting_poller,
+    "selector": lambda: WaitingListPoller(SelectorList()),
+    "tasks": TaskPoller,
+}
+
+
+@pytest.fixture(params=POLLERS)
 def make(request: pytest.FixtureRequest) -> Callable[[], Poller]:
-    made: Callable[[], Poller] = {"made here": make_poller, "selector": SelectorPoller, "tasks": TaskPoller}[
-        request.param
-    ]
-    return made
+    return POLLERS[request.param]
 
 
 @asynccontextmanager
@@ -75,49 +94,63 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 async def test_the_best_poller_is_chosen(anyio_backend: Any) -> None:
     poller = make_poller()
-    assert type(poller) is (SelectorPoller if anyio_backend[0] == "trio" else LoopPoller)
+    assert type(poller) is (WaitingListPoller if anyio_backend[0] == "trio" else LoopPoller)
     poller.close()
 
 
 async def test_readiness_is_told_in_every_batch_until_it_is_over(anyio_backend: Any, make: Any) -> None:
-    masks: list[int] = []
+    told: list[int] = []
     with pair() as (a, b):
         async with running(make) as (poller, _):
-            poller.set_interest(a.fileno(), 0, READ, masks.append)
+            watch = watch_of(a, lambda: told.append(READ))
+            poller.set_interest(watch, READ)
             await anyio.sleep(0.01)
-            assert masks == []
+            assert told == []
             b.send(b"x")
-            await until(lambda: len(masks) >= 3)
-            assert set(masks) == {READ}
+            await until(lambda: len(told) >= 3)
             a.recv(1)
             await anyio.sleep(0.01)
-            count = len(masks)
+            count = len(told)
             await anyio.sleep(0.01)
-            assert len(masks) == count
-            poller.set_interest(a.fileno(), READ, 0, masks.append)
+            assert len(told) == count
+            poller.set_interest(watch, 0)
 
 
 async def test_both_directions_and_changes_of_the_interest(anyio_backend: Any, make: Any) -> None:
-    masks: list[int] = []
+    told: list[int] = []
     with pair() as (a, b):
         async with running(make) as (poller, _):
-            poller.set_interest(a.fileno(), 0, READ | WRITE, masks.append)
-            await until(lambda: masks)
-            assert set(masks) == {WRITE}
+            watch = watch_of(a, lambda: told.append(READ), lambda: told.append(WRITE))
+            poller.set_interest(watch, READ | WRITE)
+            await until(lambda: told)
+            assert set(told) == {WRITE}
             b.send(b"x")
-            await until(lambda: any(mask & READ for mask in masks))
-            poller.set_interest(a.fileno(), READ | WRITE, READ, masks.append)
-            masks.clear()
-            await until(lambda: len(masks) >= 2)
-            assert set(masks) == {READ}
-            poller.set_interest(a.fileno(), READ, WRITE, masks.append)
-            masks.clear()
-            await until(lambda: len(masks) >= 2)
-            assert set(masks) == {WRITE}
-            poller.set_interest(a.fileno(), WRITE, 0, masks.append)
-            masks.clear()
+            await until(lambda: READ in told)
+            poller.set_interest(watch, READ)
+            told.clear()
+            await until(lambda: len(told) >= 2)
+            assert set(told) == {READ}
+            poller.set_interest(watch, WRITE)
+            told.clear()
+            await until(lambda: len(told) >= 2)
+            assert set(told) == {WRITE}
+            poller.set_interest(watch, 0)
+            told.clear()
             await anyio.sleep(0.01)
-            assert masks == []
+            assert told == []
+
+
+async def test_a_hang_up_is_told_to_whoever_waits(anyio_backend: Any, make: Any) -> None:
+    for interest in (READ, WRITE):
+        told: list[int] = []
+        with pair() as (a, b):
+            async with running(make) as (poller, _):
+                watch = watch_of(a, lambda told=told: told.append(READ), lambda told=told: told.append(WRITE))
+                b.close()
+                poller.set_interest(watch, interest)
+                await until(lambda told=told: told)
+                assert set(told) == {interest}
+                poller.set_interest(watch, 0)
 
 
 async def test_a_descriptor_number_that_is_used_again(anyio_backend: Any, make: Any) -> None:
@@ -126,11 +159,12 @@ async def test_a_descriptor_number_that_is_used_again(anyio_backend: Any, make: 
         for number in range(20):
             name = f"owner {number}"
             with pair() as (a, b):
-                poller.set_interest(a.fileno(), 0, READ, lambda mask, name=name: told.append(name))
+                watch = watch_of(a, lambda name=name: told.append(name))
+                poller.set_interest(watch, READ)
                 b.send(b"x")
                 if number % 2:
                     await until(lambda name=name: name in told)
-                poller.set_interest(a.fileno(), READ, 0, lambda mask: None)
+                poller.set_interest(watch, 0)
             told.clear()
             await anyio.sleep(0.001)
             assert told == []
@@ -141,20 +175,19 @@ async def test_a_callback_may_take_out_others_of_its_batch(anyio_backend: Any, m
     with pair() as (a, b), pair() as (c, d):
         async with running(make) as (poller, _):
 
-            def ready(number: int, sock: socket.socket, other: socket.socket) -> None:
-                if not told:
-                    poller.set_interest(other.fileno(), READ, 0, lambda mask: None)
-                    poller.set_interest(sock.fileno(), READ, 0, lambda mask: None)
+            def ready(number: int) -> None:
                 told.append(number)
+                for watch in watches:
+                    poller.set_interest(watch, 0)
 
+            watches = [watch_of(a, lambda: ready(1)), watch_of(c, lambda: ready(2))]
             b.send(b"x")
             d.send(b"x")
-            poller.set_interest(a.fileno(), 0, READ, lambda mask: ready(1, a, c))
-            poller.set_interest(c.fileno(), 0, READ, lambda mask: ready(2, c, a))
+            for watch in watches:
+                poller.set_interest(watch, READ)
             await until(lambda: told)
             await anyio.sleep(0.01)
-            # A selector has told both already, when the first of them is called; a channel looks at its interest again.
-            assert len(told) <= 2
+            assert len(told) == 1
 
 
 async def test_deadlines(anyio_backend: Any, make: Any) -> None:
@@ -193,20 +226,22 @@ async def test_what_a_turn_raises_comes_out_of_run(anyio_backend: Any, make: Any
 
 async def test_hundreds_of_descriptors(anyio_backend: Any, make: Any) -> None:
     told: set[int] = set()
+    watches: list[Watch] = []
     pairs = [socket.socketpair() for _ in range(200)]
     try:
         async with running(make) as (poller, _):
             for a, b in pairs:
 
-                def ready(mask: int, sock: socket.socket = a) -> None:
+                def ready(sock: socket.socket = a) -> None:
                     os.read(sock.fileno(), 1)
                     told.add(sock.fileno())
 
-                poller.set_interest(a.fileno(), 0, READ, ready)
+                watches.append(watch_of(a, ready))
+                poller.set_interest(watches[-1], READ)
                 b.send(b"x")
             await until(lambda: len(told) == len(pairs))
-            for a, _ in pairs:
-                poller.set_interest(a.fileno(), READ, 0, lambda mask: None)
+            for watch in watches:
+                poller.set_interest(watch, 0)
     finally:
         for a, b in pairs:
             a.close()
@@ -214,12 +249,12 @@ async def test_hundreds_of_descriptors(anyio_backend: Any, make: Any) -> None:
 
 
 @pytest.mark.ours_only("about our pollers")
-@pytest.mark.parametrize("poller", [SelectorPoller, TaskPoller])
+@pytest.mark.parametrize("poller", [name for name in POLLERS if name != "made here"])
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
 async def test_the_transports_work_over_every_poller(
-    stack: Stack, poller: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
+    stack: Stack, poller: str, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transports_anyio._group, "make_poller", poller)
+    monkeypatch.setattr(transports_anyio._group, "make_poller", POLLERS[poller])
     data = pattern(4 << 20)
     fired: list[int] = []
     async with stack.open() as group:
@@ -245,3 +280,21 @@ async def test_the_transports_work_over_every_poller(
         await protocol.wait_for("connection_lost")
         server.close()
         await until(lambda: fired)
+
+
+async def test_a_descriptor_that_is_watched_already(anyio_backend: Any) -> None:
+    """The system's list refuses it, as asyncio does, and the first watch goes on."""
+    told: list[int] = []
+    for make in (waiting_poller, POLLERS["selector"]):
+        told.clear()
+        with pair() as (a, b):
+            async with running(make) as (poller, _):
+                first, second = watch_of(a, lambda: told.append(1)), watch_of(a, lambda: told.append(2))
+                poller.set_interest(first, READ)
+                with pytest.raises(RuntimeError, match="is used by another transport"):
+                    poller.set_interest(second, READ)
+                assert second.interest == 0
+                b.send(b"x")
+                await until(lambda: told)
+                assert set(told) == {1}
+                poller.set_interest(first, 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextvars
 import gc
 import logging
+import select
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from support import (
     connected,
     fill,
     leaves,
+    turns,
     until,
 )
 
@@ -98,6 +101,43 @@ async def test_a_callback_that_schedules_itself_does_not_starve_connections(stac
         await peer.send(b"let me in")
         await protocol.wait_received(9)
     assert turns > 0
+
+
+def wait_for_input(transport: Any) -> None:
+    """Block until the system has something for the transport, which has not heard of it yet."""
+    assert select.select([transport.get_extra_info("socket").fileno()], [], [], GUARD)[0]
+
+
+async def test_what_was_scheduled_before_runs_before_input_that_waits(stack: Stack) -> None:
+    order: list[str] = []
+    protocol = Recorder(on_data_received=lambda *_: order.append("input"))
+    async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
+        transport.pause_reading()
+        await peer.send(b"input")
+        wait_for_input(transport)
+        transport.resume_reading()
+        group.call_soon(order.append, "scheduled")
+        await until(lambda: len(order) == 2)
+    assert order == ["scheduled", "input"]
+
+
+async def test_a_timer_that_is_due_runs_before_what_input_has_scheduled(stack: Stack) -> None:
+    order: list[str] = []
+
+    def on_data(*_: object) -> None:
+        order.append("input")
+        group.call_soon(order.append, "scheduled")
+
+    protocol = Recorder(on_data_received=on_data)
+    async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
+        transport.pause_reading()
+        await peer.send(b"input")
+        # Nobody has a turn from here on until both are due.
+        transport.resume_reading()
+        group.call_at(group.time(), order.append, "timer")
+        wait_for_input(transport)
+        await until(lambda: len(order) == 3)
+    assert order == ["input", "timer", "scheduled"]
 
 
 async def test_timers_run_by_time(stack: Stack) -> None:
@@ -257,26 +297,85 @@ async def test_rearming_a_timer_keeps_nothing_of_the_cancelled_ones(stack: Stack
         timer.cancel()
 
 
-@pytest.mark.ours_only("counts the turns of our group")
-async def test_a_cancelled_timer_costs_no_wake_up(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = 0
-    wait = anyio.wait_readable
+class CountingGroup(TransportGroup):
+    """How often it had its turn."""
 
-    async def counting(*args: Any) -> None:
-        nonlocal waits
-        waits += 1
-        await wait(*args)
+    turns = 0
 
-    monkeypatch.setattr(anyio, "wait_readable", counting)
-    async with stack.open() as group:
-        fired: list[int] = []
-        group.call_later(0.05, fired.append, 1)
-        for timer in [group.call_later(0.001 * number, fired.append, 0) for number in range(1, 40)]:
+    def turn(self) -> float:
+        self.turns += 1
+        return super().turn()
+
+
+@pytest.mark.parametrize("where", ["a callback", "a task"])
+async def test_a_cancelled_timer_costs_no_wake_up(anyio_backend: Any, where: str) -> None:
+    """Whether it was cancelled in a turn of the group's, or while the group was waiting for it."""
+    timers: list[Any] = []
+    fired: list[int] = []
+
+    def arm() -> None:
+        timers.extend(group.call_later(0.001 * number, fired.append, 0) for number in range(1, 40))
+
+    def cancel() -> None:
+        for timer in timers:
             timer.cancel()
+
+    async with CountingGroup() as group:
+        await turns()
+        group.call_later(0.2, fired.append, 1)
+        await turns()
+        if where == "a callback":
+            group.call_soon(lambda: (arm(), cancel()))
+            await until(lambda: timers)
+        else:
+            arm()
+            cancel()
+        group.turns = 0
         await until(lambda: fired)
-        # One wait until the group first runs, one for the timer, and one after it.
-        assert waits <= 3
+        assert group.turns <= 1  # That of the last one.
     assert fired == [1]
+
+
+async def test_a_timer_that_was_waited_for_and_is_cancelled_costs_no_wake_up(anyio_backend: Any) -> None:
+    fired: list[int] = []
+    async with CountingGroup() as group:
+        timer = group.call_later(0.05, print)
+        await turns()  # The group waits for it.
+        timer.cancel()
+        await turns()
+        group.turns = 0
+        group.call_later(0.2, fired.append, 1)
+        await until(lambda: fired)
+        assert group.turns <= 1
+
+
+async def test_a_task_that_rearms_a_time_out_costs_no_turns(anyio_backend: Any) -> None:
+    async with CountingGroup() as group:
+        timer = group.call_later(3600, print)
+        await turns()
+        group.turns = 0
+        for _ in range(100):
+            timer.cancel()
+            timer = group.call_later(3600, print)
+            await anyio.lowlevel.checkpoint()
+        await turns()
+        assert group.turns == 0
+        timer.cancel()
+
+
+async def test_a_time_between_the_ticks_of_the_loops_clock_costs_one_turn(anyio_backend: Any) -> None:
+    """uvloop counts in milliseconds, rounded."""
+    fired: list[float] = []
+    async with CountingGroup() as group:
+        await turns()
+        group.turns = 0
+        for number in range(1, 31):
+            when = group.time() + 0.002 + number * 0.00013
+            group.call_at(when, lambda when=when: fired.append(group.time() - when))
+            await until(lambda number=number: len(fired) == number)  # type: ignore[misc]
+        # The first one may have to tell a group that waits without an end.
+        assert group.turns <= 2 * 30
+        assert min(fired) >= -1e-6
 
 
 # -- bad calls --------------------------------------------------------------------------------------------
@@ -305,6 +404,48 @@ async def test_a_group_that_is_not_open_takes_no_callbacks(anyio_backend: Any, n
         pass
     with pytest.raises(RuntimeError, match="not open"):
         use(group)
+
+
+@pytest.mark.parametrize("name", ["call_later", "call_at"])
+async def test_no_time_is_refused_at_the_call(stack: Stack, name: str) -> None:
+    async with stack.open() as group:
+        with pytest.raises(TypeError):
+            getattr(group, name)(None, print)
+
+
+@pytest.mark.ours_only("asyncio takes them, and its loop fails or spins later on")
+@pytest.mark.parametrize(("when", "error"), [("soon", TypeError), (float("nan"), ValueError)])
+@pytest.mark.parametrize("name", ["call_later", "call_at"])
+async def test_what_is_no_time_is_refused_at_the_call(
+    stack: Stack, name: str, when: Any, error: type[Exception]
+) -> None:
+    calls: list[int] = []
+    async with stack.open() as group:
+        for _ in range(2):  # With and without others to compare with.
+            with pytest.raises(error):
+                getattr(group, name)(when, print)
+            group.call_later(0, calls.append, 1)
+        await until(lambda: len(calls) == 2)
+
+
+@pytest.mark.parametrize("when", [float("inf"), 1e300, 10**12])
+async def test_a_time_that_never_comes(anyio_backend: Any, when: float) -> None:
+    calls: list[str] = []
+    async with TransportGroup() as group:
+        group.call_later(when, calls.append, "never")
+        await turns()
+        group.call_later(0.01, calls.append, "soon")
+        await until(lambda: calls)
+    assert calls == ["soon"]
+
+
+async def test_what_is_no_async_function_is_refused_at_the_call(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        coroutine = anyio.lowlevel.checkpoint()
+        with pytest.raises(TypeError, match=r"start_soon\(\) takes an async function"):
+            group.start_soon(coroutine)  # type: ignore[arg-type]
+        coroutine.close()
+        assert group.statistics().running_tasks == 0
 
 
 # -- threads ----------------------------------------------------------------------------------------------
@@ -391,6 +532,46 @@ async def test_a_context_can_be_given(stack: Stack, name: str) -> None:
         await until(lambda: seen)
     assert seen == ["given"]
     assert context[variable] == "changed by the callback"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio's handles have it since Python 3.12")
+@every_scheduler
+async def test_a_handle_tells_its_context(stack: Stack, name: str) -> None:
+    context = contextvars.copy_context()
+    variable.set("the caller's")
+    async with stack.open() as group:
+        given = scheduler(group, name)(print, "given", context=context)
+        copied = scheduler(group, name)(print, "copied")
+        assert given.get_context() is context
+        assert copied.get_context()[variable] == "the caller's"
+        given.cancel()
+        copied.cancel()
+
+
+@every_scheduler
+async def test_a_context_without_variables_can_be_given(stack: Stack, name: str) -> None:
+    """It is false, as everything that is empty."""
+    seen: list[str] = []
+    variable.set("the caller's")
+    async with stack.open() as group:
+        scheduler(group, name)(lambda: seen.append(variable.get()), context=contextvars.Context())
+        await until(lambda: seen)
+    assert seen == ["unset"]
+
+
+@pytest.mark.ours_only("asyncio has no group")
+@every_scheduler
+async def test_the_group_is_current_in_a_given_context(stack: Stack, name: str) -> None:
+    """Only while the callback runs; also when the context is that of the call itself."""
+    seen: list[Any] = []
+    context = contextvars.Context()
+    context.run(variable.set, "given")
+    async with stack.open() as group:
+        context.run(lambda: scheduler(group, name)(lambda: seen.append(current_group()), context=context))
+        await until(lambda: seen)
+        with pytest.raises(RuntimeError, match="no transport group"):
+            context.run(current_group)
+    assert seen == [group]
 
 
 async def test_callbacks_do_not_see_one_anothers_variables(stack: Stack) -> None:
@@ -496,6 +677,40 @@ async def test_a_handler_that_raises_is_itself_reported(stack: Stack) -> None:
     assert "ZeroDivisionError" in record.getMessage()
 
 
+class Unprintable(Recorder):
+    def __repr__(self) -> str:
+        raise LookupError("in repr()")
+
+
+async def test_the_default_handler_cannot_tell_what_it_cannot_print(stack: Stack) -> None:
+    """It is told that it failed, and all that it was told of has ended is the one connection."""
+    failing, other = Unprintable(on_data_received=lambda *_: 1 / 0), Recorder()
+    async with stack.open() as group:
+        async with connected(group, failing) as (_, _, peer), connected(group, other) as (_, _, other_peer):
+            with capture_log(stack) as records:
+                await peer.send(b"x")
+                await failing.wait_for("connection_lost")
+            assert isinstance(failing.lost_with, ZeroDivisionError)
+            await other_peer.send(b"still here")
+            await other.wait_received(10)
+    (record,) = records
+    assert record.getMessage().startswith("Exception in default exception handler")
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], LookupError)
+
+
+async def test_a_default_handler_of_a_derived_group(anyio_backend: Any) -> None:
+    seen: list[Any] = []
+
+    class Derived(TransportGroup):
+        def default_exception_handler(self, context: dict[str, Any]) -> None:
+            seen.append(context)
+
+    async with Derived() as group:
+        group.call_exception_handler({"message": "hello"})
+    assert seen == [{"message": "hello"}]
+
+
 # -- the end of the group ---------------------------------------------------------------------------------
 
 
@@ -507,6 +722,15 @@ async def test_pending_timers_never_fire(anyio_backend: Any) -> None:
         group.call_later(0.02, fired.append, 3)
     await anyio.sleep(0.05)
     assert fired == []
+
+
+async def test_a_timer_that_was_pending_at_the_end_can_be_cancelled(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        timers = [group.call_later(3600, print) for _ in range(3)]
+    for timer in timers:
+        timer.cancel()
+    assert group.statistics().pending_timers == 0
+    assert "timers=0" in repr(group)
 
 
 async def test_what_call_soon_was_given_runs_before_the_block_is_left(anyio_backend: Any) -> None:

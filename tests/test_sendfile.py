@@ -165,8 +165,8 @@ async def test_offset_and_count(stack: Stack, make_file: Any, offset: int, count
             assert await send(group, transport, file, offset, count) == len(expected)
             if expected:
                 assert file.tell() == offset + len(expected)
-            elif make_file is on_disk:
-                assert file.tell() == 7
+            else:
+                assert file.tell() == (7 if make_file is on_disk else offset)
         transport.close()
         assert await peer.receive_all() == expected
 

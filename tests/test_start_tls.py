@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import ssl
 from contextlib import asynccontextmanager
@@ -420,6 +421,53 @@ async def test_t13_transport_that_is_closing(stack: Stack, certificates: Certifi
         with pytest.raises(RuntimeError, match="closing"):
             await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
         assert protocol.lost_with is None
+
+
+@pytest.mark.ours_only("asyncio does not look")
+async def test_what_cannot_be_done_during_the_handshake(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+
+        async def try_again() -> TLSPeer:
+            await anyio.wait_readable(peer.socket)
+            with pytest.raises(RuntimeError, match="start_tls is in progress"):
+                await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+            with pytest.raises(RuntimeError, match="start_tls is in progress"):
+                await group.sendfile(transport, io.BytesIO(b"in between"))
+            return await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True)
+
+        new, tls = await together(
+            lambda: group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME), try_again
+        )
+        with tls:
+            assert await group.sendfile(new, io.BytesIO(b"now")) == 3
+            assert await tls.receive_exactly(3) == b"now"
+            await tls.send(b"and back")
+            await protocol.wait_received(8)
+            new.abort()
+            await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio does not look")
+async def test_while_a_file_is_sent(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    data = pattern(1_000_000)
+    path.write_bytes(data)
+    async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
+        with path.open("rb") as file:
+
+            async def upgrade() -> None:
+                await anyio.wait_readable(peer.socket)
+                with pytest.raises(RuntimeError, match="sendfile is in progress"):
+                    await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+                assert await peer.receive_exactly(len(data)) == data
+
+            await together(lambda: group.sendfile(transport, file), upgrade)
+        new, tls = await upgrade_client(group, transport, protocol, peer, certificates)
+        with tls:
+            new.write(b"secret")
+            assert await tls.receive_exactly(6) == b"secret"
+            new.abort()
+            await protocol.wait_for("connection_lost")
 
 
 @pytest.mark.ours_only("asyncio does not look")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from support import GUARD, Stack, collect_contexts, leaves, pattern, until
+from support import GUARD, Stack, collect_contexts, leaves, open_descriptors, pattern, until
 
 from transports_anyio import TransportGroup, current_group
 
@@ -176,7 +179,6 @@ async def test_the_options_of_popen(stack: Stack, tmp_path: Path) -> None:
             env={"X": "y"},
             start_new_session=True,
             pass_fds=[write],
-            umask=0o22,
         )
         await child.end()
         # Resolved: some systems have their temporary directory behind a link.
@@ -186,9 +188,37 @@ async def test_the_options_of_popen(stack: Stack, tmp_path: Path) -> None:
     os.close(write)
 
 
+async def test_who_and_with_whom_a_child_is(stack: Stack) -> None:
+    """`user` and `group`, of which anybody may name their own, `process_group`, `umask` and `preexec_fn`."""
+    root = os.getuid() == 0
+    user, group_id = (65534, 65533) if root else (os.getuid(), os.getgid())
+    options: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {}
+    read, write = os.pipe()
+    program = "umask; id -u; id -g; read x"
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.exec(
+            "sh", "-c", program, user=user, group=group_id, extra_groups=[] if root else None, umask=0o137,
+            preexec_fn=lambda: os.write(write, b"in the child"), **options,
+        )  # fmt: skip
+        await until(lambda: child.output[1].count(b"\n") == 3)
+        umask, *numbers = child.output[1].split()
+        assert (int(umask, 8), *map(int, numbers)) == (0o137, user, group_id)
+        assert not options or os.getpgid(transport.get_pid()) == transport.get_pid()
+        assert os.read(read, 100) == b"in the child"
+    os.close(read)
+    os.close(write)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"universal_newlines": True}, {"bufsize": 1}, {"text": True}, {"encoding": "utf-8"}, {"errors": "strict"}],
+    [
+        {"universal_newlines": True},
+        {"bufsize": 1},
+        {"bufsize": None},
+        {"text": True},
+        {"encoding": "utf-8"},
+        {"errors": "strict"},
+    ],
 )
 async def test_options_that_make_no_sense_are_refused(stack: Stack, options: Any) -> None:
     (name,) = options
@@ -247,6 +277,30 @@ async def test_signals_after_the_end(stack: Stack) -> None:
         for send in (transport.terminate, transport.kill, lambda: transport.send_signal(signal.SIGINT)):
             with pytest.raises(ProcessLookupError):
                 send()
+
+
+@pytest.mark.ours_only("asyncio signals whoever has the number")
+@pytest.mark.parametrize("reaped", ["not yet", "by somebody else"])
+@pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
+async def test_signals_after_an_end_that_nobody_has_noticed(
+    stack: Stack, reaped: str, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in missing:
+        monkeypatch.delattr(os, name)
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.exec("cat")
+        pid = transport.get_pid()
+        # In one go: the group has no turn before the signal.
+        os.kill(pid, signal.SIGKILL)
+        if reaped == "not yet":
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222
+        else:
+            os.waitpid(pid, 0)  # noqa: ASYNC222
+        with pytest.raises(ProcessLookupError):
+            transport.send_signal(signal.SIGINT)
+        assert transport.get_returncode() is None  # as long as the protocol has not been told
+        await child.end()
+        assert transport.get_returncode() == (-signal.SIGKILL if reaped == "not yet" else 255)
 
 
 async def test_a_child_that_ignores_sigterm(stack: Stack) -> None:
@@ -364,7 +418,10 @@ async def test_p4_signals_at_random_moments(stack: Stack) -> None:
 
 
 async def test_sigchld_handlers_are_left_alone(stack: Stack) -> None:
-    def handler(*_: object) -> None: ...
+    calls: list[int] = []
+
+    def handler(number: int, _: object) -> None:
+        calls.append(number)
 
     before = signal.signal(signal.SIGCHLD, handler)
     try:
@@ -373,8 +430,60 @@ async def test_sigchld_handlers_are_left_alone(stack: Stack) -> None:
             await group.subprocess_exec(lambda: child, "true")
             await child.end()
             assert signal.getsignal(signal.SIGCHLD) is handler
+            assert calls
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.parametrize("handler", ["reaps", "ignored"])
+@pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
+async def test_a_sigchld_handler_that_reaps(
+    anyio_backend: Any, handler: str, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in missing:
+        monkeypatch.delattr(os, name)
+
+    def reap(*_: object) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+    before = signal.signal(signal.SIGCHLD, reap if handler == "reaps" else signal.SIG_IGN)
+    try:
+        async with TransportGroup() as group:
+            for _ in range(20):
+                child = Child()
+                await group.subprocess_exec(lambda child=child: child, "sh", "-c", "exit 3")
+                await child.end()
+                assert child.transport.get_returncode() == 255
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+async def test_a_child_that_ends_and_is_reaped_while_we_look(
+    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler of SIGCHLD may run between any two steps of ours: its victim's status is not taken for success."""
+    wait = os.waitid
+
+    def waitid(kind: Any, pid: int, options: int) -> Any:
+        found = wait(kind, pid, options)
+        if options & os.WNOHANG and not gone_now:
+            gone_now.append(pid)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        return found
+
+    gone_now: list[int] = []
+    async with TransportGroup() as group:
+        child = Child()
+        transport, _ = await group.subprocess_exec(lambda: child, "cat")
+        monkeypatch.setattr(os, "waitid", waitid)
+        with contextlib.suppress(ProcessLookupError):
+            transport.send_signal(signal.SIGCONT)
+        assert gone_now == [transport.get_pid()]
+        await child.end()
+        assert transport.get_returncode() == 255
 
 
 async def test_a_child_that_somebody_else_reaps(stack: Stack) -> None:
@@ -459,6 +568,30 @@ threads = [threading.Thread(target=work, args=[fd]) for fd in (1, 2)]
 # -- the group -----------------------------------------------------------------------------------------------
 
 
+def own_descriptors() -> dict[int, str]:
+    # uvloop keeps one in reserve from its first stream on, for the day when there are no others.
+    return {fd: what for fd, what in open_descriptors().items() if what != os.devnull}
+
+
+@contextlib.contextmanager
+def no_more_descriptors(left: int = 0) -> Iterator[None]:
+    """Let this process have as many more descriptors as are left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 1 + left, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(2))
+        for _ in range(left):
+            os.close(taken.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
+
+
 def gone(pid: int) -> bool:
     """Whether no process of ours has this number any more, not even a zombie."""
     try:
@@ -477,13 +610,13 @@ async def test_p3_leaving_the_block_kills_what_runs(anyio_backend: Any) -> None:
     assert gone(transport.get_pid())
 
 
-@pytest.mark.parametrize("pidfd", [True, False])
+@pytest.mark.parametrize("missing", [(), ("pidfd_open",), ("pidfd_open", "waitid")])
 @pytest.mark.parametrize("how", ["exception", "cancellation"])
 async def test_leaving_by_an_exception_reaps_before_the_block_is_left(
-    anyio_backend: Any, how: str, pidfd: bool, monkeypatch: pytest.MonkeyPatch
+    anyio_backend: Any, how: str, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not pidfd:
-        monkeypatch.delattr(os, "pidfd_open")
+    for name in missing:
+        monkeypatch.delattr(os, name)
     children = [Child() for _ in range(10)]
     with anyio.CancelScope() as scope:
         try:
@@ -527,8 +660,11 @@ async def test_p1_cancelled_at_every_checkpoint(anyio_backend: Any) -> None:
             assert child.names()[-1] == "connection_lost"
 
 
-async def test_without_pidfd(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("waitid", [True, False])
+async def test_without_pidfd(anyio_backend: Any, waitid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "pidfd_open")
+    if not waitid:  # macOS, before Python 3.13
+        monkeypatch.delattr(os, "waitid")
     async with TransportGroup() as group:
         made = [Child() for _ in range(60)]
         for number, child in enumerate(made):
@@ -539,6 +675,66 @@ async def test_without_pidfd(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
             await child.end()
             assert child.transport.get_returncode() == number
             assert gone(child.transport.get_pid())
+
+
+@pytest.mark.parametrize("missing", [(), ("pidfd_open",), ("pidfd_open", "waitid")])
+async def test_the_exit_is_told_to_a_shielded_task_of_a_cancelled_block(
+    anyio_backend: Any, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in missing:
+        monkeypatch.delattr(os, name)
+    before, after = Child(), Child()
+    with anyio.CancelScope() as scope:
+        async with TransportGroup() as group:
+            await group.subprocess_exec(lambda: before, "cat")
+            scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await group.subprocess_exec(lambda: after, "cat")
+                for child in (before, after):
+                    child.transport.get_pipe_transport(0).write_eof()
+                    await child.end()
+                    assert child.transport.get_returncode() == 0
+
+
+async def test_without_a_descriptor_for_the_child(anyio_backend: Any) -> None:
+    """The last of them are gone: the child is spawned all the same, and a thread waits for it."""
+    descriptors = own_descriptors()
+    async with TransportGroup() as group:
+        child = Child()
+        with no_more_descriptors():
+            # Without pipes, and without closing what it inherits, a spawn needs no descriptor on any Python.
+            transport, _ = await group.subprocess_exec(
+                lambda: child, "/bin/sh", "-c", "exit 3", stdin=None, stdout=None, stderr=None, close_fds=False
+            )
+            await child.end()
+        assert transport.get_returncode() == 3
+        assert gone(transport.get_pid())
+    assert own_descriptors() == descriptors
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Popen of Python 3.10 leaks pipes then")
+async def test_out_of_descriptors_for_the_pipes(anyio_backend: Any) -> None:
+    """Wherever in the spawn they come to an end: it fails as a whole, or goes through."""
+    results = set()
+    async with TransportGroup() as group:
+        descriptors = own_descriptors()
+        for left in range(12):
+            child = Child()
+            try:
+                with no_more_descriptors(left):
+                    await group.subprocess_exec(lambda child=child: child, "true")
+            except OSError as exc:
+                assert exc.errno == errno.EMFILE
+                assert child.names() == []
+                results.add("refused")
+            else:
+                await child.end()
+                assert child.transport.get_returncode() == 0
+                results.add("spawned")
+            assert own_descriptors() == descriptors
+            with pytest.raises(ChildProcessError):
+                os.waitpid(-1, os.WNOHANG)  # noqa: ASYNC222  # it does not wait
+    assert results == {"refused", "spawned"}
 
 
 @pytest.mark.parametrize(
@@ -574,6 +770,46 @@ async def test_a_callback_that_raises_is_reported_and_ends_the_child(anyio_backe
         await until(lambda: other.output[1] == b"alive")
 
 
+@pytest.mark.parametrize("kind", ["program", "program without pidfd", "AnyIO process"])
+@pytest.mark.parametrize("caught", [False, True])
+async def test_an_exit_in_connection_made_leaves_through_the_group(
+    anyio_backend: Any, kind: str, caught: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "program without pidfd":
+        monkeypatch.delattr(os, "pidfd_open")
+
+    class Leaving(Child):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            raise SystemExit(3)
+
+    child = Leaving()
+
+    async def spawn(group: TransportGroup) -> None:
+        if kind == "AnyIO process":
+            await group.connect_process(lambda: child, await anyio.open_process(["cat"]))
+        else:
+            await group.subprocess_exec(lambda: child, "cat")
+
+    with anyio.fail_after(GUARD):
+        try:
+            async with TransportGroup() as group:
+                try:
+                    await spawn(group)
+                except SystemExit:
+                    if not caught:
+                        raise
+        except BaseException as error:
+            assert [type(leaf) for leaf in leaves(error)] == [SystemExit]
+            assert not caught
+        else:
+            assert caught
+    assert child.names().count("process_exited") == 1
+    assert child.names().count("pipe_connection_lost") == 3
+    assert child.names()[-1] == "connection_lost"
+    assert gone(child.transport.get_pid())
+
+
 async def test_the_current_group_in_callbacks(anyio_backend: Any) -> None:
     groups: dict[str, Any] = {}
 
@@ -598,6 +834,44 @@ async def test_a_factory_that_raises_spawns_nothing(anyio_backend: Any, tmp_path
         with pytest.raises(LookupError):
             await group.subprocess_exec(factory, "touch", str(tmp_path / "spawned"))
     assert not (tmp_path / "spawned").exists()
+
+
+LOW_NUMBERS = """
+import os, sys, anyio
+from transports_anyio import *
+
+class Cat(SubprocessProtocol):
+    def __init__(self): self.done = anyio.Event()
+    def connection_made(self, transport):
+        stdin = transport.get_pipe_transport(0)
+        os.write(2, b"%d" % stdin.get_extra_info("pipe").fileno())
+        stdin.write(b"through")
+        stdin.write_eof()
+    def pipe_data_received(self, fd, data): os.write(2, data)
+    def connection_lost(self, exc): self.done.set()
+
+async def main():
+    async with TransportGroup() as group:
+        os.close(0)
+        os.close(1)
+        with anyio.fail_after(15):
+            await (await group.subprocess_exec(Cat, "cat", stderr=None))[1].done.wait()
+        try:
+            os.fstat(1)
+        except OSError:
+            os.write(2, b" closed")
+
+backend, uvloop = sys.argv[1:]
+anyio.run(main, backend=backend, backend_options={"use_uvloop": bool(uvloop)} if backend == "asyncio" else {})
+"""
+
+
+async def test_pipes_that_have_the_numbers_of_standard_streams_are_closed(anyio_backend: Any) -> None:
+    """In a process whose standard streams are closed; `cat` would never see its end of file."""
+    name, options = anyio_backend
+    command = [sys.executable, "-c", LOW_NUMBERS, name, "uvloop" if options.get("use_uvloop") else ""]
+    result = await anyio.run_process(command, check=False)
+    assert result.stderr == b"1through closed"
 
 
 async def test_a_telling_repr(anyio_backend: Any) -> None:
@@ -650,6 +924,35 @@ async def test_an_anyio_process_is_signalled_and_closed(anyio_backend: Any) -> N
         transport.close()
         await child.end()
         assert transport.get_returncode() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGRTMIN + 1])
+async def test_any_signal_for_an_anyio_process(anyio_backend: Any, number: int) -> None:
+    async with TransportGroup() as group:
+        transport, child = await group.connect_process(Child, await anyio.open_process(["cat"]))
+        transport.send_signal(number)
+        if not number:
+            transport.get_pipe_transport(0).close()
+        await child.end()
+        assert transport.get_returncode() == -number
+
+
+async def test_an_anyio_process_whose_end_nobody_has_noticed(anyio_backend: Any) -> None:
+    child = Child()
+    with pytest.raises(BaseException) as caught:
+        async with TransportGroup() as group:
+            process = await anyio.open_process(["sh", "-c", "exit 3"])
+            transport, _ = await group.connect_process(lambda: child, process)
+            # In one go: the backend has no turn after the end. Unless it has noticed before.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222
+            with pytest.raises(ProcessLookupError):
+                transport.send_signal(signal.SIGTERM)
+            raise LookupError
+    assert [type(leaf) for leaf in leaves(caught.value)] == [LookupError]
+    assert child.names()[-1] == "connection_lost"
+    assert transport.get_returncode() == 3
+    assert gone(process.pid)
 
 
 async def test_cancelling_the_group_reaps_an_anyio_process(anyio_backend: Any) -> None:

@@ -7,7 +7,19 @@ from typing import Any
 
 import anyio
 import pytest
-from support import GUARD, Stack, collect_contexts, leaves, listening, pattern, raises_inside, turns
+from support import (
+    GUARD,
+    HOST,
+    Stack,
+    collect_contexts,
+    connected,
+    fill,
+    leaves,
+    listening,
+    pattern,
+    raises_inside,
+    turns,
+)
 
 from transports_anyio import TransportGroup
 from transports_anyio.testing import (
@@ -149,6 +161,54 @@ async def test_waiting_for_what_cannot_come_any_more(stack: Stack) -> None:
             with anyio.fail_after(GUARD), pytest.raises(RuntimeError, match="lost before"):
                 await recorder.wait_for("data_received")
     recorder.check()
+
+
+async def test_callbacks_that_are_left_out_do_nothing(stack: Stack) -> None:
+    """Of the abstract classes none has to be implemented but a `BufferedProtocol`'s `get_buffer`."""
+
+    class Buffered(asyncio.BufferedProtocol):
+        def get_buffer(self, sizehint: int) -> bytearray:
+            return bytearray(10)
+
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        for stream in (Recorder(asyncio.Protocol()), BufferedRecorder(Buffered())):
+            async with connected(group, stream, small=True) as (transport, _, peer):
+                await peer.send(b"x")
+                assert await stream.wait_received(1) == b"x"
+                written = fill(transport, 65537)
+                assert len(await peer.receive_exactly(written)) == written
+                with anyio.fail_after(GUARD):
+                    await stream.wait_for("resume_writing")
+                peer.shutdown()
+                assert await peer.receive_all() == b""
+                await stream.wait_for("connection_lost")
+            names = [name for name in stream.names if name != "get_buffer"]
+            assert names[-4:] == ["pause_writing", "resume_writing", "eof_received", "connection_lost"]
+            stream.check()
+
+        with anyio.fail_after(GUARD):
+            datagrams = DatagramRecorder(asyncio.DatagramProtocol())
+            endpoint, _ = await group.create_datagram_endpoint(lambda: datagrams, (HOST, 0))
+            endpoint.sendto(b"to oneself", endpoint.get_extra_info("sockname"))
+            await datagrams.wait_for("datagram_received")
+            endpoint.sendto(bytes(100_000), endpoint.get_extra_info("sockname"))
+            await datagrams.wait_for("error_received")
+            endpoint.close()
+            await datagrams.wait_for("connection_lost")
+            datagrams.check()
+
+            child = SubprocessRecorder(asyncio.SubprocessProtocol())
+            process, _ = await group.subprocess_exec(lambda: child, "cat")
+            process.get_pipe_transport(0).write(b"x")
+            process.get_pipe_transport(0).write_eof()
+            await child.wait_for("connection_lost")
+            process.close()  # For asyncio, which complains of it otherwise.
+            assert child.received == {1: b"x"}
+            assert child.count("pipe_connection_lost") == 3
+            assert child.count("process_exited") == 1
+            child.check()
+        assert contexts == []
 
 
 TRANSPORT = asyncio.Transport()

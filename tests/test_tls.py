@@ -47,6 +47,8 @@ from tls_support import (
     together,
 )
 
+from transports_anyio import TransportGroup
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -450,6 +452,34 @@ async def test_peer_closes(stack: Stack, certificates: Certificates, version: st
         assert protocol.lost_with is None
 
 
+@pytest.mark.parametrize("leaves", [True, False], ids=["peer has left", "peer stays"])
+async def test_close_in_a_callback_while_more_is_in_memory(
+    stack: Stack, certificates: Certificates, version: str, recorder: type[Any], leaves: bool
+) -> None:
+    # The rest of a record, or the peer's `close_notify`, has been received together with what the callback got.
+    legal(stack, recorder)
+    if stack.is_oracle and leaves:
+        pytest.skip("asyncio's TLS calls eof_received() from inside close()")
+    name = "data_received" if recorder is Recorder else "buffer_updated"
+    protocol = recorder(**{f"on_{name}": lambda protocol, _: protocol.transport.close()})
+    async with stack.open() as group:
+        async with tls_client(group, certificates, protocol, version=version) as (transport, _, peer):
+            transport.pause_reading()
+            await peer.send(pattern(RECORD))
+            if leaves:
+                peer.say_goodbye_and_leave()
+            transport.resume_reading()
+            await protocol.wait_for(name)
+            if not leaves:
+                assert await peer.receive() == b""
+                await turns(100)  # It is left in peace until the peer answers.
+                await peer.say_goodbye()
+            await protocol.wait_for("connection_lost")
+        assert protocol.count(name) == 1
+        assert protocol.names[-3:] == [name, "eof_received", "connection_lost"]
+        assert protocol.lost_with is None
+
+
 async def test_peer_closes_while_reading_is_paused(stack: Stack, certificates: Certificates) -> None:
     data = pattern(100_000)
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
@@ -625,6 +655,46 @@ async def test_t9_gone_without_close_notify_over_a_unix_socket(stack: Stack, cer
         await protocol.wait_for("connection_lost")
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
         assert protocol.lost_with is None
+
+
+@pytest.mark.parametrize("size", [5, 100_000])
+async def test_client_that_speaks_and_leaves_at_once(
+    stack: Stack, certificates: Certificates, recorder: type[Any], size: int
+) -> None:
+    """It is through with the handshake before the server's session tickets are on their way, which then fails."""
+    legal(stack, recorder)
+    data = pattern(size)
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * size + 65536)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2 * size + 65536)
+
+    async def client() -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = certificates.client(version="1.3").wrap_bio(incoming, outgoing, server_hostname=NAME)
+        with Peer(theirs) as peer:
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    await peer.send(outgoing.read())
+                    incoming.write(await peer.receive())
+            tls.write(data)
+            with pytest.raises(ssl.SSLWantReadError):
+                tls.unwrap()
+            ciphertext = outgoing.read()
+            assert theirs.send(ciphertext) == len(ciphertext)
+
+    async with stack.open() as group:
+        (_, protocol), _ = await together(
+            lambda: group.connect_accepted_socket(recorder, ours, ssl=certificates.server()), client
+        )
+        await protocol.wait_for("connection_lost")
+        assert protocol.received == data
+        assert protocol.names[-2:] == ["eof_received", "connection_lost"]
+        if not stack.is_oracle:  # asyncio's has the broken pipe, which is no news after `close_notify`.
+            assert protocol.lost_with is None
+            assert protocol.transport.get_extra_info("close_notify") is True
 
 
 @pytest.mark.ours_only("asyncio has no way to tell")
@@ -1050,6 +1120,115 @@ async def test_parameters_that_are_refused(
                 await group.create_server(Recorder, HOST, 0, **options)
         with pytest.raises(TypeError):
             await group.create_server(Recorder, HOST, 0, ssl=True)
+
+
+@pytest.mark.ours_only("asyncio refuses these after it has connected, and leaks the socket")
+@pytest.mark.parametrize("name", ["ssl_handshake_timeout", "ssl_shutdown_timeout"])
+@pytest.mark.parametrize("value", [0, -1])
+async def test_timeouts_that_are_not_positive(
+    stack: Stack, certificates: Certificates, tmp_path: Path, name: str, value: int
+) -> None:
+    path = str(tmp_path / "socket")
+    ours, theirs = socket.socketpair()
+    server = {"ssl": certificates.server(), name: value}
+    client = {"ssl": certificates.client(), "server_hostname": NAME, name: value}
+    async with stack.open() as group:
+        with ours, theirs, listening() as listener:
+            for call in (
+                lambda: group.create_connection(Recorder, *listener.getsockname(), **client),
+                lambda: group.create_server(Recorder, HOST, 0, **server),
+                lambda: group.create_unix_connection(Recorder, sock=ours, **client),
+                lambda: group.create_unix_server(Recorder, path, **server),
+                lambda: group.connect_accepted_socket(Recorder, ours, **server),
+            ):
+                with pytest.raises(ValueError, match=f"{name} should be a positive number"):
+                    await call()
+
+
+@pytest.mark.ours_only("asyncio leaks the socket")
+async def test_context_of_another_kind(stack: Stack, certificates: Certificates) -> None:
+    # It must not pass for `True`: whoever gave it wanted something else than the default.
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server())
+        with pytest.raises(AttributeError):
+            await group.create_connection(Recorder, *serving.address, ssl="certificate.pem", server_hostname=NAME)
+        serving.server.close()
+
+
+@pytest.mark.parametrize("end", ["create_server", "connect_accepted_socket", "create_unix_server", "start_tls"])
+async def test_shutdown_timeout_of_a_server(stack: Stack, certificates: Certificates, tmp_path: Path, end: str) -> None:
+    protocol = Recorder()
+    options: dict[str, Any] = {"ssl_shutdown_timeout": 0.05}
+    path = str(tmp_path / "socket")
+    listener = None
+    async with stack.open() as group:
+        if end == "create_unix_server":
+            listener = await group.create_unix_server(lambda: protocol, path, ssl=certificates.server(), **options)
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(path)
+        elif end == "create_server":
+            listener = await group.create_server(lambda: protocol, HOST, 0, ssl=certificates.server(), **options)
+            sock = socket.create_connection(listener.sockets[0].getsockname())
+        else:
+            ours, sock = socket.socketpair()
+
+        async def serve_it() -> None:
+            if end == "connect_accepted_socket":
+                await group.connect_accepted_socket(lambda: protocol, ours, ssl=certificates.server(), **options)
+            elif end == "start_tls":
+                plain, _ = await group.connect_accepted_socket(lambda: protocol, ours)
+                protocol.transport = await group.start_tls(
+                    plain, protocol, certificates.server(), server_side=True, **options
+                )
+
+        _, peer = await together(serve_it, lambda: TLSPeer.wrap(sock, certificates.client(), server_hostname=NAME))
+        with peer:
+            await protocol.wait_for("connection_made")
+            protocol.transport.close()
+            await protocol.wait_for("connection_lost")
+            assert isinstance(protocol.lost_with, TimeoutError)
+            assert "0.05" in str(protocol.lost_with) or stack.is_oracle
+        if listener is not None:
+            listener.close()
+
+
+def test_default_timeouts(certificates: Certificates) -> None:
+    """A minute for the handshake, half of one for the farewell; on a clock that the test moves."""
+    trio = pytest.importorskip("trio")
+    clock = pytest.importorskip("trio.testing").MockClock()
+    errors: list[Exception] = []
+
+    async def connect(group: Any, address: Any) -> None:
+        try:
+            await group.create_connection(Recorder, *address, ssl=certificates.client(), server_hostname=NAME)
+        except ConnectionAbortedError as exc:
+            errors.append(exc.with_traceback(None))
+
+    async def main() -> None:
+        async with TransportGroup() as group, anyio.create_task_group() as tasks:
+            with listening() as listener:
+                tasks.start_soon(connect, group, listener.getsockname())
+                while not group.statistics().pending_timers:
+                    await anyio.lowlevel.checkpoint()
+                clock.jump(59.9)
+                await turns()
+                assert not errors
+                clock.jump(0.2)
+                while not errors:
+                    await anyio.lowlevel.checkpoint()
+                assert "60" in str(errors[0])
+            async with tls_client(group, certificates) as (transport, protocol, _):
+                transport.close()
+                clock.jump(29.9)
+                await turns()
+                assert not protocol.lost
+                clock.jump(0.2)
+                while not protocol.lost:
+                    await anyio.lowlevel.checkpoint()
+                assert isinstance(protocol.lost_with, TimeoutError)
+                assert "30" in str(protocol.lost_with)
+
+    trio.run(main, clock=clock)  # AnyIO 4.10 keeps the clock to itself.
 
 
 # -- what contexts can do ---------------------------------------------------------------------------------

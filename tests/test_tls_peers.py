@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
+import threading
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from support import GUARD, HOST, Recorder, Stack, pattern
+from support import GUARD, HOST, Recorder, Stack, listening, pattern, until
 from tls_support import (
     NAME,
     Certificates,
@@ -178,6 +180,64 @@ async def test_renegotiation_under_a_writer(stack: Stack, certificates: Certific
             assert seen.endswith(b"".join(lines[-100:]))
             transport.abort()
             await client.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio waits for ever")
+@pytest.mark.parametrize("paused", [False, True], ids=["reading", "paused"])
+@pytest.mark.parametrize("over", ["socket", "stream"])
+async def test_peer_that_leaves_in_a_renegotiation_under_a_writer(
+    stack: Stack, certificates: Certificates, paused: bool, over: str
+) -> None:
+    # What OpenSSL has to read before it can write never comes.
+    held_back, written = threading.Event(), threading.Event()
+
+    def relay(listener: socket.socket, port: int, asked: threading.Event) -> None:
+        client, _ = listener.accept()
+        with client, socket.create_connection((HOST, port)) as server:
+            downwards = threading.Thread(target=pump, args=(server, client))
+            downwards.start()
+            while (data := client.recv(65536)) and not asked.is_set():
+                server.sendall(data)
+            held_back.set()
+            written.wait(GUARD)
+            client.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):
+                while client.recv(65536):
+                    pass
+            server.shutdown(socket.SHUT_RDWR)
+            downwards.join()
+
+    def pump(server: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := server.recv(65536):
+                client.sendall(data)
+
+    protocol, asked = Recorder(), threading.Event()
+    with certificates.files() as files, listening() as listener:
+        command = await openssl_server(certificates, files, "-naccept", "1", "-tls1_2")
+        async with running(*command, stderr=subprocess.DEVNULL) as process, stack.open() as group:
+            output = Output(process)
+            port = int((await output.until(b"ACCEPT ")) and (await output.line()).rpartition(":")[2])
+            relaying = threading.Thread(target=relay, args=(listener, port, asked))
+            relaying.start()
+            options: dict[str, Any] = {"ssl": certificates.client(), "server_hostname": NAME}
+            if over == "socket":
+                transport, _ = await group.create_connection(lambda: protocol, *listener.getsockname(), **options)
+            else:
+                stream = await anyio.connect_tcp(*listener.getsockname())
+                transport, _ = await group.connect_stream(lambda: protocol, stream, **options)
+            await output.until(b"Secure Renegotiation IS supported\n")
+            asked.set()
+            await output.say(b"r\n")
+            await until(held_back.is_set)
+            if paused:
+                transport.pause_reading()
+            transport.write(b"in vain")
+            assert transport.get_write_buffer_size() == 7
+            written.set()
+            await protocol.wait_for("connection_lost")
+            assert isinstance(protocol.lost_with, ConnectionResetError)
+            await until(lambda: not relaying.is_alive())
 
 
 async def test_curl(stack: Stack, certificates: Certificates, version: str) -> None:

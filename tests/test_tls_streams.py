@@ -16,10 +16,11 @@ from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSStream
-from support import GUARD, Recorder, pattern, turns
+from support import GUARD, Recorder, pattern, turns, until
 from tls_support import NAME, Certificates, ViewRecorder, echo, together
 
 from transports_anyio import TransportGroup
+from transports_anyio.testing import memory_connection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -209,6 +210,107 @@ async def test_stream_that_ends_without_close_notify(anyio_backend: Any, certifi
         await protocol.wait_for("connection_lost")
         assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
         assert transport.get_extra_info("close_notify") is False
+
+
+async def test_peer_that_floods_after_its_close_notify(anyio_backend: Any, certificates: Certificates) -> None:
+    # Our own `close_notify` cannot be sent yet: what comes until then must not pile up in memory.
+    space = 1000
+    protocol, peer = Recorder(), Recorder()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = certificates.client(version="1.3").wrap_bio(incoming, outgoing, server_hostname=NAME)
+
+    async def client() -> None:
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                peer.transport.write(outgoing.read())
+                await peer.wait_until(lambda: peer.received)
+                incoming.write(bytes(peer.received))
+                peer.received.clear()
+        peer.transport.write(outgoing.read())
+
+    async with TransportGroup() as group:
+        await memory_connection(group, lambda: protocol, lambda: peer, buffer_size=space)
+        protocol.transport.pause_reading()  # The client may be the first to have a turn: it belongs to the handshake.
+        transport, _ = await together(
+            lambda: group.start_tls(protocol.transport, protocol, certificates.server(), server_side=True), client
+        )
+        transport.write(b"x")
+        while True:
+            try:
+                assert tls.read(1) == b"x"
+                break
+            except ssl.SSLWantReadError:
+                await until(lambda: peer.received)
+                incoming.write(bytes(peer.received))
+                peer.received.clear()
+        peer.transport.pause_reading()
+        overhead = 22  # Of one record.
+        transport.write(bytes(space - overhead))
+        assert transport.get_write_buffer_size() == 0
+        transport.close()
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.unwrap()
+        peer.transport.write(outgoing.read() + bytes(10 * space))
+        await turns(100)
+        assert not protocol.lost
+        assert peer.transport.get_write_buffer_size() >= 5 * space
+        peer.transport.resume_reading()
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+        await peer.wait_for("connection_lost")
+
+
+class Breaking(ByteStream):
+    """Another stream, to which nothing can be sent any more from some time on."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.stream = stream
+        self.broken = False
+
+    async def send(self, item: bytes) -> None:
+        if self.broken:
+            raise anyio.BrokenResourceError from BrokenPipeError(errno.EPIPE, "nobody there")
+        await self.stream.send(item)
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        return await self.stream.receive(max_bytes)
+
+    async def send_eof(self) -> None:
+        await self.stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+async def test_stream_that_breaks_during_the_farewell(
+    anyio_backend: Any, certificates: Certificates, layers: int
+) -> None:
+    client, server = Recorder(), Recorder()
+    async with TransportGroup() as group, memory_pair() as (a, b):
+        breaking = Breaking(a)
+        await group.connect_stream(lambda: client, breaking)
+        await group.connect_stream(lambda: server, b)
+
+        async def upgrade(protocol: Recorder, context: ssl.SSLContext, **options: Any) -> None:
+            protocol.transport = await group.start_tls(protocol.transport, protocol, context, **options)
+
+        for _ in range(layers):
+            await together(
+                lambda: upgrade(client, certificates.client(), server_hostname=NAME),
+                lambda: upgrade(server, certificates.server(), server_side=True),
+            )
+        server.transport.write(b"x")  # Behind the session tickets, so that nothing is under way any more.
+        await client.wait_received(1)
+        breaking.broken = True
+        client.transport.close()
+        await client.wait_for("connection_lost")
+        assert isinstance(client.lost_with, BrokenPipeError)
+        server.transport.abort()
+        await server.wait_for("connection_lost")
 
 
 # -- handshakes that fail ---------------------------------------------------------------------------------

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
 from inspect import iscoroutine, signature
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from ._group import TransportGroup
 
+P = ParamSpec("P")
+T = TypeVar("T")
 ProtocolT = TypeVar("ProtocolT")
 
 current: ContextVar[TransportGroup] = ContextVar("transports_anyio.current_group")
@@ -29,6 +31,28 @@ def current_group() -> TransportGroup:
     except LookupError:
         msg = "no transport group is current: call this from a callback or task of a group, or within `async with`"
         raise RuntimeError(msg) from None
+
+
+class GivenContext:
+    """A context that the user gave for a callback: the group is current in it, but only while the callback runs."""
+
+    __slots__ = ("_group", "context")
+
+    def __init__(self, context: Context, group: TransportGroup) -> None:
+        self.context: Context = context
+        self._group = group
+
+    def run(self, callback: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.context.run(call_with_current, self._group, callback, *args, **kwargs)
+
+
+def call_with_current(group: TransportGroup, callback: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `callback` in the caller's context, with `group` current."""
+    token = current.set(group)
+    try:
+        return callback(*args, **kwargs)
+    finally:
+        current.reset(token)
 
 
 def check_protocol(protocol: object, factory: object) -> None:
@@ -84,11 +108,7 @@ class Door:
 
     def call_in_place(self, callback: Callable[..., object], *args: object) -> None:
         """Call `callback` in the caller's context, with the group current."""
-        token = current.set(self._group)
-        try:
-            callback(*args)
-        finally:
-            current.reset(token)
+        call_with_current(self._group, callback, *args)
 
     def report(self, message: str, exc: BaseException, transport: object, protocol: object) -> None:
         """Tell the exception handler, with asyncio's keys."""

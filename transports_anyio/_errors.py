@@ -49,16 +49,25 @@ class ErrorReporter:
     def report(self, context: ExceptionContext) -> None:
         """Call the handler that is set, or the default one. A handler that raises is itself reported."""
         if self.handler is None:
-            self.report_by_default(context)
+            self._report_at_last(context)
             return
         try:
             self.handler(self._group, context)
         except BaseException as exc:
             if leaves_through_the_group(exc):
                 raise
-            self.report_by_default(
+            self._report_at_last(
                 {"message": "Unhandled error in exception handler", "exception": exc, "context": context}
             )
+
+    def _report_at_last(self, context: ExceptionContext) -> None:
+        # What is logged has the `repr` of the user's objects in it, and a derived group may have a handler of its own.
+        try:
+            self._group.default_exception_handler(context)
+        except BaseException as exc:
+            if leaves_through_the_group(exc):
+                raise
+            logger.exception("Exception in default exception handler")
 
     def report_by_default(self, context: ExceptionContext) -> None:
         """Log `context` to the logger `transports_anyio`, with the traceback of its exception."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from ._door import Door, current
+from ._door import Door, GivenContext, current
 from ._endpoints._base import Owned, PendingHandshake
 from ._endpoints._datagram import DatagramEndpoints
 from ._endpoints._memory import MemoryEndpoints
@@ -30,7 +30,7 @@ from ._endpoints._tcp import TCPEndpoints
 from ._endpoints._unix import UNIXEndpoints
 from ._errors import ErrorReporter, ExceptionContext, ExceptionHandler, leaves_through_the_group, logger
 from ._loop_poller import make_poller
-from ._poller import Poller
+from ._poller import RESOLUTION, Poller
 from ._scheduling import Handle, TimerHandle, Timers
 from ._statistics import GroupStatistics, describe_flow
 from ._waiters import Waiters
@@ -70,7 +70,7 @@ class TransportGroup(
     def __init__(self) -> None:
         self._poller: Poller | None = None
         self._ready: deque[Callable[[], object]] = deque()
-        self._timers = Timers()
+        self._timers = Timers(self._first_timer_cancelled)
         self._errors = ErrorReporter(self)
         self._transports: set[Owned] = set()
         self._servers: set[Server] = set()
@@ -91,6 +91,7 @@ class TransportGroup(
         async with AsyncExitStack() as stack:
             self._poller = make_poller()
             stack.callback(self._poller.close)
+            self._dispatch = self._poller.dispatch
             self._turns = anyio.CancelScope(shield=True)
             self._task_group = await stack.enter_async_context(anyio.create_task_group())
             self._task_group.start_soon(self._run, name="transports_anyio: turns of a group")
@@ -169,46 +170,56 @@ class TransportGroup(
         with self._turns:
             await self._live_poller().run(self)
 
-    def turn(self) -> None:
-        """Let everything that is ready move its bytes once, then run the timers that are due and the callbacks."""
-        dispatch = self._live_poller().dispatch
-        count = served = dispatch()
-        self._run_due()
-        # What came in meanwhile can be had for one system call, where another wait costs a round through the backend;
-        # but tasks and timers want their turn too.
-        while count and served < SERVED_IN_A_TURN:
-            count = dispatch()
-            served += count
-            if self._ready:
+    def turn(self) -> float:
+        """Run what was scheduled, let everything that is ready move its bytes once, then run the timers that are due.
+
+        That is asyncio's order. Return when the next turn is due: minus infinity for at once.
+        """
+        dispatch = self._dispatch
+        timers = self._timers
+        ready = self._ready
+        served = 0
+        while True:
+            if ready:
                 self._run_ready()
-
-    def _run_due(self) -> None:
-        deadline = self._timers.next_deadline()
-        if deadline != inf:
-            now = self.time()
-            if deadline <= now:
-                self._timers.take_due(now, self._ready)
-        if self._ready:
-            self._run_ready()
-
-    def next_turn(self) -> float:
-        """When the next turn is due: minus infinity for at once."""
-        return -inf if self._ready else self._timers.next_deadline()
+            count = dispatch()
+            if timers.heap:
+                self._run_due()
+            served += count
+            # What came in meanwhile can be had for one system call, where another wait costs a round through the
+            # backend; but tasks want their turn too.
+            if not count or served >= SERVED_IN_A_TURN:
+                break
+        if ready:
+            return -inf
+        return timers.next_deadline() if timers.heap else inf
 
     def _run_ready(self) -> None:
-        """Run what was ready when this turn began; what it schedules waits for the next, so that I/O gets its turn."""
+        """Run what is ready now; what it schedules waits for the next turn, so that I/O gets its turn."""
         ready = self._ready
         for _ in range(len(ready)):
-            callback = ready.popleft()
-            try:
-                callback()
-            except BaseException as exc:
-                if leaves_through_the_group(exc):
-                    raise
-                context: ExceptionContext = {"message": f"Exception in callback {callback!r}", "exception": exc}
-                if isinstance(callback, Handle):
-                    context["handle"] = callback
-                self.call_exception_handler(context)
+            self._run_callback(ready.popleft())
+
+    def _run_due(self) -> None:
+        """Run the timers that are due; what I/O has scheduled before them waits for the next turn, as in asyncio."""
+        timers = self._timers
+        deadline = timers.next_deadline()
+        if deadline != inf:
+            now = self.time() + RESOLUTION
+            if deadline <= now:
+                for handle in timers.take_due(now):
+                    self._run_callback(handle)
+
+    def _run_callback(self, callback: Callable[[], object]) -> None:
+        try:
+            callback()
+        except BaseException as exc:
+            if leaves_through_the_group(exc):
+                raise
+            context: ExceptionContext = {"message": f"Exception in callback {callback!r}", "exception": exc}
+            if isinstance(callback, Handle):
+                context["handle"] = callback
+            self.call_exception_handler(context)
 
     def call_internal(self, callback: Callable[..., object], *args: Any) -> None:
         """Run `callback` in the group's next turn, without a context or a handle."""
@@ -245,10 +256,10 @@ class TransportGroup(
             raise self._not_open(name)
         return self._live_poller()
 
-    def _require_callable(self, name: str) -> None:
+    def _require_callable(self, name: str, called_as: str) -> None:
         if not self._open:
             raise self._not_open(name)
-        self._require_own_thread(name, f"anyio.from_thread.run(group.{name}, ...)")
+        self._require_own_thread(name, f"anyio.from_thread.run({called_as}, ...)")
 
     def _require_own_thread(self, name: str, instead: str) -> None:
         if get_ident() != self._thread:
@@ -296,10 +307,14 @@ class TransportGroup(
     def start_soon(self, async_function: Callable[..., Awaitable[object]], *args: Any, name: object = None) -> None:
         """Start a task that belongs to the group; its failure cancels the group, as in any AnyIO task group.
 
-        May be called from a callback. Raises `RuntimeError` when the group is not open.
+        May be called from a callback. Raises `RuntimeError` when the group is not open, `TypeError` when
+        `async_function` cannot be called.
         """
         self._require_alive("start_soon")
         self._require_own_thread("start_soon", "anyio.from_thread.run_sync(group.start_soon, ...)")
+        if not callable(async_function):
+            msg = f"start_soon() takes an async function and its arguments, got {async_function!r}"
+            raise TypeError(msg)
         self._tasks_running += 1
         context = copy_context()
         context.run(current.set, self)
@@ -329,7 +344,7 @@ class TransportGroup(
         group is not open, `TypeError` when `callback` cannot be called.
         """
         poller = self._require_alive("call_soon")
-        handle = Handle(callback, args, context or self._copy_context(callback))
+        handle = Handle(callback, args, self._context_for(callback, context))
         self._ready.append(handle)
         poller.wake()
         return handle
@@ -339,7 +354,7 @@ class TransportGroup(
     ) -> Handle:
         """As `call_soon`, from any thread."""
         poller = self._require_alive("call_soon_threadsafe")
-        handle = Handle(callback, args, context or self._copy_context(callback))
+        handle = Handle(callback, args, self._context_for(callback, context))
         self._ready.append(handle)
         try:
             poller.wake_threadsafe()
@@ -350,7 +365,10 @@ class TransportGroup(
     def call_later(
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> TimerHandle:
-        """Call `callback(*args)` after `delay` seconds, as `call_soon` does."""
+        """Call `callback(*args)` after `delay` seconds, as `call_soon` does.
+
+        Raises as `call_soon` does, `TypeError` also when `delay` is no number, `ValueError` when it is NaN.
+        """
         poller = self._poller
         if poller is None:
             raise self._not_open("call_later")
@@ -372,15 +390,26 @@ class TransportGroup(
         poller = self._poller
         if poller is None or not self._alive:
             raise self._not_open("call_later() or call_at")
+        if not -inf <= when <= inf:
+            raise ValueError(f"a time was expected, got {when!r}")
         timers = self._timers
-        if poller.waiting and when < timers.next_deadline():
-            poller.wake()
-        return TimerHandle(when, callback, args, context or self._copy_context(callback), timers)
+        handle = TimerHandle(when, callback, args, self._context_for(callback, context), timers)
+        if poller.waiting and timers.next_deadline() == when:
+            poller.wait_until(when)
+        return handle
 
-    def _copy_context(self, callback: object) -> Context:
+    def _first_timer_cancelled(self) -> None:
+        poller = self._poller
+        if poller is not None and poller.waiting:
+            poller.wait_until(self._timers.next_deadline())
+
+    def _context_for(self, callback: object, given: Context | None) -> Context | GivenContext:
+        """Return where `callback` runs. Raises `TypeError` when it cannot be called."""
         if not callable(callback):
             msg = f"a callable object was expected, got {callback!r}"
             raise TypeError(msg)
+        if given is not None:
+            return GivenContext(given, self)
         context = copy_context()
         if context.get(current) is not self:
             context.run(current.set, self)

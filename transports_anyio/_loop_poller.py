@@ -2,32 +2,38 @@
 
 May know: asyncio's public event loop methods. No other module knows which backend runs.
 
-A wait through AnyIO registers the selector in the loop's own and takes it out again, and switches tasks, for every
+A wait through AnyIO registers our list in the loop's selector and takes it out again, and switches tasks, for every
 batch: with one connection in lock-step that is for every message, and costs more than everything else together. So the
-selector stays registered in the loop, and the turn is taken in the loop's own callback.
+list stays registered in the loop, and the turn is taken in the loop's own callback.
 """
 
 from __future__ import annotations
 
 import asyncio
-import selectors
 from math import inf
 
 import anyio
 
-from ._poller import Poller, SelectorPoller, SelectorReadiness, TaskPoller, Turns
+from ._poller import RESOLUTION, ListPoller, Poller, TaskPoller, Turns, WaitingListPoller
+from ._readiness import ReadinessList, make_readiness_list
+
+# How long to wait, in seconds, for the rest of a time that a loop has cut short: uvloop rounds to milliseconds.
+ROUNDED_OFF = 0.001
 
 
-class LoopPoller(SelectorReadiness):
-    """A selector registered in the running event loop, asyncio's or uvloop's."""
+class LoopPoller(ListPoller):
+    """A list of descriptors that is registered in the running event loop, asyncio's or uvloop's."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__()
+    def __init__(self, readiness: ReadinessList, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(readiness)
+        self._descriptor = readiness.fileno()
         self.time = loop.time
         self._loop = loop
         self._turns: Turns | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._deadline = inf
+        self._deadline = inf  # That of the loop's timer.
+        self._wanted = inf
+        self._moving = False
         self._failure: BaseException | None = None
         self._stopped = anyio.Event()
 
@@ -48,18 +54,18 @@ class LoopPoller(SelectorReadiness):
             return  # A wake-up that comes before the first turn, or after the last.
         self.waiting = False
         try:
-            turns.turn()
+            deadline = turns.turn()
         except BaseException as exc:
             # Out of the task that awaits `run`, as on every backend, and not out of the loop's callback.
             self._failure = exc
             self._stop()
             self._stopped.set()
             return
-        deadline = turns.next_turn()
-        if deadline == -inf or self._always_ready:
+        if deadline == -inf or self._readiness.always_ready:
             self._loop.call_soon(self._turn)
             return
         self.waiting = True
+        self._wanted = deadline
         if deadline != self._deadline:
             self._set_timer(deadline)
 
@@ -70,6 +76,10 @@ class LoopPoller(SelectorReadiness):
         self._timer = None if deadline == inf else self._loop.call_at(deadline, self._timer_due)
 
     def _timer_due(self) -> None:
+        if self.time() + RESOLUTION < self._deadline:
+            # A loop that has rounded this off would also round off what is left, and come back at once, for all of it.
+            self._timer = self._loop.call_later(ROUNDED_OFF, self._timer_due)
+            return
         self._deadline = inf
         self._timer = None
         self._turn()
@@ -77,8 +87,21 @@ class LoopPoller(SelectorReadiness):
     def _stop(self) -> None:
         if self._turns is not None:
             self._turns = None
+            self.waiting = False
             self._loop.remove_reader(self._descriptor)
             self._set_timer(inf)
+
+    def wait_until(self, deadline: float) -> None:
+        self._wanted = deadline
+        # A task may set and cancel many timers in a row: the loop's own is moved once for all of them.
+        if not self._moving:
+            self._moving = True
+            self._loop.call_soon(self._move_timer)
+
+    def _move_timer(self) -> None:
+        self._moving = False
+        if self.waiting and self._wanted != self._deadline:
+            self._set_timer(self._wanted)
 
     def wake(self) -> None:
         if self.waiting:
@@ -91,11 +114,12 @@ class LoopPoller(SelectorReadiness):
 
 def make_poller() -> Poller:
     """Return the best poller that there is for what runs here."""
-    if not hasattr(selectors.DefaultSelector, "fileno"):
+    readiness = make_readiness_list()
+    if readiness is None:
         return TaskPoller()
     try:
         # A current task, because a loop may also run beside another backend that drives this task (trio's guest mode).
         loop = asyncio.get_running_loop() if asyncio.current_task() is not None else None
     except RuntimeError:
         loop = None
-    return SelectorPoller() if loop is None else LoopPoller(loop)
+    return WaitingListPoller(readiness) if loop is None else LoopPoller(readiness, loop)

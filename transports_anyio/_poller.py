@@ -1,12 +1,11 @@
 """The poller: readiness of many descriptors for the price of one wait.
 
-Holds: which descriptor waits for what, and whom to call.
-May know: AnyIO's `wait_readable` and `wait_writable`, `selectors`. Knows nothing of channels, transports or groups.
+Holds: how to wait for whatever comes first, and how to be woken.
+May know: AnyIO's `wait_readable` and `wait_writable`. Knows nothing of channels, transports or groups.
 """
 
 from __future__ import annotations
 
-import selectors
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,26 +16,28 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-READ = selectors.EVENT_READ
-WRITE = selectors.EVENT_WRITE
+from ._readiness import READ, WRITE, ReadinessList, Watch
 
-ReadyCallback = Callable[[int], None]
+# What is due within so many seconds is due: no sum of two times is more exact than that (asyncio's figure on Linux).
+RESOLUTION = 1e-9
 
 
 class Turns(Protocol):
     """Whose turn it is when something is ready: the group."""
 
-    def turn(self) -> None:
-        """Take what is ready, and run what is due."""
-        ...
+    def turn(self) -> float:
+        """Take what is ready, and run what is due.
 
-    def next_turn(self) -> float:
-        """When a turn has to be taken even if nothing is ready: minus infinity for at once."""
+        Return when the next turn has to be taken even if nothing is ready: minus infinity for at once.
+        """
         ...
 
 
 class Poller(ABC):
     """Readiness of descriptors, taken in batches by `dispatch`, and the loop that gives its owner its turns."""
+
+    #: Calls everybody who is ready now, once, and returns how many that were.
+    dispatch: Callable[[], int]
 
     def __init__(self) -> None:
         #: The clock, in seconds.
@@ -45,25 +46,25 @@ class Poller(ABC):
         self.waiting = False
 
     @abstractmethod
-    def set_interest(self, descriptor: int, before: int, interest: int, ready: ReadyCallback) -> None:
-        """Change what `descriptor` waits for from `before` to `interest`, each a mask of `READ` and `WRITE`.
+    def set_interest(self, watch: Watch, interest: int) -> None:
+        """Change what `watch` waits for to `interest`, another mask of `READ` and `WRITE` than it has.
 
-        `ready` is called with the mask of what it is ready for, in every batch. A descriptor has to be taken out, with
-        an interest of 0, before it is closed.
+        `read_ready` and `write_ready` are called in every batch, as long as its descriptor is ready. It has to be taken
+        out, with an interest of 0, before it is closed.
         """
 
     @abstractmethod
     async def run(self, turns: Turns) -> None:
         """Take turns until cancelled; raises what a turn raises."""
 
-    @abstractmethod
-    def dispatch(self) -> int:
-        """Call everybody who is ready now, once, and return how many that were."""
-
     @property
     def is_ready(self) -> bool:
         """Whether something is ready without a wait."""
         return False
+
+    @abstractmethod
+    def wait_until(self, deadline: float) -> None:
+        """Take the next turn at `deadline` rather than when the wait began with; only while `waiting`."""
 
     @abstractmethod
     def wake(self) -> None:
@@ -82,15 +83,18 @@ class WaitingPoller(Poller):
 
     def __init__(self) -> None:
         super().__init__()
+        self._scope: anyio.CancelScope | None = None  # Around a wait that has a deadline.
         # A socket pair rather than a pipe: it is non-blocking and wakes a selector on every platform.
         self._receiver, self._sender = socket.socketpair()
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
-        self.set_interest(self._receiver.fileno(), 0, READ, self._woken)
+        self._waker = Watch(self._receiver.fileno())
+        self._waker.read_ready = self._woken
+        self.set_interest(self._waker, READ)
 
     async def run(self, turns: Turns) -> None:
+        deadline = -inf
         while True:
-            deadline = turns.next_turn()
             if deadline == -inf or self.is_ready or (deadline != inf and deadline <= self.time()):
                 await anyio.lowlevel.checkpoint()
             else:
@@ -99,15 +103,22 @@ class WaitingPoller(Poller):
                     if deadline == inf:
                         await self._wait()
                     else:
-                        with anyio.CancelScope(deadline=deadline):
+                        with anyio.CancelScope(deadline=deadline) as self._scope:
                             await self._wait()
                 finally:
                     self.waiting = False
-            turns.turn()
+                    self._scope = None
+            deadline = turns.turn()
 
     @abstractmethod
     async def _wait(self) -> None:
         """Wait until a descriptor is ready."""
+
+    def wait_until(self, deadline: float) -> None:
+        if self._scope is None:
+            self.wake()
+        else:
+            self._scope.deadline = deadline
 
     def wake(self) -> None:
         if self.waiting:
@@ -122,7 +133,7 @@ class WaitingPoller(Poller):
         except OSError as exc:
             raise RuntimeError("the poller is closed") from exc
 
-    def _woken(self, mask: int) -> None:
+    def _woken(self) -> None:
         try:
             self._receiver.recv(4096)
         except BlockingIOError:
@@ -133,140 +144,114 @@ class WaitingPoller(Poller):
         self._sender.close()
 
 
-class SelectorReadiness(Poller):
-    """One selector in which every descriptor stays registered: how a poller finds out who is ready.
+class ListPoller(Poller):
+    """A poller whose descriptors are in the system's own list."""
 
-    An epoll or kqueue descriptor is readable when anything registered in it is ready, so to wait for it costs the same
-    for any number of descriptors, and the whole batch is taken with `select(0)`.
-    """
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        # What is always ready (`/dev/null`), and epoll therefore refuses: its interest and whom to call.
-        self._always_ready: dict[int, tuple[int, ReadyCallback]] = {}
-        # Every selector that can be waited for has `fileno`; `SelectSelector` and `PollSelector` have not.
-        self._descriptor: int = self._selector.fileno()  # type: ignore[attr-defined,unused-ignore]
+    def __init__(self, readiness: ReadinessList) -> None:
+        self._readiness = readiness
+        self.dispatch = readiness.take
         try:
             super().__init__()
         except BaseException:  # No descriptors for the socket pair of a waiting poller.
-            self._selector.close()
+            readiness.close()
             raise
 
-    def set_interest(self, descriptor: int, before: int, interest: int, ready: ReadyCallback) -> None:
-        # A selector reports errors and hang-ups whatever the interest, so a descriptor with nothing to wait for is
-        # taken out instead of staying in with an empty interest.
-        if self._always_ready.pop(descriptor, None) is not None:
-            if interest:
-                self._always_ready[descriptor] = (interest, ready)
-        elif not interest:
-            self._selector.unregister(descriptor)
-        elif before:
-            self._selector.modify(descriptor, interest, ready)
-        else:
-            try:
-                self._selector.register(descriptor, interest, ready)
-            except PermissionError:
-                self._always_ready[descriptor] = (interest, ready)
-                self.wake()
+    def set_interest(self, watch: Watch, interest: int) -> None:
+        self._readiness.set_interest(watch, interest)
+        if self._readiness.always_ready:
+            self.wake()  # No wait would end for them.
 
     @property
     def is_ready(self) -> bool:
-        return bool(self._always_ready)
-
-    def dispatch(self) -> int:
-        batch = self._selector.select(0)
-        for key, mask in batch:
-            key.data(mask)
-        if self._always_ready:
-            for interest, ready in tuple(self._always_ready.values()):
-                ready(interest)
-        return len(batch)
+        return bool(self._readiness.always_ready)
 
     def close(self) -> None:
-        self._selector.close()
+        self._readiness.close()
         super().close()
 
 
-class SelectorPoller(SelectorReadiness, WaitingPoller):
-    """A selector that a task waits for."""
+class WaitingListPoller(ListPoller, WaitingPoller):
+    """A list of the system's that a task waits for."""
 
     async def _wait(self) -> None:
-        await anyio.wait_readable(self._descriptor)
+        await anyio.wait_readable(self._readiness.fileno())
 
 
-class _Watch:
-    """What one descriptor waits for in a `TaskPoller`, and the task's mark for each direction that has one."""
+class _Tasks:
+    """What waits for one descriptor in a `TaskPoller`: the task's mark for each direction that has one."""
 
-    __slots__ = ("interest", "marks", "ready")
+    __slots__ = ("marks", "watch")
 
-    def __init__(self) -> None:
-        self.interest = 0
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
         self.marks: dict[int, object] = {}
-        self.ready: ReadyCallback
 
 
 class TaskPoller(WaitingPoller):
     """A waiting task for each descriptor and direction: for platforms whose selector cannot be waited for (Windows).
 
     A task ends with the first readiness it sees, and is started anew by the `dispatch` that reports it: readiness is
-    a state, so nothing is missed in between. A task whose mark is no longer its watch's has nothing to say.
+    a state, so nothing is missed in between. A task whose mark is no longer there has nothing to say.
     """
 
     def __init__(self) -> None:
-        self._watches: dict[int, _Watch] = {}
-        self._due: list[tuple[int, _Watch, int, object]] = []
+        self._waiting: dict[int, _Tasks] = {}
+        self._due: list[tuple[_Tasks, int, object]] = []
         self._something = anyio.Event()
         self._tasks: TaskGroup | None = None
+        self.dispatch = self._dispatch
         super().__init__()
 
-    def set_interest(self, descriptor: int, before: int, interest: int, ready: ReadyCallback) -> None:
-        watch = self._watches.setdefault(descriptor, _Watch())
-        watch.interest = interest
-        watch.ready = ready
+    def set_interest(self, watch: Watch, interest: int) -> None:
+        before, watch.interest = watch.interest, interest
+        descriptor = watch.descriptor
+        tasks = self._waiting.get(descriptor)
+        if tasks is None:
+            tasks = self._waiting[descriptor] = _Tasks(watch)
         if before & ~interest:
             # Wakes every task that waits for the descriptor, at once: it may be closed and its number used again before
             # a cancelled task would have run. What is left of the interest gets a new task.
-            watch.marks.clear()
+            tasks.marks.clear()
             anyio.notify_closing(descriptor)
         if interest:
-            self._watch(descriptor, watch)
+            self._start(tasks)
         else:
-            del self._watches[descriptor]
+            del self._waiting[descriptor]
 
     async def run(self, turns: Turns) -> None:
         async with anyio.create_task_group() as self._tasks:
-            for descriptor, watch in self._watches.items():
-                self._watch(descriptor, watch)
+            for tasks in self._waiting.values():
+                self._start(tasks)
             await super().run(turns)
 
-    def _watch(self, descriptor: int, watch: _Watch) -> None:
+    def _start(self, tasks: _Tasks) -> None:
         if self._tasks is None:
             return  # `run` will.
         for event in (READ, WRITE):
-            if event & watch.interest and event not in watch.marks:
-                watch.marks[event] = mark = object()
-                self._tasks.start_soon(self._wait_for, descriptor, event, watch, mark)
+            if event & tasks.watch.interest and event not in tasks.marks:
+                tasks.marks[event] = mark = object()
+                self._tasks.start_soon(self._wait_for, tasks, event, mark)
 
-    async def _wait_for(self, descriptor: int, event: int, watch: _Watch, mark: object) -> None:
-        if watch.marks.get(event) is not mark:
+    async def _wait_for(self, tasks: _Tasks, event: int, mark: object) -> None:
+        if tasks.marks.get(event) is not mark:
             return  # Taken out before this task's first turn; the number may belong to somebody else.
         try:
-            await (anyio.wait_readable if event == READ else anyio.wait_writable)(descriptor)
+            await (anyio.wait_readable if event == READ else anyio.wait_writable)(tasks.watch.descriptor)
         except anyio.ClosedResourceError:
             return  # The interest has changed: `set_interest` has seen to what is left of it.
-        self._due.append((descriptor, watch, event, mark))
+        self._due.append((tasks, event, mark))
         self._something.set()
 
     async def _wait(self) -> None:
         await self._something.wait()
 
-    def dispatch(self) -> int:
+    def _dispatch(self) -> int:
         due, self._due = self._due, []
         self._something = anyio.Event()
-        for descriptor, watch, event, mark in due:
-            if watch.marks.get(event) is mark:
-                del watch.marks[event]
-                watch.ready(event)
-                if self._watches.get(descriptor) is watch:
-                    self._watch(descriptor, watch)
+        for tasks, event, mark in due:
+            if tasks.marks.get(event) is mark:
+                del tasks.marks[event]
+                tasks.watch.tell(event)
+                if self._waiting.get(tasks.watch.descriptor) is tasks:
+                    self._start(tasks)
         return len(due)

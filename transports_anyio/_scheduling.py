@@ -6,13 +6,18 @@ May know: nothing but the callbacks; clocks and turns are the group's.
 
 from __future__ import annotations
 
+import contextvars
 import heapq
-from collections import deque
 from collections.abc import Callable
-from contextvars import Context
 from math import inf
 from reprlib import repr as short_repr  # Bounded, and never raises: callbacks and arguments are the user's.
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+if TYPE_CHECKING:
+    from ._door import GivenContext
+
+#: Where a callback runs.
+Context: TypeAlias = "contextvars.Context | GivenContext"
 
 
 class Handle:
@@ -37,6 +42,11 @@ class Handle:
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""
         return self._callback is None
+
+    def get_context(self) -> contextvars.Context:
+        """Return the context in which the callback runs."""
+        context = self._context
+        return context if isinstance(context, contextvars.Context) else context.context
 
     def __call__(self) -> None:
         """Run the callback in its context, unless it was cancelled; what it raises is the caller's to report."""
@@ -64,22 +74,24 @@ CANCELLED_TO_REMOVE = 100
 class Timers:
     """Timers by time, then by submission."""
 
-    __slots__ = ("_cancelled", "_heap", "_submitted")
+    __slots__ = ("_cancelled", "_first_cancelled", "_submitted", "heap")
 
-    def __init__(self) -> None:
-        self._heap: list[Entry] = []
+    def __init__(self, first_cancelled: Callable[[], None]) -> None:
+        """`first_cancelled` is called when the timer that would have been due first has been cancelled."""
+        self._first_cancelled = first_cancelled
+        self.heap: list[Entry] = []
         self._submitted = 0
         self._cancelled = 0
 
     def __len__(self) -> int:
         """How many timers are pending."""
-        return len(self._heap) - self._cancelled
+        return len(self.heap) - self._cancelled
 
     def push(self, when: float, handle: TimerHandle) -> Entry:
         """Add `handle`, and return what `cancel` takes."""
         self._submitted += 1
         entry = [when, self._submitted, handle]
-        heapq.heappush(self._heap, entry)
+        heapq.heappush(self.heap, entry)
         return entry
 
     def cancel(self, entry: Entry) -> None:
@@ -87,28 +99,35 @@ class Timers:
             return  # It has run, or was cancelled before.
         entry[2] = None
         self._cancelled += 1
-        if self._cancelled > CANCELLED_TO_REMOVE and self._cancelled * 2 > len(self._heap):
-            self._heap = [entry for entry in self._heap if entry[2] is not None]
-            heapq.heapify(self._heap)
+        first = entry is self.heap[0]
+        if self._cancelled > CANCELLED_TO_REMOVE and self._cancelled * 2 > len(self.heap):
+            self.heap = [entry for entry in self.heap if entry[2] is not None]
+            heapq.heapify(self.heap)
             self._cancelled = 0
+        if first:
+            self._first_cancelled()
 
     def next_deadline(self) -> float:
         """The time of the first pending timer, infinity if there is none."""
-        heap = self._heap
+        heap = self.heap
         while heap and heap[0][2] is None:
             heapq.heappop(heap)
             self._cancelled -= 1
         return cast("float", heap[0][0]) if heap else inf
 
-    def take_due(self, now: float, into: deque[Callable[[], object]]) -> None:
-        """Move every timer that is due at `now` to the queue `into`."""
+    def take_due(self, now: float) -> list[TimerHandle]:
+        """Take out every timer that is due at `now`."""
+        due = []
         while self.next_deadline() <= now:
-            entry = heapq.heappop(self._heap)
-            into.append(entry[2])
+            entry = heapq.heappop(self.heap)
+            due.append(entry[2])
             entry[2] = None
+        return due
 
     def clear(self) -> None:
-        self._heap.clear()
+        for entry in self.heap:
+            entry[2] = None  # Nothing that a handle could still cancel.
+        self.heap.clear()
         self._cancelled = 0
 
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 
-from ._channels._socket import SocketChannel, SocketView, describe_socket, set_nodelay
+from ._channels._socket import SocketChannel, SocketView, is_tcp, name_or_none, set_nodelay
 from ._channels._tls import TLSChannel
 from ._endpoints._addresses import address_error
 from ._errors import leaves_through_the_group, logger
-from ._poller import READ, Poller
+from ._poller import Poller
+from ._readiness import READ, Watch
 from ._statistics import describe_flow
 from ._waiters import Waiters
 
@@ -72,7 +73,8 @@ class Server(asyncio.AbstractServer):
         self._sockets = sockets
         self._protocol_factory = protocol_factory
         self._backlog = backlog
-        self._listening: set[int] = set()
+        self._is_tcp = any(map(is_tcp, sockets))  # Asked once, and not for each connection.
+        self._watches = {sock: Watch(sock.fileno()) for sock in sockets}
         self._serving = False
         self._serving_forever = False
         self._closed = False
@@ -173,14 +175,14 @@ class Server(asyncio.AbstractServer):
         await self.wait_closed()
 
     def _resume(self, sock: socket.socket) -> None:
-        if self._serving and sock.fileno() not in self._listening:
-            self._listening.add(sock.fileno())
-            self._poller.set_interest(sock.fileno(), 0, READ, lambda mask: self._context.run(self._accept_ready, sock))
+        watch = self._watches[sock]
+        if self._serving and not watch.interest:
+            watch.read_ready = lambda: self._context.run(self._accept_ready, sock)
+            self._poller.set_interest(watch, READ)
 
     def _pause(self, sock: socket.socket) -> None:
-        if sock.fileno() in self._listening:
-            self._listening.discard(sock.fileno())
-            self._poller.set_interest(sock.fileno(), READ, 0, lambda mask: None)
+        if self._watches[sock].interest:
+            self._poller.set_interest(self._watches[sock], 0)
 
     def _accept_ready(self, listener: socket.socket) -> None:
         """Accept up to the backlog: many connections a turn, and then everybody else's turn."""
@@ -212,7 +214,8 @@ class Server(asyncio.AbstractServer):
         logger.debug("%r: accepted %r", self, peername)
         try:
             sock.setblocking(False)
-            set_nodelay(sock)
+            if self._is_tcp:
+                set_nodelay(sock)
             channel = SocketChannel(self._poller, sock, peername)
         except OSError as exc:  # The client has gone already.
             logger.debug("an accepted connection ended before it began: %r", exc)
@@ -270,4 +273,4 @@ class Server(asyncio.AbstractServer):
         return f"<Server {state} on {self._names()} {describe_flow('connections', self._connections)}>"
 
     def _names(self) -> list[Any]:
-        return self._addresses if self._closed else [describe_socket(sock)["sockname"] for sock in self._sockets]
+        return self._addresses if self._closed else [name_or_none(sock.getsockname) for sock in self._sockets]

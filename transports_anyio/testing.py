@@ -342,7 +342,7 @@ async def memory_connection(
     for name, size in (("chunk_size", chunk_size), ("buffer_size", buffer_size)):
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, got {size!r}")
-    return await group.join_in_memory(
+    return await group.memory_connection(
         factory_a,
         factory_b,
         chunk_size=chunk_size,

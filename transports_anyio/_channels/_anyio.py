@@ -29,7 +29,10 @@ def as_os_error(exc: Exception) -> OSError:
     cause: BaseException | None = exc.__cause__ or exc.__context__
     error: OSError
     if isinstance(exc, anyio.BrokenResourceError) and is_failure(cause):
-        error = type(cause)(*cause.args)
+        try:
+            error = type(cause)(*cause.args)
+        except Exception:  # A user's own, that takes something else.
+            error = OSError(*cause.args)
     elif isinstance(exc, anyio.ClosedResourceError):
         error = ConnectionAbortedError(errno.ECONNABORTED, "the stream was closed by somebody else")
     elif isinstance(exc, anyio.BrokenResourceError):
@@ -71,7 +74,7 @@ class AnyIOChannel:
         self._writing: anyio.Event | bool = False
         self._received: Any = None  # What no one has taken yet: data, or an `OSError`.
         self._offered: Any = None
-        self._sent: int | OSError = 0
+        self._sent: int | Exception = 0
         self._closing = False
         self._aborted = False
         self._scope = anyio.CancelScope()
@@ -107,7 +110,7 @@ class AnyIOChannel:
     def _take_sent(self) -> int:
         """Return how much of what was offered has been sent since the last call."""
         sent, self._sent = self._sent, 0
-        if isinstance(sent, OSError):
+        if isinstance(sent, Exception):
             raise sent
         return sent
 
@@ -132,12 +135,16 @@ class AnyIOChannel:
     async def _send_offered(self, offered: Any) -> int:
         """Send what was offered, and return its size."""
 
+    def _send_failure(self, exc: Exception) -> Exception:
+        """Return what the transport is told when nothing could be sent."""
+        return as_os_error(exc)
+
     @abstractmethod
     def _ends(self, received: Any) -> bool:
         """Whether nothing comes after `received`."""
 
-    async def run(self) -> None:
-        """Receive and send until `close`; then close the AnyIO object."""
+    async def run(self, report: Callable[[Exception], None]) -> None:
+        """Receive and send until `close`; then close the AnyIO object, and `report` that it fails in its own way."""
         try:
             with self._scope:
                 async with anyio.create_task_group() as tasks:
@@ -146,7 +153,10 @@ class AnyIOChannel:
                     if self.can_send:
                         tasks.start_soon(self._send)
         finally:
-            await self._close_resource()
+            try:
+                await self._close_resource()
+            except Exception as exc:  # A user's own; the transport has ended, and no other has to.
+                report(exc)
 
     async def _close_resource(self) -> None:
         if self._closing and not self._aborted:
@@ -194,7 +204,7 @@ class AnyIOChannel:
             try:
                 self._sent = await self._send_offered(offered)
             except Exception as exc:
-                self._sent = as_os_error(exc)
+                self._sent = self._send_failure(exc)
             self._offered = None
             if self._sent:
                 if self._writing:  # Or else the connection was lost in the meantime, and its buffer with it.

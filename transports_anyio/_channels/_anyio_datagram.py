@@ -9,6 +9,7 @@ from anyio.abc import ConnectedUDPSocket, ConnectedUNIXDatagramSocket, SocketAtt
 
 from ._anyio import AnyIOChannel, as_os_error
 from ._datagram import ChannelEnded, DatagramChannel
+from ._socket import SocketView
 
 AnyDatagramSocket = UDPSocket | ConnectedUDPSocket | UNIXDatagramSocket | ConnectedUNIXDatagramSocket
 
@@ -43,7 +44,7 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
 
     def extra_info(self) -> dict[str, Any]:
         return {
-            "socket": self._socket.extra(SocketAttribute.raw_socket),
+            "socket": SocketView(self._socket.extra(SocketAttribute.raw_socket)),
             "sockname": self._socket.extra(SocketAttribute.local_address),
             "peername": self.remote_address,
         }
@@ -66,6 +67,10 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         else:
             await self._socket.sendto(data, address)
         return 1  # One datagram, which may be empty.
+
+    def _send_failure(self, exc: Exception) -> Exception:
+        # An address that is none, as from a bare socket: it is the caller's mistake, and no matter of the network.
+        return exc if isinstance(exc, (TypeError, ValueError, OverflowError)) else super()._send_failure(exc)
 
     def _ends(self, received: Any) -> bool:
         return isinstance(received, ChannelEnded)

@@ -11,6 +11,7 @@ from anyio.streams.tls import TLSAttribute
 
 from ._anyio import AnyIOChannel
 from ._contract import Channel
+from ._socket import SocketView
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -76,7 +77,7 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
         return bool(self._offered == b"")
 
     def extra_info(self) -> dict[str, Any]:
-        info = {}
+        info: dict[str, Any] = {}
         for name, attribute in (
             ("peername", SocketAttribute.remote_address),
             ("sockname", SocketAttribute.local_address),
@@ -87,6 +88,8 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
         ):
             if attribute in self._stream.extra_attributes:
                 info[name] = self._stream.extra(attribute)
+        if "socket" in info:
+            info["socket"] = SocketView(info["socket"])
         return info
 
     async def _receive_next(self) -> bytes:

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from signal import Signals
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import anyio.abc
 import anyio.to_thread
 
 from .._errors import logger
-from .._poller import READ, Poller
+from .._poller import Poller
+from .._readiness import READ, Watch
+
+if sys.platform == "linux":
+    from signal import pidfd_send_signal
+
+if TYPE_CHECKING:
+    from signal import Signals
 
 # What asyncio says of a child that somebody else has reaped.
 UNKNOWN_STATUS = 255
 
 Exited = Callable[[int], None]
+
+
+def peek(pid: int) -> int | None:
+    """Return how a child has ended, as its return code, and leave it to be reaped; `None` while it runs.
+
+    Raises `ChildProcessError` when it has been reaped, or never was a child of ours.
+    """
+    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if found is None:
+        return None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
 class Child(ABC):
@@ -62,7 +80,8 @@ class PopenChild(Child):
     """A child that `subprocess.Popen` has made.
 
     Its end is noticed through a descriptor in the poller (`os.pidfd_open`, Linux 5.3), or through a thread that waits
-    without reaping, where there is none. So its number cannot belong to a stranger before we know of its end.
+    without reaping, where there is none. So its number cannot belong to a stranger before we know of its end. Where
+    nothing waits without reaping either (no `os.waitid`: macOS before Python 3.13), the thread reaps.
     """
 
     def __init__(self, poller: Poller, popen: subprocess.Popen[Any]) -> None:
@@ -70,35 +89,36 @@ class PopenChild(Child):
         self.pid = popen.pid
         self._popen = popen
         self._poller = poller
-        self._descriptor = -1
+        self._watch: Watch | None = None
         self._exited: Exited | None = None
+        self._waiting: anyio.CancelScope | None = None
         try:
-            self._descriptor = os.pidfd_open(popen.pid)
+            self._watch = Watch(os.pidfd_open(popen.pid))
         except (AttributeError, OSError) as exc:
             # Not this platform, a kernel or a sandbox without it, or no descriptors left.
             logger.debug("a thread waits for process %s: %r", popen.pid, exc)
+            # It waits as long as the child is watched, whatever is cancelled: a task that is shielded may still need
+            # to know, as it does with a descriptor.
+            self._waiting = anyio.CancelScope(shield=True)
 
     @property
     def needs_task(self) -> bool:
-        return self._descriptor < 0
+        return self._waiting is not None
 
     def watch(self, exited: Exited) -> None:
         self._exited = exited
-        if self._descriptor >= 0:
-            self._poller.set_interest(self._descriptor, 0, READ, lambda mask: self._tell())
+        if self._watch is not None:
+            self._watch.read_ready = self._tell
+            self._poller.set_interest(self._watch, READ)
 
     async def run(self) -> None:
         """Wait in a thread. A child that is reaped elsewhere ends the wait as well."""
-
-        def wait() -> None:
-            try:
-                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-            except ChildProcessError:
-                pass  # Somebody else has reaped it, which `has_ended` finds too.
-
-        # Children must not take the threads of everybody else, and a thread ends with its child.
-        await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
-        self._tell()
+        assert self._waiting is not None
+        wait = self._wait_without_reaping if hasattr(os, "waitid") else self._popen.wait
+        with self._waiting:
+            # Children must not take the threads of everybody else, and a thread ends with its child.
+            await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+            self._tell()
 
     def _tell(self) -> None:
         if self.has_ended() and self._exited is not None:
@@ -108,38 +128,69 @@ class PopenChild(Child):
             exited(self.returncode)
 
     def has_ended(self) -> bool:
-        if self.returncode is None:
-            status_is_lost = False
-            if self._popen.returncode is None:
-                try:
-                    os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                except ChildProcessError:
-                    status_is_lost = True
-            self.returncode = self._popen.poll()
-            if status_is_lost and self.returncode is not None:
-                logger.warning("process %s was reaped by somebody else: return code %s", self.pid, UNKNOWN_STATUS)
-                self.returncode = self._popen.returncode = UNKNOWN_STATUS
+        if self._popen.returncode is None:
+            if hasattr(os, "waitid"):
+                self._reap()
+            else:
+                self._popen.poll()
+        self.returncode = self._popen.returncode
         return self.returncode is not None
 
+    def _reap(self) -> None:
+        # Not left to `poll` alone, which says 0 when somebody else was faster: a handler of SIGCHLD, say.
+        try:
+            status = peek(self.pid)
+        except ChildProcessError:
+            if self._popen.returncode is not None or self._popen.poll() is None:
+                return  # Another thread waits for it through `popen`, and has just reaped it.
+            logger.warning("process %s was reaped by somebody else: return code %s", self.pid, UNKNOWN_STATUS)
+            status = UNKNOWN_STATUS
+        if status is not None:
+            self._popen.poll()
+            self._popen.returncode = status
+
     def send_signal(self, signal: int) -> None:
-        self._popen.send_signal(signal)
+        if self._watch is not None:
+            # It means this child for ever, whoever has its number; and nobody is reaped on the way.
+            pidfd_send_signal(self._watch.descriptor, signal)
+        else:
+            self._popen.send_signal(signal)
 
     def kill_for_good(self) -> int | None:
         self._exited = None
-        self._close()
-        if not self.has_ended():
-            try:
-                self._popen.kill()
-            except PermissionError:
-                return None
-            self.returncode = self._popen.wait()
+        if self._waiting is not None:
+            self._waiting.cancel()
+        try:
+            if not self.has_ended():
+                self.send_signal(9)
+                self._wait()
+        except ProcessLookupError:
+            self.has_ended()  # Somebody else has reaped it in this very moment.
+        except PermissionError:
+            return None
+        finally:
+            self._close()
         return self.returncode
 
+    def _wait(self) -> None:
+        """Wait for the end, and reap."""
+        if hasattr(os, "waitid"):
+            self._wait_without_reaping()
+        if not self.has_ended():
+            self.returncode = self._popen.wait()
+
+    def _wait_without_reaping(self) -> None:
+        try:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:
+            pass  # Somebody else has reaped it, which `has_ended` finds too.
+
     def _close(self) -> None:
-        if self._descriptor >= 0:
-            self._poller.set_interest(self._descriptor, READ, 0, lambda mask: None)
-            os.close(self._descriptor)
-            self._descriptor = -1
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            if watch.interest:
+                self._poller.set_interest(watch, 0)
+            os.close(watch.descriptor)
 
 
 class AnyIOChild(Child):
@@ -150,7 +201,8 @@ class AnyIOChild(Child):
         self.pid = process.pid
         self._process = process
         self._exited: Exited | None = None
-        self._cancelled = anyio.CancelScope()
+        # It lasts as long as the process: whatever is cancelled, the process is reaped.
+        self._waiting = anyio.CancelScope(shield=True)
 
     @property
     def needs_task(self) -> bool:
@@ -160,31 +212,38 @@ class AnyIOChild(Child):
         self._exited = exited
 
     async def run(self) -> None:
-        try:
-            with self._cancelled:
-                await self._process.wait()
-        finally:
-            if self._process.returncode is None:
-                with anyio.CancelScope(shield=True):
-                    await self._process.wait()  # It has been killed.
+        with self._waiting:
+            await self._process.wait()
         self.returncode = self._process.returncode
         if self._exited is not None:
             assert self.returncode is not None
             self._exited(self.returncode)
 
     def has_ended(self) -> bool:
-        return self._process.returncode is not None
+        return self._status() is not None
+
+    def _status(self) -> int | None:
+        if self._process.returncode is None and hasattr(os, "waitid"):
+            try:
+                return peek(self.pid)  # A backend may not have noticed yet.
+            except ChildProcessError:
+                pass  # It is being reaped, or it is no child of ours.
+        return self._process.returncode
 
     def send_signal(self, signal: int) -> None:
-        self._process.send_signal(Signals(signal))
+        # Any number, as everywhere: 0, or a real-time signal, is no member of the enumeration.
+        self._process.send_signal(cast("Signals", signal))
 
     def kill_for_good(self) -> int | None:
         self._exited = None
-        if self._process.returncode is None:
+        status = self._status()
+        if status is None:
             try:
                 self._process.kill()
             except ProcessLookupError:
                 pass  # It has ended; the task is about to learn it.
-            self._cancelled.cancel()
-            return -9  # The task reaps it; nothing else can have happened to it.
-        return self._process.returncode
+            except PermissionError:
+                self._waiting.cancel()
+                return None
+            status = -9  # The task reaps it; nothing else can have happened to it.
+        return status

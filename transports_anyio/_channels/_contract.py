@@ -42,11 +42,11 @@ class Channel(ABC):
         """Return what has arrived, at least one byte; `b""` at the end of the stream."""
 
     @abstractmethod
-    def receive_into(self, buffer: Buffer) -> int:
+    def receive_into(self, buffer: Buffer, /) -> int:
         """Receive into `buffer` and return the number of bytes; 0 at the end of the stream."""
 
     @abstractmethod
-    def send(self, data: bytes | bytearray | memoryview) -> int:
+    def send(self, data: bytes | bytearray | memoryview, /) -> int:
         """Send from the start of `data` and return how many bytes were taken."""
 
     @abstractmethod

@@ -47,7 +47,7 @@ class DatagramChannel(ABC):
         """Return a datagram and where it came from."""
 
     @abstractmethod
-    def send(self, data: bytes | bytearray | memoryview, address: Any) -> None:
+    def send(self, data: bytes | bytearray | memoryview, address: Any, /) -> object:
         """Send a datagram, to the peer of a connected channel when `address` is `None`."""
 
     @abstractmethod
@@ -62,31 +62,31 @@ class DatagramChannel(ABC):
 class DatagramSocketChannel(Polled, DatagramChannel):
     """Moves the datagrams of a non-blocking socket that the channel owns."""
 
-    __slots__ = ("_connected", "_socket")
+    __slots__ = ("_buffer", "_info", "_receive_into", "_socket", "send")
+
+    # The socket's own method: a call less for each datagram.
+    send: Callable[[bytes | bytearray | memoryview, Any], object]  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __init__(self, poller: Poller, sock: socket.socket) -> None:
         super().__init__(poller, sock.fileno())
         self._socket = sock
-        self._connected = False
+        self._info = describe_socket(sock)
+        # Looked up once, and not for each datagram: of this thread, which is the group's.
+        self._buffer = buffers.received
+        self._receive_into = sock.recvfrom_into
+        # A connected socket refuses an address on some systems (EISCONN), even its peer's. The peer of a UNIX socket
+        # may have an empty name: that of a socket pair has.
+        connected = self._info["peername"] is not None
+        self.send = (lambda data, address: sock.send(data)) if connected else sock.sendto
 
     def receive(self) -> tuple[bytes, Any]:
-        buffer = buffers.received
-        size, address = self._socket.recvfrom_into(buffer)
+        buffer = self._buffer
+        size, address = self._receive_into(buffer)
         return buffer[:size].tobytes(), address
-
-    def send(self, data: bytes | bytearray | memoryview, address: Any) -> None:
-        # A connected socket refuses an address on some systems (EISCONN), even its peer's.
-        if self._connected:
-            self._socket.send(data)
-        else:
-            self._socket.sendto(data, address)
 
     def close(self, *, aborted: bool) -> None:
         self._set_interest(0)  # Before it is closed, as with every descriptor in the poller.
         self._socket.close()
 
     def extra_info(self) -> dict[str, Any]:
-        info = describe_socket(self._socket)
-        # An unbound UNIX peer has an empty name; a connected socket always has one that is not.
-        self._connected = bool(info["peername"])
-        return info
+        return self._info

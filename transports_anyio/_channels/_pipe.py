@@ -33,21 +33,30 @@ SYSTEM_SIZE = 64 * 1024
 STANDARD_STREAMS = range(3)
 
 
+# The open channels on each file, by its device and inode: those that may have to agree on whether it blocks.
+open_channels: dict[tuple[int, int], list[PipeChannel]] = {}
+
+
 class PipeChannel(Polled, Channel):
     """Moves bytes in one direction; the channel owns `pipe`, a file object, and closes it.
 
     The descriptor becomes non-blocking. That is a property of the open file, which other processes may share (a
-    terminal, say), so `close` gives it back as it was. Standard input, output and error are not closed.
+    terminal, say), so `close` gives it back as it was; if other channels have the same open file (a terminal again, for
+    input and output), the last of them does. Standard input, output and error are not closed.
     """
 
-    __slots__ = ("_blocking", "_pipe", "can_notice_hangup")
+    __slots__ = ("_blocking", "_file", "_pipe", "can_notice_hangup")
 
     is_two_way = False
     can_write_eof = False
 
+    #: Which descriptors are left open.
+    outliving = STANDARD_STREAMS
+
     def __init__(self, poller: Poller, pipe: Any) -> None:
         descriptor = pipe.fileno()
-        mode = os.fstat(descriptor).st_mode
+        status = os.fstat(descriptor)
+        mode = status.st_mode
         if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)):
             raise ValueError(f"a pipe, socket or character device was expected, got {pipe!r}")
         super().__init__(poller, descriptor)
@@ -59,33 +68,55 @@ class PipeChannel(Polled, Channel):
         )
         self._blocking = os.get_blocking(descriptor)
         os.set_blocking(descriptor, False)
+        self._file = status.st_dev, status.st_ino
+        open_channels.setdefault(self._file, []).append(self)
 
     def receive(self) -> bytes:
-        return os.read(self._descriptor, READ_SIZE)
+        return os.read(self.descriptor, READ_SIZE)
 
     def receive_into(self, buffer: Buffer) -> int:
-        return os.readv(self._descriptor, [buffer])
+        return os.readv(self.descriptor, [buffer])
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
-        return os.write(self._descriptor, data)
+        return os.write(self.descriptor, data)
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
-        return os.writev(self._descriptor, list(islice(chunks, GATHER_LIMIT)))
+        return os.writev(self.descriptor, list(islice(chunks, GATHER_LIMIT)))
 
     def send_eof(self) -> None:
         raise NotImplementedError  # The end of a pipe is its close.
 
     def has_hung_up(self) -> bool:
         poll = select.poll()
-        poll.register(self._descriptor, 0)  # Asks for nothing but hang-ups and errors.
+        poll.register(self.descriptor, 0)  # Asks for nothing but hang-ups and errors.
         return bool(poll.poll(0))
 
     def close(self, *, aborted: bool) -> None:
         self._set_interest(0)  # Before it is closed, as with every descriptor in the poller.
+        others = open_channels[self._file]
+        others.remove(self)
+        if not others:
+            del open_channels[self._file]
         if self._blocking:
-            os.set_blocking(self._descriptor, True)
-        if self._descriptor not in STANDARD_STREAMS:
+            self._block(others)
+        if self.descriptor not in self.outliving:
             self._pipe.close()
+
+    def _block(self, others: list[PipeChannel]) -> None:
+        os.set_blocking(self.descriptor, True)
+        # The two ends of a pipe are one file, opened twice. Whether it is the same opening, only a try tells.
+        for channel in others:
+            if channel.takes_over_blocking():
+                return
+
+    def takes_over_blocking(self) -> bool:
+        """Whether the open file has just become blocking: it is made non-blocking, and blocking again by `close`."""
+        with suppress(OSError):  # Closed by somebody else.
+            if os.get_blocking(self.descriptor):
+                os.set_blocking(self.descriptor, False)
+                self._blocking = True
+                return True
+        return False
 
     def extra_info(self) -> dict[str, Any]:
         return {"pipe": self._pipe}
@@ -98,6 +129,8 @@ class ChildPipeChannel(PipeChannel):
     """
 
     __slots__ = ("_enlarged",)
+
+    outliving = range(0)  # Where our standard streams are closed, a new pipe has their numbers.
 
     def __init__(self, poller: Poller, pipe: Any) -> None:
         super().__init__(poller, pipe)
@@ -122,4 +155,4 @@ class ChildPipeChannel(PipeChannel):
         if sys.platform == "linux":
             # An unprivileged user's pipes may be at their limit: then it stays as it is.
             with suppress(OSError):
-                fcntl.fcntl(self._descriptor, fcntl.F_SETPIPE_SZ, READ_SIZE)
+                fcntl.fcntl(self.descriptor, fcntl.F_SETPIPE_SZ, READ_SIZE)

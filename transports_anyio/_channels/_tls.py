@@ -79,6 +79,7 @@ class TLSChannel(Channel):
 
     __slots__ = (
         "_blocked",
+        "_ciphertext",
         "_closed",
         "_discarded",
         "_eof",
@@ -93,6 +94,7 @@ class TLSChannel(Channel):
         "_on_handshake",
         "_options",
         "_outgoing",
+        "_plaintext",
         "_read",
         "_read_ready",
         "_reading",
@@ -129,6 +131,9 @@ class TLSChannel(Channel):
         if received:
             self._incoming.write(received)
         self._info: dict[str, Any] = {}
+        # Looked up once, and not for each message: of this thread, which is the group's.
+        self._ciphertext = buffers.received
+        self._plaintext = buffers.decrypted
         self._reading = False
         self._writing = False
         self._scheduled = False
@@ -308,14 +313,19 @@ class TLSChannel(Channel):
         self._write_needs_read = False
         if not self._more:
             try:
-                self._receive_ciphertext()
+                count = self._receive_ciphertext()
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError as exc:
                 self._fail(exc)
             else:
                 self._more = True
+                if not count:
+                    self._fail(self._peer_left())
         self._update_interest()
+
+    def _peer_left(self) -> OSError:
+        return ConnectionResetError(errno.ECONNRESET, "the peer left during a TLS renegotiation")
 
     def _read_what_is_there(self) -> None:
         # `_reading` and `_more` are looked at each time: the protocol may pause, close or give a larger buffer.
@@ -333,17 +343,19 @@ class TLSChannel(Channel):
             self._write_ready()
 
     def receive(self) -> bytes:
-        plaintext = buffers.decrypted
+        plaintext = self._plaintext
         count = self._receive(plaintext)
         return plaintext[:count].tobytes()
 
     def receive_into(self, buffer: Buffer) -> int:
+        if type(buffer) is memoryview and buffer.ndim == buffer.itemsize == 1:
+            return self._receive(buffer)
         with memoryview(buffer) as view, view.cast("B") as plaintext:
             return self._receive(plaintext)
 
     def _receive_ciphertext(self) -> int:
         """Give OpenSSL what the channel below has, and return how much that was, 0 at the end."""
-        ciphertext = buffers.received
+        ciphertext = self._ciphertext
         count = self._inner.receive_into(ciphertext)
         self._incoming.write(ciphertext[:count])
         return count
@@ -355,7 +367,7 @@ class TLSChannel(Channel):
                 self._eof = self._eof_reported = True  # The peer has left without `close_notify`.
                 return 0
         elif self._failure is not None:
-            raise self._failure
+            return self._receive_last(into)
         read = self._read
         incoming = self._incoming
         size = len(into)
@@ -387,6 +399,30 @@ class TLSChannel(Channel):
             raise BlockingIOError
         return taken
 
+    def _receive_last(self, into: memoryview) -> int:
+        """Fill `into` with what the peer has sent before sending to it failed; when that is all, raise the failure.
+
+        A peer that has left need not have missed anything but an answer of OpenSSL's own, session tickets for example.
+        """
+        assert self._failure is not None
+        if isinstance(self._failure, ssl.SSLError):
+            raise self._failure
+        while True:
+            try:
+                count = self._read(len(into), into)
+            except ssl.SSLWantReadError:
+                pass
+            else:
+                if not count:
+                    self._eof = self._eof_reported = self._info["close_notify"] = True
+                return count
+            try:
+                if not self._receive_ciphertext():
+                    self._eof = self._eof_reported = True
+                    return 0
+            except (BlockingIOError, InterruptedError):
+                raise self._failure from None
+
     def send(self, data: bytes | bytearray | memoryview) -> int:
         taken = self._catch_up() if self._blocked else 0
         size = len(data)
@@ -395,6 +431,8 @@ class TLSChannel(Channel):
             try:
                 self._tls.write(chunk)
             except ssl.SSLWantReadError:
+                if self._eof:  # What OpenSSL waits for will not come.
+                    raise self._peer_left() from None
                 self._write_needs_read = True
                 self._flush_or_fail()
                 break
@@ -477,8 +515,13 @@ class TLSChannel(Channel):
     def finish(self, done: Callable[[Exception | None, bool], None]) -> bool:
         if not self._in_exchange():
             return True  # Closed during the handshake: there is nobody to take leave of.
+        self._reading = self._writing = False  # What is still in memory is nobody's to read any more.
         self._inner.open(self._farewell_readable, self._farewell_writable)
-        over = self._advance_farewell()
+        try:
+            over = self._advance_farewell()
+        except OSError:
+            self._unsent = b""
+            raise
         self._on_finished = done
         if not over:
             self._timer = self._scheduler.call_later(self._options.shutdown_timeout, self._farewell_timed_out)
@@ -516,7 +559,7 @@ class TLSChannel(Channel):
         """Say `close_notify` and look for the peer's; return whether there is nothing to wait for any more."""
         try:
             # Before OpenSSL is told, because it takes data that is there by then for an error.
-            while count := self._read(RECEIVE_SIZE, buffers.decrypted):
+            while count := self._read(RECEIVE_SIZE, self._plaintext):
                 self._discarded += count
         except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
             pass
@@ -533,6 +576,8 @@ class TLSChannel(Channel):
                 raise
             self._unsent = b""  # The peer has left and misses nothing but our farewell.
         self._inner.set_writing(bool(self._unsent))
+        if self._eof:
+            self._inner.set_reading(False)  # Whatever comes now is no TLS, and nobody would take it out of memory.
         return (self._eof or self._discarded > DISCARD_LIMIT) and not self._unsent
 
     def _farewell_timed_out(self) -> None:
@@ -556,6 +601,10 @@ class TLSChannel(Channel):
 
     def _finished(self, exc: Exception | None) -> None:
         self._cancel_timer()
+        # Nothing is waited for any more: of a failure below, readiness would be reported over and over.
+        self._unsent = b""
+        self._inner.set_reading(False)
+        self._inner.set_writing(False)
         done, self._on_finished = self._on_finished, None
         if done is not None:
             done(exc, self._eof and exc is None)

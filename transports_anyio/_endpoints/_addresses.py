@@ -19,7 +19,20 @@ AddressInfo: TypeAlias = "tuple[int, int, int, Any]"
 
 HIGHEST_PORT = 65535
 
+# As a plain number: to combine Python's flags costs as much as the look-up.
+NUMERIC = int(socket.AI_NUMERICHOST | socket.AI_NUMERICSERV)
+
 BIND_FAILED = "error while attempting to bind on address"
+
+
+def local_parts(local_addr: Any) -> tuple[Any, ...]:
+    """Return host and port of a local address, and the scope that may follow; `TypeError`, `ValueError` for others."""
+    if isinstance(local_addr, (str, bytes)):
+        raise TypeError(f"local_addr must be a (host, port) tuple, got {local_addr!r}")
+    host, port, *scope = local_addr
+    if len(scope) > 2:
+        raise TypeError(f"local_addr must be a (host, port) tuple, got {local_addr!r}")
+    return host, port, *scope
 
 
 async def resolve(
@@ -34,15 +47,24 @@ async def resolve(
     """Return the addresses of `host` and `port`; numbers need no thread.
 
     `scope` is what an IPv6 address may have behind its port, flow information and scope id: it counts for a numeric
-    `host`. Raises `socket.gaierror` for what cannot be resolved, `OverflowError` for a port out of range.
+    `host`. Raises `socket.gaierror` for what cannot be resolved, `OverflowError` for a port out of range, `ValueError`
+    for a NUL.
     """
     if isinstance(port, bytes):
         port = port.decode("ascii")
-    if isinstance(port, str) and port.isdecimal():
-        port = int(port)
-    if isinstance(port, int) and not 0 <= port <= HIGHEST_PORT:
-        # The C library would take it modulo 65536.
-        raise OverflowError(f"port must be 0-{HIGHEST_PORT}, got {port}")
+    for text in (host, port):
+        if (isinstance(text, str) and "\0" in text) or (isinstance(text, bytes) and b"\0" in text):
+            # The C library would not look beyond it, and connect to another host than the one that was named.
+            raise ValueError(f"embedded null character in {text!r}")
+    if isinstance(port, (int, str)):
+        try:
+            port = int(port)  # A plain one: `getaddrinfo` takes no member of an enumeration, for example.
+        except ValueError:
+            pass  # The name of a service.
+        else:
+            if not 0 <= port <= HIGHEST_PORT:
+                # The C library would take it modulo 65536.
+                raise OverflowError(f"port must be 0-{HIGHEST_PORT}, got {port}")
     if isinstance(host, str) and host.isascii():
         host = host.encode("ascii")  # Bytes pass AnyIO untouched, a `str` as an internationalised name.
     try:
@@ -65,8 +87,8 @@ def numeric(
     host: Host, port: str | int | None, *, family: int, kind: int, proto: int, flags: int = 0
 ) -> list[AddressInfo]:
     """Return the addresses of a number or of no host at all; never blocks. Raises `socket.gaierror` for a name."""
-    flags |= socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-    return [(f, t, p, address) for f, t, p, _, address in socket.getaddrinfo(host, port, family, kind, proto, flags)]
+    found = socket.getaddrinfo(host, port, family, kind, proto, flags | NUMERIC)
+    return [(f, t, p, address) for f, t, p, _, address in found]
 
 
 def address_error(doing: str, address: Any, exc: OSError) -> OSError:

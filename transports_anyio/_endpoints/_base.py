@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import anyio.lowlevel
 
-from .._channels._socket import SocketChannel, set_nodelay
+from .._channels._socket import SocketChannel, is_tcp, set_nodelay
 from .._channels._tls import TLSChannel, TLSOptions
 from .._door import Door
 from .._server import Server
@@ -22,6 +22,7 @@ from .._waiters import Event
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
+    from .._channels._anyio import AnyIOChannel
     from .._channels._contract import Channel
     from .._group import TransportGroup
     from .._poller import Poller
@@ -89,6 +90,8 @@ class PendingHandshake:
 
 def check_factory(name: str, factory: object) -> None:
     """Raise `TypeError` for what can never be the protocol factory of the endpoint function `name`."""
+    if isinstance(factory, type):
+        return  # The most frequent one, which need not be looked into.
     if iscoroutinefunction(factory):
         raise TypeError(
             f"{name}() takes a protocol factory that returns a protocol, got the coroutine function {factory!r}: use a "
@@ -113,6 +116,9 @@ class Endpoints(ABC):
     _servers: set[Server]
     _task_group: TaskGroup
 
+    #: How users call the functions of the family, for error messages.
+    _called_as = "group.{}"
+
     def __init_subclass__(cls) -> None:
         """Guard the endpoint functions of a family: all the public coroutine functions of its class."""
         super().__init_subclass__()
@@ -121,15 +127,16 @@ class Endpoints(ABC):
                 if not name.startswith("_") and iscoroutinefunction(function):
                     setattr(cls, name, cls._guarded(function))
 
-    @staticmethod
-    def _guarded(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
+    @classmethod
+    def _guarded(cls, function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
         """Return the endpoint function with what can be said against a call before anything happens."""
         name = function.__name__
+        called_as = cls._called_as.format(name)
         factories = [(at, each) for at, each in enumerate(signature(function).parameters) if "factory" in each]
 
         @wraps(function)
         async def call(self: Endpoints, *args: Any, **options: Any) -> Any:
-            self._require_callable(name)
+            self._require_callable(name, called_as)
             for at, parameter in factories:
                 if at <= len(args):
                     check_factory(name, args[at - 1])
@@ -140,7 +147,7 @@ class Endpoints(ABC):
         return call
 
     @abstractmethod
-    def _require_callable(self, name: str) -> None:
+    def _require_callable(self, name: str, called_as: str) -> None:
         """Raise `RuntimeError` when `name` is called outside the group's life, or from another thread."""
 
     @abstractmethod
@@ -163,6 +170,14 @@ class Endpoints(ABC):
     def _door(self) -> Door:
         """Make the door of one connection."""
 
+    def _run_channel(self, channel: AnyIOChannel, resource: object) -> None:
+        """Start the tasks of a channel over an AnyIO object, which may be the user's own."""
+
+        def report(exc: Exception) -> None:
+            self._as_group().call_exception_handler({"message": f"Closing {resource} failed", "exception": exc})
+
+        self._task_group.start_soon(channel.run, report, name=f"transports_anyio: {resource}")
+
     async def _connect_socket(
         self, protocol_factory: Callable[[], ProtocolT], sock: socket.socket, tls: TLSOptions | None = None
     ) -> tuple[StreamTransport, ProtocolT]:
@@ -172,7 +187,8 @@ class Endpoints(ABC):
         """
         try:
             poller = self._require_open()
-            set_nodelay(sock)
+            if is_tcp(sock):
+                set_nodelay(sock)
             channel: Channel = SocketChannel(poller, sock)
             encrypted = None if tls is None else TLSChannel(channel, tls, self._as_group())
         except BaseException:

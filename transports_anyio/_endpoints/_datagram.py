@@ -41,8 +41,8 @@ class DatagramEndpoints(Endpoints):
 
         `local_addr` is bound, `remote_addr` connected to (with `allow_broadcast` only sent to): a host and a port, or
         with the family `AF_UNIX` a path, an abstract one (behind a NUL) included. Without either, a `family` is needed.
-        Every address that the names have is tried. `sock` is a datagram socket that somebody else has made; the
-        transport owns it from now on. `connection_made` runs before this returns.
+        Every address that the names have is tried. `sock` is a datagram socket that somebody else has made; it
+        belongs to the group from now on, which closes it whatever happens. `connection_made` runs before this returns.
 
         Raises `RuntimeError` when the group is not open; `ValueError` for a `sock` that is no datagram socket, for one
         together with parameters of a new one, for addresses that do not go together and for `reuse_port` where the
@@ -67,8 +67,7 @@ class DatagramEndpoints(Endpoints):
                 reuse_port=reuse_port,
                 allow_broadcast=allow_broadcast,
             )
-            sock.setblocking(False)
-            await anyio.lowlevel.checkpoint()
+            await self._take_over(sock)
         try:
             channel = DatagramSocketChannel(self._require_open(), sock)
         except BaseException:
@@ -83,7 +82,8 @@ class DatagramEndpoints(Endpoints):
 
         `datagram_socket` is a `UDPSocket`, `ConnectedUDPSocket`, `UNIXDatagramSocket` or `ConnectedUNIXDatagramSocket`;
         the transport owns it from now on and closes it. Addresses are AnyIO's: an IPv6 one has host and port only, its
-        scope behind the host.
+        scope behind the host. On asyncio AnyIO keeps to itself what goes wrong with a UDP datagram (the peer refuses
+        it, or it is too large); on trio, and for UNIX sockets, `error_received` is told.
 
         Raises `RuntimeError` when the group is not open, `TypeError` for anything else than such a socket, and whatever
         `protocol_factory` raises; the socket is then left to the caller.
@@ -93,7 +93,7 @@ class DatagramEndpoints(Endpoints):
         self._require_open()
         channel = AnyIODatagramChannel(datagram_socket)
         result = self._start_datagrams(protocol_factory, channel, channel.remote_address)
-        self._task_group.start_soon(channel.run, name=f"transports_anyio: {datagram_socket!r}")
+        self._run_channel(channel, datagram_socket)
         return result
 
     def _start_datagrams(
@@ -135,7 +135,7 @@ async def address_pairs(local: Any, remote: Any, family: int, proto: int, flags:
             remove_stale(local)
         await anyio.lowlevel.checkpoint()
         return [(family, proto, local, remote)]
-    found: list[dict[tuple[int, int], Any]] = []
+    found: list[list[tuple[int, int, Any]]] = []
     for address in (local, remote):
         if address is not None and not (isinstance(address, tuple) and len(address) == 2):
             raise TypeError("2-tuple is expected")
@@ -144,15 +144,15 @@ async def address_pairs(local: Any, remote: Any, family: int, proto: int, flags:
         if address is None:
             continue
         infos = await resolve(*address, family=family, kind=socket.SOCK_DGRAM, proto=proto, flags=flags)
-        found.append({(f, p): a for f, _, p, a in reversed(infos)})
-        found[-1] = {(f, p): found[-1][f, p] for f, _, p, _ in infos}
-    common = [key for key in found[0] if all(key in addresses for addresses in found)]
-    if not common:
+        found.append([(f, p, a) for f, _, p, a in infos])
+    if remote is None:
+        return [(f, p, a, None) for f, p, a in found[0]]
+    if local is None:
+        return [(f, p, None, a) for f, p, a in found[0]]
+    pairs = [(f, p, here, there) for f, p, here in found[0] for *kind, there in found[1] if kind == [f, p]]
+    if not pairs:
         raise ValueError("can not get address information")
-    return [
-        (*key, found[0][key] if local is not None else None, found[-1][key] if remote is not None else None)
-        for key in common
-    ]
+    return pairs
 
 
 async def first_that_works(

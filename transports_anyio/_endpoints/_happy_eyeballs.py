@@ -161,6 +161,6 @@ async def connect_to_any(
     errors = attempts.errors
     if all_errors:
         raise ExceptionGroup("create_connection failed", errors)
-    if len(errors) == 1:
+    if len(set(map(str, errors))) == 1:  # One, or a local address that failed again for each remote one.
         raise errors[0]
     raise OSError(f"Multiple exceptions: {', '.join(map(str, errors))}")

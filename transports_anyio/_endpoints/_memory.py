@@ -17,9 +17,11 @@ OtherProtocolT = TypeVar("OtherProtocolT")
 
 
 class MemoryEndpoints(Endpoints):
-    """What `transports_anyio.testing.memory_connection` does."""
+    """What `transports_anyio.testing.memory_connection` does; by that name, which error messages tell."""
 
-    async def join_in_memory(
+    _called_as = "{}, group"
+
+    async def memory_connection(
         self,
         factory_a: Callable[[], ProtocolT],
         factory_b: Callable[[], OtherProtocolT],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
@@ -37,7 +37,8 @@ def check_options(options: dict[str, Any], *, shell: bool) -> None:
     """Raise asyncio's `ValueError` for an option that it refuses, and take it out if it has the right value."""
     for name, value in {**ONLY_VALUES, "shell": shell}.items():
         given = options.pop(name, value)
-        wrong = given is not None if value is None else bool(given) != bool(value)
+        # What is true or false may be so by any object; a size is 0.
+        wrong = bool(given) != value if isinstance(value, bool) else given != value
         if wrong:
             raise ValueError(f"{name} must be {value}")
 
@@ -108,12 +109,9 @@ class ProcessEndpoints(Endpoints):
         self._require_open()
         streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
         channels = {fd: AnyIOStreamChannel(stream) for fd, stream in streams.items()}
-        result = self._start_child(
-            protocol_factory, AnyIOChild(process), channels, WritePipeTransport, ReadPipeTransport
+        return self._start_child(
+            protocol_factory, AnyIOChild(process), channels, WritePipeTransport, ReadPipeTransport, channels.values()
         )
-        for channel in channels.values():
-            self._task_group.start_soon(channel.run, name=f"transports_anyio: a pipe of {process!r}")
-        return result
 
     async def _spawn(
         self, protocol_factory: Callable[[], ProtocolT], args: Any, **options: Any
@@ -133,6 +131,8 @@ class ProcessEndpoints(Endpoints):
                     channels[fd] = ChildPipeChannel(poller, pipe)
         except BaseException:
             child.kill_for_good()
+            for channel in channels.values():
+                channel.close(aborted=True)
             for pipe in filter(None, (popen.stdin, popen.stdout, popen.stderr)):
                 pipe.close()
             raise
@@ -145,19 +145,24 @@ class ProcessEndpoints(Endpoints):
         channels: Any,
         writing: type[StreamTransport],
         reading: type[StreamTransport],
+        channels_to_run: Iterable[AnyIOStreamChannel] = (),
     ) -> tuple[SubprocessTransport, ProtocolT]:
         door = self._door()
         protocol: Any = door.make_protocol(protocol_factory)
         transport = SubprocessTransport(door, child, protocol, self._disown)
         self._own(transport)
-        transport.start(
-            {
-                fd: (reading if fd else writing)(
-                    self._door(), channel, PipeProtocol(transport, fd), lambda pipe_transport: None
-                )
-                for fd, channel in channels.items()
-            }
-        )
-        if child.needs_task:
-            self._task_group.start_soon(child.run, name=f"transports_anyio: process {child.pid}")
+        try:
+            transport.start(
+                {
+                    fd: (reading if fd else writing)(
+                        self._door(), channel, PipeProtocol(transport, fd), lambda pipe_transport: None
+                    )
+                    for fd, channel in channels.items()
+                }
+            )
+        finally:  # The child is the group's, even if `connection_made` raised what leaves through the group.
+            if child.needs_task:
+                self._task_group.start_soon(child.run, name=f"transports_anyio: process {child.pid}")
+            for channel in channels_to_run:
+                self._run_channel(channel, f"a pipe of {child.handle!r}")
         return transport, protocol

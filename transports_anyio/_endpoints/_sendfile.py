@@ -40,10 +40,11 @@ class FileEndpoints(Endpoints):
         """Send `file` over `transport`, behind what was written before, and return how many bytes were sent.
 
         It begins at `offset` bytes, wherever the file stands, and ends after `count` bytes, or at the end of the file.
-        The file is left behind the last byte sent, also by an error or a cancellation; a file of which nothing was
-        sent stays where it was. Where the transport is a plain socket the system moves the bytes (`os.sendfile`).
-        Otherwise, and for files that the system cannot send, they are read in a thread and written block by block,
-        unless `fallback` is false; a cancellation leaves a block that was begun to be sent by the transport.
+        The file is left behind the last byte sent, also by an error or a cancellation; one of which nothing was sent
+        stays where it was, or at `offset` where it has to be read. Where the transport is a plain socket the system
+        moves the bytes (`os.sendfile`). Otherwise, and for files that the system cannot send, they are read in a thread
+        and written block by block, unless `fallback` is false; a cancellation leaves a block that was begun to be sent
+        by the transport.
 
         Meanwhile `write`, `writelines` and another `sendfile` raise `RuntimeError`, nothing is read from the
         transport, and `write_eof` and `resume_writing` wait.

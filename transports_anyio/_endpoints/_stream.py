@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import anyio.lowlevel
+from anyio.abc import ByteReceiveStream, ByteSendStream
 
 from .._channels._anyio_stream import AnyByteStream, AnyIOStreamChannel
 from .._channels._tls import TLSChannel
@@ -56,6 +57,8 @@ class StreamEndpoints(Endpoints):
             handshake_timeout=ssl_handshake_timeout,
             shutdown_timeout=ssl_shutdown_timeout,
         )
+        if not isinstance(stream, (ByteReceiveStream, ByteSendStream)):
+            raise TypeError(f"a ByteStream, ByteReceiveStream or ByteSendStream was expected, got {stream!r}")
         plain = AnyIOStreamChannel(stream)
         if tls is not None and not plain.is_two_way:
             raise TypeError(f"TLS takes a stream of both directions, got {stream!r}")
@@ -65,10 +68,10 @@ class StreamEndpoints(Endpoints):
         channel: Channel = plain
         if tls is not None:
             channel = encrypted = TLSChannel(plain, tls, self._as_group())
-            self._task_group.start_soon(plain.run, name=f"transports_anyio: {stream!r}")
+            self._run_channel(plain, stream)
             await self._shake_hands(encrypted)
         transport, protocol = self._make_transport(protocol_factory, channel)
         if tls is None:
-            self._task_group.start_soon(plain.run, name=f"transports_anyio: {stream!r}")
+            self._run_channel(plain, stream)
         transport.start()
         return transport, protocol

@@ -14,7 +14,7 @@ import anyio.lowlevel
 
 from .._errors import logger
 from .._server import Server
-from ._addresses import BIND_FAILED, AddressInfo, Host, Port, address_error, resolve
+from ._addresses import BIND_FAILED, AddressInfo, Host, Port, address_error, local_parts, resolve
 from ._base import Endpoints, ProtocolT, check_stream_socket
 from ._happy_eyeballs import connect_to_any, interleave as interleaved
 from ._tls import client_options, server_options
@@ -88,7 +88,7 @@ class TCPEndpoints(Endpoints):
         addresses = await resolve(host, port, family=family, proto=proto, flags=flags)
         local_addresses = None
         if local_addr is not None:
-            local_addresses = await resolve(*local_addr, family=family, proto=proto, flags=flags)
+            local_addresses = await resolve(*local_parts(local_addr), family=family, proto=proto, flags=flags)
         if interleave is None:
             interleave = 0 if happy_eyeballs_delay is None else 1
         if interleave:

@@ -37,7 +37,7 @@ def client_options(
         if not host:
             raise ValueError("You must set server_hostname when using ssl without a host")
         server_hostname = host.decode("ascii") if isinstance(host, bytes) else host
-    if not isinstance(context, ssl.SSLContext):
+    if isinstance(context, bool):
         context = ssl.create_default_context()
         if not server_hostname:
             context.check_hostname = False

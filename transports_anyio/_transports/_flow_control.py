@@ -119,7 +119,9 @@ def as_bytes_view(data: bytes | bytearray | memoryview) -> bytes | memoryview:
     """Return the bytes of `data`, one item each, whatever its item size and shape; views are not copied."""
     if type(data) is bytes:
         return data
-    view = memoryview(data)
+    view = data if type(data) is memoryview else memoryview(data)
+    if view.ndim == view.itemsize == 1 and view.contiguous:
+        return view
     if not view.c_contiguous or 0 in (view.shape or ()):
         return view.tobytes()
     return view.cast("B")

@@ -56,6 +56,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         "_flushed",
         "_reading_paused",
         "_successor",
+        "_upgrading",
         "_writing_refused",
     )
 
@@ -75,6 +76,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         self._eof_received = False
         self._eof_written = False
         self._file: FileUnderWay | None = None
+        self._upgrading = False  # Since `start_tls`; there is no way back.
         self._writing_refused = False  # After `write_eof` or `start_tls`, and while a file is under way.
         self._successor: StreamTransport | None = None  # Who has taken over the connection, after `start_tls`.
 
@@ -165,9 +167,6 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             if not len(buffer):
                 msg = "get_buffer() returned an empty buffer"
                 raise RuntimeError(msg)
-            if memoryview(buffer).readonly:
-                msg = "get_buffer() returned a read-only buffer"
-                raise RuntimeError(msg)
         except BaseException as exc:
             self._callback_failed(exc, "get_buffer")
             return
@@ -180,7 +179,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         except OSError as exc:
             self._broken(exc, "read")
             return
-        except Exception as exc:  # What cannot be received into: a buffer that is not contiguous, for example.
+        except Exception as exc:  # What cannot be received into: a read-only buffer, or one that is not contiguous.
             self._callback_failed(exc, "get_buffer")
             return
         if not count:
@@ -218,12 +217,16 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
         Raises `TypeError` for anything that is not bytes-like and `RuntimeError` after `write_eof`.
         """
-        if not isinstance(data, (bytes, bytearray, memoryview)):
+        view: bytes | memoryview
+        if type(data) is bytes:
+            view = data
+        elif isinstance(data, (bytes, bytearray, memoryview)):
+            view = as_bytes_view(data)
+        else:
             msg = f"data argument must be a bytes-like object, not {type(data).__name__!r}"
             raise TypeError(msg)
         if self._writing_refused:
             self._refuse_writing("write")
-        view = data if type(data) is bytes else as_bytes_view(data)
         if not view:
             return
         if self._flushed:
@@ -261,6 +264,8 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
     def _refuse_writing(self, name: str) -> NoReturn:
         if self._successor is not None:
             raise RuntimeError(f"Cannot call {name}() after start_tls(): it returned a new transport")
+        if self._upgrading:
+            raise RuntimeError(f"unable to {name}; start_tls is in progress")
         if self._eof_written:
             raise RuntimeError(f"Cannot call {name}() after write_eof()")
         raise RuntimeError(f"unable to {name}; sendfile is in progress")
@@ -331,9 +336,9 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
     def begin_sendfile(self) -> None:
         """Until `end_sendfile`, refuse `write`, read nothing, and tell the protocol nothing of the buffer.
 
-        Raises `RuntimeError` after `write_eof` and while another file is under way.
+        Raises `RuntimeError` after `write_eof`, and while another file or `start_tls` is under way.
         """
-        if self._writing_refused:
+        if self._writing_refused or self._upgrading:
             self._refuse_writing("sendfile")
         self._file = FileUnderWay(was_reading=self.is_reading())
         self._writing_refused = True
@@ -403,14 +408,14 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
         `wrap` makes it of the present channel and of what that has not sent yet. What is written from now on waits for
         the new channel. Raises `TypeError` for a one-way channel, `RuntimeError` when closing, after `write_eof` and
-        during `sendfile`, `ConnectionResetError` after the end of file, and what `wrap` raises: the transport then goes
-        on as before.
+        during `sendfile` or another upgrade, `ConnectionResetError` after the end of file, and what `wrap` raises: the
+        transport then goes on as before.
         """
         if not self._channel.is_two_way:
             raise TypeError(f"transport {self!r} is not supported by start_tls()")
         if self._closing:
             raise RuntimeError("Transport is closing")
-        if self._writing_refused:
+        if self._writing_refused or self._upgrading:
             self._refuse_writing("start_tls")
         if self._eof_received:
             raise ConnectionResetError(errno.ECONNRESET, "the peer has ended the stream already")
@@ -418,6 +423,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         logger.debug("%r: upgrading to TLS", self)
         # A protocol that was paused stays so until the new transport has begun: the bytes still wait.
         self._buffer.clear()
+        self._upgrading = True
         self._channel = channel
         channel.open(self._read_ready, self._write_ready)
         self.set_protocol(protocol)

@@ -74,15 +74,17 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._failure: BaseException | None = None  # What a callback has raised: `connection_lost` gets it.
 
     def start(self, pipes: dict[int, StreamTransport]) -> None:
-        """Tell the protocol of its child, then begin to read from the pipes and to wait for the end."""
+        """Tell the protocol of its child, then begin to read from the pipes; its end is awaited from now on."""
         self._pipes = pipes
         self._open_pipes = len(pipes)
         logger.debug("%r: spawned, with a %s", self, type(self._protocol).__qualname__)
-        self.tell("connection_made", self)
-        for pipe in pipes.values():
-            pipe.start()
-        if self._returncode is None:
-            self._child.watch(self._exited)
+        # Before `connection_made`, which may raise what leaves through the group. The end is told in a later turn.
+        self._child.watch(self._exited)
+        try:
+            self.tell("connection_made", self)
+        finally:
+            for pipe in pipes.values():
+                pipe.start()
 
     # What users ask for
 
