@@ -69,8 +69,13 @@ def table(results: Rows) -> list[str]:
 
 
 def ratio(row: dict[str, list[float]], ours: str, other: str) -> float | None:
-    mine, theirs = median(row.get(ours)), median(row.get(other))
-    return mine / theirs if mine and theirs else None
+    """The median of the rounds' ratios: in a round the two were measured one after the other."""
+    mine, theirs = row.get(ours), row.get(other)
+    if not mine or not theirs or not all(theirs):
+        return None
+    if len(mine) == len(theirs):
+        return statistics.median(one / another for one, another in zip(mine, theirs, strict=True))
+    return statistics.median(mine) / statistics.median(theirs)  # A round is missing somewhere.
 
 
 def ratios(results: Rows) -> list[str]:
@@ -104,15 +109,20 @@ TARGETS: dict[str, tuple[float | None, ...]] = {
 
 
 def targets(results: Rows) -> list[str]:
-    """Each ratio beside its target; a target that is missed is in bold."""
+    """Each ratio beside its target; one that is missed is in bold, with the ratio of the bare loop."""
 
     def cells(name: str, limits: tuple[float | None, ...]) -> Iterator[str]:
+        row = results.get(name, {})
         for limit, (_, ours, other) in zip(limits, RATIOS, strict=True):
-            value = ratio(results.get(name, {}), ours, other)
+            value = ratio(row, ours, other)
             if limit is None or value is None:
                 yield ""
+            elif value <= limit:
+                yield f"{value:.2f} of {limit:.2f}"
             else:
-                yield f"{value:.2f} of {limit:.2f}" if value <= limit else f"**{value:.2f} of {limit:.2f}**"
+                bare = ratio(row, "epoll", other)
+                digits = 2 if f"{value:.2f}" != f"{limit:.2f}" else 3  # A miss is not rounded away.
+                yield f"**{value:.{digits}f} of {limit:.2f}**" + (f" (bare loop {bare:.2f})" if bare else "")
 
     rows = ((name, list(cells(name, limits))) for name, limits in TARGETS.items())
     return grid("workload", [title for title, _, _ in RATIOS], rows)
@@ -176,7 +186,8 @@ def page(document: dict[str, Any]) -> str:
         "",
         "## Targets",
         "",
-        "The ratio to the peer of the same run, and what it was to reach; **bold** where it did not.",
+        "The ratio to the peer of the same round, the median of the rounds, and what it was to reach; **bold** where",
+        "it did not, with what the bare loop reaches: nothing that is written in Python can do with less.",
         "",
         *targets(results),
         "",

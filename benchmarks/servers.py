@@ -278,6 +278,7 @@ def run_epoll(workload: str) -> None:
     connections: dict[int, socket.socket] = {}
     buffer = pages(256 * 1024)
     pending: dict[int, bytes] = {}
+    data: Any
     while True:
         for descriptor, events in poller.poll():
             if descriptor == listener.fileno():
@@ -289,7 +290,12 @@ def run_epoll(workload: str) -> None:
                 continue
             sock = connections[descriptor]
             try:
-                data = pending.pop(descriptor) if events & select.EPOLLOUT else bytes(buffer[: sock.recv_into(buffer)])
+                if events & select.EPOLLOUT:
+                    data = pending.pop(descriptor)
+                else:
+                    data = buffer[: sock.recv_into(buffer)]
+                    if workload != "buffered":
+                        data = data.tobytes()
                 sent = sock.send(data) if data else -1
             except BlockingIOError:
                 sent = 0
@@ -299,7 +305,7 @@ def run_epoll(workload: str) -> None:
                 poller.unregister(descriptor)
                 connections.pop(descriptor).close()
             elif sent < len(data):
-                pending[descriptor] = data[sent:]
+                pending[descriptor] = bytes(data[sent:])
                 poller.modify(descriptor, select.EPOLLOUT)
             elif events & select.EPOLLOUT:
                 poller.modify(descriptor, select.EPOLLIN)
