@@ -67,6 +67,8 @@ if __name__ == "__main__":
     parser.add_argument("--work", action="store_true", help="be one of them")
     options = parser.parse_args()
     if options.work:
+        # It is ignored by what a shell has started in the background, and by the children of that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         _backend.run(options.backend, serve, options.host, options.port)
     else:
         supervise(options.host, options.port, options.backend, options.workers)

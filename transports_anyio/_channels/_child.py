@@ -40,6 +40,17 @@ def peek(pid: int) -> int | None:
     return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
+def is_child(pid: int) -> bool:
+    """Whether `pid` is a child of ours that is not reaped yet; false where nobody can look without reaping."""
+    if not hasattr(os, "waitid"):
+        return False
+    try:
+        peek(pid)
+    except ChildProcessError:
+        return False
+    return True
+
+
 class Child(ABC):
     """A child process, whose end is told once; it is reaped then, and never before it is known here."""
 
@@ -203,6 +214,8 @@ class AnyIOChild(Child):
         self._exited: Exited | None = None
         # It lasts as long as the process: whatever is cancelled, the process is reaped.
         self._waiting = anyio.CancelScope(shield=True)
+        # Anybody may implement AnyIO's interface, for a process that is no child of ours.
+        self._is_ours = is_child(self.pid)
 
     @property
     def needs_task(self) -> bool:
@@ -223,11 +236,12 @@ class AnyIOChild(Child):
         return self._status() is not None
 
     def _status(self) -> int | None:
-        if self._process.returncode is None and hasattr(os, "waitid"):
+        if self._process.returncode is None and self._is_ours:
             try:
                 return peek(self.pid)  # A backend may not have noticed yet.
             except ChildProcessError:
-                pass  # It is being reaped, or it is no child of ours.
+                # A thread of the backend's has reaped it, and the backend has yet to hear of it (asyncio before 3.12).
+                return UNKNOWN_STATUS
         return self._process.returncode
 
     def send_signal(self, signal: int) -> None:
