@@ -18,6 +18,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 import trustme
+from network import names
 from support import (
     GUARD,
     HOST,
@@ -1384,6 +1385,31 @@ async def test_names(stack: Stack, certificates: Certificates, certified: str, n
         # An address is verified without being given again.
         options = {} if name == host else {"server_hostname": name}
         await group.create_connection(lambda: client, host, serving.port, ssl=certificates.client(), **options)
+        client.transport.close()
+        await client.wait_for("connection_lost")
+        serving.server.close()
+
+
+@pytest.mark.parametrize(
+    ("certified", "host"),
+    [
+        ("b\xfccher.example", "b\xfccher.example"),
+        ("localhost", "\uff4c\uff4f\uff43\uff41\uff4c\uff48\uff4f\uff53\uff54"),
+    ],
+    ids=["IDNA", "full width"],
+)
+async def test_host_with_an_internationalised_name(
+    stack: Stack, certificates: Certificates, certified: str, host: str, anyio_backend: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It is resolved and verified without being given again; the second one by the system's own resolver."""
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server(certified))
+        client = Recorder()
+        known = {"b\xfccher.example": [HOST], "xn--bcher-kva.example": [HOST]}
+        with names(monkeypatch, known, anyio_backend):
+            await group.create_connection(lambda: client, host, serving.port, ssl=certificates.client())
+        assert client.transport.get_extra_info("peercert")["subjectAltName"][0][1] in {*known, "localhost"}
         client.transport.close()
         await client.wait_for("connection_lost")
         serving.server.close()
