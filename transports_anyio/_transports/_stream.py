@@ -218,8 +218,8 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         Raises `TypeError` for anything that is not bytes-like and `RuntimeError` after `write_eof`.
         """
         view: bytes | memoryview
-        if type(data) is bytes:
-            view = data
+        if type(data) is bytes or (type(data) is memoryview and data.ndim == data.itemsize == 1 and data.contiguous):
+            view = data  # Nearly always, and the rest would cost more than it.
         elif isinstance(data, (bytes, bytearray, memoryview)):
             view = as_bytes_view(data)
         else:
