@@ -41,8 +41,11 @@ class Turns:
         return self.deadline
 
 
-def watch_of(sock: socket.socket, read: Callable[[], object], write: Callable[[], object] | None = None) -> Watch:
+def watch_of(
+    poller: Poller, sock: socket.socket, read: Callable[[], object], write: Callable[[], object] | None = None
+) -> Watch:
     watch = Watch(sock.fileno())
+    poller.claim(watch)
     watch.read_ready = read
     if write is not None:
         watch.write_ready = write
@@ -102,7 +105,7 @@ async def test_readiness_is_told_in_every_batch_until_it_is_over(anyio_backend: 
     told: list[int] = []
     with pair() as (a, b):
         async with running(make) as (poller, _):
-            watch = watch_of(a, lambda: told.append(READ))
+            watch = watch_of(poller, a, lambda: told.append(READ))
             poller.set_interest(watch, READ)
             await anyio.sleep(0.01)
             assert told == []
@@ -120,7 +123,7 @@ async def test_both_directions_and_changes_of_the_interest(anyio_backend: Any, m
     told: list[int] = []
     with pair() as (a, b):
         async with running(make) as (poller, _):
-            watch = watch_of(a, lambda: told.append(READ), lambda: told.append(WRITE))
+            watch = watch_of(poller, a, lambda: told.append(READ), lambda: told.append(WRITE))
             poller.set_interest(watch, READ | WRITE)
             await until(lambda: told)
             assert set(told) == {WRITE}
@@ -145,7 +148,7 @@ async def test_a_hang_up_is_told_to_whoever_waits(anyio_backend: Any, make: Any)
         told: list[int] = []
         with pair() as (a, b):
             async with running(make) as (poller, _):
-                watch = watch_of(a, lambda told=told: told.append(READ), lambda told=told: told.append(WRITE))
+                watch = watch_of(poller, a, lambda told=told: told.append(READ), lambda told=told: told.append(WRITE))
                 b.close()
                 poller.set_interest(watch, interest)
                 await until(lambda told=told: told)
@@ -159,7 +162,7 @@ async def test_a_descriptor_number_that_is_used_again(anyio_backend: Any, make: 
         for number in range(20):
             name = f"owner {number}"
             with pair() as (a, b):
-                watch = watch_of(a, lambda name=name: told.append(name))
+                watch = watch_of(poller, a, lambda name=name: told.append(name))
                 poller.set_interest(watch, READ)
                 b.send(b"x")
                 if number % 2:
@@ -180,7 +183,7 @@ async def test_a_callback_may_take_out_others_of_its_batch(anyio_backend: Any, m
                 for watch in watches:
                     poller.set_interest(watch, 0)
 
-            watches = [watch_of(a, lambda: ready(1)), watch_of(c, lambda: ready(2))]
+            watches = [watch_of(poller, a, lambda: ready(1)), watch_of(poller, c, lambda: ready(2))]
             b.send(b"x")
             d.send(b"x")
             for watch in watches:
@@ -236,7 +239,7 @@ async def test_hundreds_of_descriptors(anyio_backend: Any, make: Any) -> None:
                     os.read(sock.fileno(), 1)
                     told.add(sock.fileno())
 
-                watches.append(watch_of(a, ready))
+                watches.append(watch_of(poller, a, ready))
                 poller.set_interest(watches[-1], READ)
                 b.send(b"x")
             await until(lambda: len(told) == len(pairs))
@@ -282,19 +285,33 @@ async def test_the_transports_work_over_every_poller(
         await until(lambda: fired)
 
 
-async def test_a_descriptor_that_is_watched_already(anyio_backend: Any) -> None:
-    """The system's list refuses it, as asyncio does, and the first watch goes on."""
+async def test_a_number_that_belongs_to_somebody_else_by_now(make: Callable[[], Poller], anyio_backend: Any) -> None:
+    """Somebody has closed a descriptor behind its owner's back, and the system has given its number away once more."""
     told: list[int] = []
-    for make in (waiting_poller, POLLERS["selector"]):
-        told.clear()
-        with pair() as (a, b):
+    with pair() as (a, b):
+        async with running(make) as (poller, _):
+            first = watch_of(poller, a, lambda: told.append(1), lambda: told.append(1))
+            poller.set_interest(first, READ)
+            poller.set_interest(first, 0)
+            second = watch_of(poller, a, lambda: told.append(2))
+            poller.set_interest(second, READ)
+            poller.release(first)
+            b.send(b"x")
+            await until(lambda: told)
+            assert set(told) == {2}
+            poller.release(second)
+
+
+async def test_a_descriptor_closed_behind_our_back(anyio_backend: Any) -> None:
+    """Whoever waits for it is told, and learns from its next call what has happened."""
+    for make in (make_poller, waiting_poller, POLLERS["selector"]):
+        told: list[int] = []
+        with pair() as (a, _):
             async with running(make) as (poller, _):
-                first, second = watch_of(a, lambda: told.append(1)), watch_of(a, lambda: told.append(2))
-                poller.set_interest(first, READ)
-                with pytest.raises(RuntimeError, match="is used by another transport"):
-                    poller.set_interest(second, READ)
-                assert second.interest == 0
-                b.send(b"x")
-                await until(lambda: told)
-                assert set(told) == {1}
-                poller.set_interest(first, 0)
+                watch = watch_of(poller, a, lambda told=told: told.append(READ), lambda told=told: told.append(WRITE))
+                poller.set_interest(watch, READ)
+                a.close()
+                assert told == []
+                poller.set_interest(watch, READ | WRITE)
+                await until(lambda told=told: {READ, WRITE} <= set(told))
+                poller.release(watch)

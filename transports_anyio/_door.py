@@ -88,10 +88,10 @@ class Door:
     Whatever the function raises goes to `report`, unless `leaves_through_the_group`.
     """
 
-    __slots__ = ("_group", "call_soon", "context", "run")
+    __slots__ = ("call_soon", "context", "group", "run")
 
     def __init__(self, group: TransportGroup) -> None:
-        self._group = group
+        self.group = group
         self.context: Context = copy_context()
         self.run: Callable[..., Any] = self.context.run
         self.run(current.set, group)
@@ -108,10 +108,12 @@ class Door:
 
     def call_in_place(self, callback: Callable[..., object], *args: object) -> None:
         """Call `callback` in the caller's context, with the group current."""
-        call_with_current(self._group, callback, *args)
+        call_with_current(self.group, callback, *args)
 
     def report(self, message: str, exc: BaseException, transport: object, protocol: object) -> None:
-        """Tell the exception handler, with asyncio's keys."""
-        self._group.call_exception_handler(
-            {"message": message, "exception": exc, "transport": transport, "protocol": protocol}
+        """Tell the exception handler, with asyncio's keys, in the connection's context."""
+        # A copy: the caller may be in the context already, and it cannot be entered twice.
+        self.context.copy().run(
+            self.group.call_exception_handler,
+            {"message": message, "exception": exc, "transport": transport, "protocol": protocol},
         )

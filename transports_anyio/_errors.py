@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 
+from ._door import call_with_current
+
 if TYPE_CHECKING:
     from ._group import TransportGroup
 
@@ -52,7 +54,7 @@ class ErrorReporter:
             self._report_at_last(context)
             return
         try:
-            self.handler(self._group, context)
+            call_with_current(self._group, self.handler, self._group, context)
         except BaseException as exc:
             if leaves_through_the_group(exc):
                 raise

@@ -7,18 +7,18 @@ May know: every room below it (endpoints, transports, channels, scheduling, poll
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from contextvars import Context, copy_context
 from math import inf
 from threading import get_ident
+from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 
 from ._door import Door, GivenContext, current
-from ._endpoints._base import Owned, PendingHandshake
 from ._endpoints._datagram import DatagramEndpoints
 from ._endpoints._memory import MemoryEndpoints
 from ._endpoints._pipes import PipeEndpoints
@@ -30,6 +30,7 @@ from ._endpoints._tcp import TCPEndpoints
 from ._endpoints._unix import UNIXEndpoints
 from ._errors import ErrorReporter, ExceptionContext, ExceptionHandler, leaves_through_the_group, logger
 from ._loop_poller import make_poller
+from ._owned import Owned, PendingHandshake
 from ._poller import RESOLUTION, Poller
 from ._scheduling import Handle, TimerHandle, Timers
 from ._statistics import GroupStatistics, describe_flow
@@ -44,8 +45,11 @@ if TYPE_CHECKING:
     from ._transports._stream import StreamTransport
 
 
-# How many descriptors a turn serves before it lets the tasks and the timers have theirs.
+AsyncFunction: TypeAlias = "Callable[..., Coroutine[Any, Any, object]]"
+
+# How many descriptors a turn serves, and for how many seconds it goes on, before it lets the tasks have theirs.
 SERVED_IN_A_TURN = 64
+LENGTH_OF_A_TURN = 0.002
 
 
 class TransportGroup(
@@ -179,6 +183,7 @@ class TransportGroup(
         timers = self._timers
         ready = self._ready
         served = 0
+        until = monotonic() + LENGTH_OF_A_TURN
         while True:
             if ready:
                 self._run_ready()
@@ -188,7 +193,7 @@ class TransportGroup(
             served += count
             # What came in meanwhile can be had for one system call, where another wait costs a round through the
             # backend; but tasks want their turn too.
-            if not count or served >= SERVED_IN_A_TURN:
+            if not count or served >= SERVED_IN_A_TURN or monotonic() >= until:
                 break
         if ready:
             return -inf
@@ -219,7 +224,9 @@ class TransportGroup(
             context: ExceptionContext = {"message": f"Exception in callback {callback!r}", "exception": exc}
             if isinstance(callback, Handle):
                 context["handle"] = callback
-            self.call_exception_handler(context)
+                callback.get_context().run(self.call_exception_handler, context)
+            else:
+                self.call_exception_handler(context)
 
     def call_internal(self, callback: Callable[..., object], *args: Any) -> None:
         """Run `callback` in the group's next turn, without a context or a handle."""
@@ -274,6 +281,10 @@ class TransportGroup(
     def _door(self) -> Door:
         return Door(self)
 
+    def user_call(self) -> Callable[..., Any]:
+        """Return what calls the user's code that belongs to no transport yet."""
+        return Door(self).run
+
     def _own(self, transport: Owned) -> None:
         self._transports.add(transport)
 
@@ -304,29 +315,37 @@ class TransportGroup(
 
     # Tasks
 
-    def start_soon(self, async_function: Callable[..., Awaitable[object]], *args: Any, name: object = None) -> None:
+    def start_soon(self, async_function: AsyncFunction, *args: Any, name: object = None) -> None:
         """Start a task that belongs to the group; its failure cancels the group, as in any AnyIO task group.
 
         May be called from a callback. Raises `RuntimeError` when the group is not open, `TypeError` when
-        `async_function` cannot be called.
+        `async_function` is none, or does not take these arguments.
         """
         self._require_alive("start_soon")
         self._require_own_thread("start_soon", "anyio.from_thread.run_sync(group.start_soon, ...)")
         if not callable(async_function):
             msg = f"start_soon() takes an async function and its arguments, got {async_function!r}"
             raise TypeError(msg)
-        self._tasks_running += 1
         context = copy_context()
         context.run(current.set, self)
-        context.run(
-            lambda: self._task_group.start_soon(
-                self._run_task, async_function, args, name=name or getattr(async_function, "__qualname__", None)
-            )
-        )
+        context.run(self._start_task, async_function, args, name)
 
-    async def _run_task(self, async_function: Callable[..., Awaitable[object]], args: tuple[Any, ...]) -> None:
+    def _start_task(self, async_function: AsyncFunction, args: tuple[Any, ...], name: object) -> None:
+        # Called here, so that a mistake comes out where it was made.
+        coroutine = async_function(*args)
+        if not isinstance(coroutine, Coroutine):
+            raise TypeError(f"start_soon() takes an async function, but {async_function!r} returned {coroutine!r}")
+        name = name or getattr(async_function, "__qualname__", None)
         try:
-            await async_function(*args)
+            self._task_group.start_soon(self._run_task, coroutine, name=name)
+        except BaseException:
+            coroutine.close()
+            raise
+        self._tasks_running += 1
+
+    async def _run_task(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        try:
+            await coroutine
         finally:
             self._tasks_running -= 1
             self._changed.notify()
@@ -392,6 +411,7 @@ class TransportGroup(
             raise self._not_open("call_later() or call_at")
         if not -inf <= when <= inf:
             raise ValueError(f"a time was expected, got {when!r}")
+        when = float(when)  # `OverflowError` for an integer that is too large.
         timers = self._timers
         handle = TimerHandle(when, callback, args, self._context_for(callback, context), timers)
         if poller.waiting and timers.next_deadline() == when:
@@ -443,9 +463,11 @@ class TransportGroup(
 
     def statistics(self) -> GroupStatistics:
         """Return what is open, buffered and pending, and how much has been moved; as AnyIO's `statistics` methods."""
-        traffic = [transport.traffic() for transport in self._transports]
+        transports = [each for each in self._transports if not isinstance(each, PendingHandshake)]
+        traffic = [transport.traffic() for transport in transports]
         return GroupStatistics(
-            open_transports=dict(Counter(type(transport).__name__ for transport in self._transports)),
+            open_transports=dict(Counter(type(transport).__name__ for transport in transports)),
+            pending_handshakes=len(self._transports) - len(transports),
             open_servers=len(self._servers),
             running_tasks=self._tasks_running,
             bytes_received=self._bytes_received + sum(received for received, _, _ in traffic),

@@ -11,11 +11,19 @@ from __future__ import annotations
 
 import asyncio
 from math import inf
+from typing import Any
 
 import anyio
 
 from ._poller import RESOLUTION, ListPoller, Poller, TaskPoller, Turns, WaitingListPoller
 from ._readiness import ReadinessList, make_readiness_list
+
+try:
+    # How AnyIO finds out what runs, where it is installed (trio brings it). It knows asyncio by the current task, and
+    # there is none in a callback of the loop, unless `anyio.run` has left word.
+    from sniffio import thread_local as running  # type: ignore[import-not-found,unused-ignore]
+except ImportError:
+    running: Any = None  # type: ignore[no-redef,unused-ignore]  # AnyIO asks for the running loop.
 
 # How long to wait, in seconds, for the rest of a time that a loop has cut short: uvloop rounds to milliseconds.
 ROUNDED_OFF = 0.001
@@ -34,12 +42,14 @@ class LoopPoller(ListPoller):
         self._deadline = inf  # That of the loop's timer.
         self._wanted = inf
         self._moving = False
+        self._scheduled = False
+        self._woken = False
         self._failure: BaseException | None = None
         self._stopped = anyio.Event()
 
     async def run(self, turns: Turns) -> None:
         self._turns = turns
-        self._loop.add_reader(self._descriptor, self._turn)
+        self._loop.add_reader(self._descriptor, self._ready)
         self._turn()
         try:
             await self._stopped.wait()
@@ -54,7 +64,14 @@ class LoopPoller(ListPoller):
             return  # A wake-up that comes before the first turn, or after the last.
         self.waiting = False
         try:
-            deadline = turns.turn()
+            if running is None:
+                deadline = turns.turn()
+            else:
+                before, running.name = running.name, "asyncio"
+                try:
+                    deadline = turns.turn()
+                finally:
+                    running.name = before
         except BaseException as exc:
             # Out of the task that awaits `run`, as on every backend, and not out of the loop's callback.
             self._failure = exc
@@ -62,12 +79,27 @@ class LoopPoller(ListPoller):
             self._stopped.set()
             return
         if deadline == -inf or self._readiness.always_ready:
-            self._loop.call_soon(self._turn)
+            self._schedule()
             return
         self.waiting = True
         self._wanted = deadline
         if deadline != self._deadline:
             self._set_timer(deadline)
+
+    # One turn in each round of the loop, however many reasons there are.
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._scheduled_turn)
+
+    def _scheduled_turn(self) -> None:
+        self._scheduled = False
+        self._turn()
+
+    def _ready(self) -> None:
+        if not self._scheduled:  # It is about to come.
+            self._turn()
 
     def _set_timer(self, deadline: float) -> None:
         if self._timer is not None:
@@ -106,10 +138,21 @@ class LoopPoller(ListPoller):
     def wake(self) -> None:
         if self.waiting:
             self.waiting = False
-            self._loop.call_soon(self._turn)
+            self._schedule()
 
     def wake_threadsafe(self) -> None:
-        self._loop.call_soon_threadsafe(self._turn)  # Raises `RuntimeError` when the loop is closed.
+        if self._woken:
+            return  # By another call, and whatever this one was for will be seen in the same turn.
+        self._woken = True
+        try:
+            self._loop.call_soon_threadsafe(self._woken_turn)
+        except BaseException:  # `RuntimeError` when the loop is closed.
+            self._woken = False
+            raise
+
+    def _woken_turn(self) -> None:
+        self._woken = False
+        self._ready()
 
 
 def make_poller() -> Poller:

@@ -16,7 +16,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from ._readiness import READ, WRITE, ReadinessList, Watch
+from ._readiness import READ, WRITE, ReadinessList, Watch, selected
 
 # What is due within so many seconds is due: no sum of two times is more exact than that (asyncio's figure on Linux).
 RESOLUTION = 1e-9
@@ -39,18 +39,32 @@ class Poller(ABC):
     #: Calls everybody who is ready now, once, and returns how many that were.
     dispatch: Callable[[], int]
 
+    #: Whom every descriptor belongs to: see `claim`.
+    watches: dict[int, Watch]
+
     def __init__(self) -> None:
         #: The clock, in seconds.
         self.time: Callable[[], float] = anyio.current_time
         #: Whether a `wake` is needed for the next turn.
         self.waiting = False
 
+    def claim(self, watch: Watch) -> None:
+        """Let a descriptor belong to `watch`, until `release`."""
+        self.watches[watch.descriptor] = watch
+
+    def release(self, watch: Watch) -> None:
+        """Take out a descriptor, which is about to be closed: a copy in a forked child would go on reporting it."""
+        if watch.interest:
+            self.set_interest(watch, 0)
+        if self.watches.get(watch.descriptor) is watch:
+            del self.watches[watch.descriptor]
+
     @abstractmethod
     def set_interest(self, watch: Watch, interest: int) -> None:
-        """Change what `watch` waits for to `interest`, another mask of `READ` and `WRITE` than it has.
+        """Change what `watch` waits for to `interest`, another mask of `READ`, `WRITE` and `HANGUP` than it has.
 
-        `read_ready` and `write_ready` are called in every batch, as long as its descriptor is ready. It has to be taken
-        out, with an interest of 0, before it is closed.
+        `read_ready` and `write_ready` are called in every batch, as long as its descriptor is ready. Raises `OSError`
+        when the system watches as many as it may.
         """
 
     @abstractmethod
@@ -89,6 +103,7 @@ class WaitingPoller(Poller):
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
         self._waker = Watch(self._receiver.fileno())
+        self.claim(self._waker)
         self._waker.read_ready = self._woken
         self.set_interest(self._waker, READ)
 
@@ -150,6 +165,7 @@ class ListPoller(Poller):
     def __init__(self, readiness: ReadinessList) -> None:
         self._readiness = readiness
         self.dispatch = readiness.take
+        self.watches = readiness.watches
         try:
             super().__init__()
         except BaseException:  # No descriptors for the socket pair of a waiting poller.
@@ -195,6 +211,7 @@ class TaskPoller(WaitingPoller):
     """
 
     def __init__(self) -> None:
+        self.watches = {}
         self._waiting: dict[int, _Tasks] = {}
         self._due: list[tuple[_Tasks, int, object]] = []
         self._something = anyio.Event()
@@ -205,6 +222,8 @@ class TaskPoller(WaitingPoller):
     def set_interest(self, watch: Watch, interest: int) -> None:
         before, watch.interest = watch.interest, interest
         descriptor = watch.descriptor
+        if self.watches.get(descriptor) is not watch:
+            return  # The number belongs to somebody else by now.
         tasks = self._waiting.get(descriptor)
         if tasks is None:
             tasks = self._waiting[descriptor] = _Tasks(watch)
@@ -228,7 +247,7 @@ class TaskPoller(WaitingPoller):
         if self._tasks is None:
             return  # `run` will.
         for event in (READ, WRITE):
-            if event & tasks.watch.interest and event not in tasks.marks:
+            if event & selected(tasks.watch.interest) and event not in tasks.marks:
                 tasks.marks[event] = mark = object()
                 self._tasks.start_soon(self._wait_for, tasks, event, mark)
 

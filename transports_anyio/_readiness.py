@@ -9,6 +9,7 @@ costs the same for any number, and the whole batch is taken with one call that d
 
 from __future__ import annotations
 
+import errno
 import select
 import selectors
 import sys
@@ -18,6 +19,15 @@ from contextlib import suppress
 
 READ: int = selectors.EVENT_READ
 WRITE: int = selectors.EVENT_WRITE
+#: That the other end has hung up, and input does not matter. Where the system cannot tell these apart it is as `READ`.
+HANGUP: int = 4
+
+# What calls `read_ready`.
+INPUT = READ | HANGUP
+
+# What the system says of a descriptor that need not be watched: it is always ready (`/dev/null`, for example), or
+# somebody has closed it behind our back, which whoever reads or writes next will learn.
+UNWATCHED = {errno.EPERM, errno.EBADF, errno.ENOENT}
 
 
 class Watch:
@@ -30,19 +40,20 @@ class Watch:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor: int = descriptor
-        self.interest: int = 0  # A mask of `READ` and `WRITE`, which only a poller changes.
+        self.interest: int = 0  # A mask of `READ`, `WRITE` and `HANGUP`, which only a poller changes.
 
     def tell(self, mask: int) -> None:
         """Call whom it concerns that the descriptor is ready for what is in `mask`."""
         # The interest is looked at again for each half: a callback of this batch may have changed it.
-        if mask & self.interest & READ:
+        if mask & READ and self.interest & INPUT:
             self.read_ready()
         if mask & self.interest & WRITE:
             self.write_ready()
 
 
-def in_use(watch: Watch) -> RuntimeError:
-    return RuntimeError(f"file descriptor {watch.descriptor} is used by another transport of the group already")
+def selected(interest: int) -> int:
+    """Return what a selector, which knows of no hang-ups, is asked for instead of `interest`."""
+    return interest & WRITE | (READ if interest & INPUT else 0)
 
 
 class ReadinessList(ABC):
@@ -53,7 +64,10 @@ class ReadinessList(ABC):
     """
 
     def __init__(self) -> None:
-        #: Whom the system refuses to register, because they are always ready: `/dev/null`, for example.
+        #: Whom every descriptor belongs to, whatever it waits for. Where somebody has closed one behind its owner's
+        #: back, the system may give its number away once more: it belongs to the last one then.
+        self.watches: dict[int, Watch] = {}
+        #: Whom the system does not watch.
         self.always_ready: set[Watch] = set()
 
     @abstractmethod
@@ -61,34 +75,34 @@ class ReadinessList(ABC):
         """Return the descriptor of the list, which is readable when anybody in it is ready."""
 
     @abstractmethod
-    def add(self, watch: Watch, interest: int) -> None:
-        """Register a descriptor.
-
-        Raises `PermissionError` for one that is always ready, and `RuntimeError`, as asyncio does, for one that is
-        registered already: it has been handed to two transports.
-        """
+    def add(self, descriptor: int, interest: int) -> None:
+        """Register a descriptor. Raises `OSError` for one that need not be watched, and when the list is full."""
 
     @abstractmethod
-    def change(self, watch: Watch, interest: int) -> None:
-        """Change what a descriptor is registered for."""
+    def change(self, descriptor: int, interest: int) -> None:
+        """Change what a descriptor is registered for. Raises `OSError` as `add`."""
 
     @abstractmethod
-    def remove(self, watch: Watch) -> None:
-        """Take out a descriptor."""
+    def remove(self, descriptor: int) -> None:
+        """Take out a descriptor, which may be closed already."""
 
     def set_interest(self, watch: Watch, interest: int) -> None:
-        """Register `watch` for another interest than it has, or take it out."""
+        """Register `watch` for another interest than it has, or take it out. Raises `OSError` when the list is full."""
+        descriptor = watch.descriptor
         if watch in self.always_ready:
             if not interest:
                 self.always_ready.discard(watch)
+        elif self.watches.get(descriptor) is not watch:
+            if interest:
+                self.always_ready.add(watch)  # The number belongs to somebody else by now.
         elif not interest:
-            self.remove(watch)
-        elif watch.interest:
-            self.change(watch, interest)
+            self.remove(descriptor)
         else:
             try:
-                self.add(watch, interest)
-            except PermissionError:
+                (self.change if watch.interest else self.add)(descriptor, interest)
+            except OSError as exc:
+                if exc.errno not in UNWATCHED:
+                    raise
                 self.always_ready.add(watch)
         watch.interest = interest
 
@@ -99,7 +113,7 @@ class ReadinessList(ABC):
     def tell_always_ready(self) -> None:
         """Call everybody whom the system does not report."""
         for watch in tuple(self.always_ready):
-            watch.tell(watch.interest)
+            watch.tell(selected(watch.interest))
 
     @abstractmethod
     def close(self) -> None:
@@ -118,22 +132,22 @@ class SelectorList(ReadinessList):
     def fileno(self) -> int:
         return self._descriptor
 
-    def add(self, watch: Watch, interest: int) -> None:
-        try:
-            self._selector.register(watch.descriptor, interest, watch.tell)
-        except KeyError:
-            raise in_use(watch) from None
+    def add(self, descriptor: int, interest: int) -> None:
+        self._selector.register(descriptor, selected(interest))
 
-    def change(self, watch: Watch, interest: int) -> None:
-        self._selector.modify(watch.descriptor, interest, watch.tell)
+    def change(self, descriptor: int, interest: int) -> None:
+        self._selector.modify(descriptor, selected(interest))
 
-    def remove(self, watch: Watch) -> None:
-        self._selector.unregister(watch.descriptor)
+    def remove(self, descriptor: int) -> None:
+        self._selector.unregister(descriptor)
 
     def take(self) -> int:
+        watches = self.watches
         batch = self._selector.select(0)
         for key, mask in batch:
-            key.data(mask)
+            watch = watches.get(key.fd)  # None after a callback of this batch has closed it.
+            if watch is not None:
+                watch.tell(mask)
         if self.always_ready:
             self.tell_always_ready()
         return len(batch)
@@ -144,7 +158,12 @@ class SelectorList(ReadinessList):
 
 if sys.platform == "linux":
     # What epoll is asked for, by what a descriptor waits for.
-    EVENTS = (0, select.EPOLLIN, select.EPOLLOUT, select.EPOLLIN | select.EPOLLOUT)
+    EVENTS = tuple(
+        (select.EPOLLIN if interest & READ else 0)
+        | (select.EPOLLOUT if interest & WRITE else 0)
+        | (select.EPOLLRDHUP if interest & HANGUP else 0)
+        for interest in range(8)
+    )
 
     # An error or a hang-up is for whoever waits: the next call tells what it is.
     READABLE = ~select.EPOLLOUT
@@ -159,35 +178,29 @@ if sys.platform == "linux":
         def __init__(self) -> None:
             super().__init__()
             self._epoll = select.epoll()
-            self._watches: dict[int, Watch] = {}
 
         def fileno(self) -> int:
             return self._epoll.fileno()
 
-        def add(self, watch: Watch, interest: int) -> None:
-            try:
-                self._epoll.register(watch.descriptor, EVENTS[interest])
-            except FileExistsError:
-                raise in_use(watch) from None
-            self._watches[watch.descriptor] = watch
+        def add(self, descriptor: int, interest: int) -> None:
+            self._epoll.register(descriptor, EVENTS[interest])
 
-        def change(self, watch: Watch, interest: int) -> None:
-            self._epoll.modify(watch.descriptor, EVENTS[interest])
+        def change(self, descriptor: int, interest: int) -> None:
+            self._epoll.modify(descriptor, EVENTS[interest])
 
-        def remove(self, watch: Watch) -> None:
-            del self._watches[watch.descriptor]
-            with suppress(OSError):  # Somebody has closed the descriptor behind our back, and so taken it out.
-                self._epoll.unregister(watch.descriptor)
+        def remove(self, descriptor: int) -> None:
+            with suppress(OSError):  # Whoever has closed the descriptor behind our back has taken it out.
+                self._epoll.unregister(descriptor)
 
         def take(self) -> int:
-            watches = self._watches
+            watches = self.watches
             batch = self._epoll.poll(0, BATCH_SIZE)
             for descriptor, events in batch:
-                watch = watches.get(descriptor)  # None after a callback of this batch has taken it out.
+                watch = watches.get(descriptor)  # None after a callback of this batch has closed it.
                 if watch is None:
                     continue
                 # As `Watch.tell`, without the cost of a call.
-                if events & READABLE and watch.interest & READ:
+                if events & READABLE and watch.interest & INPUT:
                     watch.read_ready()
                 if events & WRITABLE and watch.interest & WRITE:
                     watch.write_ready()

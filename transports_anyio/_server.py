@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from ._channels._contract import Channel
     from ._channels._tls import TLSOptions
-    from ._endpoints._base import Owned
     from ._group import TransportGroup
+    from ._owned import Owned
     from ._transports._stream import StreamTransport
 
 # Out of descriptors or memory: accepting again at once would fail again at once and starve everything else, so
@@ -75,6 +75,8 @@ class Server(asyncio.AbstractServer):
         self._backlog = backlog
         self._is_tcp = any(map(is_tcp, sockets))  # Asked once, and not for each connection.
         self._watches = {sock: Watch(sock.fileno()) for sock in sockets}
+        for watch in self._watches.values():
+            poller.claim(watch)
         self._serving = False
         self._serving_forever = False
         self._closed = False
@@ -146,7 +148,7 @@ class Server(asyncio.AbstractServer):
         if self._on_close is not None:
             self._on_close()
         for sock in self._sockets:
-            self._pause(sock)
+            self._poller.release(self._watches[sock])
             sock.close()
         self._group.forget_server(self)
         self._changed.notify()
@@ -256,7 +258,10 @@ class Server(asyncio.AbstractServer):
             self._report_lost_client(exc)
             return
         self._connections.add(transport)
-        transport.start()
+        try:
+            transport.start()
+        except OSError as exc:
+            self._report_lost_client(exc)
 
     def _report_lost_client(self, exc: BaseException) -> None:
         self._group.call_exception_handler(

@@ -6,8 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ._owned import PendingHandshake
+
 if TYPE_CHECKING:
-    from ._endpoints._base import Owned
+    from ._owned import Owned
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,8 @@ class GroupStatistics:
 
     #: How many transports are open, by the name of their class.
     open_transports: dict[str, int]
+    #: How many connections that a server has accepted, or that are being made, are still at their TLS handshake.
+    pending_handshakes: int
     #: How many servers are open.
     open_servers: int
     #: How many tasks of `start_soon` run.
@@ -30,9 +34,15 @@ class GroupStatistics:
     pending_timers: int
 
 
-def describe_flow(name: str, transports: Collection[Owned]) -> str:
+def describe_flow(name: str, owned: Collection[Owned]) -> str:
     """Say for a `repr` how many transports there are, how much they buffer, and how many have paused their protocol."""
-    transports = tuple(transports)  # Whoever looks may be another thread.
+    owned = tuple(owned)  # Whoever looks may be another thread.
+    transports = [each for each in owned if not isinstance(each, PendingHandshake)]
     buffered = sum(transport.traffic()[2] for transport in transports)
     paused = sum(transport.has_paused_writing() for transport in transports)
-    return f"{name}={len(transports)} buffered={buffered}" + (f" paused={paused}" if paused else "")
+    said = f"{name}={len(transports)} buffered={buffered}"
+    if paused:
+        said += f" paused={paused}"
+    if len(owned) > len(transports):
+        said += f" handshakes={len(owned) - len(transports)}"
+    return said

@@ -36,16 +36,15 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
         self.can_write_eof = hasattr(stream, "send_eof") and TLSAttribute.ssl_object not in stream.extra_attributes
 
     def receive(self) -> bytes:
-        data: bytes = self._take_received()
-        return data
+        return bytes(self._take_received())
 
     def receive_into(self, buffer: Buffer) -> int:
-        data = self.receive()
+        data = self._take_received()
         with memoryview(buffer).cast("B") as view:
             count = min(len(view), len(data))
             view[:count] = data[:count]
         if count < len(data):
-            self._received = data[count:]
+            self._received = memoryview(data)[count:]  # What is left is not copied.
         return count
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
@@ -94,10 +93,12 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
 
     async def _receive_next(self) -> bytes:
         try:
-            data: bytes = await self._stream.receive(CHUNK_SIZE)
+            while True:
+                data: bytes = await self._stream.receive(CHUNK_SIZE)
+                if data:  # AnyIO asks users to ignore the empty ones of streams that return such.
+                    return data
         except anyio.EndOfStream:
             return b""
-        return data
 
     async def _send_offered(self, offered: bytes) -> int:
         if offered:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal as signals
 import subprocess
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import anyio.to_thread
 
 from .._errors import logger
 from .._poller import Poller
 from .._readiness import READ, Watch
-
-if sys.platform == "linux":
-    from signal import pidfd_send_signal
-
-if TYPE_CHECKING:
-    from signal import Signals
 
 # What asyncio says of a child that somebody else has reaped.
 UNKNOWN_STATUS = 255
@@ -83,8 +78,11 @@ class Child(ABC):
         """Whether `run` has to be run in a task for `exited` to be called."""
 
     @abstractmethod
-    async def run(self) -> None:
-        """Wait for the end of the child."""
+    async def run(self, report: Callable[[Exception], None]) -> None:
+        """Wait for the end of the child, and `report` what fails afterwards."""
+
+    def let_go(self) -> None:  # noqa: B027  # there may be nothing
+        """Give everything back: `connection_lost` has been told."""
 
 
 class PopenChild(Child):
@@ -105,12 +103,16 @@ class PopenChild(Child):
         self._waiting: anyio.CancelScope | None = None
         try:
             self._watch = Watch(os.pidfd_open(popen.pid))
+            poller.claim(self._watch)
         except (AttributeError, OSError) as exc:
-            # Not this platform, a kernel or a sandbox without it, or no descriptors left.
-            logger.debug("a thread waits for process %s: %r", popen.pid, exc)
-            # It waits as long as the child is watched, whatever is cancelled: a task that is shielded may still need
-            # to know, as it does with a descriptor.
-            self._waiting = anyio.CancelScope(shield=True)
+            # Not this platform or this Python, a kernel or a sandbox without it, or no descriptors left.
+            self._wait_in_thread(exc)
+
+    def _wait_in_thread(self, why: Exception) -> None:
+        logger.debug("a thread waits for process %s: %r", self.pid, why)
+        # It waits as long as the child is watched, whatever is cancelled: a task that is shielded may still need to
+        # know, as it does with a descriptor.
+        self._waiting = anyio.CancelScope(shield=True)
 
     @property
     def needs_task(self) -> bool:
@@ -120,15 +122,22 @@ class PopenChild(Child):
         self._exited = exited
         if self._watch is not None:
             self._watch.read_ready = self._tell
-            self._poller.set_interest(self._watch, READ)
+            try:
+                self._poller.set_interest(self._watch, READ)
+            except OSError as exc:  # The list is full (ENOSPC, ENOMEM).
+                self._close()
+                self._wait_in_thread(exc)
 
-    async def run(self) -> None:
+    async def run(self, report: Callable[[Exception], None]) -> None:
         """Wait in a thread. A child that is reaped elsewhere ends the wait as well."""
         assert self._waiting is not None
         wait = self._wait_without_reaping if hasattr(os, "waitid") else self._popen.wait
         with self._waiting:
             # Children must not take the threads of everybody else, and a thread ends with its child.
             await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+            while not self.has_ended():  # noqa: ASYNC110  # nobody tells
+                # Another thread has reaped it through `popen`, and is about to say so.
+                await anyio.sleep(0.001)
             self._tell()
 
     def _tell(self) -> None:
@@ -163,7 +172,10 @@ class PopenChild(Child):
     def send_signal(self, signal: int) -> None:
         if self._watch is not None:
             # It means this child for ever, whoever has its number; and nobody is reaped on the way.
-            pidfd_send_signal(self._watch.descriptor, signal)
+            signals.pidfd_send_signal(self._watch.descriptor, signal)
+        elif hasattr(os, "waitid"):
+            # `has_ended` has looked. `popen` would look again, and take a status that was stolen meanwhile for success.
+            os.kill(self.pid, signal)
         else:
             self._popen.send_signal(signal)
 
@@ -199,8 +211,7 @@ class PopenChild(Child):
     def _close(self) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
-            if watch.interest:
-                self._poller.set_interest(watch, 0)
+            self._poller.release(watch)
             os.close(watch.descriptor)
 
 
@@ -214,6 +225,7 @@ class AnyIOChild(Child):
         self._exited: Exited | None = None
         # It lasts as long as the process: whatever is cancelled, the process is reaped.
         self._waiting = anyio.CancelScope(shield=True)
+        self._let_go = anyio.Event()
         # Anybody may implement AnyIO's interface, for a process that is no child of ours.
         self._is_ours = is_child(self.pid)
 
@@ -224,13 +236,24 @@ class AnyIOChild(Child):
     def watch(self, exited: Exited) -> None:
         self._exited = exited
 
-    async def run(self) -> None:
+    async def run(self, report: Callable[[Exception], None]) -> None:
         with self._waiting:
             await self._process.wait()
-        self.returncode = self._process.returncode
-        if self._exited is not None:
-            assert self.returncode is not None
-            self._exited(self.returncode)
+            self.returncode = self._process.returncode
+            if self._exited is not None:
+                assert self.returncode is not None
+                self._exited(self.returncode)
+            await self._let_go.wait()
+            # On asyncio nothing else closes the descriptor of an output that a grandchild holds, and it does so in a
+            # later turn.
+            try:
+                await self._process.aclose()
+            except Exception as exc:  # A user's own.
+                report(exc)
+            await anyio.lowlevel.checkpoint()
+
+    def let_go(self) -> None:
+        self._let_go.set()
 
     def has_ended(self) -> bool:
         return self._status() is not None
@@ -246,7 +269,7 @@ class AnyIOChild(Child):
 
     def send_signal(self, signal: int) -> None:
         # Any number, as everywhere: 0, or a real-time signal, is no member of the enumeration.
-        self._process.send_signal(cast("Signals", signal))
+        self._process.send_signal(cast("signals.Signals", signal))
 
     def kill_for_good(self) -> int | None:
         self._exited = None

@@ -21,6 +21,7 @@ class Channel(ABC):
     __slots__ = ()
 
     is_two_way = True
+    can_send = True
     can_write_eof = True
     can_send_file = False
     can_notice_hangup = False

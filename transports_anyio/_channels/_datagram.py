@@ -85,7 +85,7 @@ class DatagramSocketChannel(Polled, DatagramChannel):
         return buffer[:size].tobytes(), address
 
     def close(self, *, aborted: bool) -> None:
-        self._set_interest(0)  # Before it is closed, as with every descriptor in the poller.
+        self._poller.release(self)
         self._socket.close()
 
     def extra_info(self) -> dict[str, Any]:

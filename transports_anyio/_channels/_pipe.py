@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from .._poller import Poller
+from .._readiness import HANGUP, READ
 from ._contract import Channel
 from ._polled import Polled
 from ._socket import GATHER_LIMIT
@@ -45,7 +46,7 @@ class PipeChannel(Polled, Channel):
     input and output), the last of them does. Standard input, output and error are not closed.
     """
 
-    __slots__ = ("_blocking", "_file", "_pipe", "can_notice_hangup")
+    __slots__ = ("_blocking", "_duplicate", "_file", "_input", "_pipe", "can_notice_hangup", "can_send")
 
     is_two_way = False
     can_write_eof = False
@@ -53,14 +54,19 @@ class PipeChannel(Polled, Channel):
     #: Which descriptors are left open.
     outliving = STANDARD_STREAMS
 
-    def __init__(self, poller: Poller, pipe: Any) -> None:
+    def __init__(self, poller: Poller, pipe: Any, *, writing: bool) -> None:
         descriptor = pipe.fileno()
         status = os.fstat(descriptor)
         mode = status.st_mode
         if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)):
             raise ValueError(f"a pipe, socket or character device was expected, got {pipe!r}")
-        super().__init__(poller, descriptor)
+        # One file object may be the end for both directions (a terminal's); each needs a descriptor to wait for.
+        self._duplicate = descriptor in poller.watches
+        super().__init__(poller, os.dup(descriptor) if self._duplicate else descriptor)
         self._pipe = pipe
+        self.can_send = writing
+        # A writing end has nothing to read: what it waits for is that its reader has gone.
+        self._input = HANGUP if writing else READ
         # A terminal's hang-up cannot be told from its input; a FIFO's writing end looks hung up on macOS while data is
         # unread (CPython issue 145030), and on AIX always.
         self.can_notice_hangup = stat.S_ISSOCK(mode) or (
@@ -70,6 +76,9 @@ class PipeChannel(Polled, Channel):
         os.set_blocking(descriptor, False)
         self._file = status.st_dev, status.st_ino
         open_channels.setdefault(self._file, []).append(self)
+
+    def set_reading(self, reading: bool) -> None:
+        self._set_interest(self.interest | self._input if reading else self.interest & ~self._input)
 
     def receive(self) -> bytes:
         return os.read(self.descriptor, READ_SIZE)
@@ -88,19 +97,33 @@ class PipeChannel(Polled, Channel):
 
     def has_hung_up(self) -> bool:
         poll = select.poll()
-        poll.register(self.descriptor, 0)  # Asks for nothing but hang-ups and errors.
+        # Asks for nothing but hang-ups and errors; that the other end of a TCP socket has gone is half a hang-up.
+        poll.register(self.descriptor, getattr(select, "POLLRDHUP", 0))
         return bool(poll.poll(0))
 
     def close(self, *, aborted: bool) -> None:
-        self._set_interest(0)  # Before it is closed, as with every descriptor in the poller.
+        self._poller.release(self)
         others = open_channels[self._file]
         others.remove(self)
         if not others:
             del open_channels[self._file]
-        if self._blocking:
-            self._block(others)
-        if self.descriptor not in self.outliving:
-            self._pipe.close()
+        if self._duplicate or self._is_open():
+            if self._blocking:
+                self._block(others)
+            if self._duplicate:
+                os.close(self.descriptor)
+        if self._is_open():
+            descriptor = self._pipe.fileno()
+            # The other direction may still need it.
+            if descriptor not in self._poller.watches and descriptor not in self.outliving:
+                self._pipe.close()
+
+    def _is_open(self) -> bool:
+        """Whether nobody has closed `pipe`: the number may be somebody else's by now."""
+        try:
+            return bool(self._pipe.fileno() >= 0)
+        except ValueError:
+            return False
 
     def _block(self, others: list[PipeChannel]) -> None:
         os.set_blocking(self.descriptor, True)
@@ -132,8 +155,8 @@ class ChildPipeChannel(PipeChannel):
 
     outliving = range(0)  # Where our standard streams are closed, a new pipe has their numbers.
 
-    def __init__(self, poller: Poller, pipe: Any) -> None:
-        super().__init__(poller, pipe)
+    def __init__(self, poller: Poller, pipe: Any, *, writing: bool) -> None:
+        super().__init__(poller, pipe, writing=writing)
         self._enlarged = False
 
     def receive(self) -> bytes:
@@ -155,4 +178,5 @@ class ChildPipeChannel(PipeChannel):
         if sys.platform == "linux":
             # An unprivileged user's pipes may be at their limit: then it stays as it is.
             with suppress(OSError):
-                fcntl.fcntl(self.descriptor, fcntl.F_SETPIPE_SZ, READ_SIZE)
+                if fcntl.fcntl(self.descriptor, fcntl.F_GETPIPE_SZ) < READ_SIZE:
+                    fcntl.fcntl(self.descriptor, fcntl.F_SETPIPE_SZ, READ_SIZE)

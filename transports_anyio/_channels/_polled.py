@@ -16,6 +16,7 @@ class Polled(Watch):
     def __init__(self, poller: Poller, descriptor: int) -> None:
         super().__init__(descriptor)
         self._poller = poller
+        poller.claim(self)
 
     def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         self.read_ready = read_ready

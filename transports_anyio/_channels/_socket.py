@@ -153,8 +153,7 @@ class SocketChannel(Polled, Channel):
         self._socket.shutdown(socket.SHUT_WR)
 
     def close(self, *, aborted: bool) -> None:
-        # Out of the poller first: a copy of the descriptor in a forked child would go on reporting it.
-        self._set_interest(0)
+        self._poller.release(self)
         self._socket.close()
 
     def extra_info(self) -> dict[str, Any]:

@@ -42,6 +42,11 @@ READS_IN_A_ROW = 16
 DISCARD_LIMIT = 1024 * 1024
 
 
+# How much may wait for a peer that does not read before nothing more is received from it: what it sends may make
+# OpenSSL answer (key updates), without end. What `send` leaves waiting is less.
+ANSWERS_LIMIT = 4 * ENCRYPT_SIZE
+
+
 def _ignore() -> None: ...
 
 
@@ -61,8 +66,9 @@ class Cancellable(Protocol):
 
 
 class Scheduler(Protocol):
-    """Who calls back later: in the group's next turn, or after a time."""
+    """Who calls back later, in the group's next turn or after a time; and who calls the user's code."""
 
+    def user_call(self) -> Callable[..., Any]: ...
     def call_internal(self, callback: Callable[..., object], *args: Any) -> None: ...
     def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> Cancellable: ...
 
@@ -79,6 +85,7 @@ class TLSChannel(Channel):
 
     __slots__ = (
         "_blocked",
+        "_call",
         "_ciphertext",
         "_closed",
         "_discarded",
@@ -124,6 +131,7 @@ class TLSChannel(Channel):
         )
         # With a buffer, `read` returns a number.
         self._read = cast("Callable[[int, memoryview], int]", self._tls.read)
+        self._call: Callable[..., Any] | None = scheduler.user_call()  # For the handshake, which may ask for a context.
         self._inner = inner
         self._options = options
         self._scheduler = scheduler
@@ -162,7 +170,11 @@ class TLSChannel(Channel):
         self._on_handshake = done
         self._timer = self._scheduler.call_later(self._options.handshake_timeout, self._handshake_timed_out)
         self._inner.open(self._handshake_readable, self._handshake_writable)
-        self._inner.set_reading(True)
+        try:
+            self._inner.set_reading(True)
+        except OSError as exc:  # The system watches as many descriptors as it may.
+            self._end_handshake(exc)
+            return
         self._advance_handshake()
 
     def _handshake_readable(self) -> None:
@@ -180,7 +192,10 @@ class TLSChannel(Channel):
 
     def _handshake_writable(self) -> None:
         self._flush_or_fail()
-        if self._verdict is not None:
+        if self._on_finished is not None:
+            if not self._unsent:
+                self._finished(self._failure)
+        elif self._verdict is not None:
             if not self._unsent:
                 self._end_handshake(self._verdict)
         elif self._failure is not None:
@@ -200,11 +215,16 @@ class TLSChannel(Channel):
         return None
 
     def _advance_handshake(self) -> None:
+        tls = self._tls
+        assert self._call is not None
         try:
-            self._tls.do_handshake()
+            self._call(tls.do_handshake)
+            self._info.update(
+                peercert=tls.getpeercert(), cipher=tls.cipher(), compression=tls.compression(), ssl_object=tls
+            )
         except ssl.SSLWantReadError:
             self._handshake_writable()
-        except Exception as exc:  # `ssl.SSLError`, or what a context of another kind raises.
+        except Exception as exc:  # `ssl.SSLError`, what a context of another kind raises, an unreadable certificate.
             self._verdict = exc
             self._inner.set_reading(False)
             self._handshake_writable()  # The peer is told why.
@@ -254,11 +274,8 @@ class TLSChannel(Channel):
     # The second phase.
 
     def _begin_exchange(self) -> None:
-        tls = self._tls
-        self._info.update(
-            peercert=tls.getpeercert(), cipher=tls.cipher(), compression=tls.compression(), ssl_object=tls
-        )
         self._info["close_notify"] = False
+        self._call = None
         self._blocked = bool(self._unsent) or self._failure is not None
         # Data may have come with the last message of the handshake.
         self._more = self._incoming.pending > 0 or self._failure is not None
@@ -286,7 +303,8 @@ class TLSChannel(Channel):
             self._update_interest()
 
     def _update_interest(self) -> None:
-        self._inner.set_reading(self._reading or self._write_needs_read)
+        wanted = self._reading and len(self._unsent) <= ANSWERS_LIMIT
+        self._inner.set_reading(wanted or self._write_needs_read)
         self._inner.set_writing(bool(self._unsent) or (self._writing and not self._write_needs_read))
 
     def _read_again(self) -> None:
@@ -429,7 +447,7 @@ class TLSChannel(Channel):
         while taken < size:
             chunk = data if size <= ENCRYPT_SIZE and not taken else memoryview(data)[taken : taken + ENCRYPT_SIZE]
             try:
-                self._tls.write(chunk)
+                count = self._tls.write(chunk)
             except ssl.SSLWantReadError:
                 if self._eof:  # What OpenSSL waits for will not come.
                     raise self._peer_left() from None
@@ -444,11 +462,11 @@ class TLSChannel(Channel):
             if sent < len(ciphertext):
                 # The plaintext is reported as sent when its ciphertext is, so that the transport counts it.
                 self._unsent = memoryview(ciphertext)[sent:]
-                self._held = len(chunk)
+                self._held = count
                 self._blocked = True
                 self._update_interest()
                 break
-            taken += len(chunk)
+            taken += count
         if size and not taken:
             raise BlockingIOError
         return taken
@@ -513,8 +531,10 @@ class TLSChannel(Channel):
     # The third phase.
 
     def finish(self, done: Callable[[Exception | None, bool], None]) -> bool:
+        if self._on_handshake is not None:
+            return self._finish_handshake(done)
         if not self._in_exchange():
-            return True  # Closed during the handshake: there is nobody to take leave of.
+            return True
         self._reading = self._writing = False  # What is still in memory is nobody's to read any more.
         self._inner.open(self._farewell_readable, self._farewell_writable)
         try:
@@ -531,6 +551,14 @@ class TLSChannel(Channel):
         elif self._inner.finish(self._finished_below):
             self._on_finished = None
             return True
+        return False
+
+    def _finish_handshake(self, done: Callable[[Exception | None, bool], None]) -> bool:
+        """Send what is to be sent in the clear before the handshake; there is nobody to take leave of."""
+        if not self._unsent:
+            return True
+        self._on_finished = done
+        self._inner.set_reading(False)
         return False
 
     def _farewell_readable(self) -> None:

@@ -93,5 +93,7 @@ def numeric(
 
 def address_error(doing: str, address: Any, exc: OSError) -> OSError:
     """Return `exc` with what failed and the address in its message."""
-    reason = os.strerror(exc.errno) if exc.errno else str(exc)
+    if exc.errno is None:  # Python's own, of a path that is too long for example.
+        return OSError(f"{doing} {address!r}: {exc}")
+    reason = os.strerror(exc.errno)
     return OSError(exc.errno, f"{doing} {address!r}: {reason[:1].lower()}{reason[1:]}")

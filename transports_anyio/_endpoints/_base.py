@@ -8,13 +8,14 @@ from collections.abc import Callable, Coroutine
 from functools import wraps
 from inspect import iscoroutinefunction, signature
 from ssl import SSLSocket
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.lowlevel
 
 from .._channels._socket import SocketChannel, is_tcp, set_nodelay
 from .._channels._tls import TLSChannel, TLSOptions
 from .._door import Door
+from .._owned import PendingHandshake
 from .._server import Server
 from .._transports._stream import StreamTransport
 from .._waiters import Event
@@ -22,9 +23,9 @@ from .._waiters import Event
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
-    from .._channels._anyio import AnyIOChannel
     from .._channels._contract import Channel
     from .._group import TransportGroup
+    from .._owned import Owned
     from .._poller import Poller
 
 ProtocolT = TypeVar("ProtocolT")
@@ -36,56 +37,6 @@ def check_stream_socket(sock: socket.socket, family: int | None = None) -> None:
         raise TypeError("Socket cannot be of type SSLSocket")
     if sock.type != socket.SOCK_STREAM or family not in (None, sock.family):
         raise ValueError(f"A {'' if family is None else 'UNIX Domain '}Stream Socket was expected, got {sock!r}")
-
-
-class Owned(Protocol):
-    """What a group owns: a transport of any kind."""
-
-    def close(self) -> None: ...
-    def abort(self) -> None: ...
-    def traffic(self) -> tuple[int, int, int]: ...
-    def has_paused_writing(self) -> bool: ...
-
-
-class PendingHandshake:
-    """A TLS handshake under way, which the group owns until it is over; whoever began it hears of the outcome."""
-
-    __slots__ = ("_channel", "_disown", "_over", "_own", "aborted", "failure")
-
-    def __init__(self, channel: TLSChannel, own: Callable[[Owned], None], disown: Callable[[Owned], None]) -> None:
-        self._channel = channel
-        self._own = own
-        self._disown = disown
-        self.aborted: bool = False  # By this side.
-        self.failure: Exception | None = None
-
-    def begin(self, over: Callable[[], None]) -> None:
-        """Call `over` once, perhaps before this returns. The channel is closed after a failure."""
-        self._over = over
-        self._own(self)
-        self._channel.handshake(self._done)
-
-    def _done(self, exc: Exception | None) -> None:
-        self._disown(self)
-        self.failure = exc
-        if exc is not None:
-            self._channel.close(aborted=True)
-        over = self._over
-        del self._over  # It may well refer to this object: no cycle.
-        over()
-
-    def traffic(self) -> tuple[int, int, int]:
-        return 0, 0, 0  # Of the protocol's bytes there are none yet.
-
-    def has_paused_writing(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        self.abort()
-
-    def abort(self) -> None:
-        self.aborted = True
-        self._channel.close(aborted=True)
 
 
 def check_factory(name: str, factory: object) -> None:
@@ -170,13 +121,15 @@ class Endpoints(ABC):
     def _door(self) -> Door:
         """Make the door of one connection."""
 
-    def _run_channel(self, channel: AnyIOChannel, resource: object) -> None:
-        """Start the tasks of a channel over an AnyIO object, which may be the user's own."""
+    def _run_for(
+        self, resource: object, run: Callable[[Callable[[Exception], None]], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Start the task of a channel or child over an AnyIO object, which may be the user's own and fail to close."""
 
         def report(exc: Exception) -> None:
             self._as_group().call_exception_handler({"message": f"Closing {resource} failed", "exception": exc})
 
-        self._task_group.start_soon(channel.run, report, name=f"transports_anyio: {resource}")
+        self._task_group.start_soon(run, report, name=f"transports_anyio: {resource}")
 
     async def _connect_socket(
         self, protocol_factory: Callable[[], ProtocolT], sock: socket.socket, tls: TLSOptions | None = None
@@ -202,7 +155,13 @@ class Endpoints(ABC):
         return transport, protocol
 
     async def _take_over(self, sock: socket.socket) -> None:
-        """Make a socket that somebody else has made non-blocking. It is the group's from here on."""
+        """Make a socket that somebody else has made non-blocking. It is the group's from here on.
+
+        Raises `RuntimeError` for one that is the group's already, which is left alone.
+        """
+        user = self._require_open().watches.get(sock.fileno())
+        if user is not None:
+            raise RuntimeError(f"{sock!r} is used already, by another transport or server of the group: {user!r}")
         try:
             sock.setblocking(False)
             await anyio.lowlevel.checkpoint()
@@ -222,10 +181,11 @@ class Endpoints(ABC):
     ) -> Server:
         """Make the server of bound sockets. They are the group's from here on: whatever goes wrong closes them."""
         try:
-            server = Server(
-                self._as_group(), self._require_open(), sockets, protocol_factory, backlog, tls, on_close=on_close
-            )
+            poller = self._require_open()
+            server = Server(self._as_group(), poller, sockets, protocol_factory, backlog, tls, on_close=on_close)
         except BaseException:
+            if on_close is not None:
+                on_close()
             for sock in sockets:
                 sock.close()
             raise

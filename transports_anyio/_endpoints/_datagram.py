@@ -93,7 +93,7 @@ class DatagramEndpoints(Endpoints):
         self._require_open()
         channel = AnyIODatagramChannel(datagram_socket)
         result = self._start_datagrams(protocol_factory, channel, channel.remote_address)
-        self._run_channel(channel, datagram_socket)
+        self._run_for(datagram_socket, channel.run)
         return result
 
     def _start_datagrams(
@@ -186,5 +186,5 @@ async def first_that_works(
             sock.close()
             raise
         else:
-            return sock, remote
+            return sock, remote or None
     raise errors[0]

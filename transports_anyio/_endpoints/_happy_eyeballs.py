@@ -52,7 +52,10 @@ class Attempts:
 
         With a `delay` (seconds) each attempt gets a head start of so long before the next one begins beside it;
         without one, it is given up before the next begins. Whatever happens, no socket of another attempt stays open.
+        Raises `TypeError` for a delay that is no number, `OverflowError` for one that is too large.
         """
+        if delay is not None:
+            delay = max(0.0, delay + 0.0)  # 0 for NaN, too: it is no head start.
         if delay is None or len(self._addresses) == 1:
             for number in range(len(self._addresses)):
                 sock = await self._try(number)
@@ -63,10 +66,16 @@ class Attempts:
 
     async def _race(self, delay: float) -> socket.socket | None:
         winner: socket.socket | None = None
+        mistake: Exception | None = None
 
         async def compete(number: int, failed: Event) -> None:
-            nonlocal winner
-            sock = await self._try(number)
+            nonlocal winner, mistake
+            try:
+                sock = await self._try(number)
+            except Exception as exc:  # Of the caller's, an address that is none: it comes out alone.
+                mistake = exc
+                tasks.cancel_scope.cancel()
+                return
             if sock is None:
                 failed.set()
             elif winner is None:
@@ -82,10 +91,14 @@ class Attempts:
                     tasks.start_soon(compete, number, failed)
                     with anyio.move_on_after(delay):
                         await failed.wait()
+            if mistake is not None:
+                raise mistake
         except BaseException:
             if winner is not None:
                 winner.close()
             raise
+        finally:
+            mistake = None  # Its traceback has this frame: no cycle.
         return winner
 
     async def _try(self, number: int) -> socket.socket | None:

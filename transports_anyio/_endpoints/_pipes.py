@@ -54,7 +54,7 @@ class PipeEndpoints(Endpoints):
     ) -> tuple[StreamTransport, ProtocolT]:
         self._require_open()
         await anyio.lowlevel.checkpoint()
-        channel = PipeChannel(self._require_open(), pipe)
+        channel = PipeChannel(self._require_open(), pipe, writing=transport_class is WritePipeTransport)
         transport, protocol = self._make_transport(protocol_factory, channel, transport_class=transport_class)
         transport.start()
         return transport, protocol

@@ -128,7 +128,7 @@ class ProcessEndpoints(Endpoints):
         try:
             for fd, pipe in enumerate((popen.stdin, popen.stdout, popen.stderr)):
                 if pipe is not None:
-                    channels[fd] = ChildPipeChannel(poller, pipe)
+                    channels[fd] = ChildPipeChannel(poller, pipe, writing=fd == 0)
         except BaseException:
             child.kill_for_good()
             for channel in channels.values():
@@ -154,15 +154,16 @@ class ProcessEndpoints(Endpoints):
         try:
             transport.start(
                 {
-                    fd: (reading if fd else writing)(
-                        self._door(), channel, PipeProtocol(transport, fd), lambda pipe_transport: None
-                    )
+                    fd: (reading if fd else writing)(door, channel, PipeProtocol(transport, fd), transport.pipe_gone)
                     for fd, channel in channels.items()
                 }
             )
+        except BaseException:
+            transport.abort()
+            raise
         finally:  # The child is the group's, even if `connection_made` raised what leaves through the group.
             if child.needs_task:
-                self._task_group.start_soon(child.run, name=f"transports_anyio: process {child.pid}")
+                self._run_for(f"process {child.pid}", child.run)
             for channel in channels_to_run:
-                self._run_channel(channel, f"a pipe of {child.handle!r}")
+                self._run_for(f"a pipe of {child.handle!r}", channel.run)
         return transport, protocol

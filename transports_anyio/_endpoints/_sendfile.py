@@ -59,9 +59,9 @@ class FileEndpoints(Endpoints):
         """
         if transport.is_closing():
             raise RuntimeError("Transport is closing")
-        if not isinstance(transport, StreamTransport):
-            # A datagram transport, or one that is not ours.
-            raise RuntimeError(f"sendfile is not supported for transport {transport!r}")  # noqa: TRY004 -- as asyncio
+        if not isinstance(transport, StreamTransport) or not transport.can_send:
+            # A datagram transport, one that only reads, or one that is not ours.
+            raise RuntimeError(f"sendfile is not supported for transport {transport!r}")
         check_arguments(file, offset, count)
         if not transport.can_send_file and not fallback:
             raise RuntimeError(f"fallback is disabled and native sendfile is not supported for transport {transport!r}")

@@ -65,7 +65,11 @@ class StartTLSEndpoint(Endpoints):
         )
         if not isinstance(transport, StreamTransport):
             raise TypeError(f"transport {transport!r} is not supported by start_tls()")
+        if not isinstance(received, (bytes, bytearray, memoryview)):
+            raise TypeError(f"received must be a bytes-like object, not {type(received).__name__!r}")
         self._require_open()
+        if not transport.belongs_to(self._as_group()):
+            raise RuntimeError(f"transport {transport!r} belongs to another group")
         over = Event()
         failure: Exception | None = None
         successor: StreamTransport | None = None
@@ -75,11 +79,15 @@ class StartTLSEndpoint(Endpoints):
 
         def done(exc: Exception | None) -> None:
             nonlocal failure, successor
-            if exc is None and transport.is_closing():
-                exc = ConnectionAbortedError(errno.ECONNABORTED, "the transport was closed during the handshake")
+            closed = transport.is_closing()
             if exc is None:
                 successor = transport.succeed()
-            else:
+            if closed and exc is None:
+                failure = ConnectionAbortedError(errno.ECONNABORTED, "the transport was closed during the handshake")
+                if successor is not None:  # What was written before the `close` is flushed.
+                    successor.resume_after_upgrade()
+                    successor.close()
+            elif exc is not None:
                 transport.break_off(exc)
                 failure = exc
             over.set()
@@ -87,11 +95,12 @@ class StartTLSEndpoint(Endpoints):
         transport.interpose(wrap, protocol).handshake(done)
         try:
             await over.wait()
-            if failure is not None:
-                raise failure
         except BaseException:
             transport.abort()
             raise
+        try:
+            if failure is not None:
+                raise failure
         finally:
             failure = None  # Its traceback has this frame: no cycle.
         assert successor is not None

@@ -68,10 +68,10 @@ class StreamEndpoints(Endpoints):
         channel: Channel = plain
         if tls is not None:
             channel = encrypted = TLSChannel(plain, tls, self._as_group())
-            self._run_channel(plain, stream)
+            self._run_for(stream, plain.run)
             await self._shake_hands(encrypted)
         transport, protocol = self._make_transport(protocol_factory, channel)
         if tls is None:
-            self._run_channel(plain, stream)
+            self._run_for(stream, plain.run)
         transport.start()
         return transport, protocol

@@ -109,8 +109,8 @@ def _refuse_timeouts(handshake_timeout: float | None, shutdown_timeout: float | 
 def _checked_timeouts(handshake_timeout: float | None, shutdown_timeout: float | None) -> tuple[float, float]:
     handshake_timeout = HANDSHAKE_TIMEOUT if handshake_timeout is None else handshake_timeout
     shutdown_timeout = SHUTDOWN_TIMEOUT if shutdown_timeout is None else shutdown_timeout
-    if handshake_timeout <= 0:
+    if not handshake_timeout > 0:  # Nor is NaN.
         raise ValueError(f"ssl_handshake_timeout should be a positive number, got {handshake_timeout}")
-    if shutdown_timeout <= 0:
+    if not shutdown_timeout > 0:
         raise ValueError(f"ssl_shutdown_timeout should be a positive number, got {shutdown_timeout}")
     return handshake_timeout, shutdown_timeout

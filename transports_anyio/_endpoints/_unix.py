@@ -119,6 +119,7 @@ class UNIXEndpoints(Endpoints):
                 raise ValueError("path was not specified, and no sock specified")
             path = os.fspath(path)
             await anyio.lowlevel.checkpoint()
+            self._require_open()  # Before anything is replaced.
             sock = bind(path)
         cleanup = SocketFile(sock).remove if cleanup_socket else None
         return self._serve(protocol_factory, [sock], backlog, tls, start_serving=start_serving, on_close=cleanup)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 LOST_WRITES_BEFORE_WARNING = 5
 
 
+def nothing(*_: object) -> None: ...
+
+
 class AnyChannel(Protocol):
     """What every transport asks of its channel, of whatever kind."""
 
@@ -183,8 +186,13 @@ class ChannelTransport(asyncio.BaseTransport):
         except BaseException as error:
             self._report_callback(error, "connection_lost")
         finally:
-            self._channel.close(aborted=aborted)
-            self._on_lost(self)
+            on_lost, self._on_lost = self._on_lost, nothing
+            try:
+                self._channel.close(aborted=aborted)
+            finally:
+                # No cycles: whatever the protocol holds goes with the last reference to the transport.
+                self._channel.open(nothing, nothing)
+                on_lost(self)
 
     def _state(self) -> str:
         return "closed" if self._lost else "closing" if self._closing else "open"

@@ -53,14 +53,18 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
         self._error_received_missed = False
 
     def start(self) -> None:
-        """Tell the protocol of its endpoint, then begin to receive."""
+        """Tell the protocol of its endpoint, then begin to receive; raises `OSError` when that is not possible."""
         logger.debug("%r: connection made, with a %s", self, type(self._protocol).__qualname__)
         try:
             self._call(self._protocol.connection_made, self)
         except BaseException as exc:
             self._report_callback(exc, "connection_made")
         if not self._closing:
-            self._channel.set_reading(True)
+            try:
+                self._channel.set_reading(True)
+            except OSError as exc:  # The system watches as many descriptors as it may.
+                self._lose(exc, aborted=True)
+                raise
 
     def _callback_failed(self, exc: BaseException, name: str) -> None:
         self._report_callback(exc, name)

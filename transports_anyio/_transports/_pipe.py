@@ -16,9 +16,11 @@ class ReadPipeTransport(StreamTransport):
 
     __slots__ = ()
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Raise `NotImplementedError`: this end only reads."""
-        raise NotImplementedError("this end of a pipe only reads")
+    def _broken(self, exc: Exception, doing: str) -> None:
+        super()._broken(exc, doing)
+        # As asyncio: a terminal that has gone (EIO) is no error, anything else is.
+        if isinstance(exc, OSError) and exc.errno != errno.EIO:
+            self._door.report(f"Fatal {doing} error on pipe transport", exc, self, self._protocol)
 
 
 class WritePipeTransport(StreamTransport):
@@ -34,7 +36,7 @@ class WritePipeTransport(StreamTransport):
         self._reading_paused = True
         super().start()
         if not self._closing and self.can_notice_hangup:
-            self._channel.set_reading(True)
+            self._await_input()
 
     @property
     def can_notice_hangup(self) -> bool:
@@ -46,8 +48,8 @@ class WritePipeTransport(StreamTransport):
             error = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
             self._lose(error if self._buffer.size else None, aborted=True)
         else:
-            # Input, which a descriptor that can do both may get, and nobody here wants. It stays, and would be
-            # reported for ever; that the reader has gone shows at the next write.
+            # Input, which a descriptor that can do both may get, and nobody here wants. Where the system cannot tell it
+            # from a hang-up it would be reported for ever; that the reader has gone shows at the next write.
             self._channel.set_reading(False)
 
     def _describe(self) -> list[str]:

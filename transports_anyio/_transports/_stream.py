@@ -77,18 +77,26 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         self._eof_written = False
         self._file: FileUnderWay | None = None
         self._upgrading = False  # Since `start_tls`; there is no way back.
-        self._writing_refused = False  # After `write_eof` or `start_tls`, and while a file is under way.
+        # On a stream that only receives, after `write_eof` or `start_tls`, and while a file is under way.
+        self._writing_refused = not channel.can_send
         self._successor: StreamTransport | None = None  # Who has taken over the connection, after `start_tls`.
 
     def start(self) -> None:
-        """Tell the protocol of its connection, then begin to read."""
+        """Tell the protocol of its connection, then begin to read; raises `OSError` when that is not possible."""
         logger.debug("%r: connection made, with a %s", self, type(self._protocol).__qualname__)
         try:
             self._call(self._protocol.connection_made, self)
         except BaseException as exc:
             self._callback_failed(exc, "connection_made")
         if not self._closing and not self._reading_paused:
+            self._await_input()
+
+    def _await_input(self) -> None:
+        try:
             self._channel.set_reading(True)
+        except OSError as exc:  # The system watches as many descriptors as it may.
+            self._broken(exc, "wait")
+            raise
 
     # Base
 
@@ -149,7 +157,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             data = self._channel.receive()
         except (BlockingIOError, InterruptedError):
             return
-        except OSError as exc:
+        except Exception as exc:
             self._broken(exc, "read")
             return
         if not data:
@@ -237,7 +245,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
                 sent = self._channel.send(view)
             except (BlockingIOError, InterruptedError):
                 sent = 0
-            except OSError as exc:
+            except Exception as exc:
                 self._broken(exc, "write")
                 return
             self._bytes_sent += sent
@@ -262,6 +270,8 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         self.write(data)
 
     def _refuse_writing(self, name: str) -> NoReturn:
+        if not self._channel.can_send:
+            raise NotImplementedError(f"this end only reads: it cannot {name}")
         if self._successor is not None:
             raise RuntimeError(f"Cannot call {name}() after start_tls(): it returned a new transport")
         if self._upgrading:
@@ -303,7 +313,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
                 sent = 0  # It is `until_writable` that wants to know.
         except (BlockingIOError, InterruptedError):
             return
-        except OSError as exc:
+        except Exception as exc:
             self._broken(exc, "write")
             return
         buffer.take(sent)
@@ -327,6 +337,11 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             self._broken(exc, "shutdown")
 
     # Sending a file, for one task at a time: `begin_sendfile`, then the others in any order, then `end_sendfile`.
+
+    @property
+    def can_send(self) -> bool:
+        """Whether there is anything to write to."""
+        return self._channel.can_send
 
     @property
     def can_send_file(self) -> bool:
@@ -429,12 +444,21 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         self.set_protocol(protocol)
         return channel
 
+    def belongs_to(self, group: object) -> bool:
+        """Whether `group` owns the transport."""
+        return self._door.group is group
+
     def break_off(self, exc: Exception) -> None:
         """End with `connection_lost(exc)`: the new channel did not come about."""
         self._lose(exc, aborted=True)
 
-    def succeed(self) -> StreamTransport:
-        """Return a transport that goes on with this one's connection, paused; this one can only end it from now on."""
+    def succeed(self) -> StreamTransport | None:
+        """Return a transport that goes on with this one's connection, paused; `None` when it is lost already.
+
+        This one can only end it from now on.
+        """
+        if self._lost:
+            return None
         successor = StreamTransport(self._door, self._channel, self._protocol, lambda _: self._on_lost(self))
         successor._reading_paused = True
         successor._buffer = self._buffer
@@ -458,7 +482,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         self._flushed = True
         try:
             over = self._channel.finish(self._finished)
-        except OSError as exc:
+        except Exception as exc:
             self._broken(exc, "close")
             return
         if over:
@@ -466,7 +490,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
     def _finished(self, exc: Exception | None, eof: bool) -> None:
         # asyncio tells the protocol of an end of file that comes during the farewell of TLS.
-        if eof and not self._eof_received:
+        if eof and not self._eof_received and not self._lost:
             self._eof_received = True
             try:
                 self._call(self._protocol.eof_received)
@@ -475,10 +499,12 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
                 return
         self._lose(exc, aborted=exc is not None)
 
-    def _broken(self, exc: OSError, doing: str) -> None:
-        # As asyncio: a connection that breaks is the protocol's business, not the exception handler's.
+    def _broken(self, exc: Exception, doing: str) -> None:
+        # As asyncio: a connection that breaks is the protocol's business, and nothing else is.
         logger.debug("%r: %s failed: %r", self, doing, exc)
         self._lose(exc, aborted=True)
+        if not isinstance(exc, OSError):
+            self._door.report(f"Fatal {doing} error on stream transport", exc, self, self._protocol)
 
     def _lose(self, exc: BaseException | None, *, aborted: bool = False) -> None:
         if not self._lost:

@@ -29,7 +29,7 @@ class PipeProtocol(asyncio.Protocol):
         self._fd = fd
 
     def data_received(self, data: bytes) -> None:
-        self._child.tell("pipe_data_received", self._fd, data)
+        self._child.tell_in_place("pipe_data_received", self._fd, data)
 
     def pause_writing(self) -> None:
         self._child.tell_in_place("pause_writing")
@@ -171,10 +171,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         except BaseException as exc:
             self._failed(name, exc)
 
-    def tell_in_place(self, name: str) -> None:
+    def tell_in_place(self, name: str, *args: Any) -> None:
         """As `tell`, from inside `write`: in the caller's context, which may be the protocol's."""
         try:
-            self._door.call_in_place(getattr(self._protocol, name))
+            self._door.call_in_place(getattr(self._protocol, name), *args)
         except BaseException as exc:
             self._failed(name, exc)
 
@@ -188,11 +188,12 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def pipe_lost(self, fd: int, exc: Exception | None) -> None:
         """Take note that a pipe is gone."""
+        self.tell_in_place("pipe_connection_lost", fd, exc)
+
+    def pipe_gone(self, pipe: StreamTransport) -> None:
+        """Take note that `pipe` is closed, whoever its protocol was."""
         self._open_pipes -= 1
-        try:
-            self.tell("pipe_connection_lost", fd, exc)
-        finally:
-            self._finish()
+        self._finish()
 
     def _exited(self, returncode: int) -> None:
         if self._returncode is not None:
@@ -218,6 +219,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self.tell("connection_lost", self._failure)
         finally:
             self._failure = None
+            self._child.let_go()
             self._on_lost(self)
 
     def __repr__(self) -> str:
