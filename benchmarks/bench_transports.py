@@ -92,7 +92,13 @@ WORKLOADS = [
     Workload("an AnyIO stream", "stream", "tcp", 16, KIB, ("ours/asyncio", "ours/uvloop", "ours/trio")),
 ]
 #: Measured inside one process.
-TASKS = {"connect": "outgoing connection", "spawn": "spawn of true", "pipe": "64 MiB through cat", "timers": "timer"}
+TASKS = {
+    "connect": "outgoing connection",
+    "spawn": "spawn of true",
+    "pipe": "64 MiB through cat",
+    "timers": "timer",
+    "pending": "timer, 100,000 pending",
+}
 SLOW_READER = "64 MiB, slow reader"
 
 Results = dict[str, dict[str, list[float]]]
@@ -292,7 +298,11 @@ def main() -> None:
         for workload in WORKLOADS:
             jobs += [(workload.name, peer, (bench.measure, workload)) for peer in workload.peers]
         for task, name in TASKS.items():
-            jobs += [(name, peer, (bench.measure_task, task)) for peer in LOOPS if (task, peer) != ("timers", "trio")]
+            jobs += [
+                (name, peer, (bench.measure_task, task))
+                for peer in LOOPS
+                if peer != "trio" or task not in {"timers", "pending"}
+            ]
         jobs += [(SLOW_READER, peer, (bench.measure_slow_reader,)) for peer in LOOPS]
         jobs = [job for job in jobs if wanted(job[0], options.only) and wanted(job[1], options.peers)]
         for number in range(options.rounds):

@@ -1,7 +1,8 @@
 """What is measured inside one process: `python tasks.py PEER TASK [PORT]` prints microseconds of its processor time.
 
 `connect` opens and closes connections to PORT one after the other, `spawn` runs `true`, `pipe` sends 64 MiB through
-`cat`, `timers` makes and cancels a timer, as a server does for each message.
+`cat`, `timers` makes and cancels a timer, as a server does for each message, and `pending` does so to each of 100,000
+timers that are pending.
 """
 
 from __future__ import annotations
@@ -102,6 +103,17 @@ async def with_transports(owner: Any, task: str, port: int) -> float:
         for _ in range(TIMERS):
             later(60, print).cancel()
         return (time.process_time() - before) / TIMERS * 1e6
+    if task == "pending":
+        later = owner.call_later
+        handles = [later(60, print) for _ in range(TIMERS)]
+        before = time.process_time()
+        for number, handle in enumerate(handles):
+            handle.cancel()
+            handles[number] = later(60, print)
+        used = time.process_time() - before
+        for handle in handles:
+            handle.cancel()
+        return used / TIMERS * 1e6
     count, once = {"connect": (CONNECTIONS, connect), "spawn": (CHILDREN, spawn), "pipe": (3, pipe)}[task]
     return await measured(count, once)
 
