@@ -18,7 +18,7 @@ from typing import Any
 
 import _backend
 
-from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup, current_group
+from transports_anyio import BaseTransport, Protocol, TimerHandle, Transport, TransportGroup, current_group
 
 #: In bytes, without the end of the line (RFC 5321, 4.5.3.1.6, has 998).
 MAX_LINE = 2000
@@ -46,7 +46,7 @@ class Mail(Protocol):
         self.deliver = deliver
         self.context = context
         self.idle_timeout = idle_timeout
-        self.timer: Any = None
+        self.timer: TimerHandle | None = None
         self.buffer = b""
         self.encrypted = False
         self.forget()
@@ -86,13 +86,16 @@ class Mail(Protocol):
         self.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.timer.cancel()
+        self.expect_nothing()
 
     # Time
 
-    def expect_more(self) -> None:
+    def expect_nothing(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
+
+    def expect_more(self) -> None:
+        self.expect_nothing()
         self.timer = current_group().call_later(self.idle_timeout, self.give_up)
 
     def give_up(self) -> None:

@@ -16,6 +16,7 @@ from asyncio import (
 
 from ._door import current_group
 from ._group import TransportGroup
+from ._scheduling import Handle, TimerHandle
 from ._server import Server
 from ._statistics import GroupStatistics
 
@@ -26,11 +27,13 @@ __all__ = [
     "DatagramProtocol",
     "DatagramTransport",
     "GroupStatistics",
+    "Handle",
     "Protocol",
     "ReadTransport",
     "Server",
     "SubprocessProtocol",
     "SubprocessTransport",
+    "TimerHandle",
     "Transport",
     "TransportGroup",
     "WriteTransport",

@@ -14,6 +14,7 @@ from transports_anyio import (
     DatagramProtocol,
     Protocol,
     Server,
+    TimerHandle,
     Transport,
     TransportGroup,
     current_group,
@@ -72,7 +73,8 @@ async def use(stream: ByteStream, udp: UDPSocket, sock: socket.socket) -> None:
         await group.connect_stream(Filling, stream, ssl=context, server_side=True)
         handle = group.call_soon(print, "soon")
         handle.cancel()
-        group.call_later(0.5, print).when()
+        timer: TimerHandle = group.call_later(0.5, print)
+        timer.when()
         group.start_soon(task, 1, name="a task")
         async with server:
             await group.wait_closed()
