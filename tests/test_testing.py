@@ -461,10 +461,19 @@ async def test_a_callback_that_interrupts_ends_both(anyio_backend: Any) -> None:
     assert [recorder.names for recorder in recorders] == [["connection_made", "connection_lost"]] * 2
 
 
-@pytest.mark.parametrize("bad", [{"chunk_size": 0}, {"buffer_size": 0}, {"buffer_size": -1}])
-async def test_sizes_that_are_none(anyio_backend: Any, bad: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ({"chunk_size": 0}, ValueError),
+        ({"buffer_size": 0}, ValueError),
+        ({"buffer_size": -1}, ValueError),
+        ({"chunk_size": 1.5}, TypeError),
+        ({"buffer_size": "1"}, TypeError),
+    ],
+)
+async def test_sizes_that_are_none(anyio_backend: Any, bad: dict[str, Any], error: type[Exception]) -> None:
     async with TransportGroup() as group:
-        with pytest.raises(ValueError, match="at least 1"):
+        with pytest.raises(error, match="at least 1|a number of bytes"):
             await memory_connection(group, Recorder, Recorder, **bad)
 
 

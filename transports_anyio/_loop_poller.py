@@ -1,6 +1,6 @@
 """The poller where an asyncio event loop runs, and the choice of a poller.
 
-May know: asyncio's public event loop methods. No other module knows which backend runs.
+May know: asyncio's public event loop methods, and sniffio, by which AnyIO is told what runs. No other module knows it.
 
 A wait through AnyIO registers our list in the loop's selector and takes it out again, and switches tasks, for every
 batch: with one connection in lock-step that is for every message, and costs more than everything else together. So the

@@ -336,10 +336,13 @@ async def memory_connection(
     default it is all that there is. `buffer_size` is how many bytes each direction holds under way before writing
     fills the transport's own buffer. `info_a` and `info_b` are what `get_extra_info` of each transport knows.
 
-    Both `connection_made` run before this returns. Raises `RuntimeError` when the group is not open, `ValueError` for a
-    size below 1, and whatever a factory raises; no connection is made then.
+    Both `connection_made` run before this returns. Raises `RuntimeError` when the group is not open, `TypeError` and
+    `ValueError` for a size that is no number of bytes or below 1, and whatever a factory raises; no connection is made
+    then.
     """
     for name, size in (("chunk_size", chunk_size), ("buffer_size", buffer_size)):
+        if size is not None and not isinstance(size, int):
+            raise TypeError(f"{name} must be a number of bytes, got {size!r}")
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, got {size!r}")
     return await group.memory_connection(
