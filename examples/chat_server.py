@@ -54,12 +54,9 @@ class Visitor(Protocol):
     def data_received(self, data: bytes) -> None:
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         for line in lines:
-            if self.transport.is_closing():
-                return
-            self.line_received(line.decode(errors="replace").strip())
-        if len(self.buffer) > MAX_LINE:
-            self.send("* your line is too long")
-            self.transport.close()
+            if self.is_fine(line):
+                self.line_received(line.decode(errors="replace").strip())
+        self.is_fine(self.buffer)  # The last one is still to be completed.
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.room.members.get(self.name) is self:
@@ -73,6 +70,13 @@ class Visitor(Protocol):
 
     def resume_writing(self) -> None:
         self.transport.resume_reading()
+
+    def is_fine(self, line: bytes) -> bool:
+        """Whether to listen to a line, or else this is the end."""
+        if len(line) > MAX_LINE and not self.transport.is_closing():
+            self.send("* your line is too long")
+            self.transport.close()
+        return not self.transport.is_closing()
 
     def line_received(self, line: str) -> None:
         if self.name:

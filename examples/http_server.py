@@ -290,7 +290,10 @@ def blocks(size: int) -> Iterator[bytes]:
 
 
 def application(request: h11.Request) -> Response | Upload:
-    path = urlsplit(request.target.decode()).path
+    try:
+        path = urlsplit(request.target.decode()).path
+    except ValueError as exc:  # `//[`, say.
+        return Response.error(400, str(exc))
     method = request.method.decode()
     if path == "/digest":
         return Digest() if method in ("POST", "PUT") else Response.error(405)

@@ -17,6 +17,8 @@ import anyio
 from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup, current_group
 
 MAX_LINE = 1024
+#: Seconds that somebody has to read the last words, once we have said that this is the end.
+GRACE = 5.0
 
 
 @dataclass
@@ -42,7 +44,8 @@ class Line(Protocol):
     def __init__(self, room: Room) -> None:
         self.room = room
         self.name = ""
-        self.buffer = bytearray()
+        self.buffer = b""
+        self.paused = False  # Does not read what we say.
         #: What ends the connection if nothing happens: one timer, moved on by every line.
         self.timeout: Any = None
         self.ping: Any = None
@@ -56,28 +59,22 @@ class Line(Protocol):
         self.expect_within(self.room.login_timeout, "you did not log in")
 
     def data_received(self, data: bytes) -> None:
-        self.buffer += data
-        while not self.transport.is_closing():
-            line, newline, rest = self.buffer.partition(b"\n")
-            if len(line) > MAX_LINE:
-                self.leave("your line is too long")
-            if not newline:
-                return
-            self.buffer = rest
-            self.line_received(line.decode(errors="replace").strip())
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        for line in lines:
+            if self.is_fine(line):
+                self.line_received(line.decode(errors="replace").strip())
+        self.is_fine(self.buffer)  # The last one is still to be completed.
 
     def pause_writing(self) -> None:
+        self.paused = True
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
+        self.paused = False
         self.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in filter(None, (self.timeout, self.ping)):
-            timer.cancel()
-        if self.room.members.get(self.name) is self:
-            del self.room.members[self.name]
-            self.room.notify()
+        self.be_gone()
 
     # Time
 
@@ -87,7 +84,8 @@ class Line(Protocol):
         self.timeout = current_group().call_later(seconds, self.leave, otherwise)
 
     def keep_alive(self) -> None:
-        self.send("ping")
+        if not self.paused:
+            self.send("ping")
         self.ping = current_group().call_later(self.room.ping_interval, self.keep_alive)
 
     # Words
@@ -102,11 +100,18 @@ class Line(Protocol):
             self.expect_within(self.room.idle_timeout, "you have been silent for too long")
             if word == "say":
                 for member in self.room.members.values():
-                    member.send(f"{self.name}: {rest}")
+                    if not member.paused:  # Or else it would pile up. Whoever reads nothing is silent, too: see Time.
+                        member.send(f"{self.name}: {rest}")
             elif word == "who":
                 self.send(" ".join(sorted(self.room.members)))
             elif word != "pong":
                 self.send("what?")
+
+    def is_fine(self, line: bytes) -> bool:
+        """Whether to listen to a line, or else this is the end."""
+        if len(line) > MAX_LINE and not self.transport.is_closing():
+            self.leave("your line is too long")
+        return not self.transport.is_closing()
 
     def login(self, word: str, name: str) -> None:
         if word != "login" or not name:
@@ -125,8 +130,18 @@ class Line(Protocol):
         self.transport.write(line.encode() + b"\n")
 
     def leave(self, reason: str) -> None:
+        """Say why, and go. The words are flushed, which takes for ever if nobody reads them: hence the time-out."""
+        self.be_gone()
         self.send(reason)
         self.transport.close()
+        self.timeout = current_group().call_later(GRACE, self.transport.abort)
+
+    def be_gone(self) -> None:
+        for timer in filter(None, (self.timeout, self.ping)):
+            timer.cancel()
+        if self.room.members.get(self.name) is self:
+            del self.room.members[self.name]
+            self.room.notify()
 
 
 async def report(room: Room) -> None:

@@ -15,6 +15,7 @@ from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup
 from transports_anyio.testing import Recorder, memory_connection
 
 MAX_SIZE = 100_000
+MAX_DIGITS = len(str(MAX_SIZE))
 
 
 class Netstrings(Protocol):
@@ -32,21 +33,24 @@ class Netstrings(Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
+        start = 0  # Where the next string begins: what is done with is removed once, and not string by string.
         while not self.transport.is_closing():
-            digits, colon, rest = self.buffer.partition(b":")
-            if not colon and len(digits) <= len(str(MAX_SIZE)) and (digits.isdigit() or not digits):
-                return  # More of the size has to come.
-            if not (colon and digits.isdigit() and int(digits) <= MAX_SIZE):
+            colon = self.buffer.find(b":", start, start + MAX_DIGITS + 1)
+            digits = self.buffer[start : colon if colon >= 0 else start + MAX_DIGITS + 1]
+            if colon < 0 and len(digits) <= MAX_DIGITS and (digits.isdigit() or not digits):
+                break  # More of the size has to come.
+            if colon < 0 or not digits.isdigit() or int(digits) > MAX_SIZE:
                 self.transport.abort()
                 return
-            size = int(digits)
-            if len(rest) <= size:
-                return  # More of the string has to come.
-            if rest[size : size + 1] != b",":
+            end = colon + 1 + int(digits)
+            if len(self.buffer) <= end:
+                break  # More of the string has to come.
+            if self.buffer[end : end + 1] != b",":
                 self.transport.abort()
                 return
-            self.buffer = rest[size + 1 :]
-            self.string_received(bytes(rest[:size]))
+            start = end + 1
+            self.string_received(bytes(self.buffer[colon + 1 : end]))
+        del self.buffer[:start]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.finished.set()

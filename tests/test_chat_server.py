@@ -112,6 +112,17 @@ async def test_lines_in_pieces_and_together(stack: Stack) -> None:
         assert await anna.hear() == "(the end)"
 
 
+async def test_a_line_that_is_too_long_but_complete(stack: Stack) -> None:
+    async with chatting(stack, Room()) as door:
+        anna = await door.enter("anna")
+        bert = await door.enter("bert", anna)
+        await bert.peer.send(b"first\n" + b"x" * 60_000 + b"\nlast\n")
+        for line in ("bert: first", "* bert has left"):
+            assert await anna.hear() == line
+        for line in ("bert: first", "* your line is too long", "(the end)"):
+            assert await bert.hear() == line
+
+
 async def test_a_reset(stack: Stack) -> None:
     async with chatting(stack, Room()) as door:
         anna = await door.enter("anna")

@@ -267,6 +267,18 @@ async def test_what_cannot_be_understood(stack: Stack, request_: bytes, status: 
         assert b"connection: close" in answer.lower()
 
 
+async def test_a_target_that_is_no_url(stack: Stack) -> None:
+    """It is the client's mistake and no failure of ours; and the next request is understood."""
+    async with stack.open() as group, visiting(group) as (peer, _):
+        contexts = collect_contexts(group)
+        client = Client(peer)
+        head, body = await client.ask("GET", "//[")
+        assert (head.status_code, body[:4]) == (400, b"400 ")
+        assert contexts == []
+        head, _ = await client.ask("GET", "/")
+        assert head.status_code == 200
+
+
 async def test_an_end_in_the_middle_of_a_request(stack: Stack) -> None:
     async with stack.open() as group, visiting(group) as (peer, _):
         await peer.send(b"PUT /digest HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
-from support import GUARD, Peer, Stack
+from support import GUARD, SMALL, Peer, Stack, until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import line_server
 from line_server import Line, Room
+from memory_connection import Netstrings
 
 pytestmark = [
     pytest.mark.anyio,
@@ -37,9 +40,14 @@ class Visitor:
         line, _, self.pending = self.pending.partition(b"\n")
         return line.decode()
 
+    async def hear_but_pings(self) -> str:
+        while (heard := await self.hear()) == "ping":
+            pass
+        return heard
 
-async def visit(group: Any, room: Room) -> Visitor:
-    server = await group.create_server(lambda: Line(room), "127.0.0.1", 0)
+
+async def visit(group: Any, room: Room, kind: type[Line] = Line) -> Visitor:
+    server = await group.create_server(lambda: kind(room), "127.0.0.1", 0)
     visitor = Visitor(Peer.connect(server.sockets[0].getsockname()))
     assert await visitor.hear() == "please login"
     return visitor
@@ -103,7 +111,7 @@ async def test_every_line_moves_the_time_out_on(stack: Stack) -> None:
             assert not line.timeout.cancelled()
 
 
-def group_lines(group: Any) -> list[Line]:
+def group_lines(group: Any) -> list[Any]:
     return [transport.get_protocol() for transport in group._transports]
 
 
@@ -114,3 +122,94 @@ async def test_a_line_without_an_end(stack: Stack) -> None:
             await visitor.peer.send(b"x" * 2000)
             assert await visitor.hear() == "your line is too long"
             assert await visitor.hear() == "(the end)"
+
+
+async def test_a_line_that_is_too_long_but_complete(stack: Stack) -> None:
+    async with stack.open() as group:
+        visitor = await visit(group, Room())
+        with visitor.peer:
+            await visitor.peer.send(b"login anna\n" + b"x" * 60_000 + b"\nwho\n")
+            for line in ("welcome anna", "your line is too long", "(the end)"):
+                assert await visitor.hear() == line
+
+
+async def test_many_lines_at_once(stack: Stack) -> None:
+    """To take the rest of them along from line to line would be quadratic: hundreds of gigabytes."""
+    count = 3_000_000
+
+    class Counting(Line):
+        lines = 0
+
+        def line_received(self, line: str) -> None:
+            self.lines += 1
+            if line:
+                super().line_received(line)
+
+    async with stack.open() as group:
+        visitor = await visit(group, Room(), Counting)
+        (line,) = group_lines(group)
+        with visitor.peer, anyio.fail_after(GUARD):
+            line.data_received(b"\n" * count + b"login ")
+            await visitor.say("anna")
+            assert await visitor.hear() == "welcome anna"
+            assert line.lines == count + 1
+
+
+async def test_many_netstrings_at_once(stack: Stack) -> None:
+    """The same for the example that takes its messages apart by their size."""
+    count = 1_000_000
+
+    class Counting(Netstrings):
+        strings = 0
+
+        def string_received(self, string: bytes) -> None:
+            self.strings += 1
+            if string:
+                self.send(string)
+
+    async with stack.open() as group:
+        server = await group.create_server(Counting, "127.0.0.1", 0)
+        with Peer.connect(server.sockets[0].getsockname()) as peer, anyio.fail_after(GUARD):
+            await until(lambda: group._transports)
+            (protocol,) = group_lines(group)
+            protocol.data_received(b"0:," * count + b"4:")
+            await peer.send(b"last,")
+            assert await peer.receive_exactly(7) == b"4:last,"
+            assert protocol.strings == count + 1
+            await peer.send(b"1")
+            await peer.send(b"000000:")
+            assert await peer.gone()
+
+
+async def test_somebody_who_does_not_read(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing piles up for them, they are out of the room when their time has come, and gone soon after."""
+    monkeypatch.setattr(line_server, "GRACE", 0.02)
+    room = Room(ping_interval=0.01)
+    async with stack.open() as group:
+        anna = await visit(group, room)
+        address = next(iter(group._servers)).sockets[0].getsockname()
+        deaf = Visitor(Peer.connect(address, receive_buffer=SMALL))
+        with anna.peer, deaf.peer:
+            assert await deaf.hear() == "please login"
+            for visitor, name in ((deaf, "deaf"), (anna, "anna")):
+                await visitor.say(f"login {name}")
+                assert await visitor.hear() == f"welcome {name}"
+            transport = room.members["deaf"].transport
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+            count = 0
+            while not room.members["deaf"].paused:
+                await anna.say("say " + "x" * 1000)
+                assert await anna.hear_but_pings() == "anna: " + "x" * 1000
+                count += 1
+                assert count < 10_000, "it is never paused"
+            size = transport.get_write_buffer_size()
+            await anna.say("say anybody there?")
+            assert await anna.hear_but_pings() == "anna: anybody there?"
+            for _ in range(3):  # One of the others would be due as well.
+                assert await anna.hear() == "ping"
+            assert transport.get_write_buffer_size() <= size
+            room.members["deaf"].expect_within(0, "you have been silent for too long")
+            await until(lambda: "deaf" not in room.members)
+            await until(lambda: transport not in group._transports)
+            await anna.say("who")
+            assert await anna.hear_but_pings() == "anna"
