@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import nox
@@ -177,6 +178,18 @@ def docs(session: nox.Session) -> None:
     session.run("sphinx-build", "-W", "--keep-going", "--fresh-env", "-q", "-b", "html", "docs", "docs/_build")
 
 
+def check_sdist(session: nox.Session, archive: Path) -> None:
+    """Fail unless the sdist has every file of the checkout, where there is one: its tests run from it too."""
+    if not (ROOT / ".git").exists():
+        return
+    listed = session.run("git", "ls-files", "-z", external=True, silent=True)
+    tracked = {name for name in str(listed).split("\0") if name and not re.search(r"(^|/)\.", name)}
+    with tarfile.open(archive) as sdist:
+        packed = {name.partition("/")[2] for name in sdist.getnames()}
+    if tracked - packed:
+        session.error(f"not in the sdist: {', '.join(sorted(tracked - packed))}")
+
+
 @nox.session
 def package(session: nox.Session) -> None:
     """Build wheel and sdist, and look at each as an empty environment has it; every public name has its type."""
@@ -186,6 +199,7 @@ def package(session: nox.Session) -> None:
     shutil.rmtree(built, ignore_errors=True)
     session.run("python", "-m", "build", "--outdir", str(built), silent=True)
     archives = sorted(built.iterdir())
+    check_sdist(session, next(built.glob("*.tar.gz")))
     session.run("twine", "check", "--strict", *map(str, archives))
     for archive in archives:
         venv = outside / "venv"
