@@ -1,7 +1,8 @@
 """System calls that fail, or do a part: a layer between the package and the operating system.
 
 The calls are the real ones, on real descriptors, except for the one at the chosen position. Only calls that the package
-itself makes pass through the layer: those of the tests' own peers, of AnyIO and of the backends do not.
+itself makes pass through the layer: those of the tests' own peers, of AnyIO and of the backends do not. For transports
+over AnyIO's own objects the layer stands in front of these instead.
 """
 
 from __future__ import annotations
@@ -173,16 +174,19 @@ def installed(layer: Layer) -> Iterator[Layer]:
         yield layer
 
 
-class FaultyStream(anyio.abc.ByteStream):
-    """A real AnyIO stream in front of which the layer stands: its faults are those that a stream can have."""
+class _InFront:
+    """In front of one of AnyIO's objects, which makes its system calls by itself: the layer stands between it and us.
 
-    def __init__(self, stream: anyio.abc.ByteStream, layer: Layer) -> None:
-        self._stream = stream
+    Its faults are those that such an object can have.
+    """
+
+    def __init__(self, real: Any, layer: Layer) -> None:
+        self._real = real
         self._layer = layer
 
     @property
     def extra_attributes(self) -> Any:
-        return self._stream.extra_attributes
+        return self._real.extra_attributes
 
     def _spoils(self, name: str) -> bool:
         layer = self._layer
@@ -195,21 +199,77 @@ class FaultyStream(anyio.abc.ByteStream):
             raise anyio.BrokenResourceError from layer.error()
         return True
 
-    async def receive(self, max_bytes: int = 65536) -> bytes:
-        return await self._stream.receive(1 if self._spoils("receive") else max_bytes)
+    async def aclose(self) -> None:
+        await self._real.aclose()
 
+
+class FaultyReceiveStream(_InFront, anyio.abc.ByteReceiveStream):
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        data: bytes = await self._real.receive(1 if self._spoils("receive") else max_bytes)
+        return data
+
+
+class FaultySendStream(_InFront, anyio.abc.ByteSendStream):
     async def send(self, item: bytes) -> None:
         if self._spoils("send"):
-            await self._stream.send(item[:1])
+            await self._real.send(item[:1])
             item = item[1:]
-        await self._stream.send(item)
+        await self._real.send(item)
 
+
+class FaultyStream(FaultyReceiveStream, FaultySendStream, anyio.abc.ByteStream):
     async def send_eof(self) -> None:
         self._spoils("send_eof")
-        await self._stream.send_eof()
+        await self._real.send_eof()
 
-    async def aclose(self) -> None:
-        await self._stream.aclose()
+
+class FaultyDatagrams(_InFront, anyio.abc.ConnectedUDPSocket):
+    """A datagram goes whole, or not at all."""
+
+    @property
+    def _raw_socket(self) -> socket.socket:
+        sock: socket.socket = self._real.extra(anyio.abc.SocketAttribute.raw_socket)
+        return sock
+
+    async def receive(self) -> bytes:
+        self._spoils("receive")
+        data: bytes = await self._real.receive()
+        return data
+
+    async def send(self, item: bytes) -> None:
+        self._spoils("send")
+        await self._real.send(item)
+
+
+class FaultyProcess(_InFront, anyio.abc.Process):
+    """Its pipes are what can fail."""
+
+    def __init__(self, real: Any, layer: Layer) -> None:
+        super().__init__(real, layer)
+        self._pipes = (
+            FaultySendStream(real.stdin, layer),
+            FaultyReceiveStream(real.stdout, layer),
+            FaultyReceiveStream(real.stderr, layer),
+        )
+
+    stdin = property(lambda self: self._pipes[0])
+    stdout = property(lambda self: self._pipes[1])
+    stderr = property(lambda self: self._pipes[2])
+    pid = property(lambda self: self._real.pid)
+    returncode = property(lambda self: self._real.returncode)
+
+    async def wait(self) -> int:
+        status: int = await self._real.wait()
+        return status
+
+    def terminate(self) -> None:
+        self._real.terminate()
+
+    def kill(self) -> None:
+        self._real.kill()
+
+    def send_signal(self, signal: Any) -> None:
+        self._real.send_signal(signal)
 
 
 # -- the documented state machines ---------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from faults import (
     STREAM,
     SUBPROCESS,
     TRANSIENT,
+    FaultyDatagrams,
+    FaultyProcess,
     FaultyStream,
     Keeper,
     Layer,
@@ -42,7 +44,7 @@ from support import (
     pattern,
     until,
 )
-from tls_support import NAME, Certificates
+from tls_support import NAME, Certificates, TLSPeer
 
 from transports_anyio import TransportGroup, _server
 
@@ -408,6 +410,93 @@ async def anyio_stream(outcome: Outcome) -> None:
         await until(lambda: protocol.lost)
 
 
+def encrypted_stream(certificates: Certificates) -> Scenario:
+    """TLS of ours over an AnyIO stream."""
+    contexts = certificates.client(), certificates.server()
+
+    async def scenario(outcome: Outcome) -> None:
+        protocol = Recorder()
+        outcome.on_stream = True
+        received = bytearray()
+        outcome.streams += [(DOWN, lambda: bytes(protocol.received)), (UP, lambda: bytes(received))]
+        with listening() as listener:
+            stream = await anyio.connect_tcp(*listener.getsockname())
+            sock, _ = listener.accept()
+
+        async def peer() -> None:
+            with sock, contextlib.suppress(OSError):  # The fault may end it at any moment, as may its consequences.
+                with await TLSPeer.wrap(sock, contexts[1], server_side=True) as other:
+                    await other.send(DOWN)
+                    while data := await other.receive():
+                        received.extend(data)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(peer)
+            try:
+                transport, _ = await outcome.group.connect_stream(
+                    lambda: protocol, FaultyStream(stream, outcome.layer), ssl=contexts[0], server_hostname=NAME
+                )
+            except OSError as exc:
+                outcome.raised.append(exc)
+                return
+            outcome.protocols.append((protocol, STREAM))
+            transport.writelines([UP[:100], b"", UP[100:30_000]])
+            send(transport, UP[30_000:])
+            await until_spinning(lambda: protocol.lost or len(protocol.received) == len(DOWN))
+            transport.close()
+            await until_spinning(lambda: protocol.lost)
+
+    return scenario
+
+
+async def anyio_process(outcome: Outcome) -> None:
+    keeper = Keeper()
+    outcome.on_stream = True
+    outcome.protocols.append((keeper, SUBPROCESS))
+    outcome.streams.append((UP, lambda: b"".join(keeper.told("pipe_data_received"))))
+    process = await anyio.open_process(["cat"])
+    outcome.pids.append(process.pid)
+    transport, _ = await outcome.group.connect_process(lambda: keeper, FaultyProcess(process, outcome.layer))
+    stdin = transport.get_pipe_transport(0)
+    stdin.writelines([UP[:1000], UP[1000:20_000]])
+    send(stdin, UP[20_000:])
+    stdin.close()
+    await until(lambda: keeper.told("connection_lost") or any(keeper.told("pipe_connection_lost")))
+    # On asyncio, AnyIO closes the descriptor of an output with its process only: the child would write for ever.
+    transport.close()
+    await until(lambda: keeper.told("connection_lost"))
+
+
+async def anyio_datagrams(outcome: Outcome) -> None:
+    server, client = Keeper(echo=True), Keeper()
+    outcome.on_stream = True
+    bound = await anyio.create_udp_socket(socket.AF_INET, local_host=HOST)
+    await outcome.group.connect_datagram_socket(lambda: server, bound)
+    outcome.protocols.append((server, DATAGRAM))
+    host, port = bound.extra(anyio.abc.SocketAttribute.local_address)
+    connected = await anyio.create_connected_udp_socket(host, port)
+    transport, _ = await outcome.group.connect_datagram_socket(
+        lambda: client, FaultyDatagrams(connected, outcome.layer)
+    )
+    outcome.protocols.append((client, DATAGRAM))
+    sent = [b"%d" % number for number in range(5)]
+    for data in sent:
+        transport.sendto(data)
+
+    def lost() -> int:
+        return 0 if outcome.transient else sum(name == "send" for name, _ in outcome.layer.spoiled)
+
+    # A fault has cost its datagram at most, the endpoint lives on, and its protocol was told.
+    await until_spinning(lambda: len(client.told("datagram_received")) == len(sent) - lost())
+    arrived = client.told("datagram_received")
+    assert arrived == [data for data in sent if data in arrived]
+    for _ in range(2):  # The fault may cost one of these.
+        transport.sendto(b"still alive")
+    await until_spinning(lambda: client.told("datagram_received")[-1:] == [b"still alive"])
+    told = 0 if outcome.transient else len(outcome.layer.spoiled)
+    await until_spinning(lambda: len(client.told("error_received")) == told)
+
+
 # -- running them --------------------------------------------------------------------------------------------
 
 
@@ -489,7 +578,8 @@ async def every_position(scenario: Scenario, fault: str) -> int:
 
 
 @pytest.fixture(params=["tcp", "buffered", "tls", "buffered tls", "upgraded", "unix", "accepted", "pipe", "readv",
-                        "child", "udp", "unix datagrams", "sendfile", "stream"])  # fmt: skip
+                        "child", "udp", "unix datagrams", "sendfile", "stream", "tls stream", "anyio process",
+                        "anyio datagrams"])  # fmt: skip
 def scenario(request: pytest.FixtureRequest, certificates: Certificates) -> Iterator[Scenario]:
     with tempfile.TemporaryDirectory() as directory:
         yield {
@@ -507,6 +597,9 @@ def scenario(request: pytest.FixtureRequest, certificates: Certificates) -> Iter
             "unix datagrams": lambda: datagrams(directory),
             "sendfile": lambda: file(directory),
             "stream": lambda: anyio_stream,
+            "tls stream": lambda: encrypted_stream(certificates),
+            "anyio process": lambda: anyio_process,
+            "anyio datagrams": lambda: anyio_datagrams,
         }[request.param]()
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import array
+import collections
 import hashlib
 import socket
+from collections.abc import Iterator
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -23,6 +26,8 @@ from support import (
     turns,
     until,
 )
+
+from transports_anyio._transports import _flow_control
 
 pytestmark = pytest.mark.anyio
 
@@ -277,6 +282,36 @@ async def test_w5_many_small_writes_are_counted_right(stack: Stack) -> None:
         received = await peer.receive_all()
         assert len(received) == written + count
         assert received.endswith(b"x" * count)
+
+
+@pytest.mark.ours_only("asyncio looks at the whole buffer for each write")
+async def test_what_waits_is_not_looked_at_for_each_write(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W5 is a matter of time; what can be counted is how many chunks are looked at, and that is linear."""
+    count = 2000
+    looked_at = 0
+
+    class Counting(collections.deque[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            nonlocal looked_at
+            for chunk in super().__iter__():
+                looked_at += 1
+                yield chunk
+
+        def __getitem__(self, index: Any) -> Any:
+            nonlocal looked_at
+            looked_at += 1
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(_flow_control, "deque", Counting)
+    async with stack.open() as group, connected(group) as (transport, _, peer):
+        written = fill(transport)
+        for _ in range(count):
+            transport.write(b"x")
+            transport.get_write_buffer_size()
+        assert looked_at <= count
+        transport.close()
+        assert len(await peer.receive_all()) == written + count
+        assert 0 < looked_at <= 10 * count
 
 
 @pytest.mark.parametrize("end", ["close", "abort"])

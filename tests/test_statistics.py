@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import socket
+import tempfile
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
-from support import Recorder, connected, fill, until
+import trustme
+from support import GUARD, BufferedRecorder, Peer, Recorder, connected, fill, pattern, until
+from tls_support import NAME, Certificates, TLSPeer
 
 from transports_anyio import DatagramProtocol, SubprocessProtocol, TransportGroup
 
@@ -56,6 +63,142 @@ async def test_children_count_what_goes_over_their_pipes(anyio_backend: Any) -> 
         await until(lambda: group.statistics().bytes_received == 5)
         assert group.statistics().bytes_sent == 5
         assert group.statistics().open_transports == {"SubprocessTransport": 1}
+
+
+def moved(group: Any) -> tuple[int, int]:
+    now = group.statistics()
+    return now.bytes_received, now.bytes_sent
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+async def test_files_count(anyio_backend: Any, on_disk: bool) -> None:
+    """Those that the system sends by itself, and those that are read block by block."""
+    content = pattern(1_000_000)
+    with tempfile.TemporaryFile() if on_disk else io.BytesIO() as file:
+        file.write(content)
+        file.seek(0)
+        async with TransportGroup() as group, connected(group) as (transport, protocol, peer):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(group.sendfile, transport, file)
+                assert await peer.receive_exactly(len(content)) == content
+            transport.write(b"behind")
+            assert await peer.receive_exactly(6) == b"behind"
+            assert moved(group) == (0, len(content) + 6)
+            transport.close()
+            await protocol.wait_for("connection_lost")
+            assert group.statistics().open_transports == {}
+            assert moved(group) == (0, len(content) + 6)
+
+
+async def test_buffered_protocols_count(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        # In three pieces, the last of which does not fill the buffer.
+        async with connected(group, BufferedRecorder(4)) as (transport, protocol, peer):
+            await peer.send(b"0123456789")
+            await protocol.wait_received(10)
+            assert moved(group) == (10, 0)
+            transport.close()
+            await protocol.wait_for("connection_lost")
+        assert moved(group) == (10, 0)
+
+
+async def test_encryption_in_mid_stream_counts_on(anyio_backend: Any, certificate_authority: trustme.CA) -> None:
+    """The protocol's bytes, before and after; not those that TLS makes of them."""
+    certificates = Certificates(certificate_authority)
+    async with TransportGroup() as group:
+        one, other = Recorder(), Recorder()
+        for protocol, sock in zip((one, other), socket.socketpair(), strict=True):
+            await group.connect_accepted_socket(lambda protocol=protocol: protocol, sock)
+        one.transport.write(b"plain")
+        await other.wait_received(5)
+        assert moved(group) == (5, 5)
+
+        async def upgrade(protocol: Any, context: Any, **options: Any) -> None:
+            protocol.transport = await group.start_tls(protocol.transport, protocol, context, **options)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(upgrade, one, certificates.client(), server_hostname=NAME))
+            tasks.start_soon(partial(upgrade, other, certificates.server(), server_side=True))
+        assert moved(group) == (5, 5)
+        assert group.statistics().open_transports == {"StreamTransport": 2}
+        one.transport.write(b"encrypted")
+        other.transport.write(b"as well")
+        await one.wait_received(7)
+        await other.wait_received(5 + 9)
+        assert moved(group) == (21, 21)
+        other.transport.pause_reading()
+        fill(one.transport)
+        assert group.statistics().bytes_buffered == one.transport.get_write_buffer_size()
+        _, sent = moved(group)
+        one.transport.abort()
+        await one.wait_for("connection_lost")
+        assert moved(group) == (21, sent)
+        other.transport.abort()
+        await other.wait_for("connection_lost")
+        assert group.statistics().open_transports == {}
+        assert moved(group) == (21, sent)
+
+
+async def test_datagrams_that_had_to_wait_count(anyio_backend: Any, tmp_path: Path) -> None:
+    path = str(tmp_path / "receiver")
+    async with TransportGroup() as group:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+            receiver.bind(path)
+            receiver.setblocking(False)
+            transport, _ = await group.create_datagram_endpoint(
+                DatagramProtocol, remote_addr=path, family=socket.AF_UNIX
+            )
+            count = 0
+            while transport.get_write_buffer_size() <= 2000:
+                transport.sendto(bytes(1000))
+                count += 1
+                assert count < 10_000, "the system takes all"
+            assert moved(group) == (0, 1000 * (count - 2))
+            assert group.statistics().bytes_buffered == 2 * (1000 + 8)  # With their headers, as asyncio counts them.
+            transport.close()
+            with anyio.fail_after(GUARD):
+                for _ in range(count):
+                    await anyio.wait_readable(receiver)
+                    assert len(receiver.recv(2000)) == 1000
+            await group.wait_closed()
+            assert moved(group) == (0, 1000 * count)
+            assert group.statistics().bytes_buffered == 0
+
+
+async def test_tasks_count_while_they_run(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        assert group.statistics().running_tasks == 0
+        go_on = anyio.Event()
+        group.start_soon(go_on.wait)
+        group.start_soon(go_on.wait)
+        assert group.statistics().running_tasks == 2
+        go_on.set()
+        await until(lambda: not group.statistics().running_tasks)
+
+
+async def test_a_handshake_is_no_transport_yet(anyio_backend: Any, certificate_authority: trustme.CA) -> None:
+    certificates = Certificates(certificate_authority)
+    async with TransportGroup() as group:
+        server = await group.create_server(Recorder, "127.0.0.1", 0, ssl=certificates.server())
+        assert group.statistics().pending_handshakes == 0
+        with Peer.connect(server.sockets[0].getsockname()) as silent:
+            await until(lambda: group.statistics().pending_handshakes)
+            now = group.statistics()
+            assert (now.open_transports, now.pending_handshakes) == ({}, 1)
+            assert "transports=0 buffered=0 handshakes=1 " in repr(group)
+            assert repr(server).endswith(" connections=0 buffered=0 handshakes=1>")
+            # One that has got through, beside it.
+            peer = await TLSPeer.connect_to(server.sockets[0].getsockname(), certificates.client(), NAME)
+            with peer:
+                await until(lambda: group.statistics().open_transports)
+                now = group.statistics()
+                assert (now.open_transports, now.pending_handshakes) == ({"StreamTransport": 1}, 1)
+                assert repr(server).endswith(" connections=1 buffered=0 handshakes=1>")
+            silent.close()
+            group.set_exception_handler(lambda *_: None)  # It is told of the one that said nothing.
+            await until(lambda: not group.statistics().pending_handshakes)
+            assert "handshakes" not in repr(group) + repr(server)
+            await until(lambda: not group.statistics().open_transports)
 
 
 async def test_a_repr_tells_the_state(anyio_backend: Any) -> None:

@@ -68,6 +68,7 @@ class _Recorder(Generic[WrappedT]):
         #: Whether the last of `pause_writing` and `resume_writing` was the first.
         self.writing_paused: bool = False
         self._state = "new" if transport is None else "open"
+        self._took_over = transport is not None  # From one who may have been told to pause writing.
         self._counts: Counter[str] = Counter()  # Asked by those who wait, after every callback.
         self._under_way: list[str] = []
         self._changed: anyio.Event | None = None
@@ -165,8 +166,9 @@ class _Recorder(Generic[WrappedT]):
         self._flow("resume_writing", paused=False)
 
     def _flow(self, name: str, *, paused: bool) -> None:
-        if paused == self.writing_paused:
+        if paused == self.writing_paused and not self._took_over:
             self.violations.append(f"{name}() twice in a row: {self.names}")
+        self._took_over = False
         self.writing_paused = paused
         self._pass_on(name)
 
