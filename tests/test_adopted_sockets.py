@@ -18,7 +18,7 @@ import anyio
 import anyio.abc
 import pytest
 from network import HOST, HOST_6, Echo, bound, needs_ipv6, unused_port
-from support import GUARD, Peer, Recorder, Stack, until
+from support import GUARD, Peer, Recorder, Stack, open_descriptors, until
 
 pytestmark = pytest.mark.anyio
 
@@ -128,6 +128,88 @@ async def test_a_group_that_is_over_takes_no_socket(stack: Stack) -> None:
         with pytest.raises(RuntimeError, match="not open"):
             await group.connect_accepted_socket(Recorder, ours)
         assert ours.fileno() != -1
+
+
+# -- one owner for each descriptor ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["reading", "paused"])
+@pytest.mark.parametrize("again", ["create_connection", "create_unix_connection", "connect_accepted_socket"])
+async def test_a_socket_that_is_adopted_already(stack: Stack, again: str, paused: bool) -> None:
+    """Two owners would take each other's bytes, and wait for each other's end. Its first owner hears nothing of it."""
+    ours, theirs = socket.socketpair()
+    other = Recorder()
+    async with stack.open() as group:
+        transport, protocol = await group.create_connection(Recorder, sock=ours)
+        if paused:
+            transport.pause_reading()
+        with pytest.raises(RuntimeError, match="is used"):
+            await getattr(group, again)(lambda: other, sock=ours)
+        assert other.calls == []
+        assert ours.fileno() != -1
+        with Peer(theirs) as peer:
+            await peer.send(b"hello")
+            if paused:
+                assert protocol.received == b""
+                transport.resume_reading()
+            assert await protocol.wait_received(5) == b"hello"
+            transport.write(b"answer")
+            assert await peer.receive_exactly(6) == b"answer"
+            transport.close()
+            assert await peer.receive() == b""
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+
+
+@pytest.mark.parametrize("end", ["close", "abort", "write", "nothing"])
+@pytest.mark.ours_only("asyncio has a RuntimeError for the second connection")
+async def test_a_number_that_the_system_gives_away_once_more(stack: Stack, end: str) -> None:
+    """Who closes what he gave away learns of it when he uses it; the connection that gets its number does not."""
+    async with stack.open() as group:
+        with bound(backlog=1) as listener:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                first, closed = await group.create_connection(Recorder, sock=ours)
+                number = ours.fileno()
+                ours.close()
+                second, protocol = await group.create_connection(Recorder, *listener.getsockname())
+                assert second.get_extra_info("socket").fileno() == number
+                if end != "nothing":
+                    getattr(first, end)(*[b"x"] * (end == "write"))
+                    await closed.wait_for("connection_lost")
+                    assert isinstance(closed.lost_with, OSError) is (end == "write")
+                with Peer(listener.accept()[0]) as peer:
+                    await peer.send(b"hello")
+                    assert await protocol.wait_received(5) == b"hello"
+                    second.write(b"answer")
+                    assert await peer.receive_exactly(6) == b"answer"
+                    second.close()
+                    assert await peer.receive() == b""
+                await protocol.wait_for("connection_lost")
+                assert protocol.lost_with is None
+                assert number not in open_descriptors()
+
+
+async def test_a_number_that_still_belongs_to_another_transport(stack: Stack) -> None:
+    """It cannot be known that its socket has been closed: it has to be ended first."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        async with stack.open() as group:
+            transport, protocol = await group.create_connection(Recorder, sock=ours)
+            number = ours.fileno()
+            ours.close()
+            mine, yours = socket.socketpair()
+            assert mine.fileno() == number
+            with pytest.raises(RuntimeError, match="is used"):
+                await group.create_connection(Recorder, sock=mine)
+            assert mine.fileno() == number
+            transport.close()
+            await protocol.wait_for("connection_lost")
+            _, other = await group.create_connection(Echo, sock=mine)
+            with Peer(yours) as peer:
+                await peer.send(b"hello")
+                assert await peer.receive_exactly(5) == b"hello"
+            await other.wait_for("connection_lost")
 
 
 # -- handed over to a process -----------------------------------------------------------------------------------------

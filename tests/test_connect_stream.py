@@ -17,7 +17,7 @@ from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketAttri
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSStream
-from support import GUARD, BufferedRecorder, Recorder, collect_contexts, leaves, pattern, until
+from support import GUARD, BufferedRecorder, Peer, Recorder, collect_contexts, leaves, listening, pattern, turns, until
 
 from transports_anyio import TransportGroup
 
@@ -377,6 +377,111 @@ async def test_a_receiving_stream(anyio_backend: Any) -> None:
         assert protocol.lost_with is None
 
 
+@pytest.mark.parametrize("end", ["close", "abort", "by the stream", "leaving"])
+async def test_a_receiving_stream_takes_no_data(anyio_backend: Any, end: str) -> None:
+    """Nobody would ever send it, and the close would wait for that."""
+    sender, receiver = one_way()
+    with anyio.fail_after(GUARD):
+        async with sender:
+            async with TransportGroup() as group:
+                transport, protocol = await group.connect_stream(Recorder, receiver)
+                for _ in range(2):
+                    with pytest.raises(NotImplementedError, match="only reads"):
+                        transport.write(b"data")
+                    with pytest.raises(NotImplementedError, match="only reads"):
+                        transport.writelines([b"more", b"data"])
+                    with pytest.raises(NotImplementedError):
+                        transport.write_eof()
+                    with pytest.raises(TypeError):
+                        transport.write("no bytes")  # type: ignore[arg-type]
+                    assert transport.get_write_buffer_size() == 0
+                    assert not transport.is_closing()
+                    received = len(protocol.received) + 7
+                    await sender.send(b"one way")
+                    await protocol.wait_received(received)
+                if end == "by the stream":
+                    await sender.aclose()
+                elif end != "leaving":
+                    getattr(transport, end)()
+                    with pytest.raises(NotImplementedError):
+                        transport.write(b"data")
+                if end != "leaving":
+                    await protocol.wait_for("connection_lost")
+    assert protocol.lost_with is None
+
+
+class Scripted(ByteStream):
+    """A user's own, which returns this, one after the other, whatever it is asked for."""
+
+    def __init__(self, *items: bytes) -> None:
+        self.items = list(items)
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        await anyio.lowlevel.checkpoint()
+        if not self.items:
+            raise anyio.EndOfStream
+        return self.items.pop(0)
+
+    async def send(self, item: bytes) -> None: ...
+
+    async def send_eof(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+every_protocol = pytest.mark.parametrize("protocol_kind", [Recorder, BufferedRecorder])
+
+
+@every_protocol
+async def test_nothing_received_is_not_the_end_of_a_stream(anyio_backend: Any, protocol_kind: Any) -> None:
+    """`EndOfStream` is. AnyIO asks users to ignore the empty chunks that some streams return."""
+    stream = Scripted(b"", b"one ", b"", b"", b"two ", b"three", b"")
+    async with TransportGroup() as group:
+        _, protocol = await group.connect_stream(protocol_kind, stream)
+        await protocol.wait_for("connection_lost")
+    assert protocol.received == b"one two three"
+    assert protocol.names[-2:] == ["eof_received", "connection_lost"]
+    assert protocol.count("eof_received") == 1
+    assert protocol.lost_with is None
+    assert (b"",) not in [call[1:] for call in protocol.calls]
+    assert (0,) not in [call[1:] for call in protocol.calls]
+
+
+class Copied(bytes):
+    """Bytes that count what is copied out of them, and out of the copies."""
+
+    total = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        Copied.total += len(part)
+        return Copied(part)
+
+
+@pytest.mark.parametrize("pauses", [False, True])
+@pytest.mark.parametrize("size", [64, 4096])
+async def test_a_stream_that_gives_more_than_it_was_asked_for(anyio_backend: Any, size: int, pauses: bool) -> None:
+    """And a protocol that takes little at a time. What it has not taken is not copied again and again."""
+    data = Copied(pattern(1 << 20))
+    Copied.total = 0
+    given = 0
+
+    def updated(protocol: Any, count: int) -> None:
+        nonlocal given
+        given += 1
+        if pauses and given % 100 == 0:
+            protocol.transport.pause_reading()
+            group.call_soon(protocol.transport.resume_reading)
+
+    async with TransportGroup() as group:
+        stream = Scripted(data, b"and the rest")
+        _, protocol = await group.connect_stream(lambda: BufferedRecorder(size, on_buffer_updated=updated), stream)
+        await protocol.wait_for("connection_lost")
+    assert protocol.received == data + b"and the rest"
+    assert protocol.lost_with is None
+    assert Copied.total <= 2 * len(data)
+
+
 async def test_a_sending_stream(anyio_backend: Any) -> None:
     sender, receiver = one_way()
     async with receiver, TransportGroup() as group:
@@ -613,3 +718,24 @@ async def test_a_send_that_ends_together_with_the_connection(anyio_backend: Any)
             transport.abort()
             await protocol.wait_for("connection_lost")
             assert protocol.lost_with is None
+
+
+async def test_reading_that_is_resumed_and_paused_at_once(anyio_backend: Any) -> None:
+    # The task that receives has been woken by then, and must look again.
+    protocol = Recorder()
+    with listening() as listener:
+        async with TransportGroup() as group:
+            stream = await anyio.connect_tcp(*listener.getsockname())
+            transport, _ = await group.connect_stream(lambda: protocol, stream)
+            with Peer(listener.accept()[0]) as peer:
+                transport.pause_reading()
+                await peer.send(b"x")
+                await turns()  # The task has received it, and waits.
+                transport.resume_reading()
+                transport.pause_reading()
+                await turns()
+                assert protocol.received == b""
+                transport.resume_reading()
+                assert await protocol.wait_received(1) == b"x"
+                transport.close()
+                await protocol.wait_for("connection_lost")

@@ -102,6 +102,42 @@ async def test_no_host_is_the_loopback(stack: Stack) -> None:
             assert info["peername"] == listener.getsockname()
 
 
+@pytest.mark.parametrize("host", ["localhost", HOST])
+async def test_a_protocol(stack: Stack, host: str) -> None:
+    """By its number. Which there are besides the one of TCP depends on the system."""
+    async with stack.open() as group:
+        with bound(backlog=1) as listener:
+            port = listener.getsockname()[1]
+            transport, _ = await group.create_connection(
+                Recorder, host, port, family=socket.AF_INET, proto=socket.IPPROTO_TCP
+            )
+            assert transport.get_extra_info("socket").proto == socket.IPPROTO_TCP
+            listener.accept()[0].close()
+            if stack.is_oracle and host == HOST:
+                return  # Which takes TCP whatever it is told, where it need not ask the resolver.
+            with pytest.raises(socket.gaierror):  # It has no streams.
+                await group.create_connection(Recorder, host, port, family=socket.AF_INET, proto=socket.IPPROTO_UDP)
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", [HOST, HOST.encode()])
+async def test_flags_of_the_resolver(stack: Stack, host: Any) -> None:
+    """IPv4 by way of an IPv6 socket: without the flag the host has no address of the family."""
+    async with stack.open() as group:
+        with bound(backlog=1) as listener:
+            port = listener.getsockname()[1]
+            options: dict[str, Any] = {"family": socket.AF_INET6}
+            with pytest.raises(socket.gaierror):
+                await group.create_connection(Recorder, host, port, **options)
+            options["flags"] = socket.AI_V4MAPPED
+            transport, protocol = await group.create_connection(Recorder, host, port, local_addr=(HOST, 0), **options)
+            assert transport.get_extra_info("peername") == (f"::ffff:{HOST}", port, 0, 0)
+            assert transport.get_extra_info("sockname")[0] == f"::ffff:{HOST}"
+            with Peer(listener.accept()[0]) as peer:
+                await peer.send(b"hello")
+                assert await protocol.wait_received(5) == b"hello"
+
+
 def a_service() -> tuple[str, int] | None:
     """A service whose port an ordinary user may bind, and nobody has bound."""
     for name in ("nfs", "x11", "git", "svn", "postgresql", "mysql", "ircd", "irc", "sip", "openvpn", "rfb", "amqp"):
@@ -396,6 +432,57 @@ async def test_s5_a_socket_that_cannot_be_made_among_others(stack: Stack) -> Non
             transport.close()
 
 
+@needs_ipv6
+@pytest.mark.ours_only("asyncio leaves a socket to the garbage collector, and with a single address does not look")
+@pytest.mark.parametrize(
+    ("delay", "error"), [("soon", TypeError), ([1], TypeError), (10**400, OverflowError)], ids=["str", "list", "huge"]
+)
+async def test_what_is_no_delay(stack: Stack, delay: Any, error: type[Exception]) -> None:
+    """It comes out alone, and not in a group of the tasks that race."""
+    async with stack.open() as group:
+        with bound(backlog=1) as listener:
+            before = open_descriptors()
+            with pytest.raises(error):
+                await group.create_connection(Recorder, None, listener.getsockname()[1], happy_eyeballs_delay=delay)
+            with pytest.raises(error):  # With a single address, too, where there is nothing to wait for.
+                await group.create_connection(Recorder, *listener.getsockname(), happy_eyeballs_delay=delay)
+            assert open_descriptors() == before
+
+
+@needs_ipv6
+@pytest.mark.parametrize("delay", [float("nan"), float("inf"), -1, True, 1e300], ids=str)
+async def test_delays_of_a_strange_kind(stack: Stack, delay: float) -> None:
+    """Each is a number, and so some head start or none."""
+    async with stack.open() as group:
+        for host in (HOST, HOST_6):
+            with bound(host, backlog=1) as listener:
+                await visit(group, listener, None, listener.getsockname()[1], happy_eyeballs_delay=delay)
+
+
+@needs_ipv6
+@pytest.mark.ours_only("with a delay the oracle does not tell")
+@pytest.mark.parametrize("delay", [None, 0, 0.25])
+@pytest.mark.parametrize(
+    ("scope", "error"), [((1 << 21, 0), OverflowError), ((0, "lo"), TypeError)], ids=["flow", "scope"]
+)
+async def test_a_local_address_that_no_socket_takes(
+    stack: Stack, scope: tuple[Any, ...], error: type[Exception], delay: float | None
+) -> None:
+    """A mistake of the caller's, which is no reason to try another address: it comes out alone, whatever races."""
+    async with stack.open() as group:
+        with bound(HOST_6, backlog=1) as listener:
+            before = open_descriptors()
+            with pytest.raises(error):
+                await group.create_connection(
+                    Recorder,
+                    None,
+                    listener.getsockname()[1],
+                    local_addr=(HOST_6, 0, *scope),
+                    happy_eyeballs_delay=delay,
+                )
+            assert open_descriptors() == before
+
+
 # -- local addresses --------------------------------------------------------------------------------------------------
 
 
@@ -575,6 +662,43 @@ async def test_an_adopted_socket_is_closed_whatever_happens(stack: Stack) -> Non
             scope.cancel()
             await group.create_connection(Recorder, sock=ours)
         assert ours.fileno() == -1
+
+
+@linux_only
+@pytest.mark.ours_only("asyncio reports it, and leaves a connection that hears nothing")
+@pytest.mark.parametrize("adopted", [False, True])
+async def test_a_system_that_watches_no_more_descriptors(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, adopted: bool
+) -> None:
+    """ENOSPC of epoll (`max_user_watches`): it costs the connection, and not the group."""
+    failure = OSError(errno.ENOSPC, "as the system would")
+    refused = Recorder()
+
+    def full(*_: object) -> None:
+        raise failure
+
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        with bound(backlog=1) as listener:
+            address = listener.getsockname()
+            before = open_descriptors()
+            with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
+                patch.setattr("transports_anyio._readiness.EpollList.add", full)
+                if adopted:
+                    await group.create_connection(lambda: refused, sock=connected_socket(listener))
+                else:
+                    await group.create_connection(lambda: refused, *address)
+            assert caught.value is failure
+            await refused.wait_for("connection_lost")
+            assert refused.names == ["connection_made", "connection_lost"]
+            assert refused.lost_with is failure
+            listener.accept()[0].close()
+            await until(lambda: open_descriptors() == before)
+            assert group.statistics().open_transports == {"StreamTransport": 1}
+            await peer.send(b"alive")
+            assert await protocol.wait_received(5) == b"alive"
+            transport.write(b"answer")
+            assert await peer.receive_exactly(6) == b"answer"
+            await visit(group, listener, *address)  # There is room again.
 
 
 # -- what goes wrong, and what is set ---------------------------------------------------------------------------------

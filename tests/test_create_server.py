@@ -121,6 +121,18 @@ async def test_s11_port_0_is_the_same_port_on_every_address(stack: Stack, host: 
         server.close()
 
 
+@linux_only
+@pytest.mark.ours_only("asyncio gives them two ports")
+async def test_port_0_on_an_address_and_on_all_of_them(stack: Stack) -> None:
+    """One port cannot be had on both, and another on each is not what was asked for."""
+    async with stack.open() as group:
+        before = open_descriptors()
+        with pytest.raises(OSError) as caught:
+            await group.create_server(Echo, ["0.0.0.0", HOST], 0)
+        assert caught.value.errno == errno.EADDRINUSE
+        assert open_descriptors() == before
+
+
 @needs_ipv6
 async def test_ipv6_sockets_take_no_ipv4(stack: Stack) -> None:
     async with stack.open() as group:
@@ -320,6 +332,31 @@ async def test_an_adopted_listener_is_closed_by_a_cancellation(stack: Stack) -> 
             assert sock.fileno() == -1
 
 
+@pytest.mark.ours_only("the second server of asyncio's takes the place of the first, which never accepts again")
+@pytest.mark.parametrize("start_serving", [False, True])
+async def test_a_listener_that_is_adopted_already(stack: Stack, start_serving: bool) -> None:
+    """The first server goes on, and so does a connection: both are owners."""
+    made, others = Made(Echo), Made()
+    async with stack.open() as group:
+        with bound() as sock:
+            name = sock.getsockname()
+            server = await group.create_server(made, sock=sock, start_serving=start_serving)
+            for serve in (False, True):
+                with pytest.raises(RuntimeError, match="is used already"):
+                    await group.create_server(others, sock=sock, start_serving=serve)
+            with pytest.raises(RuntimeError, match="is used already"):
+                await group.connect_accepted_socket(others, sock)
+            assert sock.fileno() != -1
+            await server.start_serving()
+            await echoes(name)
+            server.close()
+            assert sock.fileno() == -1
+            with pytest.raises(ConnectionRefusedError):
+                Peer.connect(name)
+        assert len(made) == 1
+        assert others == []
+
+
 async def test_sockets_that_cannot_be_adopted(stack: Stack) -> None:
     context = ssl.create_default_context()
     async with stack.open() as group:
@@ -463,6 +500,55 @@ async def test_s6_a_system_that_is_out_of_something(stack: Stack, name: str, mon
                 assert await second.receive_exactly(7) == b"at last"
                 assert len(contexts) == 1
         server.close()
+
+
+def test_a_server_without_descriptors_tries_again_after_a_second() -> None:
+    """Neither before that nor much later, by a clock that stands still unless it is moved."""
+    clock = pytest.importorskip("trio.testing").MockClock()
+
+    async def run(until_time: float) -> None:
+        clock.jump(until_time - group_time())
+        await turns(50)
+
+    def group_time() -> float:
+        return float(anyio.current_time()) - started
+
+    async def settle(condition: Any) -> None:
+        for _ in range(100_000):  # Of checkpoints: no time passes that one could wait for.
+            if condition():
+                return
+            await anyio.lowlevel.checkpoint()
+        raise AssertionError("it never happens")
+
+    started = 0.0
+
+    async def main() -> None:
+        nonlocal started
+        made = Made(Echo)
+        async with TransportGroup() as group:
+            contexts = collect_contexts(group)
+            server = await group.create_server(made, HOST, 0)
+            with socket.socket() as sock:
+                with few_descriptors():
+                    sock.connect(*addresses(server))
+                    await settle(lambda: contexts)
+                    started = anyio.current_time()
+                    assert contexts[0]["exception"].errno == errno.EMFILE
+                    assert "1 s" in contexts[0]["message"]
+                    assert group.statistics().pending_timers == 1
+                    await run(0.99)
+                    assert group.statistics().pending_timers == 1
+                    await run(1.01)
+                    await settle(lambda: len(contexts) == 2)  # There are none yet.
+                    started = anyio.current_time()
+                await run(0.99)
+                assert made == []
+                await run(1.01)
+                await settle(lambda: made.connected)
+                assert len(contexts) == 2
+                assert group.statistics().pending_timers == 0
+
+    anyio.run(main, backend="trio", backend_options={"clock": clock})
 
 
 async def test_s6_a_server_that_is_closed_while_it_waits_for_descriptors(stack: Stack) -> None:

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -239,6 +240,34 @@ async def test_every_resolved_address_is_tried(
                 assert open_descriptors() == before
 
 
+@needs_ipv6
+async def test_flags_of_the_resolver(stack: Stack) -> None:
+    """IPv4 by way of an IPv6 socket: without the flag the host has no address of the family."""
+    with udp_peer() as peer:
+        port = peer.getsockname()[1]
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            options: dict[str, Any] = {"remote_addr": (HOST, port), "family": socket.AF_INET6}
+            with pytest.raises(socket.gaierror):
+                await group.create_datagram_endpoint(Endpoint, **options)
+            transport, _ = await endpoints.make(flags=socket.AI_V4MAPPED, **options)
+            assert transport.get_extra_info("peername") == (f"::ffff:{HOST}", port, 0, 0)
+            transport.sendto(b"hello")
+            assert await receive(peer) == (b"hello", (HOST, transport.get_extra_info("sockname")[1]))
+
+
+async def test_a_protocol_of_the_system(stack: Stack) -> None:
+    """By its number. Which there are besides the one of UDP depends on the system."""
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        for where in ({"local_addr": (HOST, 0)}, {"remote_addr": ("localhost", 9)}, {}):
+            options: dict[str, Any] = {"family": socket.AF_INET, **where}
+            transport, _ = await endpoints.make(proto=socket.IPPROTO_UDP, **options)
+            assert transport.get_extra_info("socket").proto == socket.IPPROTO_UDP
+            if stack.is_oracle and where.get("local_addr"):
+                continue  # Which takes UDP whatever it is told, where it need not ask the resolver.
+            with pytest.raises(OSError):  # It has no datagrams.
+                await group.create_datagram_endpoint(Endpoint, proto=socket.IPPROTO_TCP, **options)
+
+
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 async def test_what_sendto_accepts(stack: Stack, kind: Any) -> None:
     with udp_peer() as peer:
@@ -282,6 +311,24 @@ async def test_an_adopted_socket(stack: Stack) -> None:
             peer.sendto(b"x", sock.getsockname())
             await until(lambda: protocol.received)
             assert sock.gettimeout() == 0
+
+
+async def test_a_socket_that_is_adopted_already(stack: Stack) -> None:
+    """Two owners would take each other's datagrams. Its first owner hears nothing of it."""
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.bind((HOST, 0))
+            transport, protocol = await endpoints.make(sock=sock)
+            other = Endpoint()
+            with pytest.raises(RuntimeError, match="is used"):
+                await group.create_datagram_endpoint(lambda: other, sock=sock)
+            assert other.transport is None
+            peer.sendto(b"question", sock.getsockname())
+            await until(lambda: protocol.received)
+            transport.sendto(b"answer", peer.getsockname())
+            assert (await receive(peer))[0] == b"answer"
+            assert protocol.errors == protocol.lost == other.received == []
 
 
 async def test_d3_an_adopted_socket_that_is_connected(stack: Stack) -> None:
@@ -458,6 +505,22 @@ async def test_sending_after_the_end_is_dropped_with_a_warning_from_the_fifth_on
                 peer.recv(1)
 
 
+@pytest.mark.ours_only("asyncio sends it in the turn of the close, and raises an AttributeError later on")
+async def test_sending_to_an_address_after_the_close_is_dropped(stack: Stack) -> None:
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            contexts = collect_contexts(group)
+            transport, protocol = await endpoints.make(local_addr=(HOST, 0))
+            transport.close()
+            transport.sendto(b"in the same turn", peer.getsockname())
+            await until(lambda: protocol.lost)
+            transport.sendto(b"later", peer.getsockname())
+            with pytest.raises(BlockingIOError):
+                peer.recv(1)
+            assert protocol.lost == [None]
+            assert protocol.errors == contexts == []
+
+
 # -- errors -------------------------------------------------------------------------------------------------
 
 
@@ -504,6 +567,98 @@ async def test_d1_a_datagram_that_is_too_large(stack: Stack) -> None:
             assert error.errno == errno.EMSGSIZE
             transport.sendto(b"small")
             assert (await receive(peer))[0] == b"small"
+
+
+class Exhausted(socket.socket):
+    """A socket of a system that has no room for a datagram now and then: Linux says so of a device's queue only."""
+
+    failures: list[OSError]
+
+    def send(self, *args: Any) -> int:
+        if self.failures:
+            raise self.failures.pop()
+        return super().send(*args)
+
+    def sendto(self, *args: Any) -> int:
+        if self.failures:
+            raise self.failures.pop()
+        return super().sendto(*args)
+
+
+@pytest.mark.parametrize("connected", [False, True])
+async def test_a_system_without_room_for_a_datagram(stack: Stack, connected: bool) -> None:
+    """It costs the datagram, and the endpoint lives on."""
+    with udp_peer() as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            sock = Exhausted(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.bind((HOST, 0))
+            if connected:
+                sock.connect(peer.getsockname())
+            sock.failures = [OSError(errno.ENOBUFS, "as the system would")]
+            transport, protocol = await endpoints.make(sock=sock)
+            address = None if connected else peer.getsockname()
+            transport.sendto(b"dropped", address)
+            assert [error.errno for error in protocol.errors] == [errno.ENOBUFS]
+            transport.sendto(b"sent", address)
+            assert (await receive(peer))[0] == b"sent"
+            peer.sendto(b"answer", transport.get_extra_info("sockname"))
+            await until(lambda: protocol.received)
+            assert protocol.lost == []
+
+
+async def test_a_system_without_room_for_a_datagram_that_has_waited(stack: Stack, tmp_path: Path) -> None:
+    """It costs the one whose turn it was: the others are sent, in order."""
+    with clogged_unix_peer(tmp_path) as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            sock = Exhausted(socket.AF_UNIX, socket.SOCK_DGRAM)
+            sock.connect(peer.getsockname())
+            sock.failures = []
+            transport, protocol = await endpoints.make(sock=sock)
+            sent = []
+            while transport.get_write_buffer_size() == 0:
+                sent.append(struct.pack("<I", len(sent)))
+                transport.sendto(sent[-1])
+            dropped = sent.pop()
+            for _ in range(100):
+                sent.append(struct.pack("<I", len(sent) + 1))
+                transport.sendto(sent[-1])
+            sock.failures = [OSError(errno.ENOBUFS, "as the system would")]
+            received = [(await receive(peer))[0] for _ in sent]
+            assert received == sent
+            assert dropped not in received
+            assert [error.errno for error in protocol.errors] == [errno.ENOBUFS]
+            transport.sendto(b"alive")
+            assert (await receive(peer))[0] == b"alive"
+            assert protocol.lost == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no epoll")
+@pytest.mark.ours_only("asyncio reports it, and leaves an endpoint that hears nothing")
+async def test_a_system_that_watches_no_more_descriptors(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC of epoll (`max_user_watches`): it costs the endpoint, and not the group."""
+    failure = OSError(errno.ENOSPC, "as the system would")
+
+    def full(*_: object) -> None:
+        raise failure
+
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        transport, protocol = await endpoints.make(local_addr=(HOST, 0))
+        address = transport.get_extra_info("sockname")
+        before = open_descriptors()
+        refused = Endpoint()
+        with monkeypatch.context() as patch:
+            patch.setattr("transports_anyio._readiness.EpollList.add", full)
+            with pytest.raises(OSError) as caught:
+                await group.create_datagram_endpoint(lambda: refused, local_addr=(HOST, 0))
+        assert caught.value is failure
+        assert refused.transport is not None
+        await until(lambda: refused.lost)
+        assert refused.lost == [failure]
+        await until(lambda: open_descriptors() == before)
+        assert group.statistics().open_transports == {"DatagramTransport": 1}
+        second, _ = await endpoints.make(local_addr=(HOST, 0))
+        second.sendto(b"alive", address)
+        await until(lambda: protocol.received)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other codes for it")
@@ -736,6 +891,18 @@ async def test_unix_datagrams(stack: Stack, tmp_path: Path, abstract: bool) -> N
         assert server.received == [(b"hello", str(tmp_path / "client"))]
 
 
+async def test_an_empty_remote_address_is_none(stack: Stack, tmp_path: Path) -> None:
+    with clogged_unix_peer(tmp_path) as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            ours = str(tmp_path / "ours")
+            transport, protocol = await endpoints.make(family=socket.AF_UNIX, local_addr=ours, remote_addr="")
+            transport.sendto(b"hello", peer.getsockname())
+            assert await receive(peer) == (b"hello", ours)
+            peer.sendto(b"answer", ours)
+            await until(lambda: protocol.received)
+            assert protocol.received == [(b"answer", peer.getsockname())]
+
+
 async def test_a_stale_unix_socket_is_replaced_and_another_file_is_not(stack: Stack, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -779,6 +946,58 @@ async def test_r5_a_flood_leaves_the_others_their_turn(stack: Stack) -> None:
             group.call_later(0.01, timer.append, 1)
             await until(lambda: timer)
             assert quiet.data == [b"and I?"]
+
+
+class Restless(Endpoint):
+    """Send itself one more for each that comes: there is always another."""
+
+    def __init__(self, *, at_most: int, burn: float = 0) -> None:
+        super().__init__()
+        self.count = 0
+        self.at_most = at_most
+        self.burn = burn
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.count += 1
+        end = time.perf_counter() + self.burn
+        while time.perf_counter() < end:
+            pass
+        if self.count < self.at_most:
+            self.transport.sendto(data, addr)
+
+
+async def test_what_is_always_ready_leaves_the_timers_their_turn(stack: Stack) -> None:
+    """Counted and not measured: a timer of some milliseconds, against so many datagrams that they take a second."""
+    at_most = 200_000
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        transport, protocol = await endpoints.make(Restless(at_most=at_most), local_addr=(HOST, 0))
+        at: list[int] = []
+
+        def due() -> None:
+            at.append(protocol.count)
+            transport.abort()
+
+        transport.sendto(b"x", transport.get_extra_info("sockname"))
+        group.call_later(0.01, due)
+        await until(lambda: protocol.lost)
+        assert at
+        assert at[0] < at_most / 2
+
+
+async def test_slow_callbacks_leave_the_tasks_their_turn(stack: Stack) -> None:
+    """Each takes a millisecond: what bounds a turn cannot be a number of them. Counted and not measured."""
+    at_most = 3_000
+    counts = []
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        transport, protocol = await endpoints.make(Restless(at_most=at_most, burn=0.001), local_addr=(HOST, 0))
+        transport.sendto(b"x", transport.get_extra_info("sockname"))
+        await until(lambda: protocol.count)
+        for _ in range(5):
+            before = protocol.count
+            await anyio.sleep(0.01)
+            counts.append(protocol.count - before)
+        transport.abort()
+        assert max(counts) < 250, counts
 
 
 async def test_closing_in_the_middle_of_a_batch_ends_it(stack: Stack) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import errno
 import gc
 import itertools
+import os
 import signal
 import socket
+import ssl
 import sys
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from typing import Any, ClassVar
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
 import pytest
+import tls_support
+import trustme
 from anyio.streams.stapled import StapledByteStream
 from network import cancelled_after, few_descriptors
 from support import (
@@ -40,8 +45,11 @@ from support import (
     turns,
     until,
 )
+from tls_support import Certificates, TLSPeer
 
+import transports_anyio._readiness
 from transports_anyio import Protocol, TransportGroup, current_group
+from transports_anyio.testing import memory_connection
 
 pytestmark = pytest.mark.anyio
 
@@ -988,6 +996,43 @@ async def test_a_task_belongs_to_the_group_it_was_started_in(anyio_backend: Any)
     assert sorted(map(id, seen)) == sorted(map(id, [outer, inner, inner]))
 
 
+@pytest.mark.parametrize("inside_out", [False, True])
+async def test_the_exception_handler_belongs_to_its_group(anyio_backend: Any, inside_out: bool) -> None:
+    """Whatever fails, and wherever it was asked for: the other group is current there, or none is."""
+    seen: list[Any] = []
+
+    def handler(group: TransportGroup, _: Any) -> None:
+        seen.append((group, current_group()))
+
+    async with TransportGroup() as outer, TransportGroup() as inner, AsyncExitStack() as peers:
+        for group in (outer, inner):
+            group.set_exception_handler(handler)
+        group, other = (inner, outer) if inside_out else (outer, inner)
+        fail = raiser(BoomError())
+        group.call_soon(fail)
+        group.call_later(0, fail)
+        group.call_soon(fail, context=contextvars.Context())
+        group.call_soon_threadsafe(fail)
+        await until(lambda: len(seen) == 4)
+        # In a callback of the other group's.
+        other.call_soon(group.call_exception_handler, {"message": "hello"})
+        await until(lambda: len(seen) == 5)
+        protocol = Recorder(on_data_received=fail)
+        _, _, peer = await peers.enter_async_context(connected(group, protocol))
+        await peer.send(b"x")
+        await protocol.wait_for("connection_lost")
+        # A connection's callback that comes from inside a callback of the other group's.
+        protocol = Recorder(on_pause_writing=fail)
+        transport, _, _ = await peers.enter_async_context(connected(group, protocol, small=True))
+        other.call_soon(transport.write, MUCH)
+        await protocol.wait_for("connection_lost")
+        server = await group.create_server(fail, HOST, 0)
+        peers.enter_context(Peer.connect(server.sockets[0].getsockname()))
+        await until(lambda: len(seen) == 8)
+        assert current_group() is inner
+    assert seen == [(group, group)] * 8
+
+
 async def test_a_task_outside_the_block_has_no_group(anyio_backend: Any) -> None:
     async def outside() -> None:
         await inside.wait()
@@ -1090,6 +1135,51 @@ async def test_the_callbacks_of_a_connection_share_one_context(stack: Stack) -> 
         assert variable.get() == "nobody's"
 
 
+@pytest.mark.parametrize("callback", FATAL_IN_ASYNCIO)
+async def test_the_exception_handler_sees_the_variables_of_the_connection(stack: Stack, callback: str) -> None:
+    """Those of whoever connected, and what the callback that failed has set."""
+    seen: list[str] = []
+
+    def fail(*_: Any) -> None:
+        seen.append(variable.get())
+        variable.set("the callback's")
+        raise BoomError
+
+    protocol = recorder(callback, fail)
+    async with stack.open() as group:
+        group.set_exception_handler(lambda *_: seen.append(variable.get()))
+        variable.set("the caller's")
+        async with connected(group, protocol, small=True) as (transport, _, peer):
+            variable.set("changed since")
+            await TRIGGERS[callback](transport, peer)
+            await protocol.wait_for("connection_lost")
+    assert seen == ["the caller's", "the callback's"]
+    assert variable.get() == "changed since"
+
+
+@pytest.mark.ours_only("asyncio makes a copy anew for each kind of event, and none for these callbacks")
+@pytest.mark.parametrize("callback", [name for name in TRIGGERS if name != "pause_writing"])
+async def test_the_exception_handler_shares_the_context_of_the_connection(stack: Stack, callback: str) -> None:
+    """What was set in an earlier callback is seen too, except where a writer's own context is the callback's."""
+    seen: list[str] = []
+
+    def made(*_: Any) -> None:
+        variable.set("the connection's")
+        if callback == "connection_made":
+            raise BoomError
+
+    hooks = {} if callback == "connection_made" else {f"on_{callback}": raiser(BoomError())}
+    protocol = (BufferedRecorder if "buffer" in callback else Recorder)(on_connection_made=made, **hooks)
+    async with stack.open() as group:
+        group.set_exception_handler(lambda *_: seen.append(variable.get()))
+        async with connected(group, protocol, small=True) as (transport, _, peer):
+            await TRIGGERS[callback](transport, peer)
+            await protocol.wait_for("connection_lost")
+            await until(lambda: seen)
+    assert seen == ["the connection's"]
+    assert variable.get() == "nobody's"
+
+
 async def test_resume_writing_sees_the_variables_of_the_connection(stack: Stack) -> None:
     """`pause_writing` comes from inside `write`, in the context of whoever writes."""
     seen: list[str] = []
@@ -1104,6 +1194,308 @@ async def test_resume_writing_sees_the_variables_of_the_connection(stack: Stack)
             await peer.receive_exactly(written)
             await protocol.wait_for("resume_writing")
         assert seen == ["the caller's"]
+
+
+# -- what the system does not watch ------------------------------------------------------------------------------------
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the system's limit is one of epoll's")
+
+
+@contextmanager
+def nothing_more_is_watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As when this user's programs watch as many descriptors as they may: `max_user_watches` in epoll(7).
+
+    To reach that limit in earnest would take it from every other program.
+    """
+
+    def add(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transports_anyio._readiness.EpollList, "add", add)
+        yield
+
+
+@linux_only
+@pytest.mark.ours_only("asyncio reports it, and leaves the connection to the garbage collector")
+@pytest.mark.parametrize("tls", [False, True])
+async def test_an_accepted_connection_that_the_system_does_not_watch(
+    stack: Stack, tls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs this connection, not the group, nor the server and its other clients."""
+    made: list[Recorder] = []
+
+    def factory() -> Recorder:
+        made.append(echo())
+        return made[-1]
+
+    certificates = Certificates(trustme.CA())
+    async with stack.open() as group, AsyncExitStack() as peers:
+        contexts = collect_contexts(group)
+        server = await group.create_server(factory, HOST, 0, ssl=certificates.server() if tls else None)
+        address = server.sockets[0].getsockname()
+
+        async def connect() -> Peer:
+            peer = await TLSPeer.connect_to(address, certificates.client()) if tls else Peer.connect(address)
+            return peers.enter_context(peer)
+
+        first = await connect()
+        assert await answers(first)
+        with nothing_more_is_watched(monkeypatch):
+            with Peer.connect(address) as peer:
+                assert await peer.gone()
+        await until(lambda: contexts)
+        (context,) = contexts
+        assert context["message"] == "Error on transport creation for incoming connection"
+        assert context["exception"].errno == errno.ENOSPC
+        second = await connect()
+        assert await answers(second)
+        assert await answers(first)
+        lost = [protocol for protocol in made if protocol.lost]
+        # Over TLS there is no protocol before the handshake.
+        assert [type(protocol.lost_with) for protocol in lost] == ([] if tls else [OSError])
+        assert len(made) == (2 if tls else 3)
+        server.close()
+
+
+async def connect_to(address: Any, group: Any, protocol: Recorder) -> Any:
+    return await group.create_connection(lambda: protocol, *address)
+
+
+async def connect_to_with_tls(address: Any, group: Any, protocol: Recorder) -> Any:
+    return await group.create_connection(
+        lambda: protocol, *address, ssl=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), server_hostname="name"
+    )
+
+
+async def listen(address: Any, group: Any, protocol: Recorder) -> Any:
+    return await group.create_server(lambda: protocol, HOST, 0)
+
+
+async def make_an_endpoint(address: Any, group: Any, protocol: Recorder) -> Any:
+    return await group.create_datagram_endpoint(lambda: protocol, local_addr=(HOST, 0))
+
+
+async def read_from_a_pipe(address: Any, group: Any, protocol: Recorder) -> Any:
+    reading, writing = os.pipe()
+    with open(writing, "wb", 0):
+        return await group.connect_read_pipe(lambda: protocol, open(reading, "rb", 0))
+
+
+async def write_to_a_pipe(address: Any, group: Any, protocol: Recorder) -> Any:
+    reading, writing = os.pipe()
+    with open(reading, "rb", 0):
+        return await group.connect_write_pipe(lambda: protocol, open(writing, "wb", 0))
+
+
+@linux_only
+@pytest.mark.parametrize(
+    "make",
+    [connect_to, connect_to_with_tls, listen, make_an_endpoint, read_from_a_pipe, write_to_a_pipe],
+)
+async def test_an_endpoint_that_the_system_does_not_watch(
+    anyio_backend: Any, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller is told, nothing is left, and the group goes on."""
+    async with TransportGroup() as group, connected(group, echo()) as (_, _, other):
+        contexts = collect_contexts(group)
+        protocol = Recorder()
+        with listening() as listener:
+            before = open_descriptors()
+            with nothing_more_is_watched(monkeypatch), pytest.raises(OSError) as caught:
+                await make(listener.getsockname(), group, protocol)
+            assert caught.value.errno == errno.ENOSPC
+            await until(lambda: open_descriptors() == before)
+        if protocol.calls:
+            await protocol.wait_for("connection_lost")
+            assert protocol.names == ["connection_made", "connection_lost"]
+            assert protocol.lost_with is caught.value
+        assert sum(group.statistics().open_transports.values()) == 1
+        assert contexts == []
+        assert await answers(other)
+
+
+# -- what an ended connection leaves ----------------------------------------------------------------------------------
+
+
+class Keeper(asyncio.Protocol, asyncio.DatagramProtocol, asyncio.SubprocessProtocol):
+    """What most protocols do: it keeps its transport, and never lets go of it."""
+
+    # Recorders would be kept for the checks after the test.
+    made: ClassVar[list[weakref.ref[Keeper]]] = []
+    lost: ClassVar[list[str]] = []
+
+    def __init__(self) -> None:
+        self.made.append(weakref.ref(self))
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.lost.append(repr(exc))  # Not the exception, whose traceback has the protocol.
+
+
+class FailingKeeper(Keeper):
+    def data_received(self, data: bytes) -> None:
+        raise BoomError
+
+
+async def live_over_tcp(group: Any, kind: type[Keeper] = Keeper, **tls: Any) -> None:
+    server_tls = {"ssl": tls.pop("server")} if tls else {}
+    server = await group.create_server(Keeper, HOST, 0, **server_tls)
+    transport, _ = await group.create_connection(kind, *server.sockets[0].getsockname(), **tls)
+    transport.write(b"x")
+    await until(lambda: len(Keeper.made) == 2)
+    await turns()
+    transport.close()
+    server.close()
+
+
+async def live_and_fail(group: Any) -> None:
+    with listening() as listener:
+        await group.create_connection(FailingKeeper, *listener.getsockname())
+        with Peer(listener.accept()[0]) as peer:
+            await peer.send(b"x")
+            await peer.gone()
+
+
+async def live_over_tls(group: Any) -> None:
+    certificates = Certificates(trustme.CA())
+    await live_over_tcp(
+        group, server=certificates.server(), ssl=certificates.client(), server_hostname=tls_support.NAME
+    )
+
+
+async def live_through_an_upgrade(group: Any) -> None:
+    certificates = Certificates(trustme.CA())
+    ends = [
+        {"sslcontext": certificates.client(), "server_hostname": tls_support.NAME},
+        {"sslcontext": certificates.server(), "server_side": True},
+    ]
+    for new_one_is_kept in (False, True):
+
+        async def upgrade(sock: socket.socket, options: Any, new_one_is_kept: bool = new_one_is_kept) -> None:
+            transport, protocol = await group.create_connection(Keeper, sock=sock)
+            upgraded = await group.start_tls(transport, protocol, options.pop("sslcontext"), **options)
+            if new_one_is_kept:
+                protocol.transport = upgraded
+            upgraded.close()
+
+        async with anyio.create_task_group() as tasks:
+            for sock, options in zip(socket.socketpair(), ends, strict=True):
+                tasks.start_soon(upgrade, sock, dict(options))
+
+
+async def live_as_an_endpoint(group: Any) -> None:
+    transport, _ = await group.create_datagram_endpoint(Keeper, local_addr=(HOST, 0))
+    transport.sendto(b"x", transport.get_extra_info("sockname"))
+    transport.close()
+
+
+async def live_on_pipes(group: Any) -> None:
+    reading, writing = os.pipe()
+    reader, _ = await group.connect_read_pipe(Keeper, open(reading, "rb", 0))
+    writer, _ = await group.connect_write_pipe(Keeper, open(writing, "wb", 0))
+    reader.close()
+    writer.close()
+
+
+async def live_with_a_child(group: Any) -> None:
+    transport, _ = await group.subprocess_exec(Keeper, "cat")
+    transport.get_pipe_transport(0).write(b"x")
+    transport.get_pipe_transport(0).close()
+    await until(lambda: transport.get_returncode() is not None)
+    transport.close()
+
+
+async def live_on_a_stream(group: Any) -> None:
+    with listening() as listener:
+        stream = await anyio.connect_tcp(*listener.getsockname())
+    transport, _ = await group.connect_stream(Keeper, stream)
+    transport.close()
+
+
+async def live_on_anyios_datagrams(group: Any) -> None:
+    transport, _ = await group.connect_datagram_socket(Keeper, await anyio.create_udp_socket(local_host=HOST))
+    transport.close()
+
+
+async def live_in_memory(group: Any) -> None:
+    (transport, _), _ = await memory_connection(group, Keeper, Keeper)
+    transport.write(b"x")
+    transport.close()
+
+
+LIVES = [
+    live_over_tcp, live_and_fail, live_over_tls, live_through_an_upgrade, live_as_an_endpoint, live_on_pipes,
+    live_with_a_child,
+]  # fmt: skip
+OUR_LIVES = [live_on_a_stream, live_on_anyios_datagrams, live_in_memory]
+
+
+async def leaves_nothing_to_collect(group: Any, live: Callable[[Any], Awaitable[None]]) -> None:
+    Keeper.made.clear()
+    Keeper.lost.clear()
+    group.set_exception_handler(lambda *_: None)
+    gc.collect()
+    gc.disable()
+    try:
+        await live(group)
+        await until(lambda: len(Keeper.lost) == len(Keeper.made))
+        await turns()
+        assert Keeper.made
+        assert [reference() for reference in Keeper.made] == [None] * len(Keeper.made)
+    finally:
+        gc.enable()
+    group.set_exception_handler(None)
+
+
+@pytest.mark.parametrize("live", LIVES)
+async def test_an_ended_connection_leaves_nothing_to_the_garbage_collector(stack: Stack, live: Any) -> None:
+    """Whatever a protocol holds, a large message for example, goes at once: the collector may come much later."""
+    async with stack.open() as group:
+        # By its loop: the oracle's group remembers what it has made, for the end of the test.
+        await leaves_nothing_to_collect(group.loop if stack.is_oracle else group, live)
+
+
+@pytest.mark.ours_only("asyncio has no such connections")
+@pytest.mark.parametrize("live", OUR_LIVES)
+async def test_an_ended_connection_of_ours_leaves_nothing_to_the_garbage_collector(stack: Stack, live: Any) -> None:
+    async with stack.open() as group:
+        await leaves_nothing_to_collect(group, live)
+
+
+async def test_an_ended_transport_has_no_protocol(stack: Stack) -> None:
+    seen: list[Any] = []
+    async with stack.open() as group:
+        protocol = Recorder(on_connection_lost=lambda self, _: seen.append(self.transport.get_protocol()))
+        async with connected(group, protocol) as (transport, _, _):
+            transport.close()
+            assert transport.get_protocol() is protocol
+            await protocol.wait_for("connection_lost")
+            await turns()
+            assert transport.get_protocol() is None
+    assert seen == [protocol]
+
+
+@pytest.mark.ours_only("asyncio leaves the socket to the garbage collector")
+async def test_a_handshake_that_cannot_begin_leaves_nothing(stack: Stack) -> None:
+    """Nor is the number of its descriptor still known as another's, when the system gives it away again."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    async with stack.open() as group:
+        for name in (".no.name", "no\0name"):
+            before = open_descriptors()
+            with listening() as listener:
+                with pytest.raises((ValueError, TypeError)):
+                    await group.create_connection(Recorder, *listener.getsockname(), ssl=context, server_hostname=name)
+            assert open_descriptors() == before
+            for sock in socket.socketpair():
+                transport, _ = await group.create_connection(Recorder, sock=sock)
+                transport.abort()
+            await group.wait_closed()
 
 
 # -- wait_closed ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from typing import Any
 import anyio
 import pytest
 from adopting import Echo
-from network import bound
 from support import (
     GUARD,
     BufferedRecorder,
@@ -238,15 +237,19 @@ async def test_p7_on_macos_a_fifo_is_not_asked_whether_its_reader_has_gone(
     anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, writer = os.pipe()
+    near, far = socket.socketpair()
     async with TransportGroup() as group:
+        control = Recorder()
+        await group.connect_write_pipe(lambda: control, near)
         with monkeypatch.context() as patch:
             patch.setattr(sys, "platform", "darwin")
             protocol = Recorder()
             transport, _ = await group.connect_write_pipe(lambda: protocol, open(writer, "wb", 0))
         transport.write(b"x")
         os.close(reader)
-        with bound(backlog=1) as listener, Peer.connect(listener.getsockname()):
-            await group.connect_accepted_socket(Recorder, listener.accept()[0])  # Some turns pass.
+        far.close()
+        await control.wait_for("connection_lost")  # Sockets are asked everywhere.
+        await turns()
         assert protocol.count("connection_lost") == 0
         with anyio.fail_after(GUARD):
             transport.write(b"y")  # Only this shows it.

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import pty
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import tty
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
-from support import GUARD, BufferedRecorder, Recorder, Stack, collect_contexts, fill, leaves, pattern, until
+from support import (
+    GUARD,
+    BufferedRecorder,
+    Peer,
+    Recorder,
+    Stack,
+    collect_contexts,
+    fill,
+    leaves,
+    listening,
+    open_descriptors,
+    pattern,
+    turns,
+    until,
+)
 
 from transports_anyio import TransportGroup
 
@@ -116,6 +132,100 @@ async def test_closing_a_read_pipe(stack: Stack, method: str) -> None:
             writer.write(b"x")
 
 
+@contextmanager
+def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a TCP connection."""
+    with listening() as listener, socket.create_connection(listener.getsockname()) as near:
+        far, _ = listener.accept()
+        with far:
+            yield near, far
+
+
+@contextmanager
+def unix_connection() -> Iterator[tuple[socket.socket, socket.socket]]:
+    near, far = socket.socketpair()
+    with near, far:
+        yield near, far
+
+
+@contextmanager
+def fifo() -> Iterator[tuple[Any, Any]]:
+    """The writing end of a named pipe, and the reading end."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "fifo")
+        os.mkfifo(path)
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", 0) as reader, open(path, "wb", 0) as writer:
+            yield writer, reader
+
+
+async def test_what_breaks_a_read_pipe_is_reported(stack: Stack) -> None:
+    with connection() as (near, far):
+        async with stack.open() as group:
+            contexts = collect_contexts(group)
+            transport, protocol = await connect_reader(group, near)
+            Peer(far).reset()
+            await protocol.wait_for("connection_lost")
+            assert isinstance(protocol.lost_with, ConnectionResetError)
+            (context,) = contexts
+            assert context["message"] == "Fatal read error on pipe transport"
+            assert context["exception"] is protocol.lost_with
+            assert context["transport"] is transport
+            assert context["protocol"] is protocol
+
+
+async def test_a_terminal_that_has_gone_is_not_reported(stack: Stack) -> None:
+    """It is how the end of a terminal's output looks to its master, on Linux."""
+    with terminal() as (program, user):
+        async with stack.open() as group:
+            contexts = collect_contexts(group)
+            _, protocol = await connect_reader(group, user)
+            program.close()
+            await protocol.wait_for("connection_lost")
+            assert contexts == []
+            if sys.platform == "linux":
+                assert isinstance(protocol.lost_with, OSError)
+                assert protocol.lost_with.errno == errno.EIO
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+async def test_a_reading_end_sends_no_file(stack: Stack, kind: str, tmp_path: Path) -> None:
+    """Not even a socket, which could."""
+    (tmp_path / "file").write_bytes(b"content")
+    with ExitStack() as files:
+        near, far = files.enter_context(pipe() if kind == "pipe" else connection())
+        file = files.enter_context(open(tmp_path / "file", "rb"))
+        async with stack.open() as group:
+            transport, protocol = await connect_reader(group, near)
+            with pytest.raises(RuntimeError, match="sendfile is not supported"):
+                await group.sendfile(transport, file)
+            os.write(far.fileno(), b"goes on")
+            assert await protocol.wait_received(7) == b"goes on"
+            if kind == "socket":
+                far.setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    far.recv(1)
+            transport.close()
+            await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio's have neither method")
+async def test_a_reading_end_does_not_write(stack: Stack) -> None:
+    with connection() as (near, far):
+        far.setblocking(False)
+        async with stack.open() as group:
+            transport, _ = await connect_reader(group, near)
+            for data in (b"", b"x"):
+                with pytest.raises(NotImplementedError):
+                    transport.write(data)
+                with pytest.raises(NotImplementedError):
+                    transport.writelines([data])
+            with pytest.raises(NotImplementedError):
+                transport.write_eof()
+            with pytest.raises(BlockingIOError):
+                far.recv(1)
+            assert not transport.is_closing()
+
+
 # -- writing -------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +276,62 @@ async def test_a_writer_notices_that_its_reader_has_gone(stack: Stack, buffered:
                 assert protocol.lost_with is None
             assert "eof_received" not in protocol.names
             assert contexts == []
+
+
+# The reader of a writer: how there comes to be one, and how it goes.
+GOING: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "TCP close": (connection, lambda reader: reader.close()),
+    "TCP shutdown": (connection, lambda reader: reader.shutdown(socket.SHUT_WR)),
+    "UNIX close": (unix_connection, lambda reader: reader.close()),
+    "UNIX shutdown": (unix_connection, lambda reader: reader.shutdown(socket.SHUT_WR)),
+    "FIFO": (fifo, lambda reader: reader.close()),
+}
+
+
+@pytest.mark.parametrize("how", GOING)
+async def test_a_writer_on_anything_notices_that_its_reader_has_gone(stack: Stack, how: str) -> None:
+    """As asyncio: a socket's reader has gone for it when it will not speak any more, whether or not it listens."""
+    connect, go = GOING[how]
+    with connect() as (writer, reader):
+        async with stack.open() as group:
+            contexts = collect_contexts(group)
+            _, protocol = await connect_writer(group, writer)
+            await turns()
+            assert protocol.names == ["connection_made"]
+            go(reader)
+            await protocol.wait_for("connection_lost")
+            assert protocol.names == ["connection_made", "connection_lost"]
+            assert protocol.lost_with is None
+            assert contexts == []
+
+
+@pytest.mark.parametrize("how", ["TCP shutdown", "UNIX shutdown", "FIFO"])
+async def test_a_writer_on_anything_with_a_full_buffer_notices_it(stack: Stack, how: str) -> None:
+    connect, go = GOING[how]
+    with connect() as (writer, reader):
+        async with stack.open() as group:
+            transport, protocol = await connect_writer(group, writer)
+            fill(transport)
+            go(reader)
+            await protocol.wait_for("connection_lost")
+            assert isinstance(protocol.lost_with, BrokenPipeError)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a hang-up cannot be told from input")
+@pytest.mark.ours_only("asyncio takes input for a hang-up")
+@pytest.mark.parametrize("how", [how for how in GOING if how != "FIFO"])
+async def test_p6_a_writer_notices_it_behind_input_that_nobody_wants(stack: Stack, how: str) -> None:
+    connect, go = GOING[how]
+    with connect() as (writer, reader):
+        async with stack.open() as group:
+            _, protocol = await connect_writer(group, writer)
+            reader.send(b"input")
+            await anyio.wait_readable(writer)
+            await turns()
+            assert protocol.names == ["connection_made"]
+            go(reader)
+            await protocol.wait_for("connection_lost")
+            assert protocol.lost_with is None
 
 
 async def test_w14_writing_after_the_reader_has_gone_is_dropped(stack: Stack) -> None:
@@ -306,6 +472,57 @@ async def test_a_terminal_for_both_blocks_again_after_its_last_transport(
         assert os.get_blocking(program.fileno())
 
 
+async def test_one_file_for_both_directions(stack: Stack) -> None:
+    """Both ends of a terminal, each one file object that is read from and written to."""
+    data = pattern(200_000)
+    with terminal() as files:
+        async with stack.open() as group:
+            readers = [await connect_reader(group, file) for file in files]
+            writers = [await connect_writer(group, file) for file in files]
+            for transport, _ in writers:
+                transport.write(data)
+            for _, protocol in readers:
+                assert await protocol.wait_received(len(data)) == data
+            for transport, _ in writers + readers:
+                assert not transport.is_closing()
+                transport.close()
+            for _, protocol in writers + readers:
+                await protocol.wait_for("connection_lost")
+                assert protocol.lost_with is None
+        assert all(file.closed for file in files)
+
+
+@pytest.mark.parametrize("opened", ["reader", "writer"])
+@pytest.mark.parametrize("closed", ["reader", "writer"])
+async def test_either_direction_of_one_file_may_be_closed_first(anyio_backend: Any, opened: str, closed: str) -> None:
+    """asyncio closes the file under the other one."""
+    connect = {"reader": connect_reader, "writer": connect_writer}
+    with terminal() as (program, user):
+        async with TransportGroup() as group:
+            before = open_descriptors()
+            transports, protocols = {}, {}
+            for name in sorted(connect, key=opened.__ne__):
+                transports[name], protocols[name] = await connect[name](group, user)
+            transports[closed].close()
+            await protocols[closed].wait_for("connection_lost")
+            if closed == "reader":
+                data = pattern(100_000)
+                transports["writer"].write(data)
+                assert await drain(program, len(data)) == data
+            else:
+                program.write(b"shown")
+                assert await protocols["reader"].wait_received(5) == b"shown"
+            (last,) = connect.keys() - {closed}
+            assert not protocols[last].lost
+            number = user.fileno() if not user.closed else None
+            transports[last].close()
+            await protocols[last].wait_for("connection_lost")
+            await turns()
+            assert user.closed
+            assert number is None or number not in open_descriptors()
+            assert len(open_descriptors()) == len(before) - 1
+
+
 @pytest.mark.ours_only("asyncio cannot watch what is always ready")
 async def test_character_devices_that_are_always_ready(stack: Stack) -> None:
     async with stack.open() as group:
@@ -354,6 +571,120 @@ async def test_p8_many_pipes_beside_one_that_carries_much(stack: Stack) -> None:
             await sender.wait_for("connection_lost")
             await receiver.wait_for("connection_lost")
             assert receiver.received == data
+
+
+# -- files that are closed by somebody else, or cannot be --------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["connect_read_pipe", "connect_write_pipe"])
+async def test_a_file_that_its_owner_has_closed(stack: Stack, method: str) -> None:
+    with anyio.fail_after(GUARD), pipe() as ends:
+        async with stack.open() as group:
+            contexts = collect_contexts(group)
+            end = ends[method == "connect_write_pipe"]
+            transport, protocol = await getattr(group, method)(Recorder, end)
+            await until(lambda: protocol.transport)
+            end.close()
+            transport.close()
+            await protocol.wait_for("connection_lost")
+            assert protocol.lost_with is None
+        assert contexts == []
+
+
+async def test_a_file_that_its_owner_has_closed_before_the_block_is_left(anyio_backend: Any) -> None:
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group:
+            contexts = collect_contexts(group)
+            with pipe() as (reader, writer):
+                _, receiver = await connect_reader(group, reader)
+                _, sender = await connect_writer(group, writer)
+        assert receiver.lost
+        assert sender.lost
+        assert contexts == []
+
+
+async def test_a_number_that_is_a_strangers_by_now_is_left_alone(stack: Stack) -> None:
+    """The descriptor blocked once, and would block again: but it is not the same any more."""
+    with anyio.fail_after(GUARD), unix_connection() as (near, far), pipe() as (reader, _):
+        near.setblocking(False)
+        async with stack.open() as group:
+            transport, protocol = await connect_reader(group, reader)
+            number = reader.fileno()
+            reader.close()
+            os.dup2(near.fileno(), number)
+            with socket.socket(fileno=number) as stranger:
+                transport.close()
+                await protocol.wait_for("connection_lost")
+                await turns()
+                assert not os.get_blocking(number)
+                far.send(b"still open")
+                assert stranger.recv(100) == b"still open"
+
+
+@pytest.mark.ours_only("asyncio stops to watch the second one with the first")
+async def test_a_number_that_is_another_pipes_by_now_is_left_alone(stack: Stack) -> None:
+    with anyio.fail_after(GUARD), pipe() as (first, _), pipe() as (second, writer):
+        async with stack.open() as group:
+            transport, protocol = await connect_reader(group, first)
+            number = first.fileno()
+            first.close()
+            os.dup2(second.fileno(), number)
+            reusing, receiver = await connect_reader(group, open(number, "rb", 0))
+            transport.close()
+            await protocol.wait_for("connection_lost")
+            await turns()
+            writer.write(b"for the second")
+            assert await receiver.wait_received(14) == b"for the second"
+            reusing.close()
+            await receiver.wait_for("connection_lost")
+            await turns()
+            assert number not in open_descriptors()
+
+
+@pytest.mark.ours_only("asyncio's transport then never lets go of the file, and warns of it")
+async def test_a_file_that_cannot_be_closed_without_an_error_ends_all_the_same(stack: Stack) -> None:
+    """Its own buffer is flushed then, to a reader who has gone."""
+    with anyio.fail_after(GUARD):
+        read, write = os.pipe()
+        file = open(write, "wb")
+        file.write(b"waits in the file")
+        async with stack.open() as group:
+            contexts = collect_contexts(group)
+            _, protocol = await connect_writer(group, file)
+            os.close(read)
+            await protocol.wait_for("connection_lost")
+            assert protocol.lost_with is None
+            await until(lambda: contexts)
+            (context,) = contexts
+            assert isinstance(context["exception"], BrokenPipeError)
+        assert file.closed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is epoll's")
+@pytest.mark.parametrize("connect", [connect_reader, connect_writer])
+async def test_a_pipe_that_cannot_be_watched(anyio_backend: Any, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user has as many descriptors in epoll as may be: that is raised, and need not be reported as well."""
+    from transports_anyio._readiness import EpollList
+
+    add = EpollList.add
+
+    def limited(self: EpollList, descriptor: int, interest: int) -> None:
+        if descriptor == end.fileno():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(self, descriptor, interest)
+
+    with pipe() as ends:
+        end = ends[connect is connect_writer]
+        protocol = Recorder()
+        async with TransportGroup() as group:
+            contexts = collect_contexts(group)
+            with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+                patch.setattr(EpollList, "add", limited)
+                await connect(group, end, protocol)
+            await protocol.wait_for("connection_lost")
+            await turns()
+            assert end.closed
+            assert contexts == []
 
 
 # -- the group -----------------------------------------------------------------------------------------------

@@ -6,15 +6,28 @@ import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from math import inf
 from typing import Any
 
 import anyio
 import pytest
-from support import GUARD, BufferedRecorder, Recorder, Stack, connected, pattern, until
+from support import (
+    GUARD,
+    BaseExceptionGroup,
+    BufferedRecorder,
+    Recorder,
+    Stack,
+    connected,
+    fill,
+    leaves,
+    listening,
+    pattern,
+    until,
+)
 
 import transports_anyio._group
+from transports_anyio import TransportGroup
 from transports_anyio._loop_poller import LoopPoller, make_poller
 from transports_anyio._poller import Poller, TaskPoller, WaitingListPoller
 from transports_anyio._readiness import READ, WRITE, SelectorList, Watch, make_readiness_list
@@ -315,3 +328,44 @@ async def test_a_descriptor_closed_behind_our_back(anyio_backend: Any) -> None:
                 poller.set_interest(watch, READ | WRITE)
                 await until(lambda told=told: {READ, WRITE} <= set(told))
                 poller.release(watch)
+
+
+class LeavingError(Exception):
+    """What a block raises here."""
+
+
+@pytest.mark.parametrize("poller", POLLERS)
+@pytest.mark.parametrize("how", ["normally", "by an exception", "by a cancellation"])
+@pytest.mark.parametrize("buffered", [False, True])
+async def test_a_socket_closed_behind_our_back_breaks_no_ones_end(
+    anyio_backend: Any, poller: str, how: str, buffered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own connection ends as well as it can; all the others end as they would have, and so does the block."""
+    monkeypatch.setattr(transports_anyio._group, "make_poller", POLLERS[poller])
+    protocols = [Recorder() for _ in range(4)]
+    caught: list[BaseException] = []
+    with listening() as listener, ExitStack() as closing, anyio.move_on_after(GUARD) as scope:
+        try:
+            async with TransportGroup() as group:
+                sockets = []
+                for protocol in protocols:
+                    sock = socket.create_connection(listener.getsockname())
+                    sockets.append(sock)
+                    closing.enter_context(listener.accept()[0])
+                    transport, _ = await group.create_connection(lambda protocol=protocol: protocol, sock=sock)
+                    # Leaving normally flushes what waits, which nobody reads of the others.
+                    if buffered and (how != "normally" or protocol is protocols[1]):
+                        fill(transport, 1 << 20)
+                group.call_later(3600, print)
+                sockets[1].close()
+                if how == "by an exception":
+                    raise LeavingError
+                if how == "by a cancellation":
+                    scope.cancel()
+                    await anyio.sleep(GUARD)
+        except BaseExceptionGroup as error:
+            caught = leaves(error)
+    assert scope.cancel_called == (how == "by a cancellation")
+    assert [type(error) for error in caught] == ([LeavingError] if how == "by an exception" else [])
+    assert [protocol.count("connection_lost") for protocol in protocols] == [1] * 4
+    assert [protocol.lost_with for protocol in (protocols[0], *protocols[2:])] == [None] * 3

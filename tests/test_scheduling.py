@@ -8,6 +8,7 @@ import logging
 import select
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from support import (
     GUARD,
     HOST,
     BufferedRecorder,
+    Peer,
     Recorder,
     Stack,
     capture_log,
@@ -106,6 +108,123 @@ async def test_a_callback_that_schedules_itself_does_not_starve_connections(stac
 def wait_for_input(transport: Any) -> None:
     """Block until the system has something for the transport, which has not heard of it yet."""
     assert select.select([transport.get_extra_info("socket").fileno()], [], [], GUARD)[0]
+
+
+#: How long the callbacks of a flood take, in seconds: long enough for one of them to be a turn.
+SLOW = 0.004
+
+
+async def served_for_each_turn_of_a_task(served: list[int]) -> float:
+    """How many callbacks a task waits for, on an average, when it gives way."""
+    await until(lambda: served)
+    before = len(served)
+    await turns(5)
+    return (len(served) - before) / 5
+
+
+@pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
+async def test_a_flood_whose_callbacks_are_slow_does_not_keep_tasks_waiting(stack: Stack, kind: Any) -> None:
+    """A turn is bounded by time, not only by how much there is to do: each message brings the next one.
+
+    This counts, and measures nothing: on a loaded machine callbacks are slower still.
+    """
+    served: list[int] = []
+    stop = False
+
+    def received(*_: Any) -> None:
+        served.append(1)
+        time.sleep(SLOW)
+        if not stop:
+            peer.socket.send(b"x")
+
+    hook = "on_data_received" if kind is Recorder else "on_buffer_updated"
+    async with stack.open() as group, connected(group, kind(**{hook: received})) as (_, _, peer):
+        await peer.send(b"x")
+        count = await served_for_each_turn_of_a_task(served)
+        stop = True
+    assert count <= 4
+
+
+async def test_a_flood_of_connections_that_are_slow_to_make_does_not_keep_tasks_waiting(stack: Stack) -> None:
+    """As many as wait to be accepted, and then the tasks' turn; each connection brings the next one."""
+    served: list[int] = []
+    clients: list[Peer] = []
+    stop = False
+
+    def made(protocol: Any, transport: Any) -> None:
+        served.append(1)
+        time.sleep(SLOW / 4)
+        transport.abort()
+        if not stop:
+            clients.pop().close()
+            clients.append(Peer.connect(address))
+
+    async with stack.open() as group:
+        server = await group.create_server(lambda: Recorder(on_connection_made=made), HOST, 0, backlog=8)
+        address = server.sockets[0].getsockname()
+        clients.append(Peer.connect(address))
+        count = await served_for_each_turn_of_a_task(served)
+        stop = True
+        await turns()
+        clients.pop().close()
+    assert count <= 4 * 8
+
+
+@pytest.mark.parametrize("reason", ["messages", "call_soon_threadsafe", "timers", "call_soon", "tasks"])
+async def test_turns_do_not_multiply(stack: Stack, reason: str) -> None:
+    """While there is always something to do, whatever else asks for a turn gets the one that comes anyway.
+
+    A callback that schedules itself runs once in a turn, and a checkpoint is one round of the backend's.
+    """
+    count = 0
+    stop = False
+
+    def again() -> None:
+        nonlocal count
+        count += 1
+        if not stop:
+            group.call_soon(again)
+
+    echo = Recorder(on_data_received=lambda self, data: self.transport.write(data))
+    async with stack.open() as group, connected(group, echo) as (_, _, peer):
+        again()
+        for _ in range(100):
+            if reason == "messages":
+                await peer.send(b"x")
+                await peer.receive_exactly(1)
+            elif reason == "timers":
+                group.call_later(0, str)
+                group.call_later(3600, str).cancel()
+            elif reason == "tasks":
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(anyio.sleep, 0)
+            else:
+                getattr(group, reason)(str)
+            await anyio.lowlevel.checkpoint()
+        await turns()
+        before = count
+        await turns(100)
+        stop = True
+        assert 1 <= count - before <= 300
+
+
+async def test_turns_do_not_multiply_while_a_descriptor_is_always_ready(anyio_backend: Any) -> None:
+    """The system does not watch such a device, so a turn that is due at once takes the place of every wait."""
+    async with TransportGroup() as group:
+        transport, protocol = await group.connect_read_pipe(Recorder, open("/dev/zero", "rb", 0))
+        await protocol.wait_for("data_received")
+        transport.pause_reading()
+        for _ in range(100):
+            group.call_soon_threadsafe(str)
+            transport.resume_reading()
+            await anyio.lowlevel.checkpoint()
+            transport.pause_reading()
+        transport.resume_reading()
+        await turns()
+        before = protocol.count("data_received")
+        await turns(20)
+        transport.abort()
+        assert 1 <= protocol.count("data_received") - before <= 60
 
 
 async def test_what_was_scheduled_before_runs_before_input_that_waits(stack: Stack) -> None:
@@ -414,7 +533,16 @@ async def test_no_time_is_refused_at_the_call(stack: Stack, name: str) -> None:
 
 
 @pytest.mark.ours_only("asyncio takes them, and its loop fails or spins later on")
-@pytest.mark.parametrize(("when", "error"), [("soon", TypeError), (float("nan"), ValueError)])
+@pytest.mark.parametrize(
+    ("when", "error"),
+    [
+        ("soon", TypeError),
+        (float("nan"), ValueError),
+        # Numbers that can be compared with times, and never added to one.
+        pytest.param(10**400, OverflowError, id="10**400"),
+        pytest.param(-(10**400), OverflowError, id="-10**400"),
+    ],
+)
 @pytest.mark.parametrize("name", ["call_later", "call_at"])
 async def test_what_is_no_time_is_refused_at_the_call(
     stack: Stack, name: str, when: Any, error: type[Exception]
@@ -446,6 +574,52 @@ async def test_what_is_no_async_function_is_refused_at_the_call(anyio_backend: A
             group.start_soon(coroutine)  # type: ignore[arg-type]
         coroutine.close()
         assert group.statistics().running_tasks == 0
+
+
+class Nameless:
+    def __str__(self) -> str:
+        raise LookupError("it has no name")
+
+    __repr__ = __str__
+
+
+async def never(argument: object) -> None:
+    pytest.fail("it was started")
+
+
+def not_async(*_: object) -> str:
+    return "done already"
+
+
+#: What `start_soon` is called with, and what comes out.
+MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception]]] = {
+    "a name that cannot be printed": ((never, 1), {"name": Nameless()}, LookupError),
+    "a function that is not async": ((not_async,), {}, TypeError),
+    "no argument": ((never,), {}, TypeError),
+    "too many arguments": ((never, 1, 2), {}, TypeError),
+}
+
+
+@pytest.mark.parametrize("where", ["the block", "a callback"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+async def test_a_mistake_in_start_soon_comes_out_at_the_call(anyio_backend: Any, mistake: str, where: str) -> None:
+    """No task is counted that was never made, which leaving the block would wait for; and no coroutine is forgotten."""
+    args, options, error = MISTAKES[mistake]
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group:
+            contexts = collect_contexts(group)
+            if where == "the block":
+                with pytest.raises(error):
+                    group.start_soon(*args, **options)
+            else:
+                group.call_soon(lambda: group.start_soon(*args, **options))
+                await until(lambda: contexts)
+                assert [type(context["exception"]) for context in contexts] == [error]
+            assert group.statistics().running_tasks == 0
+            # The group is none the worse for it.
+            done: list[int] = []
+            group.call_soon(done.append, 1)
+            await until(lambda: done)
 
 
 # -- threads ----------------------------------------------------------------------------------------------
@@ -604,6 +778,28 @@ async def test_an_exception_is_reported_and_the_next_callback_runs(stack: Stack,
     assert isinstance(context["exception"], ZeroDivisionError)
     assert "failing" in context["message"]
     assert context["handle"] is handle
+
+
+@every_scheduler
+@pytest.mark.parametrize("given", [False, True])
+async def test_the_exception_handler_sees_the_variables_of_what_failed(stack: Stack, name: str, given: bool) -> None:
+    """Those of the call, and what the callback itself has set: a request's number for the log, most often."""
+    seen: list[str] = []
+
+    def failing() -> None:
+        seen.append(variable.get())
+        variable.set("set by the callback")
+        raise ZeroDivisionError
+
+    async with stack.open() as group:
+        group.set_exception_handler(lambda *_: seen.append(variable.get()))
+        variable.set("at the call")
+        context = contextvars.copy_context() if given else None
+        scheduler(group, name)(failing, context=context)
+        variable.set("later")
+        await until(lambda: len(seen) == 2)
+    assert seen == ["at the call", "set by the callback"]
+    assert variable.get() == "later"
 
 
 async def test_the_exception_handler_can_be_set_and_reset(stack: Stack) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import ssl
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,12 +15,16 @@ import pytest
 from support import (
     GUARD,
     HOST,
+    SMALL,
     Peer,
     Recorder,
     Stack,
     collect_contexts,
     connected,
+    fill,
+    listening,
     pattern,
+    turns,
     until,
 )
 from tls_support import NAME, Certificates, TLSPeer, echo, tls_client, tls_peer_process, together
@@ -321,6 +326,19 @@ async def test_writing_to_the_old_transport(stack: Stack, certificates: Certific
         assert protocol.count("connection_lost") == 1
 
 
+@pytest.mark.ours_only("asyncio's says that it is open, and goes on reading")
+async def test_state_of_the_old_transport(stack: Stack, certificates: Certificates) -> None:
+    # Nothing can be done with it but to end the connection.
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        new, tls = await upgrade_client(group, transport, protocol, peer, certificates)
+        with tls:
+            assert (transport.is_closing(), transport.is_reading()) == (True, False)
+            assert (new.is_closing(), new.is_reading()) == (False, True)
+            new.abort()
+            await protocol.wait_for("connection_lost")
+            assert (transport.is_closing(), transport.is_reading()) == (True, False)
+
+
 # -- what goes wrong --------------------------------------------------------------------------------------
 
 
@@ -411,6 +429,221 @@ async def test_t13_connection_ends_during_the_handshake(stack: Stack, certificat
         assert contexts == []
 
 
+async def failed_upgrade(*arguments: Any, **options: Any) -> Exception | None:
+    """Upgrade and return the error that this gives; asyncio's is content with a transport that has been closed."""
+    group, *rest = arguments
+    try:
+        await group.start_tls(*rest, **options)
+    except Exception as exc:
+        return exc.with_traceback(None)
+    return None
+
+
+async def test_what_waits_in_the_clear_is_sent_when_closed_during_the_handshake(
+    stack: Stack, certificates: Certificates
+) -> None:
+    data = pattern(3_000_000)
+    protocol = Recorder()
+    async with stack.open() as group, connected(group, protocol, small=True) as (transport, _, peer):
+        if stack.is_oracle:  # asyncio's upgrade asserts when a paused protocol is to be resumed.
+            transport.set_write_buffer_limits(high=1 << 30)
+        transport.write(data)
+
+        async def close() -> None:
+            await turns()
+            transport.close()
+            # As a server it would speak second, so nothing but this has been sent.
+            assert await peer.receive_all() == data
+
+        error, _ = await together(
+            lambda: failed_upgrade(group, transport, protocol, certificates.server(), server_side=True), close
+        )
+        if stack.is_oracle:
+            protocol.state = "lost"  # asyncio forgets to tell.
+            return
+        await protocol.wait_for("connection_lost")
+        assert type(error) is ConnectionAbortedError
+        assert protocol.lost_with is None
+        assert protocol.received == b""
+
+
+@pytest.mark.ours_only("asyncio sends it in the clear, in the middle of the handshake")
+@pytest.mark.parametrize("peer_does", ["complete", "nothing", "leave"])
+async def test_what_is_written_during_the_handshake_and_closed(
+    stack: Stack, certificates: Certificates, peer_does: str
+) -> None:
+    data = pattern(300_000)
+    timeout = 0.1 if peer_does == "nothing" else None
+
+    async def end() -> None:
+        await anyio.wait_readable(peer.socket)
+        transport.write(data)
+        transport.close()
+        transport.write(b"and this")  # As ever, as long as something waits.
+        if peer_does == "nothing":
+            assert (await peer.receive_all())[0] == 0x16  # The handshake, and never what was written.
+        elif peer_does == "leave":
+            peer.reset()
+        else:
+            with await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True) as tls:
+                await tls.send(b"too late")
+                assert await tls.receive_all() == data + b"and this"
+                await tls.say_goodbye()
+
+    async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
+        contexts = collect_contexts(group)
+        error, _ = await together(
+            lambda: failed_upgrade(
+                group, transport, protocol, certificates.client(), server_hostname=NAME, ssl_handshake_timeout=timeout
+            ),
+            end,
+        )
+        await protocol.wait_for("connection_lost")
+        assert type(error) is (ConnectionResetError if peer_does == "leave" else ConnectionAbortedError)
+        assert protocol.lost_with is (None if peer_does == "complete" else error)
+        assert protocol.count("connection_lost") == 1
+        assert protocol.received == b""
+        assert contexts == []
+
+
+@pytest.mark.ours_only("asyncio lets a closing transport be upgraded")
+@pytest.mark.parametrize("how", ["cancelled", "aborted", "peer resets", "takes too long"])
+async def test_flush_of_a_close_during_the_handshake_that_is_broken_off(
+    stack: Stack, certificates: Certificates, how: str
+) -> None:
+    errors: list[Any] = []
+    timeout = 0.1 if how == "takes too long" else None
+    async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
+        contexts = collect_contexts(group)
+        fill(transport, 1_000_000)
+
+        async def upgrade() -> None:
+            errors.append(
+                await failed_upgrade(
+                    group,
+                    transport,
+                    protocol,
+                    certificates.client(),
+                    server_hostname=NAME,
+                    ssl_handshake_timeout=timeout,
+                )
+            )
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(upgrade)
+            await turns()
+            transport.close()
+            await turns()
+            assert not protocol.lost
+            if how == "cancelled":
+                tasks.cancel_scope.cancel()
+            elif how == "aborted":
+                transport.abort()
+            elif how == "peer resets":
+                peer.reset()
+        await protocol.wait_for("connection_lost")
+        assert protocol.count("connection_lost") == 1
+        assert protocol.count("resume_writing") == 0
+        if how == "cancelled":
+            assert errors == []
+        else:
+            assert [type(error) for error in errors] == [ConnectionAbortedError]
+        if how in ("cancelled", "aborted"):
+            assert protocol.lost_with is None
+        else:
+            assert type(protocol.lost_with) in (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
+        assert contexts == []
+
+
+@pytest.mark.ours_only("asyncio has no group to leave")
+@pytest.mark.parametrize("written", ["before", "during"])
+async def test_group_that_is_left_during_the_handshake(stack: Stack, certificates: Certificates, written: str) -> None:
+    # In order: what waits is flushed first, in the clear or encrypted.
+    data = pattern(3_000_000)
+    protocol = Recorder()
+    errors: list[Any] = []
+
+    async def upgrade(group: Any) -> None:
+        errors.append(
+            await failed_upgrade(group, protocol.transport, protocol, certificates.client(), server_hostname=NAME)
+        )
+
+    async def read(peer: Peer) -> None:
+        with peer:
+            if written == "before":
+                assert await peer.receive_exactly(len(data)) == data
+                assert await peer.gone()
+            else:
+                with await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True) as tls:
+                    assert await tls.receive_all() == data
+                    await tls.say_goodbye()
+
+    stack.expected_tasks = 2
+    async with anyio.create_task_group() as tasks:
+        async with stack.open() as group:
+            with listening(receive_buffer=SMALL) as listener:
+                transport, _ = await group.create_connection(lambda: protocol, *listener.getsockname())
+                peer = Peer(listener.accept()[0])
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+            if written == "before":
+                transport.write(data)
+            tasks.start_soon(upgrade, group)
+            await turns()
+            if written == "during":
+                transport.write(data)
+            assert not protocol.lost
+            tasks.start_soon(read, peer)
+        assert protocol.lost
+    assert protocol.lost_with is None
+    assert [type(error) for error in errors] == [ConnectionAbortedError]
+
+
+@pytest.mark.ours_only("asyncio lets the handshake go on, and returns a dead transport")
+@pytest.mark.parametrize("how", ["abort", "close"])
+async def test_end_between_the_handshake_and_the_return(stack: Stack, certificates: Certificates, how: str) -> None:
+    # `start_tls` returns in a turn of its task. The callback here may come before or after that.
+    ended: list[bool] = []
+    returned: list[Any] = []
+
+    class Ending(ssl.SSLObject):
+        def cipher(self) -> Any:
+            if not ended:
+                group.call_soon(end)
+            return super().cipher()
+
+    def end() -> None:
+        if not ended:
+            ended.append(bool(returned))
+            getattr(transport, how)()
+
+    context = certificates.client()
+    context.sslobject_class = Ending
+    data = pattern(1_000_000)
+    async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
+        transport.write(data)
+        assert protocol.writing_paused
+
+        async def upgrade() -> None:
+            returned.append(await group.start_tls(transport, protocol, context, server_hostname=NAME))
+
+        async def accept() -> None:
+            assert await peer.receive_exactly(len(data)) == data
+            with await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True) as tls:
+                if how == "close":
+                    assert await tls.receive_all() == b""
+                    await tls.say_goodbye()
+                else:
+                    with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+                        await tls.receive_all()
+
+        await together(upgrade, accept)
+        await protocol.wait_for("connection_lost")
+        assert returned[0].is_closing()
+        assert protocol.lost_with is None
+        if how == "abort" and ended == [False]:
+            assert protocol.names == ["connection_made", "pause_writing", "connection_lost"]
+
+
 @pytest.mark.ours_only("asyncio goes on with a dead transport")
 async def test_t13_transport_that_is_closing(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, _):
@@ -495,12 +728,23 @@ async def test_transport_that_cannot_be_upgraded(stack: Stack, certificates: Cer
 async def test_parameters_that_are_refused(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         context = certificates.client()
+        nan = float("nan")
         for arguments, options, error in (
             ((transport, protocol, None), {}, TypeError),
             ((transport, protocol, True), {}, TypeError),
             ((object(), protocol, context), {}, TypeError),
             ((transport, protocol, context), {"ssl_handshake_timeout": 0}, ValueError),
             ((transport, protocol, context), {"ssl_shutdown_timeout": -1}, ValueError),
+            *(
+                ()
+                if stack.is_oracle
+                else (
+                    ((transport, protocol, context), {"ssl_handshake_timeout": nan}, ValueError),
+                    ((transport, protocol, context), {"ssl_shutdown_timeout": nan}, ValueError),
+                    ((transport, protocol, context), {"received": 5}, TypeError),
+                    ((transport, protocol, context), {"received": "text"}, TypeError),
+                )
+            ),
         ):
             with pytest.raises(error):
                 await group.start_tls(*arguments, server_hostname=NAME, **options)
@@ -555,6 +799,23 @@ async def test_group_that_is_closed(stack: Stack, certificates: Certificates) ->
             await other.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
         transport.abort()
         await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio has one loop for all of them")
+async def test_transport_of_another_group(stack: Stack, certificates: Certificates) -> None:
+    # Its timers and callbacks would end with the other group.
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        async with TransportGroup() as other:
+            with pytest.raises(RuntimeError, match="belongs to another group"):
+                await other.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+        await peer.send(b"still alive")
+        await protocol.wait_received(11)
+        new, tls = await upgrade_client(group, transport, protocol, peer, certificates)
+        with tls:
+            new.write(b"secret")
+            assert await tls.receive_exactly(6) == b"secret"
+            new.abort()
+            await protocol.wait_for("connection_lost")
 
 
 # -- ownership --------------------------------------------------------------------------------------------
@@ -633,6 +894,93 @@ async def test_tls_in_tls(stack: Stack, certificates: Certificates) -> None:
         await outer.say_goodbye()
         await protocol.wait_for("connection_lost")
         assert protocol.lost_with is None
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["idle", "flushes"])
+async def test_tls_in_tls_that_is_closed_during_the_handshake(
+    stack: Stack, certificates: Certificates, waiting: bool
+) -> None:
+    # The handshake has nobody to take leave of, the TLS below it has.
+    data = pattern(3_000_000) if waiting else b""
+    async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, outer):
+        transport.set_write_buffer_limits(high=1 << 30)
+        transport.write(data)
+
+        async def close() -> None:
+            await turns()
+            transport.close()
+            assert await outer.receive_all() == data  # It fails where there is no `close_notify`.
+            await outer.say_goodbye()
+
+        error, _ = await together(
+            lambda: failed_upgrade(group, transport, protocol, certificates.server(), server_side=True), close
+        )
+        await protocol.wait_for("connection_lost")
+        if not stack.is_oracle:  # For asyncio's a handshake has been broken off.
+            assert type(error) is ConnectionAbortedError
+            assert protocol.lost_with is None
+        assert protocol.received == b""
+
+
+@pytest.mark.ours_only("asyncio reports it from a callback of its loop")
+@pytest.mark.parametrize("when", ["handshake", "exchange", "farewell"])
+async def test_tls_in_tls_whose_outer_object_fails(stack: Stack, certificates: Certificates, when: str) -> None:
+    # A context's own `sslobject_class` may raise anything; it ends that connection alone.
+    failing = False
+
+    class Failing(ssl.SSLObject):
+        def read(self, *arguments: Any) -> Any:
+            result = super().read(*arguments)
+            if failing:
+                raise ZeroDivisionError
+            return result
+
+    context = certificates.client()
+    context.sslobject_class = Failing
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    inner = certificates.server().wrap_bio(incoming, outgoing, server_side=True)
+
+    async def shake_hands() -> None:
+        nonlocal failing
+        while True:
+            incoming.write(await outer.receive())
+            failing = when == "handshake"
+            try:
+                inner.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                await outer.send(outgoing.read())
+                if failing:
+                    return
+        await outer.send(outgoing.read())
+
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        async with tls_client(group, certificates, ssl=context) as (transport, protocol, outer):
+
+            async def upgrade() -> Any:
+                return await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+
+            if when == "handshake":
+                with pytest.raises(ZeroDivisionError):
+                    await together(upgrade, shake_hands)
+            else:
+                new, _ = await together(upgrade, shake_hands)
+                await turns()
+                failing = True
+                if when == "farewell":
+                    new.close()
+                inner.write(b"x")
+                await outer.send(outgoing.read())
+            await protocol.wait_for("connection_lost")
+            assert isinstance(protocol.lost_with, ZeroDivisionError)
+        # The caller of `start_tls` has been told.
+        assert [context["exception"] for context in contexts] == ([] if when == "handshake" else [protocol.lost_with])
+        async with connected(group) as (transport, protocol, peer):
+            await peer.send(b"still alive")
+            await protocol.wait_received(11)
+            transport.abort()
+            await protocol.wait_for("connection_lost")
 
 
 # -- other makes ------------------------------------------------------------------------------------------

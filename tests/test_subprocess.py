@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import errno
 import os
 import random
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.abc
 import pytest
-from support import GUARD, Stack, collect_contexts, leaves, open_descriptors, pattern, until
+from support import GUARD, Recorder, Stack, collect_contexts, leaves, open_descriptors, pattern, until
 
 from transports_anyio import TransportGroup, current_group
 
@@ -462,10 +464,13 @@ async def test_a_sigchld_handler_that_reaps(
         signal.signal(signal.SIGCHLD, before)
 
 
+@pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
 async def test_a_child_that_ends_and_is_reaped_while_we_look(
-    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
+    anyio_backend: Any, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handler of SIGCHLD may run between any two steps of ours: its victim's status is not taken for success."""
+    for name in missing:
+        monkeypatch.delattr(os, name)
     wait = os.waitid
 
     def waitid(kind: Any, pid: int, options: int) -> Any:
@@ -486,6 +491,48 @@ async def test_a_child_that_ends_and_is_reaped_while_we_look(
         assert gone_now == [transport.get_pid()]
         await child.end()
         assert transport.get_returncode() == 255
+
+
+@pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
+async def test_a_child_that_another_thread_waits_for(
+    anyio_backend: Any, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through `Popen`, which knows a while after the reaping what has been reaped: the exit is told all the same."""
+    for name in missing:
+        monkeypatch.delattr(os, name)
+    peek, reap = os.waitid, os.waitpid
+    reaped, looked_in_vain = threading.Event(), threading.Event()
+
+    def waitpid(pid: int, options: int) -> Any:
+        found = reap(pid, options)
+        if threading.current_thread() is waiting:
+            reaped.set()
+            looked_in_vain.wait(GUARD)
+        return found
+
+    def waitid(kind: Any, pid: int, options: int) -> Any:
+        try:
+            return peek(kind, pid, options)
+        except ChildProcessError:
+            if options & os.WNOHANG:
+                group.call_soon(looked_in_vain.set)  # Not before the group has drawn its conclusions.
+            raise
+
+    with anyio.fail_after(2 * GUARD):
+        async with TransportGroup() as group:
+            child = Child()
+            transport, _ = await group.subprocess_exec(lambda: child, "cat")
+            waiting = threading.Thread(target=transport.get_extra_info("subprocess").wait)
+            monkeypatch.setattr(os, "waitpid", waitpid)
+            monkeypatch.setattr(os, "waitid", waitid)
+            waiting.start()
+            # In one go, so that the group cannot have come first.
+            os.kill(transport.get_pid(), signal.SIGKILL)
+            assert reaped.wait(GUARD)
+            await child.end()
+            assert looked_in_vain.is_set()
+            assert transport.get_returncode() == -signal.SIGKILL
+            waiting.join()
 
 
 async def test_a_child_that_somebody_else_reaps(stack: Stack) -> None:
@@ -565,6 +612,22 @@ threads = [threading.Thread(target=work, args=[fd]) for fd in (1, 2)]
         for fd in (1, 2):
             assert len(child.output[fd]) == size
             assert child.output[fd].count(b"12345678") == size // 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pipes of any size")
+async def test_pipes_of_a_size_that_was_asked_for_keep_it(stack: Stack) -> None:
+    """Whatever goes through them: we make those of a child larger that carry much, but not these smaller."""
+    import fcntl
+
+    # Enough to count as much, and so little that the smaller pipe could hold it.
+    data = pattern(100_000)
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.exec("cat", pipesize=1 << 20)
+        transport.get_pipe_transport(0).write(data)
+        await until(lambda: len(child.output[1]) == len(data))
+        popen = transport.get_extra_info("subprocess")
+        for pipe in (popen.stdin, popen.stdout, popen.stderr):
+            assert fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) == 1 << 20
 
 
 # -- the group -----------------------------------------------------------------------------------------------
@@ -660,6 +723,126 @@ async def test_p1_cancelled_at_every_checkpoint(anyio_backend: Any) -> None:
             assert gone(child.transport.get_pid())
             assert child.names()[0] == "connection_made"
             assert child.names()[-1] == "connection_lost"
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs descriptors of processes")
+async def test_no_thread_waits_for_a_child_that_has_a_descriptor(anyio_backend: Any) -> None:
+    threads = set(threading.enumerate())
+    made = [Child() for _ in range(20)]
+    async with TransportGroup() as group:
+        for child in made:
+            await group.subprocess_exec(lambda child=child: child, "cat")
+        # Idle ones of earlier tests may end meanwhile.
+        assert threads.issuperset(threading.enumerate())
+        assert sum("pidfd" in what for what in open_descriptors().values()) == len(made)
+        for child in made:
+            child.transport.kill()
+        for child in made:
+            await child.end()
+            assert child.transport.get_returncode() == -signal.SIGKILL
+        assert threads.issuperset(threading.enumerate())
+
+
+WITHOUT_PIDFD = """
+import os, signal, sys
+for module, name in (os, "pidfd_open"), (signal, "pidfd_send_signal"):
+    if hasattr(module, name):
+        delattr(module, name)
+
+import anyio
+from transports_anyio import *
+
+class Cat(SubprocessProtocol):
+    def __init__(self): self.done = anyio.Event()
+    def pipe_data_received(self, fd, data): self.transport.terminate()
+    def connection_made(self, transport):
+        self.transport = transport
+        transport.get_pipe_transport(0).write(b"through")
+    def connection_lost(self, exc): self.done.set()
+
+async def main():
+    with anyio.fail_after(15):
+        async with TransportGroup() as group:
+            transport, cat = await group.subprocess_exec(Cat, "cat")
+            await cat.done.wait()
+            print(transport.get_returncode())
+
+backend, uvloop = sys.argv[1:]
+anyio.run(main, backend=backend, backend_options={"use_uvloop": bool(uvloop)} if backend == "asyncio" else {})
+"""
+
+
+async def test_a_python_that_was_built_without_pidfd(anyio_backend: Any) -> None:
+    """With old headers both functions are missing, on Linux too: from before the import, so in a process of its own."""
+    name, options = anyio_backend
+    command = [sys.executable, "-c", WITHOUT_PIDFD, name, "uvloop" if options.get("use_uvloop") else ""]
+    result = await anyio.run_process(command, stderr=None)
+    assert int(result.stdout) == -signal.SIGTERM
+
+
+@contextlib.contextmanager
+def full_list(number: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The descriptor that comes after `number` others of its kind is one more than the user may have in epoll."""
+    from transports_anyio._readiness import EpollList
+
+    refused: list[int] = []
+    seen: list[int] = []
+    add = EpollList.add
+
+    def limited(self: EpollList, descriptor: int, interest: int) -> None:
+        if kind in open_descriptors()[descriptor]:
+            seen.append(descriptor)
+            if len(seen) == number + 1:
+                refused.append(descriptor)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(self, descriptor, interest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpollList, "add", limited)
+        yield refused
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is epoll's")
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs descriptors of processes")
+async def test_a_thread_waits_for_a_child_whose_descriptor_cannot_be_watched(
+    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with TransportGroup() as group:
+        descriptors = own_descriptors()
+        child = Child()
+        with full_list(0, "pidfd", monkeypatch) as refused:
+            transport, _ = await group.subprocess_exec(lambda: child, "sh", "-c", "read x; exit 3")
+        assert len(refused) == 1
+        assert not any("pidfd" in what for what in open_descriptors().values())
+        transport.send_signal(0)
+        transport.get_pipe_transport(0).write(b"\n")
+        await child.end()
+        assert transport.get_returncode() == 3
+        assert gone(transport.get_pid())
+        assert own_descriptors() == descriptors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is epoll's")
+@pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
+@pytest.mark.parametrize("fd", range(3))
+async def test_a_child_whose_pipe_cannot_be_watched(
+    anyio_backend: Any, fd: int, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would ever read from it, or learn that it has gone: the spawn fails as a whole."""
+    for name in missing:
+        monkeypatch.delattr(os, name)
+    async with TransportGroup() as group:
+        contexts = collect_contexts(group)
+        descriptors = own_descriptors()
+        child = Child()
+        with full_list(fd, "pipe", monkeypatch) as refused, pytest.raises(OSError, match="No space left") as caught:
+            await group.subprocess_exec(lambda: child, "cat")
+        assert len(refused) == 1
+        assert caught.value.errno == errno.ENOSPC
+        assert gone(child.transport.get_pid())
+        await child.end()
+        assert own_descriptors() == descriptors
+        assert contexts == []  # It has been raised.
 
 
 @pytest.mark.parametrize("waitid", [True, False])
@@ -828,6 +1011,89 @@ async def test_the_current_group_in_callbacks(anyio_backend: Any) -> None:
         assert len(groups) == 5
 
 
+async def test_one_context_for_all_callbacks_of_a_child(anyio_backend: Any) -> None:
+    variable = contextvars.ContextVar("variable", default="unset")
+    values: dict[str, str] = {}
+
+    class Asking(Child):
+        def record(self, name: str, *args: Any) -> None:
+            super().record(name, *args)
+            if name == "connection_made":
+                variable.set("set in connection_made")
+            values[name] = variable.get()
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            transport.get_pipe_transport(0).write(bytes(1 << 20))  # More than the pipe takes.
+
+        def pause_writing(self) -> None:
+            self.record("pause_writing")
+
+        def resume_writing(self) -> None:
+            self.record("resume_writing")
+            self.transport.get_pipe_transport(0).close()
+
+    async with TransportGroup() as group:
+        child = Asking()
+        await group.subprocess_exec(lambda: child, "cat")
+        await child.end()
+    assert len(child.output[1]) == 1 << 20
+    assert set(values) == {
+        "connection_made", "pause_writing", "resume_writing", "pipe_data_received", "pipe_connection_lost",
+        "process_exited", "connection_lost",
+    }  # fmt: skip
+    assert set(values.values()) == {"set in connection_made"}
+
+
+async def test_a_pipe_that_was_given_another_protocol(anyio_backend: Any) -> None:
+    """The child's protocol hears no more of that pipe, and of all else as ever; asyncio's never hears of the end."""
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group:
+            child, other = Child(), Recorder()
+            transport, _ = await group.subprocess_exec(lambda: child, "cat")
+            stdin, stdout = map(transport.get_pipe_transport, range(2))
+            stdout.set_protocol(other)
+            assert stdout.get_protocol() is other
+            other.connection_made(stdout)
+            stdin.write(b"for the other")
+            assert await other.wait_received(13) == b"for the other"
+            stdin.write_eof()
+            await other.wait_for("connection_lost")
+            await child.end()
+    assert child.output[1] == b""
+    assert {call[1] for call in child.calls if call[0] == "pipe_connection_lost"} == {0, 2}
+    assert transport.get_returncode() == 0
+
+
+async def test_an_output_of_a_child_sends_no_file(stack: Stack, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.exec("cat")
+        with open(tmp_path / "file", "rb") as file:
+            for fd in (1, 2):
+                with pytest.raises(RuntimeError, match="sendfile is not supported"):
+                    await group.sendfile(transport.get_pipe_transport(fd), file)
+        transport.get_pipe_transport(0).write(b"goes on")
+        await until(lambda: child.output[1] == b"goes on")
+
+
+@pytest.mark.parametrize("kind", ["program", "AnyIO process"])
+async def test_an_output_of_a_child_does_not_write(anyio_backend: Any, kind: str) -> None:
+    async with TransportGroup() as group:
+        if kind == "program":
+            transport, child = await group.subprocess_exec(Child, "cat")
+        else:
+            transport, child = await group.connect_process(Child, await anyio.open_process(["cat"]))
+        for fd in (1, 2):
+            output = transport.get_pipe_transport(fd)
+            with pytest.raises(NotImplementedError):
+                output.write(b"x")
+            with pytest.raises(NotImplementedError):
+                output.writelines([b"x"])
+        transport.get_pipe_transport(0).write(b"goes on")
+        await until(lambda: child.output[1] == b"goes on")
+
+
 async def test_a_factory_that_raises_spawns_nothing(anyio_backend: Any, tmp_path: Path) -> None:
     def factory() -> Any:
         raise LookupError
@@ -990,6 +1256,28 @@ async def test_an_anyio_process_that_a_thread_of_asyncios_has_reaped(anyio_backe
         transport.close()
         await child.end()
         assert transport.get_returncode() == 3
+
+
+@pytest.mark.parametrize("how", ["normally", "cancellation"])
+async def test_a_grandchild_that_keeps_the_outputs_of_an_anyio_process(anyio_backend: Any, how: str) -> None:
+    """Their end of file never comes: the descriptors are closed by the end of the block all the same."""
+    descriptors = own_descriptors()
+    with anyio.CancelScope() as scope:
+        async with TransportGroup() as group:
+            process = await anyio.open_process(["sh", "-c", "sleep 1000 & echo $!; exit 4"])
+            transport, child = await group.connect_process(Child, process)
+            await until(lambda: child.exited.is_set() and child.output[1].endswith(b"\n"))
+            assert ("pipe_connection_lost", 1) not in child.calls
+            if how == "cancellation":
+                scope.cancel()
+                await anyio.sleep_forever()
+    try:
+        assert own_descriptors() == descriptors
+        assert transport.get_returncode() == 4
+        assert child.names()[-1] == "connection_lost"
+        assert child.names().count("pipe_connection_lost") == 3
+    finally:
+        os.kill(int(child.output[1]), signal.SIGKILL)
 
 
 async def test_cancelling_the_group_reaps_an_anyio_process(anyio_backend: Any) -> None:

@@ -473,7 +473,7 @@ async def test_a_callback_that_interrupts_ends_both(anyio_backend: Any) -> None:
 )
 async def test_sizes_that_are_none(anyio_backend: Any, bad: dict[str, Any], error: type[Exception]) -> None:
     async with TransportGroup() as group:
-        with pytest.raises(error, match="at least 1|a number of bytes"):
+        with pytest.raises(error, match=r"at least 1|a number of bytes"):
             await memory_connection(group, Recorder, Recorder, **bad)
 
 

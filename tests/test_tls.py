@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import gc
 import hashlib
+import hmac
 import socket
 import ssl
 import struct
+import sys
 import threading
 from contextlib import AsyncExitStack, contextmanager
 from contextvars import ContextVar
@@ -18,6 +21,10 @@ import anyio
 import anyio.lowlevel
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from network import names
 from support import (
     GUARD,
@@ -48,10 +55,10 @@ from tls_support import (
     together,
 )
 
-from transports_anyio import TransportGroup
+from transports_anyio import TransportGroup, current_group
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
 pytestmark = pytest.mark.anyio
 
@@ -313,6 +320,133 @@ async def test_callbacks_see_the_variables_of_whoever_made_the_server(stack: Sta
     assert seen == ["server", "server"]
 
 
+async def test_sslobject_that_writes_only_a_part(stack: Stack, certificates: Certificates) -> None:
+    # What a context's own `sslobject_class` returns counts, as for any `write`.
+    class Partial(ssl.SSLObject):
+        def write(self, data: Any) -> int:
+            return super().write(bytes(data)[:10_000])
+
+    data = pattern(300_000)
+    context = certificates.client()
+    context.sslobject_class = Partial
+    async with stack.open() as group, tls_client(group, certificates, ssl=context, small=True) as (transport, _, peer):
+        transport.write(data[:50_000])
+        transport.write(data[50_000:])
+        transport.close()
+        assert await peer.receive_all() == data
+        await peer.say_goodbye()
+        await transport.get_protocol().wait_for("connection_lost")
+
+
+class KeyUpdates:
+    """A client that has its keys updated at will, for which Python has no call.
+
+    Python's own makes the handshake and reads; what is sent after that is encrypted here (RFC 8446, sections 5.2, 7.1
+    and 7.2).
+    """
+
+    def __init__(self, context: ssl.SSLContext, peer: Peer, directory: Path) -> None:
+        self.keys = directory / "keys"
+        self.context = context
+        context.keylog_filename = str(self.keys)
+        self.peer = peer
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=NAME)
+
+    async def handshake(self) -> None:
+        while True:
+            try:
+                self.tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                await self.peer.send(self.outgoing.read())
+                self.incoming.write(await self.peer.receive())
+        await self.peer.send(self.outgoing.read())
+        assert self.tls.cipher()[0] == "TLS_AES_256_GCM_SHA384"  # type: ignore[index]
+        self.context.keylog_filename = None  # type: ignore[assignment]
+        logged = dict(line.split()[::2] for line in self.keys.read_text().splitlines() if not line.startswith("#"))
+        self._use(bytes.fromhex(logged["CLIENT_TRAFFIC_SECRET_0"]))
+
+    def _use(self, secret: bytes) -> None:
+        self._secret = secret
+        self._cipher = AESGCM(self._expand("key", 32))
+        self._iv = int.from_bytes(self._expand("iv", 12), "big")
+        self._sequence = 0
+
+    def _expand(self, label: str, size: int) -> bytes:
+        name = f"tls13 {label}".encode()
+        info = struct.pack(f">HB{len(name)}sBB", size, len(name), name, 0, 1)
+        return hmac.digest(self._secret, info, "sha384")[:size]
+
+    def record(self, kind: int, content: bytes) -> bytes:
+        plaintext = content + bytes([kind])
+        header = b"\x17\x03\x03" + struct.pack(">H", len(plaintext) + 16)
+        nonce = (self._iv ^ self._sequence).to_bytes(12, "big")
+        self._sequence += 1
+        return header + self._cipher.encrypt(nonce, plaintext, header)
+
+    def update(self) -> bytes:
+        """Announce a new key, and ask the other end for one of its own."""
+        announcement = self.record(22, b"\x18\x00\x00\x01\x01")
+        self._use(self._expand("traffic upd", 48))
+        return announcement
+
+    async def read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            try:
+                data += self.tls.read(size - len(data))
+            except ssl.SSLWantReadError:
+                received = await self.peer.receive()
+                assert received, "end of file"
+                self.incoming.write(received)
+        return data
+
+
+@pytest.mark.ours_only("asyncio keeps the answers without end")
+async def test_answers_to_key_updates_do_not_pile_up(
+    stack: Stack, certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The smaller limit spares the test to fill the real one, and what the system buffers.
+    monkeypatch.setattr("transports_anyio._channels._tls.ANSWERS_LIMIT", 4096, raising=False)
+
+    def answer(protocol: Recorder, _: bytes) -> None:
+        protocol.transport.write(b"with the last key")
+
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server(), lambda: Recorder(on_data_received=answer))
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            serving.server.sockets[0].setsockopt(socket.SOL_SOCKET, option, 8192)
+        with Peer.connect(serving.address, receive_buffer=8192) as peer:
+            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+            client = KeyUpdates(certificates.client(), peer, tmp_path)
+            await client.handshake()
+            protocol = await serving.protocol()
+            rest = memoryview(b"".join(client.update() for _ in range(10_000)) + client.record(23, b"hello"))
+            # The peer reads nothing. As long as what it sends is taken, more can be sent; it is taken in no time, so
+            # that this waits a while is for a stack that takes it all.
+            with anyio.move_on_after(0.3) as scope:
+                while rest:
+                    await anyio.wait_writable(peer.socket)
+                    rest = rest[peer.socket.send(rest) :]
+            assert scope.cancelled_caught, "everything was taken"
+            assert protocol.received == b""
+            protocol.transport.write(b"in the midst of them")
+            answers, _ = await together(lambda: client.read(37), lambda: peer.send(rest))
+            assert answers == b"in the midst of themwith the last key"
+            assert protocol.received == b"hello"
+        await protocol.wait_for("connection_lost")
+        serving.server.close()
+
+
+def test_what_is_written_never_stops_reading() -> None:
+    # Or two ends that both write and do not read before the other has read would wait for each other for ever.
+    from transports_anyio._channels import _tls
+
+    records = -(-_tls.ENCRYPT_SIZE // RECORD) + 1
+    assert records * (RECORD + 256) < _tls.ANSWERS_LIMIT
+
+
 # -- other ways to a connection ---------------------------------------------------------------------------
 
 
@@ -538,6 +672,32 @@ async def test_abort_during_the_farewell(stack: Stack, certificates: Certificate
         assert protocol.lost_with is None
 
 
+async def test_abort_when_the_peers_farewell_has_come(stack: Stack, certificates: Certificates) -> None:
+    # Both become readable at once, and the callback of the first aborts the second.
+    def abort(_: Recorder, data: bytes) -> None:
+        if data == b"now":
+            transport.abort()
+
+    async with (
+        stack.open() as group,
+        tls_client(group, certificates) as (transport, protocol, peer),
+        tls_client(group, certificates, Recorder(on_data_received=abort)) as (_, other, quick),
+    ):
+        transport.close()
+        assert await peer.receive() == b""
+        # epoll reports those first that it has reported the last time: that is this one, alone.
+        await quick.send(b"first")
+        await other.wait_received(5)
+        quick.socket.send(b"now")
+        peer.socket.unwrap()
+        await protocol.wait_for("connection_lost")
+        assert other.received == b"firstnow"
+        assert protocol.names == ["connection_made", "connection_lost"]
+        assert protocol.lost_with is None
+        other.transport.abort()
+        await other.wait_for("connection_lost")
+
+
 async def test_t8_peer_that_never_answers_close_notify(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group:
         async with tls_client(group, certificates, ssl_shutdown_timeout=0.05) as (transport, protocol, peer):
@@ -734,6 +894,66 @@ async def test_damaged_record(stack: Stack, certificates: Certificates) -> None:
                 await peer.receive()
 
 
+async def is_dropped(connecting: Awaitable[TLSPeer]) -> bool:
+    """Whether the other end goes without a farewell, during or after what is the handshake for the peer."""
+    with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+        with await connecting as peer:
+            await peer.receive_all()
+    return True
+
+
+class FailingObject(ssl.SSLObject):
+    """One that fails in its own way as soon as there is something to read."""
+
+    def read(self, *arguments: Any) -> Any:
+        super().read(*arguments)
+        raise ZeroDivisionError
+
+
+async def test_sslobject_that_fails_to_read(stack: Stack, certificates: Certificates) -> None:
+    context = certificates.client()
+    context.sslobject_class = FailingObject
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        async with tls_client(group, certificates, ssl=context) as (transport, protocol, peer):
+            await peer.send(b"x")
+            await protocol.wait_for("connection_lost")
+            assert isinstance(protocol.lost_with, ZeroDivisionError)
+            assert protocol.names == ["connection_made", "connection_lost"]
+            with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+                await peer.receive_all()
+        assert peers_contexts(contexts) == [protocol.lost_with]
+        if not stack.is_oracle:  # asyncio tells of its own inside.
+            assert contexts[0]["message"] == "Fatal read error on stream transport"
+            assert contexts[0]["transport"] is transport
+            assert contexts[0]["protocol"] is protocol
+        async with tls_client(group, certificates) as (transport, protocol, peer):
+            await peer.send(b"still alive")
+            await protocol.wait_received(11)
+            transport.abort()
+            await protocol.wait_for("connection_lost")
+
+
+@pytest.mark.ours_only("asyncio's ends with SSLError: application data after close notify")
+async def test_sslobject_that_fails_to_read_the_farewell(stack: Stack, certificates: Certificates) -> None:
+    context = certificates.client()
+    context.sslobject_class = FailingObject
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        async with tls_client(group, certificates, ssl=context) as (transport, protocol, peer):
+            transport.close()
+            assert await peer.receive() == b""
+            await peer.send(b"x")
+            await protocol.wait_for("connection_lost")
+            assert isinstance(protocol.lost_with, ZeroDivisionError)
+        assert peers_contexts(contexts) == [protocol.lost_with]
+        async with tls_client(group, certificates) as (transport, protocol, peer):
+            await peer.send(b"still alive")
+            await protocol.wait_received(11)
+            transport.abort()
+            await protocol.wait_for("connection_lost")
+
+
 async def test_exception_in_a_callback(stack: Stack, certificates: Certificates) -> None:
     def fail(protocol: Any, data: bytes) -> None:
         raise ZeroDivisionError
@@ -923,6 +1143,25 @@ async def test_t3_failed_handshakes_leak_nothing(stack: Stack, certificates: Cer
         await until(lambda: len(open_descriptors()) <= before)
 
 
+async def test_failed_handshakes_of_a_servers_clients_leak_nothing(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group:
+        group.set_exception_handler(lambda *_: None)
+        serving = await serve(group, certificates.server())
+        before = len(open_descriptors())
+        for number in range(300):
+            with Peer.connect(serving.address) as peer:
+                if number % 3 == 0:
+                    await peer.send(b"GET / HTTP/1.1\r\n\r\n")
+                    assert await peer.gone()
+                elif number % 3 == 1:
+                    await peer.send(b"\x16\x03\x01\x02\x00\x01")
+                else:
+                    peer.reset()
+        await until(lambda: len(open_descriptors()) <= before)
+        assert await echoes(group, serving, certificates)
+        serving.server.close()
+
+
 @pytest.mark.exhaustive
 @pytest.mark.ours_only("about our own objects")
 async def test_t6_failed_handshakes_keep_no_memory(stack: Stack, certificates: Certificates) -> None:
@@ -1018,6 +1257,108 @@ async def test_server_survives_a_failing_handshake(stack: Stack, certificates: C
         serving.server.close()
 
 
+def with_unreadable_certificate(certificates: Certificates, context: ssl.SSLContext, directory: Path) -> ssl.SSLContext:
+    """Give `context` a certificate that OpenSSL takes, with a name that Python cannot decode."""
+    authority = certificates.authority
+    signer: Any = serialization.load_pem_private_key(authority.private_key_pem.bytes(), None)
+    issuer = x509.load_pem_x509_certificate(authority.cert_pem.bytes())
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = dt.datetime.now(dt.timezone.utc)
+    name = b"\x30\x04\x82\x02\xff\xfe"  # A sequence of one dNSName, of two bytes.
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([]))
+        .issuer_name(issuer.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.UnrecognizedExtension(x509.OID_SUBJECT_ALTERNATIVE_NAME, name), critical=False)
+        .sign(signer, hashes.SHA256())
+    )
+    path = directory / "unreadable.pem"
+    path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    context.load_cert_chain(path)
+    return context
+
+
+@pytest.mark.parametrize("required", [True, False], ids=["required", "optional"])
+async def test_client_with_a_certificate_that_python_cannot_read(
+    stack: Stack, certificates: Certificates, tmp_path: Path, version: str, required: bool
+) -> None:
+    context = certificates.server(version=version)
+    context.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
+    certificates.authority.configure_trust(context)
+    unreadable = with_unreadable_certificate(certificates, certificates.client(), tmp_path)
+    readable = certificates.client()
+    certificates.authority.issue_cert("client.example").configure_cert(readable)
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        serving = await serve(group, context)
+        for _ in range(2):
+            assert await is_dropped(TLSPeer.connect_to(serving.address, unreadable))
+        if not stack.is_oracle:  # asyncio makes the protocol before the handshake.
+            await until(lambda: len(contexts) == 2)
+            for context_ in contexts:
+                assert isinstance(context_["exception"], UnicodeDecodeError)
+                assert "Error on transport creation for incoming connection" in context_["message"]
+            assert serving.protocols == []
+        with await TLSPeer.connect_to(serving.address, readable) as peer:
+            await peer.send(b"are you there?")
+            await until(lambda: any(protocol.received == b"are you there?" for protocol in serving.protocols))
+            peer.say_goodbye_and_leave()
+        await until(lambda: serving.protocols[-1].lost)
+        serving.server.close()
+
+
+@pytest.mark.parametrize("how", ["create_connection", "start_tls", "connect_stream"])
+async def test_server_with_a_certificate_that_python_cannot_read(
+    stack: Stack, certificates: Certificates, tmp_path: Path, version: str, how: str
+) -> None:
+    if stack.is_oracle and how == "connect_stream":
+        pytest.skip("asyncio has no such thing")
+    theirs = with_unreadable_certificate(certificates, certificates.server(version=version), tmp_path)
+    ours = certificates.client()
+    ours.check_hostname = False
+    protocol = Recorder()
+
+    async def connect(group: Any, address: Any) -> BaseException:
+        with pytest.raises(UnicodeDecodeError) as caught:
+            if how == "create_connection":
+                await group.create_connection(lambda: protocol, *address, ssl=ours, server_hostname=NAME)
+            elif how == "start_tls":
+                transport, _ = await group.create_connection(lambda: protocol, *address)
+                await group.start_tls(transport, protocol, ours, server_hostname=NAME)
+            else:
+                stream = await anyio.connect_tcp(*address)
+                await group.connect_stream(lambda: protocol, stream, ssl=ours, server_hostname=NAME)
+        return caught.value.with_traceback(None)
+
+    async def accept(listener: socket.socket) -> None:
+        await anyio.wait_readable(listener)
+        assert await is_dropped(TLSPeer.wrap(listener.accept()[0], theirs, server_side=True))
+
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        with listening() as listener:
+            listener.setblocking(False)
+            error, _ = await together(lambda: connect(group, listener.getsockname()), lambda: accept(listener))
+        if how == "start_tls":
+            await protocol.wait_for("connection_lost")
+            assert protocol.lost_with is error
+        else:
+            assert protocol.calls == []
+        assert stack.is_oracle or contexts == []  # The caller has been told.
+        async with tls_client(group, certificates) as (transport, living, peer):
+            await peer.send(b"still alive")
+            await living.wait_received(11)
+            transport.abort()
+            await living.wait_for("connection_lost")
+
+
 @pytest.mark.ours_only("asyncio gives each of them 256 KiB and takes far too long")
 async def test_a_thousand_silent_connections(stack: Stack, certificates: Certificates) -> None:
     resource = pytest.importorskip("resource")
@@ -1046,7 +1387,7 @@ async def test_leaving_the_group_ends_pending_handshakes(stack: Stack, certifica
         contexts = collect_contexts(group)
         serving = await serve(group, certificates.server())
         peer = Peer.connect(serving.address)
-        await until(lambda: "connections=1" in repr(serving.server))
+        await until(lambda: "handshakes=1" in repr(serving.server))
     with peer:
         assert await peer.gone()
     assert contexts == []
@@ -1059,7 +1400,7 @@ async def test_server_ends_pending_handshakes_with_its_clients(stack: Stack, cer
         contexts = collect_contexts(group)
         serving = await serve(group, certificates.server())
         with Peer.connect(serving.address) as peer:
-            await until(lambda: "connections=1" in repr(serving.server))
+            await until(lambda: "handshakes=1" in repr(serving.server))
             serving.server.close()
             serving.server.abort_clients()
             assert await peer.gone()
@@ -1125,9 +1466,9 @@ async def test_parameters_that_are_refused(
 
 @pytest.mark.ours_only("asyncio refuses these after it has connected, and leaks the socket")
 @pytest.mark.parametrize("name", ["ssl_handshake_timeout", "ssl_shutdown_timeout"])
-@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
 async def test_timeouts_that_are_not_positive(
-    stack: Stack, certificates: Certificates, tmp_path: Path, name: str, value: int
+    stack: Stack, certificates: Certificates, tmp_path: Path, name: str, value: float
 ) -> None:
     path = str(tmp_path / "socket")
     ours, theirs = socket.socketpair()
@@ -1262,6 +1603,39 @@ async def test_server_name_indication(stack: Stack, certificates: Certificates) 
         serving.server.close()
 
 
+async def test_server_name_callback_is_called_as_a_callback(
+    stack: Stack, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In the context of whoever made the server; what it raises or refuses ends that handshake alone.
+    seen: list[Any] = []
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: unraisable.append(args.exc_type))
+    context = certificates.server()
+
+    def choose(tls: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> int | None:
+        seen.append((name, variable.get(), stack.is_oracle or current_group() is group))
+        variable.set("callback")
+        if name == "raises.example":
+            raise ZeroDivisionError
+        return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME if name == "unknown.example" else None
+
+    context.sni_callback = choose
+    variable.set("server")
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        serving = await serve(group, context)
+        variable.set("client")
+        for name, alert in (("raises.example", "HANDSHAKE_FAILURE"), ("unknown.example", "UNRECOGNIZED_NAME")):
+            with pytest.raises(ssl.SSLError, match=None if stack.is_oracle else alert):
+                await TLSPeer.connect_to(serving.address, certificates.client(), name)
+        assert await echoes(group, serving, certificates)
+        assert seen == [(name, "server", True) for name in ("raises.example", "unknown.example", NAME)]
+        assert unraisable == [ZeroDivisionError]  # Python's `ssl` passes it on to nobody.
+        if not stack.is_oracle:
+            assert ["CALLBACK_FAILED" in str(error) for error in peers_contexts(contexts)] == [True, True]
+        serving.server.close()
+
+
 async def test_alpn(stack: Stack, certificates: Certificates) -> None:
     ours, theirs = certificates.server(), certificates.client()
     ours.set_alpn_protocols(["h2", "http/1.1"])
@@ -1274,6 +1648,36 @@ async def test_alpn(stack: Stack, certificates: Certificates) -> None:
             assert protocol.transport.get_extra_info("ssl_object").selected_alpn_protocol() == "http/1.1"
             peer.say_goodbye_and_leave()
         await protocol.wait_for("connection_lost")
+        serving.server.close()
+
+
+async def test_client_certificate_that_is_asked_for_later(stack: Stack, certificates: Certificates) -> None:
+    # Post-handshake authentication (RFC 8446, section 4.6.2): messages of the handshake in the midst of the data.
+    ours, theirs = certificates.server(version="1.3"), certificates.client()
+    ours.post_handshake_auth = theirs.post_handshake_auth = True
+    ours.verify_mode = ssl.CERT_REQUIRED
+    certificates.authority.configure_trust(ours)
+    certificates.authority.issue_cert("client.example").configure_cert(theirs)
+    names: list[Any] = []
+
+    def serve_it(protocol: Recorder, data: bytes) -> None:
+        tls = protocol.transport.get_extra_info("ssl_object")
+        names.append((data, (tls.getpeercert() or {}).get("subjectAltName")))
+        if data == b"private":
+            tls.verify_client_post_handshake()
+        protocol.transport.write(data)
+
+    async with stack.open() as group:
+        serving = await serve(group, ours, lambda: Recorder(on_data_received=serve_it))
+        client = Recorder()
+        await group.create_connection(lambda: client, *serving.address, ssl=theirs, server_hostname=NAME)
+        for request, so_far in ((b"public", 6), (b"private", 13), (b"secret", 19)):
+            client.transport.write(request)
+            await client.wait_received(so_far)
+        assert names == [(b"public", None), (b"private", None), (b"secret", (("DNS", "client.example"),))]
+        client.transport.close()
+        await client.wait_for("connection_lost")
+        await serving.protocols[0].wait_for("connection_lost")
         serving.server.close()
 
 

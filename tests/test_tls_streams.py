@@ -176,6 +176,45 @@ async def test_start_tls_in_mid_stream(anyio_backend: Any, certificates: Certifi
         await server.wait_for("connection_lost")
 
 
+@pytest.mark.parametrize("written", ["before", "during"])
+async def test_close_during_start_tls(anyio_backend: Any, certificates: Certificates, pair: Any, written: str) -> None:
+    # What waits is flushed, in the clear or encrypted; only then the connection ends.
+    data = pattern(20_000_000 if written == "before" else 1_000_000)
+    protocol = Recorder()
+    async with TransportGroup() as group, pair as (a, b):
+        transport, _ = await group.connect_stream(lambda: protocol, a)
+
+        async def upgrade() -> None:
+            if written == "before":
+                transport.write(data)
+            with pytest.raises(ConnectionAbortedError, match="during"):
+                await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+
+        async def end() -> None:
+            await turns()
+            if written == "during":
+                transport.write(data)
+            transport.close()
+            received = bytearray()
+            stream = b
+            if written == "during":
+                stream = await TLSStream.wrap(b, server_side=True, ssl_context=certificates.server())
+            with pytest.raises(anyio.EndOfStream):
+                while True:
+                    received += await stream.receive()
+            if written == "during":
+                assert received == data
+                await stream.aclose()
+            else:
+                assert received[: len(data)] == data
+                assert received[len(data)] == 0x16  # The handshake, which waited behind it.
+
+        with anyio.fail_after(GUARD):
+            await together(upgrade, end)
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+
+
 async def test_tls_over_a_tls_stream(anyio_backend: Any, certificates: Certificates) -> None:
     # Not over memory: there AnyIO's streams each wait for the other to receive before they say `close_notify`.
     data = pattern(200_000)
@@ -439,6 +478,8 @@ async def test_parameters_that_are_refused(anyio_backend: Any, certificates: Cer
             ({"server_side": True, "ssl": True}, TypeError),
             ({"server_side": True, "ssl": context, "server_hostname": NAME}, ValueError),
             ({"ssl": context, "server_hostname": NAME, "ssl_handshake_timeout": 0}, ValueError),
+            ({"ssl": context, "server_hostname": NAME, "ssl_handshake_timeout": float("nan")}, ValueError),
+            ({"ssl": context, "server_hostname": NAME, "ssl_shutdown_timeout": float("nan")}, ValueError),
         ):
             with pytest.raises(error):
                 await group.connect_stream(Recorder, a, **options)  # type: ignore[arg-type]

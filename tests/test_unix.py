@@ -135,6 +135,23 @@ async def test_what_cannot_be_bound(stack: Stack, folder: Path) -> None:
         assert open_descriptors() == before
 
 
+async def test_a_path_that_is_too_long(stack: Stack, folder: Path) -> None:
+    """Python finds it out, and not the system: the error has no number, and says no number."""
+    path = str(folder / ("long" * 50))
+    async with stack.open() as group:
+        for function, options in (
+            (group.create_unix_server, {"path": path}),
+            (group.create_unix_connection, {"path": path}),
+            (group.create_datagram_endpoint, {"family": socket.AF_UNIX, "local_addr": path}),
+            (group.create_datagram_endpoint, {"family": socket.AF_UNIX, "remote_addr": path}),
+        ):
+            with pytest.raises(OSError, match="AF_UNIX path too long") as caught:
+                await function(Recorder, **options)
+            assert caught.value.errno is None
+            assert "None" not in str(caught.value)
+            assert stack.is_oracle or path in str(caught.value)
+
+
 # -- files that are there, and files that are left --------------------------------------------------------------------
 
 
@@ -186,6 +203,45 @@ async def test_the_file_is_removed_when_the_block_is_left(stack: Stack, folder: 
     except BaseException:
         assert how != "normally"
     assert not path.exists()
+
+
+@pytest.mark.ours_only("asyncio has no group")
+@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["stream", "datagram"])
+async def test_a_group_that_ends_meanwhile_touches_no_file(stack: Stack, folder: Path, kind: int, stale: bool) -> None:
+    """Whichever of the turns until the socket would be there is the group's last."""
+
+    def look() -> Any:
+        return (path.stat().st_ino, path.stat().st_ctime_ns) if path.exists() else None
+
+    async def bind() -> None:
+        try:
+            if kind == socket.SOCK_STREAM:
+                await group.create_unix_server(Echo, path)
+            else:
+                await group.create_datagram_endpoint(Echo, str(path), family=socket.AF_UNIX)
+        except RuntimeError as exc:
+            assert "the group is not open any more" in str(exc)  # and not as an error of another kind
+            assert look() == before
+            outcomes.append("too late")
+        else:
+            outcomes.append("in time")
+
+    outcomes: list[str] = []
+    for checkpoints in range(6):
+        path = folder / str(checkpoints)
+        if stale:
+            with socket.socket(socket.AF_UNIX, kind) as sock:
+                sock.bind(str(path))
+        before = look()
+        async with anyio.create_task_group() as tasks:
+            async with TransportGroup() as group:
+                tasks.start_soon(bind)
+                for _ in range(checkpoints):
+                    await anyio.lowlevel.checkpoint()
+        if outcomes[-1] == "too late":
+            assert look() == before
+    assert set(outcomes) == {"too late", "in time"}
 
 
 async def test_the_file_may_be_left(stack: Stack, folder: Path) -> None:

@@ -25,6 +25,8 @@ ExceptionHandler: TypeAlias = "Callable[[TransportGroup, ExceptionContext], obje
 
 def leaves_through_the_group(exc: BaseException) -> bool:
     """Whether `exc`, raised in the user's code, ends the group instead of being reported."""
+    if isinstance(exc, Exception):
+        return False  # Nearly always, and also where AnyIO does not know what runs.
     return isinstance(exc, (KeyboardInterrupt, SystemExit, anyio.get_cancelled_exc_class()))
 
 

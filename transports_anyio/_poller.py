@@ -231,7 +231,10 @@ class TaskPoller(WaitingPoller):
             # Wakes every task that waits for the descriptor, at once: it may be closed and its number used again before
             # a cancelled task would have run. What is left of the interest gets a new task.
             tasks.marks.clear()
-            anyio.notify_closing(descriptor)
+            try:
+                anyio.notify_closing(descriptor)
+            except OSError:  # Somebody has closed it behind our back. The other direction may wait as well.
+                anyio.notify_closing(descriptor)
         if interest:
             self._start(tasks)
         else:
@@ -258,6 +261,8 @@ class TaskPoller(WaitingPoller):
             await (anyio.wait_readable if event == READ else anyio.wait_writable)(tasks.watch.descriptor)
         except anyio.ClosedResourceError:
             return  # The interest has changed: `set_interest` has seen to what is left of it.
+        except OSError:
+            pass  # Somebody has closed it behind our back, which whoever reads or writes next will learn.
         self._due.append((tasks, event, mark))
         self._something.set()
 

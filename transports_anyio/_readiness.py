@@ -133,6 +133,8 @@ class SelectorList(ReadinessList):
         return self._descriptor
 
     def add(self, descriptor: int, interest: int) -> None:
+        with suppress(KeyError):  # What is left of one that somebody has closed behind its owner's back.
+            self._selector.unregister(descriptor)
         self._selector.register(descriptor, selected(interest))
 
     def change(self, descriptor: int, interest: int) -> None:

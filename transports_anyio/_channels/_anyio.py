@@ -186,7 +186,7 @@ class AnyIOChannel:
                     self._received = as_os_error(exc)
             ended = self._ends(self._received)
             while self._received is not None:
-                if not self._reading:
+                while not self._reading:  # It may be turned off again before this task has its turn.
                     self._reading = event = anyio.Event()
                     await event.wait()
                 self._read_ready()

@@ -149,7 +149,7 @@ class TLSChannel(Channel):
         self._blocked = True  # `send` has something to do before it may encrypt.
         self._held = 0  # So many bytes of plaintext are encrypted, but not yet reported as sent.
         self._write_needs_read = False  # OpenSSL cannot write before it has read (renegotiation in TLS 1.2).
-        self._failure: OSError | None = None  # Met outside of `send` and `receive`, which will raise it.
+        self._failure: Exception | None = None  # Met outside of `send` and `receive`, which will raise it.
         self._discarded = 0
         self._closed = False
         self._on_handshake: Callable[[Exception | None], None] | None = None
@@ -182,7 +182,7 @@ class TLSChannel(Channel):
             count = self._receive_ciphertext()
         except (BlockingIOError, InterruptedError):
             return
-        except OSError as exc:
+        except Exception as exc:  # An `OSError`, or what a context of another kind raises in the TLS below.
             self._end_handshake(exc)
             return
         if not count:
@@ -193,8 +193,10 @@ class TLSChannel(Channel):
     def _handshake_writable(self) -> None:
         self._flush_or_fail()
         if self._on_finished is not None:
-            if not self._unsent:
+            if self._failure is not None:
                 self._finished(self._failure)
+            elif not self._unsent:
+                self._farewell_over()
         elif self._verdict is not None:
             if not self._unsent:
                 self._end_handshake(self._verdict)
@@ -212,6 +214,8 @@ class TLSChannel(Channel):
             return exc
         except OSError:  # Nothing is there to be read, or the same failure again.
             return None
+        except Exception as exc:  # As in `_advance_handshake`.
+            return exc
         return None
 
     def _advance_handshake(self) -> None:
@@ -334,7 +338,7 @@ class TLSChannel(Channel):
                 count = self._receive_ciphertext()
             except (BlockingIOError, InterruptedError):
                 pass
-            except OSError as exc:
+            except Exception as exc:
                 self._fail(exc)
             else:
                 self._more = True
@@ -510,7 +514,7 @@ class TLSChannel(Channel):
         """
         try:
             self._flush()
-        except OSError as exc:
+        except Exception as exc:
             self._fail(exc)
         self._blocked = self._blocked or bool(self._unsent)
         if self._in_exchange():
@@ -520,7 +524,7 @@ class TLSChannel(Channel):
         else:
             self._inner.set_writing(bool(self._unsent))
 
-    def _fail(self, exc: OSError) -> None:
+    def _fail(self, exc: Exception) -> None:
         self._failure = exc
         self._unsent = b""
         self._more = self._blocked = True
@@ -539,7 +543,7 @@ class TLSChannel(Channel):
         self._inner.open(self._farewell_readable, self._farewell_writable)
         try:
             over = self._advance_farewell()
-        except OSError:
+        except Exception:
             self._unsent = b""
             raise
         self._on_finished = done
@@ -547,6 +551,8 @@ class TLSChannel(Channel):
             self._timer = self._scheduler.call_later(self._options.shutdown_timeout, self._farewell_timed_out)
             self._inner.set_reading(not self._eof)
         elif not self._eof_reported:
+            self._inner.set_reading(False)
+            self._inner.set_writing(False)
             self._scheduler.call_internal(self._farewell_over)  # The caller must not hear of it before this returns.
         elif self._inner.finish(self._finished_below):
             self._on_finished = None
@@ -554,11 +560,13 @@ class TLSChannel(Channel):
         return False
 
     def _finish_handshake(self, done: Callable[[Exception | None, bool], None]) -> bool:
-        """Send what is to be sent in the clear before the handshake; there is nobody to take leave of."""
-        if not self._unsent:
-            return True
-        self._on_finished = done
+        """Send what is to be sent in the clear before the handshake; only the channel below takes leave of anybody."""
         self._inner.set_reading(False)
+        if not self._unsent:
+            self._cancel_timer()
+            if self._inner.finish(self._finished_below):
+                return True
+        self._on_finished = done
         return False
 
     def _farewell_readable(self) -> None:
@@ -566,7 +574,7 @@ class TLSChannel(Channel):
             count = self._receive_ciphertext()
         except (BlockingIOError, InterruptedError):
             return
-        except OSError as exc:
+        except Exception as exc:  # As in `_handshake_readable`.
             self._finished(exc)
             return
         if not count:
@@ -577,7 +585,7 @@ class TLSChannel(Channel):
     def _farewell_writable(self) -> None:
         try:
             over = self._advance_farewell()
-        except OSError as exc:
+        except Exception as exc:  # An `OSError`, or what a context of another kind raises.
             self._finished(exc)
             return
         if over:
@@ -618,7 +626,7 @@ class TLSChannel(Channel):
         self._cancel_timer()
         try:
             over = self._inner.finish(self._finished_below)
-        except OSError as exc:
+        except Exception as exc:
             self._finished(exc)
             return
         if over:

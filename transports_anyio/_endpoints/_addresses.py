@@ -69,8 +69,11 @@ async def resolve(
         host = host.encode("ascii")  # Bytes pass AnyIO untouched, a `str` as an internationalised name.
     try:
         found = numeric(host, port, family=family, kind=kind, proto=proto, flags=flags)
-    except socket.gaierror:
-        pass  # A name, which the resolver knows or not.
+    except socket.gaierror as exc:
+        # A name, which the resolver knows or not; but no host has a protocol of another type. uvloop would take the one
+        # that the type has.
+        if exc.errno == getattr(socket, "EAI_SOCKTYPE", None):
+            raise
     else:
         return [
             (f, t, p, (*address[:2], *scope) if scope and f == socket.AF_INET6 else address)

@@ -143,11 +143,15 @@ class Endpoints(ABC):
             if is_tcp(sock):
                 set_nodelay(sock)
             channel: Channel = SocketChannel(poller, sock)
-            encrypted = None if tls is None else TLSChannel(channel, tls, self._as_group())
         except BaseException:
             sock.close()
             raise
-        if encrypted is not None:
+        if tls is not None:
+            try:
+                encrypted = TLSChannel(channel, tls, self._as_group())
+            except BaseException:  # OpenSSL does not like the name of the server, for example.
+                channel.close(aborted=True)
+                raise
             await self._shake_hands(encrypted)
             channel = encrypted
         transport, protocol = self._make_transport(protocol_factory, channel)

@@ -15,7 +15,7 @@ from ._addresses import BIND_FAILED, address_error, resolve
 from ._base import Endpoints, ProtocolT
 from ._happy_eyeballs import connect
 from ._tcp import set_option
-from ._unix import remove_stale
+from ._unix import is_file, remove_stale
 
 #: Family and protocol of a socket, and its local and remote address.
 AddressPair = tuple[int, int, Any, Any]
@@ -55,6 +55,7 @@ class DatagramEndpoints(Endpoints):
         remote: Any = None
         if sock is None:
             pairs = await address_pairs(local_addr, remote_addr, family, proto, flags)
+            self._require_open()  # Before anything is replaced.
             sock, remote = await first_that_works(pairs, bool(reuse_port), bool(allow_broadcast))
         else:
             check_datagram_socket(
@@ -131,8 +132,6 @@ async def address_pairs(local: Any, remote: Any, family: int, proto: int, flags:
         for address in (local, remote):
             if address is not None and not isinstance(address, str):
                 raise TypeError("string is expected")
-        if local and local[0] != "\0":  # An abstract address leaves nothing behind.
-            remove_stale(local)
         await anyio.lowlevel.checkpoint()
         return [(family, proto, local, remote)]
     found: list[list[tuple[int, int, Any]]] = []
@@ -173,6 +172,8 @@ async def first_that_works(
             if allow_broadcast:
                 set_option(sock, "SO_BROADCAST")
             if local:
+                if isinstance(local, str) and is_file(local):
+                    remove_stale(local)
                 try:
                     sock.bind(local)
                 except OSError as exc:

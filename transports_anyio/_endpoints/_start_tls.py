@@ -52,7 +52,8 @@ class StartTLSEndpoint(Endpoints):
         or is busy with `sendfile` or another `start_tls`. Raises `ssl.SSLError` when the ends do not agree,
         `ConnectionResetError` when the peer leaves, `ConnectionAbortedError` when the handshake takes too long or the
         transport is closed meanwhile; the connection is then aborted, by a cancellation too, and `connection_lost` of
-        `protocol` called.
+        `protocol` called. A `close` flushes first, as ever: what was written since the call goes encrypted, or not at
+        all if the handshake fails.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
         """

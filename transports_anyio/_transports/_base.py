@@ -95,7 +95,7 @@ class ChannelTransport(asyncio.BaseTransport):
         self._protocol = protocol
 
     def get_protocol(self) -> Any:
-        """Return the current protocol."""
+        """Return the current protocol; `None` after its `connection_lost`, as asyncio."""
         return self._protocol
 
     def is_closing(self) -> bool:
@@ -190,7 +190,8 @@ class ChannelTransport(asyncio.BaseTransport):
             try:
                 self._channel.close(aborted=aborted)
             finally:
-                # No cycles: whatever the protocol holds goes with the last reference to the transport.
+                # No cycles: the protocol, which most likely keeps the transport, goes with the last one to hold it.
+                self._protocol = None
                 self._channel.open(nothing, nothing)
                 on_lost(self)
 

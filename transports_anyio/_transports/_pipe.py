@@ -18,8 +18,8 @@ class ReadPipeTransport(StreamTransport):
 
     def _broken(self, exc: Exception, doing: str) -> None:
         super()._broken(exc, doing)
-        # As asyncio: a terminal that has gone (EIO) is no error, anything else is.
-        if isinstance(exc, OSError) and exc.errno != errno.EIO:
+        # As asyncio: a terminal that has gone (EIO) is no error, anything else is. What cannot be waited for is raised.
+        if doing == "read" and isinstance(exc, OSError) and exc.errno != errno.EIO:
             self._door.report(f"Fatal {doing} error on pipe transport", exc, self, self._protocol)
 
 

@@ -147,7 +147,10 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         if self._reading_paused and not self._closing:
             self._reading_paused = False
             if not self._eof_received:
-                self._channel.set_reading(True)
+                try:
+                    self._await_input()
+                except OSError:
+                    pass  # `connection_lost` is told.
 
     def _read_ready(self) -> None:
         if self._buffered_protocol:
@@ -299,7 +302,8 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         return self._channel.can_write_eof
 
     def _update_flow(self, *, from_channel: bool = False) -> None:
-        if self._file is None:
+        # During an upgrade the bytes that have paused the protocol wait in the channel.
+        if self._file is None and not (self._upgrading and self._buffer.paused):
             super()._update_flow(from_channel=from_channel)
 
     def _write_ready(self) -> None:
@@ -459,15 +463,21 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         """
         if self._lost:
             return None
-        successor = StreamTransport(self._door, self._channel, self._protocol, lambda _: self._on_lost(self))
+        successor = StreamTransport(self._door, self._channel, self._protocol, self._successor_lost)
         successor._reading_paused = True
         successor._buffer = self._buffer
         self._successor = successor
         self._closing = self._lost = self._writing_refused = True
         return successor
 
+    def _successor_lost(self, _: StreamTransport) -> None:
+        self._protocol = None
+        self._on_lost(self)
+
     def resume_after_upgrade(self) -> None:
         """Read, and write what was written during the upgrade."""
+        if self._lost:
+            return  # Since the handshake, and the protocol may know already.
         self._update_flow()
         if self._buffer.size:
             self._channel.set_writing(True)
@@ -497,7 +507,10 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             except BaseException as error:
                 self._callback_failed(error, "eof_received")
                 return
-        self._lose(exc, aborted=exc is not None)
+        if exc is not None:
+            self._broken(exc, "close")
+        else:
+            self._lose(None)
 
     def _broken(self, exc: Exception, doing: str) -> None:
         # As asyncio: a connection that breaks is the protocol's business, and nothing else is.

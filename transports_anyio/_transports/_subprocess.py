@@ -97,7 +97,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._protocol = protocol
 
     def get_protocol(self) -> Any:
-        """Return the current protocol."""
+        """Return the current protocol; `None` after its `connection_lost`, as asyncio."""
         return self._protocol
 
     def get_pid(self) -> int:
@@ -218,7 +218,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         try:
             self.tell("connection_lost", self._failure)
         finally:
-            self._failure = None
+            self._failure = self._protocol = None  # No cycles: it most likely keeps the transport.
             self._child.let_go()
             self._on_lost(self)
 
