@@ -91,7 +91,7 @@ class Door:
     __slots__ = ("call_soon", "context", "group", "run")
 
     def __init__(self, group: TransportGroup) -> None:
-        self.group = group
+        self.group: TransportGroup = group
         self.context: Context = copy_context()
         self.run: Callable[..., Any] = self.context.run
         self.run(current.set, group)

@@ -331,11 +331,11 @@ class TransportGroup(
         context.run(self._start_task, async_function, args, name)
 
     def _start_task(self, async_function: AsyncFunction, args: tuple[Any, ...], name: object) -> None:
+        name = getattr(async_function, "__qualname__", None) if name is None else str(name)
         # Called here, so that a mistake comes out where it was made.
         coroutine = async_function(*args)
         if not isinstance(coroutine, Coroutine):
             raise TypeError(f"start_soon() takes an async function, but {async_function!r} returned {coroutine!r}")
-        name = name or getattr(async_function, "__qualname__", None)
         try:
             self._task_group.start_soon(self._run_task, coroutine, name=name)
         except BaseException:

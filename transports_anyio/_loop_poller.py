@@ -98,7 +98,7 @@ class LoopPoller(ListPoller):
         self._turn()
 
     def _ready(self) -> None:
-        if not self._scheduled:  # It is about to come.
+        if not self._scheduled:  # Or else one is about to come.
             self._turn()
 
     def _set_timer(self, deadline: float) -> None:

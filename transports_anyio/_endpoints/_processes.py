@@ -99,7 +99,8 @@ class ProcessEndpoints(Endpoints):
         """Give an AnyIO process a protocol and return `(transport, protocol)`.
 
         The transport owns the process and its streams from now on, and waits for its end. The extra info `subprocess`
-        is `process`.
+        is `process`. On asyncio, AnyIO of before 4.15 leaves the descriptors of outputs that a grandchild keeps open to
+        the garbage collector.
 
         Raises `RuntimeError` when the group is not open, and whatever `protocol_factory` raises; the process is then
         left to the caller.

@@ -54,6 +54,7 @@ class ChannelTransport(asyncio.BaseTransport):
 
     #: Narrower in each kind of transport.
     _buffer: Any
+    _protocol: Any
 
     def __init__(
         self,
