@@ -23,8 +23,10 @@ A page is run from top to bottom.
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
+import pkgutil
 import re
 import shlex
 import socket
@@ -276,6 +278,35 @@ def test_every_method_is_in_the_reference(name: str) -> None:
     methods = {method for method in dir(getattr(transports_anyio, name.split(".")[1])) if not method.startswith("_")}
     assert methods & FOR_OTHER_ROOMS[name] == FOR_OTHER_ROOMS[name]
     assert {method for method in methods - FOR_OTHER_ROOMS[name] if f"{name}.{method}" not in described} == set()
+
+
+def resolve(name: str) -> Any:
+    try:
+        return pkgutil.resolve_name(name)
+    except AttributeError:  # An attribute that only instances have.
+        return None
+
+
+FUNCTIONS = {name: function for name in sorted(described_names()) if inspect.isroutine(function := resolve(name))}
+ENDPOINTS = {
+    name: function
+    for name, function in FUNCTIONS.items()
+    if ".TransportGroup." in name and inspect.iscoroutinefunction(function) and not name.endswith("wait_closed")
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_every_parameter_is_described(function: Any) -> None:
+    quoted = " ".join(re.findall(r"`([^`]+)`", inspect.getdoc(function) or ""))
+    parameters = [name for name in inspect.signature(function).parameters if name != "self"]
+    assert [name for name in parameters if not re.search(rf"\b{name}\b", quoted)] == []
+
+
+@pytest.mark.parametrize("function", ENDPOINTS.values(), ids=ENDPOINTS)
+def test_every_endpoint_function_says_what_it_raises_and_where_that_is_specified(function: Any) -> None:
+    docstring = inspect.getdoc(function) or ""
+    assert re.search(r"\n\nRaises\b", docstring)
+    assert "\n\nSource: https://" in docstring
 
 
 def test_every_module_is_in_the_architecture() -> None:

@@ -63,12 +63,17 @@ class TransportGroup(
     FileEndpoints,
     MemoryEndpoints,
 ):
-    """Makes transports and owns them: an async context manager on an AnyIO task group.
+    """Makes transports and owns them: an async context manager on an AnyIO task group, entered once.
 
     Leaving the block normally closes the servers, closes the transports (buffered data is flushed) and waits for
     their `connection_lost`. Leaving it by an exception or a cancellation aborts them, and their `connection_lost`
     still runs before the block is left. Exceptions of the block and of the group's tasks come out as an
     `ExceptionGroup`, as from any AnyIO task group.
+
+    Endpoint functions make connections. They take a `protocol_factory`: a protocol class, or a function without
+    parameters that returns a protocol. They raise `RuntimeError` outside the block and in another thread than the
+    group's, `TypeError` for a factory that can return no protocol (a coroutine function, or a protocol instead of its
+    class), and `AttributeError` when what it has returned is none.
     """
 
     def __init__(self) -> None:
@@ -316,10 +321,13 @@ class TransportGroup(
     # Tasks
 
     def start_soon(self, async_function: AsyncFunction, *args: Any, name: object = None) -> None:
-        """Start a task that belongs to the group; its failure cancels the group, as in any AnyIO task group.
+        """Start a task that belongs to the group and awaits `async_function(*args)`.
 
-        May be called from a callback. Raises `RuntimeError` when the group is not open, `TypeError` when
-        `async_function` is none, or does not take these arguments.
+        May be called from a callback. The failure of a task cancels the group, as in any AnyIO task group. `name` is
+        for debugging, the function's by default.
+
+        Raises `RuntimeError` when the group is not open and in another thread, `TypeError` when `async_function` is
+        none, or does not take these arguments.
         """
         self._require_alive("start_soon")
         self._require_own_thread("start_soon", "anyio.from_thread.run_sync(group.start_soon, ...)")
@@ -353,7 +361,12 @@ class TransportGroup(
     # Time
 
     def time(self) -> float:
-        """Return the time of the group's clock, in seconds: the backend's, as `anyio.current_time`."""
+        """Return the time of the group's clock, in seconds: the backend's, as `anyio.current_time`.
+
+        Raises `RuntimeError` before the group is entered.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.time
+        """
         return self._live_poller("time").time()
 
     def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> Handle:
@@ -361,6 +374,8 @@ class TransportGroup(
 
         First in, first out. What the callback raises goes to the exception handler. Raises `RuntimeError` when the
         group is not open, `TypeError` when `callback` cannot be called.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_soon
         """
         poller = self._require_alive("call_soon")
         handle = Handle(callback, args, self._context_for(callback, context))
@@ -371,7 +386,12 @@ class TransportGroup(
     def call_soon_threadsafe(
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> Handle:
-        """As `call_soon`, from any thread."""
+        """Call `callback(*args)` in the group's next turn, as `call_soon` does, from any thread.
+
+        `context` defaults to a copy of the caller's. Raises as `call_soon` does.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_soon_threadsafe
+        """
         poller = self._require_alive("call_soon_threadsafe")
         handle = Handle(callback, args, self._context_for(callback, context))
         self._ready.append(handle)
@@ -384,9 +404,12 @@ class TransportGroup(
     def call_later(
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> TimerHandle:
-        """Call `callback(*args)` after `delay` seconds, as `call_soon` does.
+        """Call `callback(*args)` after `delay` seconds, in `context` or a copy of the caller's.
 
-        Raises as `call_soon` does, `TypeError` also when `delay` is no number, `ValueError` when it is NaN.
+        Timers run by time, then in the order in which they were made. One that is pending when the group ends never
+        runs. Raises as `call_soon` does, `TypeError` also when `delay` is no number, `ValueError` when it is NaN.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_later
         """
         poller = self._poller
         if poller is None:
@@ -396,10 +419,11 @@ class TransportGroup(
     def call_at(
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> TimerHandle:
-        """Call `callback(*args)` at `when`, in seconds of `time`, as `call_soon` does.
+        """Call `callback(*args)` at `when`, in seconds of `time`, otherwise as `call_later` does.
 
-        Timers run by time, then in the order in which they were made. One that is pending when the group ends never
-        runs.
+        `context` and what is raised are as for `call_later`.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_at
         """
         return self._set_timer(when, callback, args, context)
 
@@ -441,6 +465,8 @@ class TransportGroup(
         """Call `handler(group, context)` for every error of a callback; `None` restores the default.
 
         Raises `TypeError` when `handler` is neither callable nor `None`.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.set_exception_handler
         """
         if handler is not None and not callable(handler):
             msg = f"a callable object or None is expected, got {handler!r}"
@@ -448,15 +474,24 @@ class TransportGroup(
         self._errors.handler = handler
 
     def get_exception_handler(self) -> ExceptionHandler | None:
-        """Return the handler that was set, or `None` while the default one is in use."""
+        """Return the handler that was set, or `None` while the default one is in use.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.get_exception_handler
+        """
         return self._errors.handler
 
     def call_exception_handler(self, context: ExceptionContext) -> None:
-        """Report `context`: `message`, and perhaps `exception`, `transport`, `protocol` and others."""
+        """Report `context` to the exception handler: `message`, and perhaps `exception`, `transport` and others.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_exception_handler
+        """
         self._errors.report(context)
 
     def default_exception_handler(self, context: ExceptionContext) -> None:
-        """Log `context` to the logger `transports_anyio`."""
+        """Log `context` as an error, to the logger `transports_anyio`, with the traceback of its `exception`.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.default_exception_handler
+        """
         self._errors.report_by_default(context)
 
     # Looking at it

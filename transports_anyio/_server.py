@@ -50,6 +50,9 @@ CLIENT_LEFT = {
 class Server(asyncio.AbstractServer):
     """Listening sockets and the connections accepted from them; made by `TransportGroup.create_server`.
 
+    The group ends it. `async with server:` ends it earlier: leaving that block closes the server, and waits until its
+    clients have left.
+
     Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.Server
     """
 
@@ -116,14 +119,17 @@ class Server(asyncio.AbstractServer):
             self._resume(sock)
 
     async def start_serving(self) -> None:
-        """Accept connections from now on. Does nothing when it does already; raises `RuntimeError` when closed."""
+        """Accept connections from now on. Does nothing when it does already.
+
+        Raises `RuntimeError` when closed, `OSError` when the system refuses (another socket listens on the address).
+        """
         self.listen()
         await anyio.lowlevel.checkpoint()
 
     async def serve_forever(self) -> None:
         """Accept connections until cancelled, which closes the server, or until the server is closed.
 
-        Raises `RuntimeError` when closed, or while another `serve_forever` runs.
+        Raises `RuntimeError` when closed, or while another `serve_forever` runs, `OSError` as `start_serving`.
         """
         if self._serving_forever:
             msg = f"server {self!r} is already being awaited on serve_forever()"

@@ -330,6 +330,8 @@ async def memory_connection(
 ) -> tuple[tuple[asyncio.Transport, ProtocolT], tuple[asyncio.Transport, OtherProtocolT]]:
     """Join two protocols in memory and return `((transport_a, protocol_a), (transport_b, protocol_b))`.
 
+    `factory_a` and `factory_b` are protocol factories, as the endpoint functions of `group` take them.
+
     Both transports are the group's and behave as over any other connection; underneath is no operating system, which
     makes tests quick and repeatable. It is the likeness of a pair of UNIX stream sockets, so that an end that is closed
     with something unread resets the other one.

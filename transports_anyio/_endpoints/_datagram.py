@@ -41,8 +41,11 @@ class DatagramEndpoints(Endpoints):
 
         `local_addr` is bound, `remote_addr` connected to (with `allow_broadcast` only sent to): a host and a port, or
         with the family `AF_UNIX` a path, an abstract one (behind a NUL) included. Without either, a `family` is needed.
-        Every address that the names have is tried. `sock` is a datagram socket that somebody else has made; it
-        belongs to the group from now on, which closes it whatever happens. `connection_made` runs before this returns.
+        Every address that the names have is tried; `family`, `proto` and `flags` are the resolver's
+        (`socket.getaddrinfo`). `reuse_port` lets several sockets, also of other processes, share the local port.
+
+        `sock` is a datagram socket that somebody else has made; it belongs to the group from now on, which closes it
+        whatever happens. `connection_made` runs before this returns.
 
         Raises `RuntimeError` when the group is not open; `ValueError` for a `sock` that is no datagram socket, for one
         together with parameters of a new one, for addresses that do not go together and for `reuse_port` where the
@@ -88,6 +91,8 @@ class DatagramEndpoints(Endpoints):
 
         Raises `RuntimeError` when the group is not open, `TypeError` for anything else than such a socket, and whatever
         `protocol_factory` raises; the socket is then left to the caller.
+
+        Source: https://anyio.readthedocs.io/en/stable/networking.html
         """
         self._require_open()
         await anyio.lowlevel.checkpoint()

@@ -38,9 +38,14 @@ class PipeEndpoints(Endpoints):
     async def connect_write_pipe(
         self, protocol_factory: Callable[[], ProtocolT], pipe: Any
     ) -> tuple[WriteTransport, ProtocolT]:
-        """Write to `pipe` and return `(transport, protocol)`; as `connect_read_pipe`.
+        """Write to `pipe` and return `(transport, protocol)`.
 
-        That the reader has gone is noticed while nothing is written, too.
+        `pipe` is a file object, of the kinds that `connect_read_pipe` takes. The transport makes it non-blocking and
+        closes it, standard output and error excepted: they are left as they were. That the reader has gone is noticed
+        while nothing is written, too. `connection_made` runs before this returns.
+
+        Raises `RuntimeError` when the group is not open, `ValueError` for a regular file, which is left open, and
+        whatever `protocol_factory` raises.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_write_pipe
         """

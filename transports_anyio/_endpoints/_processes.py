@@ -82,7 +82,13 @@ class ProcessEndpoints(Endpoints):
         stderr: Any = subprocess.PIPE,
         **options: Any,
     ) -> tuple[SubprocessTransport, ProtocolT]:
-        """Run `cmd` in the platform's shell; as `subprocess_exec`. To quote what is in it is the caller's duty.
+        """Run `cmd` in the platform's shell and return `(transport, protocol)`.
+
+        To quote what is in it is the caller's duty. `stdin`, `stdout`, `stderr` and `options` are as for
+        `subprocess_exec`.
+
+        Raises as `subprocess_exec` does, whatever `protocol_factory` raises included, and `ValueError` when `cmd` is no
+        string. A command that does not exist is the shell's to report.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.subprocess_shell
         """
@@ -104,6 +110,8 @@ class ProcessEndpoints(Endpoints):
 
         Raises `RuntimeError` when the group is not open, and whatever `protocol_factory` raises; the process is then
         left to the caller.
+
+        Source: https://anyio.readthedocs.io/en/stable/subprocesses.html
         """
         self._require_open()
         await anyio.lowlevel.checkpoint()

@@ -44,16 +44,17 @@ class StartTLSEndpoint(Endpoints):
         is not paused. After it, `transport` only serves to `close` or `abort` the connection; `write` raises
         `RuntimeError`.
 
-        The time-outs are in seconds, 60 and 30 by default. A `server_hostname` of `None` or `""` leaves the name in
-        the certificate unchecked, which the context has to allow.
+        `sslcontext` has the settings; a server (`server_side` true) needs one with its certificate. A client gives the
+        name to verify as `server_hostname`; `None` or `""` leaves the name in the certificate unchecked, which the
+        context has to allow. `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
 
         Raises, with the connection untouched, `TypeError` for another kind of transport or context, `ValueError` for
-        options that contradict each other, and `RuntimeError` when the transport is closing, has sent its end of file,
-        or is busy with `sendfile` or another `start_tls`. Raises `ssl.SSLError` when the ends do not agree,
-        `ConnectionResetError` when the peer leaves, `ConnectionAbortedError` when the handshake takes too long or the
-        transport is closed meanwhile; the connection is then aborted, by a cancellation too, and `connection_lost` of
-        `protocol` called. A `close` flushes first, as ever: what was written since the call goes encrypted, or not at
-        all if the handshake fails.
+        options that contradict each other, and `RuntimeError` when the transport is another group's, is closing, has
+        sent its end of file, or is busy with `sendfile` or another `start_tls`. Raises `ssl.SSLError` when the ends do
+        not agree, `ConnectionResetError` when the peer leaves, `ConnectionAbortedError` when the handshake takes too
+        long or the transport is closed meanwhile; the connection is then aborted, by a cancellation too, and
+        `connection_lost` of `protocol` called. A `close` flushes first, as ever: what was written since the call goes
+        encrypted, or not at all if the handshake fails.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
         """

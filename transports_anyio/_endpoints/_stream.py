@@ -42,13 +42,15 @@ class StreamEndpoints(Endpoints):
 
         With `ssl` the bytes are encrypted, which takes a stream of both directions. A client (`server_side` false)
         gives a context or `True`, and the name to verify, or `""` for none, as `server_hostname`; a server a context.
-        The time-outs are in seconds, 60 and 30 by default.
+        `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
 
         Raises `RuntimeError` when the group is not open, `TypeError` and `ValueError` for parameters that contradict
         each other, and whatever `protocol_factory` raises; the stream is then left to the caller. Raises
         `ssl.SSLError` when the ends do not agree on TLS, `ConnectionResetError` when the peer leaves,
         `ConnectionAbortedError` when the handshake takes too long; the stream is then closed, and also when the
         handshake is cancelled or `protocol_factory` raises after it.
+
+        Source: https://anyio.readthedocs.io/en/stable/streams.html
         """
         tls = stream_options(
             ssl,

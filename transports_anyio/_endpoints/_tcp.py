@@ -53,18 +53,26 @@ class TCPEndpoints(Endpoints):
     ) -> tuple[Transport, ProtocolT]:
         """Connect to `host` and `port` over TCP and return `(transport, protocol)`.
 
-        `connection_made` runs before this returns. `port` is a number or the name of a service. Every address that
-        `host` has is tried: one after the other, or with `happy_eyeballs_delay` staggered by so many seconds (RFC
-        8305 recommends 0.25). `interleave` lets the address families take turns after so many addresses of the first
-        one; 0 keeps the resolver's order. It defaults to 1 with `happy_eyeballs_delay`, to 0 without. `local_addr`
-        is the `(host, port)` to connect from.
+        `connection_made` runs before this returns. `host` is a name or an address, `port` a number or the name of a
+        service; `family`, `proto` and `flags` are the resolver's (`socket.getaddrinfo`). Every address that `host` has
+        is tried: one after the other, or with `happy_eyeballs_delay` staggered by so many seconds (RFC 8305 recommends
+        0.25). `interleave` lets the address families take turns after so many addresses of the first one; 0 keeps the
+        resolver's order. It defaults to 1 with `happy_eyeballs_delay`, to 0 without. `local_addr` is the `(host, port)`
+        to connect from.
 
         `sock` is a connected stream socket to use instead of `host` and `port`. It belongs to the group from now on,
         which makes it non-blocking, and closes it whatever happens.
 
+        With `ssl`, a context or `True` for `ssl.create_default_context()`, the connection is encrypted, and the peer's
+        certificate has to be for `server_hostname`: by default `host`; with `""` its name is not checked.
+        `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
+
         Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for arguments that do not go
-        together, `socket.gaierror` when a name is not known, `OSError` that names every address when none accepts
-        (an `ExceptionGroup` of them with `all_errors`), and whatever `protocol_factory` raises.
+        together, `OverflowError` for a port out of range, `socket.gaierror` when a name is not known, `OSError` that
+        names every address when none accepts (an `ExceptionGroup` of them with `all_errors`), and whatever
+        `protocol_factory` raises. With `ssl` also `ssl.SSLError` when the ends do not agree (the certificate is not
+        trusted, say), `ConnectionResetError` when the peer leaves, and `ConnectionAbortedError` when the handshake
+        takes too long. No connection is left open then.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_connection
         """
@@ -116,18 +124,25 @@ class TCPEndpoints(Endpoints):
     ) -> Server:
         """Listen on `host` and `port` over TCP and return the `Server`.
 
-        `host` is a name or address, several of them, or `None` or `""` for all interfaces. With port 0 the system
+        `protocol_factory` is called for each client. `host` is a name or address, several of them, or `None` or `""`
+        for all interfaces; `family` and `flags` are the resolver's (`socket.getaddrinfo`). With port 0 the system
         chooses, the same port for every address. IPv6 sockets take no IPv4 connections. `backlog` is how many
         connections may wait to be accepted. `reuse_address` defaults to true on POSIX, which allows to bind while old
         connections linger; `reuse_port` lets several sockets, also of other processes, share the port. `keep_alive`
-        makes the system probe connections that are idle.
+        makes the system probe connections that are idle. Unless `start_serving` is true, clients have to wait for
+        `Server.start_serving` or `Server.serve_forever`.
 
         `sock` is a bound stream socket to use instead of `host` and `port`. It belongs to the server from now on.
 
+        With `ssl`, a context that has the server's certificate, every connection is encrypted. `ssl_handshake_timeout`
+        and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
+
         Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for arguments that do not go
-        together and for `reuse_port` where the platform lacks it, `socket.gaierror` when a name is not known, and
-        `OSError` that names the address when one cannot be bound; all are closed then. An address that this machine
-        does not have is left out, as long as there are others.
+        together and for `reuse_port` where the platform lacks it, `OverflowError` for a port out of range,
+        `socket.gaierror` when a name is not known, and `OSError` that names the address when one cannot be bound; all
+        are closed then. An address that this machine does not have is left out, as long as there are others. A
+        handshake that fails, and what `protocol_factory` raises, end that client's connection and go to the exception
+        handler.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_server
         """
@@ -174,10 +189,13 @@ class TCPEndpoints(Endpoints):
 
         For servers that accept by themselves, and for what systemd, inetd or a parent process hand over. `sock` is a
         connected stream socket of any family. It belongs to the group from now on, which makes it non-blocking, and
-        closes it whatever happens. With `ssl` it is the server's end of TLS.
+        closes it whatever happens. With `ssl`, a context that has the server's certificate, it is the server's end of
+        TLS; `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default. `connection_made`
+        runs before this returns.
 
         Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for bad arguments, and whatever
-        `protocol_factory` raises.
+        `protocol_factory` raises. With `ssl` also `ssl.SSLError` when the ends do not agree, `ConnectionResetError`
+        when the peer leaves, and `ConnectionAbortedError` when the handshake takes too long.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_accepted_socket
         """

@@ -46,10 +46,14 @@ class UNIXEndpoints(Endpoints):
         from now on, which makes it non-blocking, and closes it whatever happens. Who is at the other end can be
         asked of the `socket` extra info, with `getsockopt` and the platform's option (`SO_PEERCRED` on Linux).
 
+        With `ssl`, a context or `True` for `ssl.create_default_context()`, the connection is encrypted, and the peer's
+        certificate has to be for `server_hostname`, which has to be given; with `""` its name is not checked.
+        `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
+
         Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for arguments that do not go
         together, `OSError` that names the path when nobody listens there (`BlockingIOError` when the server's
         backlog is full), `NotImplementedError` on a platform without such sockets, and whatever `protocol_factory`
-        raises.
+        raises. With `ssl` also what `create_connection` raises for it.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_unix_connection
         """
@@ -95,10 +99,11 @@ class UNIXEndpoints(Endpoints):
     ) -> Server:
         """Listen on the UNIX socket at `path` and return the `Server`.
 
-        `path` is that of a file, or an abstract name, which begins with a NUL character (Linux). A socket that is
-        there already is replaced, any other file is an error. With `cleanup_socket` the file is removed when the
-        server is closed, unless another one has taken its place. `backlog` is how many connections may wait to be
-        accepted. `sock` is a bound UNIX stream socket to use instead; it belongs to the server from now on.
+        `protocol_factory` is called for each client. `path` is that of a file, or an abstract name, which begins with
+        a NUL character (Linux). A socket that is there already is replaced, any other file is an error. With
+        `cleanup_socket` the file is removed when the server is closed, unless another one has taken its place.
+        `backlog`, `start_serving`, `ssl`, `ssl_handshake_timeout` and `ssl_shutdown_timeout` are as for
+        `create_server`. `sock` is a bound UNIX stream socket to use instead; it belongs to the server from now on.
 
         Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for arguments that do not go
         together, `OSError` that names the path when it cannot be bound, and `NotImplementedError` on a platform

@@ -226,7 +226,8 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         The caller may change the buffer afterwards. After the connection is lost the data is dropped, with a
         warning in the log from the fifth time on.
 
-        Raises `TypeError` for anything that is not bytes-like and `RuntimeError` after `write_eof`.
+        Raises `TypeError` for anything that is not bytes-like; `RuntimeError` after `write_eof`, while `sendfile` is
+        under way, and once `start_tls` has returned a new transport; `NotImplementedError` on an end that only reads.
         """
         view: bytes | memoryview
         if type(data) is bytes or (type(data) is memoryview and data.ndim == data.itemsize == 1 and data.contiguous):

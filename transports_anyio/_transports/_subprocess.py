@@ -89,7 +89,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     # What users ask for
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Return what is known under `name`: `subprocess` is the `subprocess.Popen`, or AnyIO's process."""
+        """Return what is known under `name`, or `default`; `subprocess` is the `Popen`, or AnyIO's process."""
         return self._child.handle if name == "subprocess" else default
 
     def set_protocol(self, protocol: Any) -> None:
@@ -105,7 +105,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._child.pid
 
     def get_pipe_transport(self, fd: int) -> Any:
-        """Return the transport of standard input (0), output (1) or error (2), `None` unless it is a pipe."""
+        """Return the transport of standard input, output or error (`fd` 0, 1 or 2), `None` unless it is a pipe."""
         return self._pipes.get(fd)
 
     def get_returncode(self) -> int | None:
