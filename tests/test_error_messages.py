@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import anyio.to_thread
 import pytest
 from support import HOST, Peer, Recorder, Stack, collect_contexts, connected, listening, open_descriptors, until
 
-from transports_anyio import Protocol, TransportGroup
+from transports_anyio import Protocol, SubprocessProtocol, TransportGroup
 from transports_anyio._endpoints._base import Endpoints
 from transports_anyio.testing import memory_connection
 
@@ -275,6 +277,25 @@ async def test_a_class_whose_callbacks_are_class_methods_is_a_protocol(stack: St
     async with stack.open() as group:
         await connect(group, lambda: Everybody)
         await until(lambda: calls == ["connection_made", "connection_lost"])
+
+
+@pytest.mark.parametrize("function", [subprocess.Popen, asyncio.create_subprocess_exec], ids=["Popen", "asyncio's"])
+async def test_a_process_that_is_not_anyios(anyio_backend: Any, function: Any) -> None:
+    """Refused at the call, and left alone: what waits for its end would fail later, and take the group with it."""
+    if function is not subprocess.Popen and anyio_backend[0] != "asyncio":
+        return  # asyncio's processes need its loop.
+    command = [sys.executable, "-c", "input()"]
+    process = function(command, stdin=-1) if function is subprocess.Popen else await function(*command, stdin=-1)
+    try:
+        async with TransportGroup() as group:
+            with pytest.raises(TypeError, match=r"process was expected, got <.*open_process\(\).*subprocess_exec\("):
+                await group.connect_process(SubprocessProtocol, process)
+            assert process.returncode is None
+    finally:
+        process.stdin.close()
+        ended = process.wait()
+        if inspect.isawaitable(ended):
+            await ended
 
 
 # -- callbacks that are missing ---------------------------------------------------------------------------

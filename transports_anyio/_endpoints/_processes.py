@@ -108,11 +108,16 @@ class ProcessEndpoints(Endpoints):
         is `process`. On asyncio, AnyIO of before 4.15 leaves the descriptors of outputs that a grandchild keeps open to
         the garbage collector.
 
-        Raises `RuntimeError` when the group is not open, and whatever `protocol_factory` raises; the process is then
-        left to the caller.
+        Raises `RuntimeError` when the group is not open, `TypeError` for a process of another kind, and whatever
+        `protocol_factory` raises; the process is then left to the caller.
 
         Source: https://anyio.readthedocs.io/en/stable/subprocesses.html
         """
+        if not isinstance(process, Process):
+            raise TypeError(
+                f"an AnyIO process was expected, got {process!r}: make it with anyio.open_process(), or let "
+                "subprocess_exec() start the program"
+            )
         self._require_open()
         await anyio.lowlevel.checkpoint()
         self._require_open()
