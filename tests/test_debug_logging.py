@@ -181,7 +181,10 @@ async def test_handshakes(anyio_backend: Any, certificate_authority: trustme.CA)
                     Recorder, *address, ssl=certificates.client(), server_hostname="other.example"
                 )
     assert lines.count(f"TLS handshake with ADDRESS done: TLSv1.3, {cipher}") == 2
-    assert any("TLS handshake failed: SSLCertVerificationError" in line for line in lines)
+    # Each end tells it, and of whom.
+    (refusal,) = [line for line in lines if "CERTIFICATE_VERIFY_FAILED" in line]
+    assert refusal.startswith("TLS handshake with ADDRESS failed: SSLCertVerificationError")
+    assert sum(line.startswith("TLS handshake with ADDRESS failed: ") for line in lines) == 2
     assert "<StreamTransport open buffered=0 tls=TLSv1.3>: connection made, with a Recorder" in lines
 
 

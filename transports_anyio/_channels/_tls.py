@@ -259,15 +259,16 @@ class TLSChannel(Channel):
         done, self._on_handshake = self._on_handshake, None
         if done is None:
             return  # It was over already.
-        if exc is not None:
-            logger.debug("TLS handshake failed: %r", exc)
-        elif logger.isEnabledFor(logging.DEBUG):
-            cipher = self._tls.cipher()
+        if logger.isEnabledFor(logging.DEBUG):
             try:
                 peername = self._inner.extra_info().get("peername")
-            except OSError:  # Of a stream that looks it up when it is asked, and whose peer has left.
+            except Exception:  # Of a stream that looks it up when it is asked, and whose peer has left.
                 peername = None
-            logger.debug("TLS handshake with %r done: %s, %s", peername, self._tls.version(), cipher and cipher[0])
+            if exc is not None:
+                logger.debug("TLS handshake with %r failed: %r", peername, exc)
+            else:
+                cipher = self._tls.cipher()
+                logger.debug("TLS handshake with %r done: %s, %s", peername, self._tls.version(), cipher and cipher[0])
         done(exc)
 
     def _cancel_timer(self) -> None:
