@@ -599,15 +599,18 @@ async def test_s10_a_factory_that_raises_every_other_time(stack: Stack) -> None:
     async with stack.open() as group:
         contexts = collect_contexts(group)
         server = await group.create_server(factory, HOST, 0)
+        refused = []
         for number in range(1, 11):
             with Peer.connect(*addresses(server)) as peer:
                 if number % 2:
+                    refused.append(peer.socket.getsockname())
                     assert await peer.receive() == b""
                 else:
                     await peer.send(b"x")
                     assert await peer.receive() == b"x"
         assert [type(context["exception"]) for context in contexts] == [ZeroDivisionError] * 5
         assert {context["message"] for context in contexts} == {"Error on transport creation for incoming connection"}
+        assert [context["peername"] for context in contexts] == refused
         server.close()
 
 

@@ -1235,6 +1235,7 @@ async def test_server_survives_a_failing_handshake(stack: Stack, certificates: C
         contexts = collect_contexts(group)
         serving = await serve(group, certificates.server(), ssl_handshake_timeout=0.1 if kind == "slow" else None)
         with Peer.connect(serving.address) as peer:
+            client = peer.socket.getsockname()
             if kind == "garbage":
                 await peer.send(b"GET / HTTP/1.1\r\n\r\n")
                 assert await peer.gone()
@@ -1252,6 +1253,7 @@ async def test_server_survives_a_failing_handshake(stack: Stack, certificates: C
             expected = {"garbage": ssl.SSLError, "slow": ConnectionAbortedError}.get(kind, ConnectionResetError)
             assert [type(context["exception"]) for context in contexts] == [expected]
             assert "Error on transport creation for incoming connection" in contexts[0]["message"]
+            assert contexts[0]["peername"] == client
             assert serving.protocols == []
         assert await echoes(group, serving, certificates)
         serving.server.close()

@@ -239,7 +239,7 @@ class Server(asyncio.AbstractServer):
             channel = TLSChannel(inner, tls, self._group)
         except Exception as exc:
             inner.close(aborted=True)
-            self._report_lost_client(exc)
+            self._report_lost_client(exc, inner)
             return
         pending = self._group.pending_handshake(channel)
         self._connections.add(pending)
@@ -250,7 +250,7 @@ class Server(asyncio.AbstractServer):
             if failure is None:
                 self._context.copy().run(self._begin, channel)
             elif not pending.aborted:
-                self._report_lost_client(failure)
+                self._report_lost_client(failure, inner)
             self._changed.notify()
 
         pending.begin(over)
@@ -261,17 +261,21 @@ class Server(asyncio.AbstractServer):
         except BaseException as exc:
             if leaves_through_the_group(exc):
                 raise
-            self._report_lost_client(exc)
+            self._report_lost_client(exc, channel)
             return
         self._connections.add(transport)
         try:
             transport.start()
         except OSError as exc:
-            self._report_lost_client(exc)
+            self._report_lost_client(exc, channel)
 
-    def _report_lost_client(self, exc: BaseException) -> None:
+    def _report_lost_client(self, exc: BaseException, channel: Channel) -> None:
         self._group.call_exception_handler(
-            {"message": "Error on transport creation for incoming connection", "exception": exc}
+            {
+                "message": "Error on transport creation for incoming connection",
+                "exception": exc,
+                "peername": channel.extra_info().get("peername"),  # There is no transport to ask.
+            }
         )
 
     def _lost(self, transport: StreamTransport) -> None:
