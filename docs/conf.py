@@ -22,7 +22,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = project
 html_static_path = ["_static"]
-html_css_files = ["sides.css"]
+html_css_files = ["site.css"]
 
 myst_heading_anchors = 3
 
