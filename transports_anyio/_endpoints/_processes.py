@@ -59,7 +59,8 @@ class ProcessEndpoints(Endpoints):
         """Run `program` with `args` as a child process and return `(transport, protocol)`.
 
         `stdin`, `stdout` and `stderr` are each `PIPE`, `DEVNULL`, a file or descriptor, or `None` for ours; `stderr`
-        may be `STDOUT`. `options` are those of `subprocess.Popen`. `connection_made` runs before this returns.
+        may be `STDOUT`. `options` are those of `subprocess.Popen`. `connection_made` runs before this returns. A child
+        that still runs when the block of the group is left is killed.
 
         Raises `RuntimeError` when the group is not open, `OSError` when the program cannot be run (it does not exist,
         say), `ValueError` for an option that makes no sense for pipes of bytes, and whatever `protocol_factory` and
@@ -84,8 +85,8 @@ class ProcessEndpoints(Endpoints):
     ) -> tuple[SubprocessTransport, ProtocolT]:
         """Run `cmd` in the platform's shell and return `(transport, protocol)`.
 
-        To quote what is in it is the caller's duty. `stdin`, `stdout`, `stderr` and `options` are as for
-        `subprocess_exec`.
+        What comes from elsewhere has to be quoted, with `shlex.quote`. `stdin`, `stdout`, `stderr` and `options` are as
+        for `subprocess_exec`.
 
         Raises as `subprocess_exec` does, whatever `protocol_factory` raises included, and `ValueError` when `cmd` is no
         string. A command that does not exist is the shell's to report.
