@@ -160,6 +160,37 @@ async def test_the_advice_is_good(anyio_backend: Any) -> None:
             await group.wait_closed()
 
 
+# -- addresses --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error", "message"),
+    [
+        ({}, ValueError, "unexpected address family: give local_addr, remote_addr, a family or a sock"),
+        ({"local_addr": HOST}, TypeError, f"2-tuple is expected, of host and port, got {HOST!r}"),
+        (
+            {"local_addr": (HOST, 0), "family": socket.AF_UNIX},
+            TypeError,
+            f"string is expected, the path of a UNIX socket, got {(HOST, 0)}",
+        ),
+        (
+            {"local_addr": (HOST, 0), "remote_addr": ("::1", 9)},
+            ValueError,
+            f"can not get address information: {(HOST, 0)} and ('::1', 9) have no family of addresses in common",
+        ),
+    ],
+    ids=["none", "no pair", "no path", "two families"],
+)
+async def test_addresses_of_datagrams(
+    stack: Stack, parameters: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    async with stack.open() as group:
+        with pytest.raises(error) as caught:
+            await group.create_datagram_endpoint(Recorder, **parameters)
+        # asyncio says the first of it.
+        assert message.startswith(str(caught.value)) if stack.is_oracle else str(caught.value) == message
+
+
 # -- factories --------------------------------------------------------------------------------------------
 
 

@@ -130,19 +130,19 @@ async def address_pairs(local: Any, remote: Any, family: int, proto: int, flags:
     """Return every pair of addresses that `local` and `remote` make together, in the resolver's order."""
     if not (local or remote):
         if family == 0:
-            raise ValueError("unexpected address family")
+            raise ValueError("unexpected address family: give local_addr, remote_addr, a family or a sock")
         await anyio.lowlevel.checkpoint()
         return [(family, proto, None, None)]
     if hasattr(socket, "AF_UNIX") and family == socket.AF_UNIX:
         for address in (local, remote):
             if address is not None and not isinstance(address, str):
-                raise TypeError("string is expected")
+                raise TypeError(f"string is expected, the path of a UNIX socket, got {address!r}")
         await anyio.lowlevel.checkpoint()
         return [(family, proto, local, remote)]
     found: list[list[tuple[int, int, Any]]] = []
     for address in (local, remote):
         if address is not None and not (isinstance(address, tuple) and len(address) == 2):
-            raise TypeError("2-tuple is expected")
+            raise TypeError(f"2-tuple is expected, of host and port, got {address!r}")
     await anyio.lowlevel.checkpoint()  # Numbers need no other.
     for address in (local, remote):
         if address is None:
@@ -155,7 +155,9 @@ async def address_pairs(local: Any, remote: Any, family: int, proto: int, flags:
         return [(f, p, None, a) for f, p, a in found[0]]
     pairs = [(f, p, here, there) for f, p, here in found[0] for *kind, there in found[1] if kind == [f, p]]
     if not pairs:
-        raise ValueError("can not get address information")
+        raise ValueError(
+            f"can not get address information: {local!r} and {remote!r} have no family of addresses in common"
+        )
     return pairs
 
 
