@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import socket
+import sys
 import tempfile
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 import trustme
 from support import GUARD, BufferedRecorder, Peer, Recorder, connected, fill, pattern, until
 from tls_support import NAME, Certificates, TLSPeer
 
-from transports_anyio import DatagramProtocol, SubprocessProtocol, TransportGroup
+from transports_anyio import DatagramProtocol, Protocol, SubprocessProtocol, TransportGroup
+from transports_anyio.testing import memory_connection
 
 pytestmark = pytest.mark.anyio
 
@@ -226,3 +230,29 @@ async def test_a_repr_tells_the_state(anyio_backend: Any) -> None:
         endpoint, _ = await group.create_datagram_endpoint(DatagramProtocol, family=socket.AF_INET)
         assert repr(endpoint).startswith("<DatagramTransport open")
     assert "closed" in repr(group)
+
+
+async def test_another_thread_may_look(anyio_backend: Any) -> None:
+    """That of a monitor, say, while connections come and go."""
+    over = threading.Event()
+    looks = []
+
+    def look() -> None:
+        while not over.is_set():
+            looks.append((group.statistics(), repr(group)))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        async with TransportGroup() as group:
+            for _ in range(200):
+                await memory_connection(group, Protocol, Protocol)
+            group.start_soon(anyio.to_thread.run_sync, look)
+            try:
+                while len(looks) < 400:
+                    (transport, _), _ = await memory_connection(group, Protocol, Protocol)
+                    transport.close()
+            finally:
+                over.set()
+    finally:
+        sys.setswitchinterval(interval)

@@ -497,12 +497,16 @@ class TransportGroup(
     # Looking at it
 
     def statistics(self) -> GroupStatistics:
-        """Return what is open, buffered and pending, and how much has been moved; as AnyIO's `statistics` methods."""
-        transports = [each for each in self._transports if not isinstance(each, PendingHandshake)]
+        """Return what is open, buffered and pending, and how much has been moved; as AnyIO's `statistics` methods.
+
+        May be called from any thread.
+        """
+        owned = tuple(self._transports)  # Whoever looks may be another thread.
+        transports = [each for each in owned if not isinstance(each, PendingHandshake)]
         traffic = [transport.traffic() for transport in transports]
         return GroupStatistics(
             open_transports=dict(Counter(type(transport).__name__ for transport in transports)),
-            pending_handshakes=len(self._transports) - len(transports),
+            pending_handshakes=len(owned) - len(transports),
             open_servers=len(self._servers),
             running_tasks=self._tasks_running,
             bytes_received=self._bytes_received + sum(received for received, _, _ in traffic),
