@@ -10,12 +10,13 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from anyio.abc import SocketAttribute
 from network import a_link_local_address, names, needs_ipv6
 from support import (
     GUARD,
@@ -27,6 +28,7 @@ from support import (
     leaves,
     open_descriptors,
     peer_process,
+    turns,
     until,
 )
 
@@ -1203,6 +1205,39 @@ async def test_an_anyio_socket_that_somebody_else_closes(anyio_backend: Any) -> 
         await udp.aclose()
         await until(lambda: protocol.lost)
         assert isinstance(protocol.lost[0], OSError)
+
+
+async def test_an_anyio_socket_that_another_task_receives_from(anyio_backend: Any) -> None:
+    """AnyIO says so without giving way: to try again and again would stop everything else."""
+
+    async def receive_first() -> None:
+        with suppress(anyio.ClosedResourceError):
+            await udp.receive()
+
+    async with TransportGroup() as group:
+        udp = await anyio.create_udp_socket(local_host=HOST)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(receive_first)
+            await turns()
+            _, protocol = await group.connect_datagram_socket(Endpoint, udp)
+            await until(lambda: protocol.lost)
+        (error,) = protocol.lost
+        assert isinstance(error, OSError)
+        assert isinstance(error.__cause__, anyio.BusyResourceError)
+        assert protocol.errors == []
+
+
+async def test_an_anyio_socket_whose_descriptor_is_gone(anyio_backend: Any, tmp_path: Path) -> None:
+    """It is so for every datagram, and not told for each."""
+    async with TransportGroup() as group:
+        sock = await anyio.create_unix_datagram_socket(local_path=str(tmp_path / "socket"))
+        _, protocol = await group.connect_datagram_socket(Endpoint, sock)
+        sock.extra(SocketAttribute.raw_socket).close()  # Before anything is received.
+        await until(lambda: protocol.lost)
+        (error,) = protocol.lost
+        assert isinstance(error, OSError)
+        assert error.errno == errno.EBADF
+        assert protocol.errors == []
 
 
 async def test_only_anyio_sockets_are_connected(anyio_backend: Any) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
-import anyio
 from anyio.abc import ConnectedUDPSocket, ConnectedUNIXDatagramSocket, SocketAttribute, UDPSocket, UNIXDatagramSocket
 
 from ._anyio import AnyIOChannel, as_os_error
@@ -52,9 +52,11 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
     async def _receive_next(self) -> tuple[bytes, Any] | ChannelEnded:
         try:
             received = await self._socket.receive()
-        except (anyio.ClosedResourceError, anyio.BrokenResourceError) as exc:
-            if isinstance(exc.__cause__, OSError):
+        except Exception as exc:
+            error = exc if isinstance(exc, OSError) else exc.__cause__
+            if isinstance(error, OSError) and error.errno != errno.EBADF:
                 raise  # It concerns one datagram: nobody listened at the peer's port, say.
+            # It would be the same the next time, and perhaps at once: another task receives from the socket, say.
             return ChannelEnded(as_os_error(exc))
         return (received, self.remote_address) if self._connected else received
 
