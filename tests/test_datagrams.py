@@ -754,6 +754,43 @@ async def test_a_callback_that_raises_is_reported_and_the_endpoint_lives_on(
             await until(lambda: protocol.data[-1:] == [b"the second"])
 
 
+@pytest.mark.parametrize("kind", ["socket", "AnyIO socket"])
+@pytest.mark.parametrize("caught", [False, True])
+async def test_an_exit_in_connection_made_leaves_through_the_group(anyio_backend: Any, kind: str, caught: bool) -> None:
+    """The caller gets no endpoint then, and none is left."""
+
+    class Leaving(Endpoint):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            raise SystemExit(3)
+
+    protocol = Leaving()
+    descriptors = open_descriptors()
+
+    async def connect(group: TransportGroup) -> None:
+        if kind == "AnyIO socket":
+            await group.connect_datagram_socket(lambda: protocol, await anyio.create_udp_socket(local_host=HOST))
+        else:
+            await group.create_datagram_endpoint(lambda: protocol, (HOST, 0))
+
+    with anyio.fail_after(GUARD):
+        try:
+            async with TransportGroup() as group:
+                try:
+                    await connect(group)
+                except SystemExit:
+                    if not caught:
+                        raise
+                    await group.wait_closed()
+        except BaseException as error:
+            assert [type(leaf) for leaf in leaves(error)] == [SystemExit]
+            assert not caught
+        else:
+            assert caught
+    assert protocol.lost == [None]
+    assert open_descriptors() == descriptors
+
+
 async def test_an_address_that_is_none_is_fatal(stack: Stack) -> None:
     async with stack.open() as group, Endpoints(group) as endpoints:
         contexts = collect_contexts(group)

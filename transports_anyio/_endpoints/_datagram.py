@@ -77,7 +77,9 @@ class DatagramEndpoints(Endpoints):
         except BaseException:
             sock.close()
             raise
-        return self._start_datagrams(protocol_factory, channel, remote)
+        transport, protocol = self._make_datagram_transport(protocol_factory, channel, remote)
+        transport.start()
+        return transport, protocol
 
     async def connect_datagram_socket(
         self, protocol_factory: Callable[[], ProtocolT], datagram_socket: AnyDatagramSocket
@@ -98,13 +100,15 @@ class DatagramEndpoints(Endpoints):
         await anyio.lowlevel.checkpoint()
         self._require_open()
         channel = AnyIODatagramChannel(datagram_socket)
-        result = self._start_datagrams(protocol_factory, channel, channel.remote_address)
+        transport, protocol = self._make_datagram_transport(protocol_factory, channel, channel.remote_address)
         self._run_for(datagram_socket, channel.run)
-        return result
+        transport.start()
+        return transport, protocol
 
-    def _start_datagrams(
+    def _make_datagram_transport(
         self, protocol_factory: Callable[[], ProtocolT], channel: DatagramChannel, remote: Any
     ) -> tuple[DatagramTransport, ProtocolT]:
+        """Give `channel` a protocol and a transport that the group owns; the caller starts it."""
         door = self._door()
         try:
             protocol: Any = door.make_protocol(protocol_factory)
@@ -113,7 +117,6 @@ class DatagramEndpoints(Endpoints):
             channel.close(aborted=True)
             raise
         self._own(transport)
-        transport.start()
         return transport, protocol
 
 
