@@ -621,6 +621,39 @@ async def test_a_number_that_is_a_strangers_by_now_is_left_alone(stack: Stack) -
                 assert stranger.recv(100) == b"still open"
 
 
+@pytest.mark.parametrize("first", ["connect_read_pipe", "connect_accepted_socket"])
+async def test_a_pipe_with_the_number_of_a_closed_file_is_closed(anyio_backend: Any, first: str) -> None:
+    """Somebody has closed the file of a transport that does not know yet, and the pipe has its number by now."""
+    with anyio.fail_after(GUARD), unix_connection() as (near, _), pipe() as (reader, writer):
+        async with TransportGroup() as group:
+            _, protocol = await getattr(group, first)(Recorder, near)
+            number = near.fileno()
+            near.close()
+            os.dup2(writer.fileno(), number)
+            writer.close()
+            transport, sender = await connect_writer(group, open(number, "wb", 0))
+            transport.write(b"all")
+            transport.close()
+            await sender.wait_for("connection_lost")
+            await turns()
+            assert number not in open_descriptors()
+            assert reader.read() == b"all"
+            assert not protocol.lost
+
+
+async def test_one_file_for_both_directions_in_two_groups(anyio_backend: Any) -> None:
+    with anyio.fail_after(GUARD), unix_connection() as (near, far):
+        async with TransportGroup() as outer:
+            _, receiver = await connect_reader(outer, near)
+            async with TransportGroup() as inner:
+                transport, _ = await connect_writer(inner, near)
+                transport.write(b"written")
+            assert far.recv(100) == b"written"
+            far.send(b"read")
+            assert await receiver.wait_received(4) == b"read"
+        assert near.fileno() == -1
+
+
 @pytest.mark.ours_only("asyncio stops to watch the second one with the first")
 async def test_a_number_that_is_another_pipes_by_now_is_left_alone(stack: Stack) -> None:
     with anyio.fail_after(GUARD), pipe() as (first, _), pipe() as (second, writer):

@@ -107,23 +107,26 @@ class PipeChannel(Polled, Channel):
         others.remove(self)
         if not others:
             del open_channels[self._file]
-        if self._duplicate or self._is_open():
+        descriptor = self.number()
+        if self._duplicate or descriptor >= 0:
             if self._blocking:
                 self._block(others)
             if self._duplicate:
                 os.close(self.descriptor)
-        if self._is_open():
-            descriptor = self._pipe.fileno()
-            # The other direction may still need it.
-            if descriptor not in self._poller.watches and descriptor not in self.outliving:
-                self._pipe.close()
+        # The other direction may still need it.
+        if (
+            descriptor >= 0
+            and descriptor not in self.outliving
+            and all(other.number() != descriptor for other in others)
+        ):
+            self._pipe.close()
 
-    def _is_open(self) -> bool:
-        """Whether nobody has closed `pipe`: the number may be somebody else's by now."""
+    def number(self) -> int:
+        """Return the descriptor of `pipe`, -1 once somebody has closed it: the number may be somebody else's by now."""
         try:
-            return bool(self._pipe.fileno() >= 0)
+            return int(self._pipe.fileno())
         except ValueError:
-            return False
+            return -1
 
     def _block(self, others: list[PipeChannel]) -> None:
         os.set_blocking(self.descriptor, True)
