@@ -1048,6 +1048,30 @@ async def test_one_context_for_all_callbacks_of_a_child(anyio_backend: Any) -> N
     assert set(values.values()) == {"set in connection_made"}
 
 
+@pytest.mark.parametrize("kind", ["program", "AnyIO process"])
+async def test_the_callbacks_share_the_context_of_the_factory(anyio_backend: Any, kind: str) -> None:
+    variable = contextvars.ContextVar("variable", default="unset")
+    values = set()
+
+    class Asking(Child):
+        def __init__(self) -> None:
+            super().__init__()
+            variable.set("set by the factory")
+
+        def record(self, name: str, *args: Any) -> None:
+            super().record(name, *args)
+            values.add(variable.get())
+
+    async with TransportGroup() as group:
+        if kind == "program":
+            _, child = await group.subprocess_exec(Asking, "true")
+        else:
+            _, child = await group.connect_process(Asking, await anyio.open_process(["true"]))
+        await child.end()
+        assert values == {"set by the factory"}
+        assert variable.get() == "unset"
+
+
 async def test_a_pipe_that_was_given_another_protocol(anyio_backend: Any) -> None:
     """The child's protocol hears no more of that pipe, and of all else as ever; asyncio's never hears of the end."""
     with anyio.fail_after(GUARD):

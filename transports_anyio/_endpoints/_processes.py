@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
@@ -13,6 +13,7 @@ from .._channels._anyio_stream import AnyIOStreamChannel
 from .._channels._child import AnyIOChild, PopenChild
 from .._channels._contract import Channel
 from .._channels._pipe import ChildPipeChannel
+from .._door import Door
 from .._transports._pipe import ReadPipeTransport, WritePipeTransport
 from .._transports._stream import StreamTransport
 from .._transports._subprocess import PipeProtocol, SubprocessTransport
@@ -122,11 +123,11 @@ class ProcessEndpoints(Endpoints):
         self._require_open()
         await anyio.lowlevel.checkpoint()
         self._require_open()
+        door = self._door()
+        protocol = door.make_protocol(protocol_factory)
         streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
         channels = {fd: AnyIOStreamChannel(stream) for fd, stream in streams.items()}
-        return self._start_child(
-            protocol_factory, AnyIOChild(process), channels, WritePipeTransport, ReadPipeTransport, channels.values()
-        )
+        return self._start_child(door, protocol, AnyIOChild(process), channels, channels.values())
 
     async def _spawn(
         self, protocol_factory: Callable[[], ProtocolT], args: Any, **options: Any
@@ -151,28 +152,24 @@ class ProcessEndpoints(Endpoints):
             for pipe in filter(None, (popen.stdin, popen.stdout, popen.stderr)):
                 pipe.close()
             raise
-        return self._start_child(lambda: protocol, child, channels, WritePipeTransport, ReadPipeTransport)
+        return self._start_child(door, protocol, child, channels)
 
     def _start_child(
         self,
-        protocol_factory: Callable[[], ProtocolT],
+        door: Door,
+        protocol: ProtocolT,
         child: PopenChild | AnyIOChild,
-        channels: Any,
-        writing: type[StreamTransport],
-        reading: type[StreamTransport],
+        channels: Mapping[int, Channel],
         channels_to_run: Iterable[AnyIOStreamChannel] = (),
     ) -> tuple[SubprocessTransport, ProtocolT]:
-        door = self._door()
-        protocol: Any = door.make_protocol(protocol_factory)
         transport = SubprocessTransport(door, child, protocol, self._disown)
         self._own(transport)
         try:
-            transport.start(
-                {
-                    fd: (reading if fd else writing)(door, channel, PipeProtocol(transport, fd), transport.pipe_gone)
-                    for fd, channel in channels.items()
-                }
-            )
+            pipes: dict[int, StreamTransport] = {}
+            for fd, channel in channels.items():
+                kind = ReadPipeTransport if fd else WritePipeTransport
+                pipes[fd] = kind(door, channel, PipeProtocol(transport, fd), transport.pipe_gone)
+            transport.start(pipes)
         except BaseException:
             transport.abort()
             raise
