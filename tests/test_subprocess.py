@@ -1267,6 +1267,24 @@ async def test_an_anyio_process_whose_end_nobody_has_noticed(anyio_backend: Any)
     assert gone(process.pid)
 
 
+# uvloop keeps what it has of such a process until its loop is closed, and warns of it then.
+@pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
+async def test_an_anyio_process_that_somebody_else_has_reaped(anyio_backend: Any) -> None:
+    """uvloop never hears of its end then: to leave the group must not wait for that."""
+    child = Child()
+    with pytest.raises(BaseException) as caught, anyio.fail_after(GUARD):
+        async with about_to_exit(3) as (process, end), TransportGroup() as group:
+            transport, _ = await group.connect_process(lambda: child, process)
+            end()
+            with contextlib.suppress(ChildProcessError):  # A thread of asyncio's may have been faster.
+                os.waitpid(process.pid, 0)  # noqa: ASYNC222  # it has ended
+            with pytest.raises(ProcessLookupError):
+                transport.send_signal(signal.SIGTERM)
+            raise LookupError
+    assert [type(leaf) for leaf in leaves(caught.value)] == [LookupError]
+    assert child.names()[-1] == "connection_lost"
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="asyncio has no such thread")
 async def test_an_anyio_process_that_a_thread_of_asyncios_has_reaped(anyio_backend: Any) -> None:
     if anyio_backend != ("asyncio", {"use_uvloop": False}):

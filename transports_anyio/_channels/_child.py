@@ -283,4 +283,7 @@ class AnyIOChild(Child):
                 self._waiting.cancel()
                 return None
             status = -9  # The task reaps it; nothing else can have happened to it.
+        elif self._process.returncode is None and not is_child(self.pid):
+            # Somebody else has reaped it, which the backend may never hear of (uvloop): nothing is left to wait for.
+            self._waiting.cancel()
         return status
