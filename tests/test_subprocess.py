@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.abc
 import pytest
-from support import GUARD, Recorder, Stack, collect_contexts, leaves, open_descriptors, pattern, until
+from support import GUARD, Recorder, Stack, collect_contexts, leaves, open_descriptors, pattern, turns, until
 
 from transports_anyio import TransportGroup, current_group
 
@@ -708,14 +708,13 @@ async def test_leaving_by_an_exception_reaps_before_the_block_is_left(
 
 async def test_p1_cancelled_at_every_checkpoint(anyio_backend: Any) -> None:
     """`subprocess_exec` is cancelled before the spawn or not at all: nothing is half-way."""
-    for turns in range(4):
+    for count in range(4):
         child = Child()
         async with TransportGroup() as group:
             with anyio.CancelScope() as scope:
 
-                async def cancel(turns: int = turns, scope: anyio.CancelScope = scope) -> None:
-                    for _ in range(turns):
-                        await anyio.lowlevel.checkpoint()
+                async def cancel(count: int = count, scope: anyio.CancelScope = scope) -> None:
+                    await turns(count)
                     scope.cancel()
 
                 group.start_soon(cancel)
@@ -882,6 +881,31 @@ async def test_the_exit_is_told_to_a_shielded_task_of_a_cancelled_block(
                     child.transport.get_pipe_transport(0).write_eof()
                     await child.end()
                     assert child.transport.get_returncode() == 0
+
+
+async def test_without_a_thread_for_the_child(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system starts no more of them: the end is noticed all the same, and nobody else's child ends with it."""
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with TransportGroup() as group:
+        other = Child()
+        await group.subprocess_exec(lambda: other, "cat")
+        monkeypatch.delattr(os, "pidfd_open")
+        monkeypatch.setattr(anyio.to_thread, "run_sync", refuse)
+        for how in ("ends", "is closed"):
+            child = Child()
+            transport, _ = await group.subprocess_exec(lambda child=child: child, "sh", "-c", "read x; exit 3")
+            await turns()
+            if how == "ends":
+                transport.get_pipe_transport(0).write(b"\n")
+            else:
+                transport.close()
+            await child.end()
+            assert transport.get_returncode() == (3 if how == "ends" else -signal.SIGKILL)
+            assert gone(transport.get_pid())
+        assert not other.exited.is_set()
 
 
 async def test_without_a_descriptor_for_the_child(anyio_backend: Any) -> None:

@@ -21,6 +21,9 @@ from .._readiness import READ, Watch
 # What asyncio says of a child that somebody else has reaped.
 UNKNOWN_STATUS = 255
 
+# How often, in seconds, to look whether a child has ended that neither a descriptor nor a thread waits for.
+PAUSE_WITHOUT_THREAD = 0.05
+
 Exited = Callable[[int], None]
 
 
@@ -90,7 +93,8 @@ class PopenChild(Child):
 
     Its end is noticed through a descriptor in the poller (`os.pidfd_open`, Linux 5.3), or through a thread that waits
     without reaping, where there is none. So its number cannot belong to a stranger before we know of its end. Where
-    nothing waits without reaping either (no `os.waitid`: macOS before Python 3.13), the thread reaps.
+    nothing waits without reaping either (no `os.waitid`: macOS before Python 3.13), the thread reaps. Where there is no
+    thread to be had, it is looked at now and then.
     """
 
     def __init__(self, poller: Poller, popen: subprocess.Popen[Any]) -> None:
@@ -132,12 +136,17 @@ class PopenChild(Child):
         """Wait in a thread. A child that is reaped elsewhere ends the wait as well."""
         assert self._waiting is not None
         wait = self._wait_without_reaping if hasattr(os, "waitid") else self._popen.wait
+        pause = 0.001
         with self._waiting:
-            # Children must not take the threads of everybody else, and a thread ends with its child.
-            await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+            try:
+                # Children must not take the threads of everybody else, and a thread ends with its child.
+                await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+            except RuntimeError as exc:  # The system starts no more threads, which ends nobody's connections.
+                logger.debug("process %s is looked at now and then: %r", self.pid, exc)
+                pause = PAUSE_WITHOUT_THREAD
             while not self.has_ended():  # noqa: ASYNC110  # nobody tells
-                # Another thread has reaped it through `popen`, and is about to say so.
-                await anyio.sleep(0.001)
+                # Or else another thread has reaped it through `popen`, and is about to say so.
+                await anyio.sleep(pause)
             self._tell()
 
     def _tell(self) -> None:
