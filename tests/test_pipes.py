@@ -288,6 +288,19 @@ GOING: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
 }
 
 
+@pytest.mark.ours_only("asyncio's have no such methods")
+async def test_a_writer_that_is_told_to_read_and_to_pause_still_notices_it(stack: Stack) -> None:
+    with anyio.fail_after(GUARD), pipe() as (reader, writer):
+        async with stack.open() as group:
+            transport, protocol = await connect_writer(group, writer)
+            transport.resume_reading()
+            assert not transport.is_reading()
+            transport.pause_reading()
+            reader.close()
+            await protocol.wait_for("connection_lost")
+            assert protocol.lost_with is None
+
+
 @pytest.mark.parametrize("how", GOING)
 async def test_a_writer_on_anything_notices_that_its_reader_has_gone(stack: Stack, how: str) -> None:
     """As asyncio: a socket's reader has gone for it when it will not speak any more, whether or not it listens."""

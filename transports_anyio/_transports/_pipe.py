@@ -52,6 +52,9 @@ class WritePipeTransport(StreamTransport):
             # from a hang-up it would be reported for ever; that the reader has gone shows at the next write.
             self._channel.set_reading(False)
 
+    def resume_reading(self) -> None:
+        """Do nothing: there is nothing to read, and no pause may end the watch for the reader's hang-up."""
+
     def _describe(self) -> list[str]:
         # A writing end never reads: that needs no pause.
         return [part for part in super()._describe() if part != "reading paused"]
