@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 import errno
+import gc
 import socket
 import ssl
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import anyio
@@ -29,7 +30,7 @@ from network import (
     needs_ipv6,
     unused_port,
 )
-from support import GUARD, ORACLE, Peer, Recorder, Stack, connected, leaves, open_descriptors, until
+from support import GUARD, ORACLE, Peer, Recorder, Stack, connected, leaves, open_descriptors, turns, until
 
 from transports_anyio import TransportGroup
 
@@ -354,6 +355,31 @@ async def test_all_errors(stack: Stack, delay: float | None) -> None:
         with pytest.raises(ExceptionGroup) as caught:
             await group.create_connection(Recorder, HOST, unused_port(), all_errors=True)
         assert [type(error) for error in caught.value.exceptions] == [ConnectionRefusedError]
+
+
+@needs_ipv6
+@pytest.mark.parametrize("listening", [False, True])
+@pytest.mark.parametrize("options", [{}, {"all_errors": True}, {"happy_eyeballs_delay": 0.001}], ids=str)
+async def test_errors_are_not_kept(stack: Stack, options: dict[str, Any], listening: bool) -> None:
+    """Not even until the collector runs: who tries again and again would gather errors, and the frames behind them."""
+    if stack.is_oracle and (options or listening):
+        pytest.skip("asyncio lets go of them where every address fails, one after the other")
+
+    def errors() -> int:
+        return sum(issubclass(type(thing), OSError) for thing in gc.get_objects())
+
+    async with stack.open() as group:
+        gc.collect()
+        gc.disable()
+        try:
+            before = errors()
+            for host in (HOST, HOST_6):  # Whichever the system sorts first, the other one refuses.
+                with bound(host, backlog=1 if listening else None) as listener, suppress(OSError, ExceptionGroup):
+                    await visit(group, listener, None, listener.getsockname()[1], **options)
+                await turns()  # The event loop's own callbacks let go of theirs.
+            assert errors() == before
+        finally:
+            gc.enable()
 
 
 @needs_ipv6

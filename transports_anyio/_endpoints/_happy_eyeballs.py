@@ -42,11 +42,6 @@ class Attempts:
         self._local_addresses = local_addresses
         self._errors: list[list[OSError]] = [[] for _ in addresses]
 
-    @property
-    def errors(self) -> list[OSError]:
-        """What has failed, in the order of the addresses."""
-        return [*chain.from_iterable(self._errors)]
-
     async def run(self, delay: float | None) -> socket.socket | None:
         """Return a non-blocking socket connected to the first address that accepts, `None` when none does.
 
@@ -121,6 +116,20 @@ class Attempts:
         sock.close()
         return None
 
+    def failure(self, *, all_errors: bool) -> Exception:
+        """Return one error that names every address tried, or with `all_errors` an `ExceptionGroup` of one for each."""
+        errors = [*chain.from_iterable(self._errors)]  # In the order of the addresses.
+        if all_errors:
+            return ExceptionGroup("create_connection failed", errors)
+        if len(set(map(str, errors))) == 1:  # One, or a local address that failed again for each remote one.
+            return errors[0]
+        return OSError(f"Multiple exceptions: {', '.join(map(str, errors))}")
+
+    def forget(self) -> None:
+        """Let go of the errors, whose tracebacks have the frames that hold them: no cycle."""
+        for errors in self._errors:
+            errors.clear()
+
     def _bind(self, sock: socket.socket, errors: list[OSError]) -> bool:
         """Bind to the first local address that can be had; whether there is one, or none was asked for."""
         if self._local_addresses is None:
@@ -168,12 +177,10 @@ async def connect_to_any(
     Raises an `OSError` that names every address tried, or with `all_errors` an `ExceptionGroup` of one for each.
     """
     attempts = Attempts(addresses, local_addresses)
-    sock = await attempts.run(delay)
-    if sock is not None:
+    try:
+        sock = await attempts.run(delay)
+        if sock is None:
+            raise attempts.failure(all_errors=all_errors)
         return sock
-    errors = attempts.errors
-    if all_errors:
-        raise ExceptionGroup("create_connection failed", errors)
-    if len(set(map(str, errors))) == 1:  # One, or a local address that failed again for each remote one.
-        raise errors[0]
-    raise OSError(f"Multiple exceptions: {', '.join(map(str, errors))}")
+    finally:
+        attempts.forget()
