@@ -160,14 +160,32 @@ async def test_the_name_of_a_service(stack: Stack) -> None:
                 await visit(group, listener, host, name, family=socket.AF_INET)
 
 
+@pytest.mark.skipif(a_service() is None, reason="no service is known here")
+@pytest.mark.skipif(a_link_local_address() is None, reason="there is no link-local address")
+async def test_the_name_of_a_service_behind_a_scope(stack: Stack) -> None:
+    name, port = a_service() or ("", 0)
+    address, interface = a_link_local_address() or ("", "")
+    number = socket.if_nametoindex(interface)
+    async with stack.open() as group:
+        with socket.socket(socket.AF_INET6) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address, port, 0, number))
+            listener.listen()
+            info = await visit(group, listener, f"{address}%{interface}", name)
+            assert info["peername"] == (address, port, 0, number)
+
+
 @pytest.mark.parametrize(
     ("host", "port", "options"),
     [
         ("", 1, {}),
         ("localhost", "no such service", {}),
+        (HOST, b"\xe9", {}),
         ("localhost", -1, {"flags": socket.AI_NUMERICSERV}),
         ("localhost", 1, {"flags": socket.AI_NUMERICHOST}),
         (HOST_6, 1, {"family": socket.AF_INET}),
+        (f"{HOST_6}%nowhere", 1, {}),
+        (f"{HOST_6}%nowhere".encode(), "http", {}),
         (HOST, 1, {"proto": 12345}),
     ],
 )

@@ -51,7 +51,7 @@ async def resolve(
     for a NUL.
     """
     if isinstance(port, bytes):
-        port = port.decode("ascii")
+        port = port.decode("latin-1")  # As it is: what is not ASCII is no service, which the resolver knows best.
     for text in (host, port):
         if (isinstance(text, str) and "\0" in text) or (isinstance(text, bytes) and b"\0" in text):
             # The C library would not look beyond it, and connect to another host than the one that was named.
@@ -74,11 +74,19 @@ async def resolve(
         # that the type has.
         if exc.errno == getattr(socket, "EAI_SOCKTYPE", None):
             raise
+        # An IPv6 address with a scope, which uvloop's resolver would leave out: the system does not know it.
+        has_scope = isinstance(host, bytes) and b"%" in host
+        if has_scope and not isinstance(port, str):
+            raise
     else:
         return [
             (f, t, p, (*address[:2], *scope) if scope and f == socket.AF_INET6 else address)
             for f, t, p, address in found
         ]
+    if has_scope:  # What is left to resolve is the service.
+        numbers_only = flags & socket.AI_NUMERICSERV
+        (*_, address), *_ = await anyio.getaddrinfo(None, port, type=kind, proto=proto, flags=numbers_only)
+        return await resolve(host, address[1], *scope, family=family, kind=kind, proto=proto, flags=flags)
     resolved = await anyio.getaddrinfo(host, port, family=family, type=kind, proto=proto, flags=flags)
     if not resolved:  # AnyIO leaves IPv6 out where Python has been built without it.
         raise OSError(f"getaddrinfo({host!r}) returned an empty list")
