@@ -7,6 +7,7 @@ descriptor and for transports that are no sockets.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import errno
 import hashlib
 import io
@@ -430,6 +431,18 @@ async def test_text_mode(stack: Stack, tmp_path: Path) -> None:
         if not stack.is_oracle:  # Which looks for `readinto`.
             with pytest.raises(ValueError, match="binary mode"):
                 await group.sendfile(transport, io.StringIO("text"))
+
+
+@pytest.mark.ours_only("asyncio asks for `readinto`, which gives bytes or is not there")
+async def test_a_file_that_reads_text_and_does_not_say_so(stack: Stack) -> None:
+    """The error is the caller's alone."""
+    async with stack.open() as group, connected(group) as (transport, _, peer):
+        contexts = collect_contexts(group)
+        with pytest.raises(TypeError, match="bytes-like"):
+            await group.sendfile(transport, codecs.getreader("utf-8")(io.BytesIO(b"text")))
+        transport.write(b"alive")
+        assert await peer.receive_exactly(5) == b"alive"
+    assert contexts == []
 
 
 async def test_a_closed_file(stack: Stack) -> None:

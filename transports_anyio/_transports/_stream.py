@@ -399,9 +399,9 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         return sent
 
     def send_block(self, data: bytes) -> None:
-        """Send `data`, or buffer what cannot be sent yet. Raises as `flush` does."""
+        """Send `data`, or buffer what cannot be sent yet. Raises as `flush` does, `TypeError` for what is not bytes."""
         self._require_open()
-        self._buffer.append(data)
+        self._buffer.append(as_bytes_view(data))
         self._channel.set_writing(True)
         self._write_ready()
 
