@@ -552,6 +552,54 @@ def test_a_server_without_descriptors_tries_again_after_a_second() -> None:
     trio.run(main, clock=clock)  # AnyIO 4.10 keeps the clock to itself.
 
 
+@linux_only
+@pytest.mark.ours_only("asyncio keeps its listeners in the selector")
+async def test_s6_a_listener_that_cannot_be_watched_again(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC of epoll, when the server has waited for a descriptor: it waits once more."""
+    from transports_anyio._readiness import EpollList
+
+    failures = [OSError(errno.ENOSPC, "as the system would")]
+    add = EpollList.add
+
+    def failing_once(readiness: EpollList, descriptor: int, interest: int) -> None:
+        if failures:
+            raise failures.pop()
+        add(readiness, descriptor, interest)
+
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        server = await group.create_server(Echo, HOST, 0)
+        with socket.socket() as sock:
+            with few_descriptors():
+                sock.connect(*addresses(server))
+                await until(lambda: contexts)
+                monkeypatch.setattr(EpollList, "add", failing_once)
+            peer = Peer(sock)
+            await peer.send(b"at last")
+            assert await peer.receive_exactly(7) == b"at last"
+        assert [context["exception"].errno for context in contexts] == [errno.EMFILE, errno.ENOSPC]
+        server.close()
+
+
+@linux_only
+@pytest.mark.ours_only("about our poller")
+async def test_a_server_that_cannot_be_watched_does_not_serve(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "as the system would")
+
+    async with stack.open() as group:
+        server = await group.create_server(Echo, HOST, 0, start_serving=False)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="as the system would"):
+            patch.setattr("transports_anyio._readiness.EpollList.add", full)
+            await server.start_serving()
+        assert not server.is_serving()
+        await server.start_serving()  # There is room again.
+        with Peer.connect(*addresses(server)) as peer:
+            await peer.send(b"hello")
+            assert await peer.receive_exactly(5) == b"hello"
+        server.close()
+
+
 async def test_s6_a_server_that_is_closed_while_it_waits_for_descriptors(stack: Stack) -> None:
     async with stack.open() as group:
         contexts = collect_contexts(group)

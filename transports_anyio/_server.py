@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 # Out of descriptors or memory: accepting again at once would fail again at once and starve everything else, so
 # wait a while as asyncio does (ACCEPT_RETRY_DELAY, in seconds). The connections stay in the backlog meanwhile.
-EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+# ENOSPC is epoll's, which may watch no more descriptors when the listener is to be watched again.
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC}
 RETRY_DELAY = 1.0
 
 # The client left between its connection and our `accept`; accept(2) also passes pending network errors of the new
@@ -115,8 +116,14 @@ class Server(asyncio.AbstractServer):
                 raise address_error("error while attempting to listen on address", sock.getsockname(), exc) from None
         self._serving = True
         logger.debug("%r: listening", self)
-        for sock in self._sockets:
-            self._resume(sock)
+        try:
+            for sock in self._sockets:
+                self._resume(sock)
+        except OSError:  # The system watches as many descriptors as it may.
+            self._serving = False
+            for sock in self._sockets:
+                self._pause(sock)
+            raise
 
     async def start_serving(self) -> None:
         """Accept connections from now on. Does nothing when it does already.
@@ -213,10 +220,16 @@ class Server(asyncio.AbstractServer):
         self._pause(listener)
         if exc.errno in EXHAUSTED:
             message = f"socket.accept() out of system resource: trying again in {RETRY_DELAY:g} s"
-            self._group.call_later(RETRY_DELAY, self._resume, listener)
+            self._group.call_later(RETRY_DELAY, self._try_again, listener)
         else:
             message = "socket.accept() failed: this socket accepts no more connections"
         self._group.call_exception_handler({"message": message, "exception": exc, "socket": SocketView(listener)})
+
+    def _try_again(self, listener: socket.socket) -> None:
+        try:
+            self._resume(listener)
+        except OSError as exc:
+            self._accept_failed(listener, exc)
 
     def _connect(self, sock: socket.socket, peername: Any) -> None:
         logger.debug("%r: accepted %r", self, peername)
