@@ -161,6 +161,33 @@ async def test_a_socket_that_is_adopted_already(stack: Stack, again: str, paused
         assert protocol.lost_with is None
 
 
+@pytest.mark.ours_only("asyncio makes two transports, of which one hears nothing")
+@pytest.mark.parametrize("again", ["create_connection", "create_unix_connection", "connect_accepted_socket"])
+async def test_a_socket_that_is_adopted_twice_at_a_time(stack: Stack, again: str) -> None:
+    ours, theirs = socket.socketpair()
+    made: list[Any] = []
+    refused: list[RuntimeError] = []
+
+    async def adopt(name: str) -> None:
+        try:
+            made.append(await getattr(group, name)(Recorder, sock=ours))
+        except RuntimeError as exc:
+            refused.append(exc)
+
+    with Peer(theirs) as peer:
+        async with stack.open() as group:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(adopt, "create_connection")
+                tasks.start_soon(adopt, again)
+            ((transport, protocol),) = made
+            assert len(refused) == 1
+            await peer.send(b"hello")
+            assert await protocol.wait_received(5) == b"hello"
+            transport.write(b"answer")
+            assert await peer.receive_exactly(6) == b"answer"
+            transport.close()
+
+
 @pytest.mark.parametrize("end", ["close", "abort", "write", "nothing"])
 @pytest.mark.ours_only("asyncio has a RuntimeError for the second connection")
 async def test_a_number_that_the_system_gives_away_once_more(stack: Stack, end: str) -> None:

@@ -16,6 +16,7 @@ from .._channels._socket import SocketChannel, is_tcp, set_nodelay
 from .._channels._tls import TLSChannel, TLSOptions
 from .._door import Door
 from .._owned import PendingHandshake
+from .._readiness import Watch
 from .._server import Server
 from .._transports._stream import StreamTransport
 from .._waiters import Event
@@ -163,15 +164,20 @@ class Endpoints(ABC):
 
         Raises `RuntimeError` for one that is the group's already, which is left alone.
         """
-        user = self._require_open().watches.get(sock.fileno())
+        poller = self._require_open()
+        user = poller.watches.get(sock.fileno())
         if user is not None:
             raise RuntimeError(f"{sock!r} is used already, by another transport or server of the group: {user!r}")
+        meanwhile = Watch(sock.fileno())
+        poller.claim(meanwhile)  # Another task may try the same.
         try:
             sock.setblocking(False)
             await anyio.lowlevel.checkpoint()
         except BaseException:
             sock.close()
             raise
+        finally:
+            poller.release(meanwhile)
 
     def _serve(
         self,
