@@ -774,6 +774,28 @@ async def test_over_a_unix_socket(stack: Stack) -> None:
         await protocol.wait_for("connection_lost")
 
 
+@files
+@pytest.mark.ours_only("asyncio: not supported for such a transport")
+async def test_over_a_pipe(stack: Stack, make_file: Any) -> None:
+    read, write = os.pipe()
+    async with stack.open() as group:
+        reader, received = await group.connect_read_pipe(Recorder, open(read, "rb", 0))
+        writer, protocol = await group.connect_write_pipe(Recorder, open(write, "wb", 0))
+        with make_file(LARGE_CONTENT) as file:
+            with pytest.raises(RuntimeError, match="not supported"):
+                await group.sendfile(writer, file, fallback=False)
+            with pytest.raises(RuntimeError, match="not supported"):
+                await group.sendfile(reader, file)
+            writer.write(b"before")
+            assert await send(group, writer, file) == len(LARGE_CONTENT)
+            assert file.tell() == len(LARGE_CONTENT)
+            writer.write(b"after")
+        writer.close()
+        await received.wait_for("connection_lost")
+        assert received.received == b"before" + LARGE_CONTENT + b"after"
+        await protocol.wait_for("connection_lost")
+
+
 # -- other programs ---------------------------------------------------------------------------------------------------
 
 
