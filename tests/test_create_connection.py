@@ -198,6 +198,26 @@ async def test_what_cannot_be_resolved(stack: Stack, host: str, port: Any, optio
             await group.create_connection(Recorder, host, port, **options)
 
 
+@pytest.mark.ours_only("asyncio has UnicodeError for a `str`, and for bytes what is right here")
+@pytest.mark.parametrize("host", [".", "..localhost", f"{'a' * 64}.localhost"])
+async def test_a_name_with_a_label_of_a_wrong_length(stack: Stack, host: str) -> None:
+    async with stack.open() as group:
+        for form in (host, host.encode()):
+            with pytest.raises(socket.gaierror):
+                await group.create_connection(Recorder, form, 1)
+
+
+@pytest.mark.ours_only("asyncio has IDNA 2003")
+async def test_names_beyond_ascii(stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """IDNA 2008, which has a sharp s, and no snowman."""
+    async with stack.open() as group:
+        known = {"stra\xdfe.test": [HOST], "xn--strae-oqa.test": [HOST]}  # The first is for uvloop's resolver.
+        with bound(backlog=1) as listener, names(monkeypatch, known, anyio_backend):
+            await visit(group, listener, "stra\xdfe.test", listener.getsockname()[1])
+        with pytest.raises(UnicodeError):
+            await group.create_connection(Recorder, "\u2603.test", 1)
+
+
 @pytest.mark.parametrize("port", [-1, 65536, "70000", b"70000"])
 async def test_ports_out_of_range(stack: Stack, port: Any) -> None:
     async with stack.open() as group:
