@@ -249,6 +249,30 @@ async def test_w3_writelines_larger_than_one_system_call(stack: Stack, count: in
         server.close()
 
 
+@pytest.mark.ours_only("asyncio looks once for all sockets, when it is imported")
+async def test_a_platform_that_cannot_gather(stack: Stack) -> None:
+    """Windows has no `sendmsg`."""
+
+    class Socket(socket.socket):
+        @property
+        def sendmsg(self) -> Any:  # type: ignore[override]
+            raise AttributeError("sendmsg")
+
+    ours, theirs = socket.socketpair()
+    async with stack.open() as group:
+        with Peer(theirs) as peer:
+            sock = Socket(ours.family, ours.type, ours.proto, ours.detach())
+            transport, protocol = await group.connect_accepted_socket(Recorder, sock)
+            full = fill(transport)
+            data = pattern(1 << 20)
+            for at in range(0, len(data), 1000):
+                transport.write(data[at : at + 1000])
+            transport.close()
+            assert await peer.receive_all() == bytes(full) + data
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+
+
 async def test_w4_close_flushes_through_any_number_of_partial_sends(stack: Stack) -> None:
     protocol = Recorder()
     async with stack.open() as group:

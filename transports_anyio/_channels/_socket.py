@@ -137,7 +137,11 @@ class SocketChannel(Polled, Channel):
         return buffer[: self.receive_into(buffer)].tobytes()
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
-        return self._socket.sendmsg(islice(chunks, GATHER_LIMIT))
+        try:
+            gather = self._socket.sendmsg
+        except AttributeError:  # Windows.
+            return self.send(next(iter(chunks), b""))
+        return gather(islice(chunks, GATHER_LIMIT))
 
     def send_file(self, descriptor: int, offset: int, count: int) -> int:
         if not hasattr(os, "sendfile"):
