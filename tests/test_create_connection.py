@@ -437,7 +437,6 @@ async def test_s3_every_attempt_fails_at_every_point(stack: Stack, delay: float)
 @pytest.mark.ours_only("older oracles leak")
 @pytest.mark.parametrize("delay", [None, 0, 0.001])
 async def test_s4_cancelled_at_every_checkpoint(stack: Stack, delay: float | None) -> None:
-    """With no delay both attempts succeed in the same turn: two winners."""
     outcomes = set()
     async with stack.open() as group:
         server = await group.create_server(Echo, None, 0)
@@ -456,6 +455,39 @@ async def test_s4_cancelled_at_every_checkpoint(stack: Stack, delay: float | Non
             await until(lambda: set(open_descriptors()) <= before)  # noqa: B023
         server.close()
     assert outcomes == {True, False}
+
+
+@needs_ipv6
+@pytest.mark.ours_only("about a wait of AnyIO's")
+async def test_s4_two_winners_in_the_same_turn(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = []
+    connected = anyio.Event()
+
+    async def wait_writable(sock: socket.socket) -> None:
+        waiting.append(sock)
+        await connected.wait()
+
+    async with stack.open() as group:
+        with ExitStack() as listeners:
+            port = listeners.enter_context(bound(backlog=1)).getsockname()[1]
+            listeners.enter_context(bound(HOST_6, port, backlog=1))
+            before = open_descriptors()
+            made: list[Any] = []
+
+            async def connect() -> None:
+                made.extend(await group.create_connection(Recorder, None, port, happy_eyeballs_delay=0))
+
+            async with anyio.create_task_group() as tasks:
+                with monkeypatch.context() as patch:
+                    patch.setattr(anyio, "wait_writable", wait_writable)
+                    tasks.start_soon(connect)
+                    await until(lambda: len(waiting) == 2)
+                connected.set()
+            transport, _ = made
+            number = transport.get_extra_info("socket").fileno()
+            assert set(open_descriptors()) - set(before) == {number}
+            assert sorted(sock.fileno() for sock in waiting) == [-1, number]
+            transport.abort()
 
 
 @linux_only

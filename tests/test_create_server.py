@@ -123,6 +123,30 @@ async def test_s11_port_0_is_the_same_port_on_every_address(stack: Stack, host: 
 
 @linux_only
 @pytest.mark.ours_only("asyncio gives them two ports")
+async def test_port_0_when_the_port_is_taken_on_another_address(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has what the system has chosen for the first: it chooses again."""
+    bind = socket.socket.bind
+    taken: list[int] = []
+
+    def taken_three_times(sock: socket.socket, address: Any) -> None:
+        if address[0] == "127.0.0.2" and len(taken) < 3:
+            taken.append(address[1])
+            raise OSError(errno.EADDRINUSE, "as the system would")
+        bind(sock, address)
+
+    async with stack.open() as group:
+        before = open_descriptors()
+        monkeypatch.setattr(socket.socket, "bind", taken_three_times)
+        server = await group.create_server(Echo, [HOST, "127.0.0.2"], 0)
+        assert len(taken) == 3
+        assert [address[0] for address in addresses(server)] == [HOST, "127.0.0.2"]
+        assert len({address[1] for address in addresses(server)}) == 1
+        assert len(open_descriptors()) == len(before) + 2
+        server.close()
+
+
+@linux_only
+@pytest.mark.ours_only("asyncio gives them two ports")
 async def test_port_0_on_an_address_and_on_all_of_them(stack: Stack) -> None:
     """One port cannot be had on both, and another on each is not what was asked for."""
     async with stack.open() as group:
@@ -414,8 +438,8 @@ async def test_many_connections_a_turn_up_to_the_backlog(stack: Stack) -> None:
             look()
             await server.start_serving()
             await until(lambda: len(made.connected) == 20)
-            assert {8, 16} <= set(seen)
-            assert all(after - before <= 8 for before, after in itertools.pairwise(seen))
+            steps = [after - before for before, after in itertools.pairwise(seen) if after > before]
+            assert steps[:2] == [8, 8]
         server.close()
 
 

@@ -589,6 +589,21 @@ async def test_f3_the_peer_resets_before_the_file_has_its_turn(stack: Stack) -> 
 
 
 @files
+@pytest.mark.ours_only("the oracle reports it from a callback, or waits for ever")
+async def test_f3_the_peer_has_reset_and_nobody_has_noticed(stack: Stack, make_file: Any) -> None:
+    """Not even the file's first byte is sent. It is no reason to read the file instead."""
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        transport.pause_reading()
+        peer.reset()
+        with make_file(LARGE_CONTENT) as file:
+            with pytest.raises(ConnectionError) as caught:
+                await send(group, transport, file, fallback=make_file is not on_disk)
+            assert file.tell() == 0 or make_file is not on_disk
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is caught.value
+
+
+@files
 @pytest.mark.ours_only("the oracle waits for ever")
 @pytest.mark.parametrize("how", ["close", "abort"])
 async def test_ending_the_transport_in_the_middle(stack: Stack, make_file: Any, how: str) -> None:
@@ -655,6 +670,24 @@ async def test_cancelled_in_the_middle(stack: Stack, make_file: Any) -> None:
         assert transport.is_reading()
         await peer.send(b"hello")
         assert await protocol.wait_received(5) == b"hello"
+
+
+@pytest.mark.ours_only("the oracle sends nothing of a pipe")
+async def test_cancelled_while_a_pipe_has_nothing_to_read(stack: Stack) -> None:
+    """The thread that reads from it is left to itself."""
+    receiver, sender = os.pipe()
+    async with stack.open() as group, connected(group) as (transport, _, peer):
+        with open(receiver, "rb", 0) as file, open(sender, "wb", 0) as other:
+            sending = Sending()
+            async with anyio.create_task_group() as tasks:
+                stack.expected_tasks = 1
+                tasks.start_soon(sending.run, group, transport, file)
+                other.write(b"what there is")
+                assert await peer.receive_exactly(13) == b"what there is"
+                sending.scope.cancel()
+                await sending.wait()
+            transport.write(b"alive")
+            assert await peer.receive_exactly(5) == b"alive"
 
 
 @files
