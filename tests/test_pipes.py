@@ -15,6 +15,7 @@ import tty
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -820,3 +821,15 @@ async def test_the_memory_of_a_filter_is_bounded(anyio_backend: Any, tmp_path: P
     assert int(result.stdout) < 96 * 1024, "KiB: the file would not fit"
     unpacked = await anyio.run_process(["gzip", "-dc", str(tmp_path / "target")], stdout=subprocess.PIPE)
     assert unpacked.stdout == source.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["connect_read_pipe", "connect_write_pipe", "subprocess_exec", "subprocess_shell"])
+async def test_a_platform_that_cannot_wait_for_pipes(
+    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Windows: as asyncio's selector event loop there."""
+    async with TransportGroup() as group:
+        with monkeypatch.context() as patch:
+            patch.setattr("transports_anyio._channels._pipe.sys", SimpleNamespace(platform="win32"))
+            with pytest.raises(NotImplementedError, match="cannot wait for pipes"):
+                await getattr(group, name)(Recorder, "true")

@@ -21,6 +21,9 @@ from .._readiness import READ, Watch
 # What asyncio says of a child that somebody else has reaped.
 UNKNOWN_STATUS = 255
 
+# The return code of a child that was killed: minus SIGKILL, for which some platforms have no name.
+KILLED = -9
+
 # How often, in seconds, to look whether a child has ended that neither a descriptor nor a thread waits for.
 PAUSE_WITHOUT_THREAD = 0.05
 
@@ -67,6 +70,10 @@ class Child(ABC):
     @abstractmethod
     def send_signal(self, signal: int) -> None:
         """Send a signal. Only while `has_ended` is false."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """Kill the child, which every platform has its own way to do. Only while `has_ended` is false."""
 
     @abstractmethod
     def kill_for_good(self) -> int | None:
@@ -188,13 +195,16 @@ class PopenChild(Child):
         else:
             self._popen.send_signal(signal)
 
+    def kill(self) -> None:
+        self.send_signal(signals.SIGKILL)
+
     def kill_for_good(self) -> int | None:
         self._exited = None
         if self._waiting is not None:
             self._waiting.cancel()
         try:
             if not self.has_ended():
-                self.send_signal(9)
+                self.kill()
                 self._wait()
         except ProcessLookupError:
             self.has_ended()  # Somebody else has reaped it in this very moment.
@@ -280,6 +290,9 @@ class AnyIOChild(Child):
         # Any number, as everywhere: 0, or a real-time signal, is no member of the enumeration.
         self._process.send_signal(cast("signals.Signals", signal))
 
+    def kill(self) -> None:
+        self._process.kill()
+
     def kill_for_good(self) -> int | None:
         self._exited = None
         status = self._status()
@@ -291,7 +304,7 @@ class AnyIOChild(Child):
             except PermissionError:
                 self._waiting.cancel()
                 return None
-            status = -9  # The task reaps it; nothing else can have happened to it.
+            status = KILLED  # The task reaps it; nothing else can have happened to it.
         elif self._process.returncode is None and not is_child(self.pid):
             # Somebody else has reaped it, which the backend may never hear of (uvloop): nothing is left to wait for.
             self._waiting.cancel()

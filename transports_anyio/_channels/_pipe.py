@@ -38,6 +38,15 @@ STANDARD_STREAMS = range(3)
 open_channels: dict[tuple[int, int], list[PipeChannel]] = {}
 
 
+def require_pipes() -> None:
+    """Raise `NotImplementedError` where a pipe has no descriptor that can be waited for: asyncio's error there."""
+    if sys.platform == "win32":
+        raise NotImplementedError(
+            "this platform cannot wait for pipes: give an AnyIO stream to connect_stream(), or an AnyIO process to "
+            "connect_process()"
+        )
+
+
 class PipeChannel(Polled, Channel):
     """Moves bytes in one direction; the channel owns `pipe`, a file object, and closes it.
 

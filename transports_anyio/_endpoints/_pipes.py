@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 
-from .._channels._pipe import PipeChannel
+from .._channels._pipe import PipeChannel, require_pipes
 from .._transports._pipe import ReadPipeTransport, WritePipeTransport
 from .._transports._stream import StreamTransport
 from ._base import Endpoints, ProtocolT
@@ -28,8 +28,8 @@ class PipeEndpoints(Endpoints):
         non-blocking and closes it, standard input excepted: that is left as it was. `connection_made` runs before this
         returns.
 
-        Raises `RuntimeError` when the group is not open, `ValueError` for a regular file, which is left open, and
-        whatever `protocol_factory` raises.
+        Raises `RuntimeError` when the group is not open, `ValueError` for a regular file, which is left open,
+        `NotImplementedError` on Windows, and whatever `protocol_factory` raises.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_read_pipe
         """
@@ -44,8 +44,8 @@ class PipeEndpoints(Endpoints):
         closes it, standard output and error excepted: they are left as they were. That the reader has gone is noticed
         while nothing is written, too. `connection_made` runs before this returns.
 
-        Raises `RuntimeError` when the group is not open, `ValueError` for a regular file, which is left open, and
-        whatever `protocol_factory` raises.
+        Raises `RuntimeError` when the group is not open, `ValueError` for a regular file, which is left open,
+        `NotImplementedError` on Windows, and whatever `protocol_factory` raises.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_write_pipe
         """
@@ -57,6 +57,7 @@ class PipeEndpoints(Endpoints):
         pipe: Any,
         transport_class: type[ReadPipeTransport | WritePipeTransport],
     ) -> tuple[StreamTransport, ProtocolT]:
+        require_pipes()
         self._require_open()
         await anyio.lowlevel.checkpoint()
         channel = PipeChannel(self._require_open(), pipe, writing=transport_class is WritePipeTransport)

@@ -12,7 +12,7 @@ from anyio.abc import Process
 from .._channels._anyio_stream import AnyIOStreamChannel
 from .._channels._child import AnyIOChild, PopenChild
 from .._channels._contract import Channel
-from .._channels._pipe import ChildPipeChannel
+from .._channels._pipe import ChildPipeChannel, require_pipes
 from .._door import Door
 from .._transports._pipe import ReadPipeTransport, WritePipeTransport
 from .._transports._stream import StreamTransport
@@ -64,8 +64,8 @@ class ProcessEndpoints(Endpoints):
         that still runs when the block of the group is left is killed.
 
         Raises `RuntimeError` when the group is not open, `OSError` when the program cannot be run (it does not exist,
-        say), `ValueError` for an option that makes no sense for pipes of bytes, and whatever `protocol_factory` and
-        `Popen` raise; nothing is left behind then.
+        say), `ValueError` for an option that makes no sense for pipes of bytes, `NotImplementedError` on Windows, and
+        whatever `protocol_factory` and `Popen` raise; nothing is left behind then.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.subprocess_exec
         """
@@ -132,6 +132,7 @@ class ProcessEndpoints(Endpoints):
     async def _spawn(
         self, protocol_factory: Callable[[], ProtocolT], args: Any, **options: Any
     ) -> tuple[SubprocessTransport, ProtocolT]:
+        require_pipes()
         self._require_open()
         await anyio.lowlevel.checkpoint()
         poller = self._require_open()

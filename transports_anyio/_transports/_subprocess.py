@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .._channels._child import KILLED
 from .._errors import failed_callback, leaves_through_the_group, logger
 from ._pipe import WritePipeTransport
 
@@ -114,9 +115,12 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def send_signal(self, signal: int) -> None:
         """Send `signal` to the process. Raises `ProcessLookupError` once it has ended: never signals a stranger."""
+        self._require_running()
+        self._child.send_signal(signal)
+
+    def _require_running(self) -> None:
         if self._child.has_ended():
             raise ProcessLookupError("the process has ended")
-        self._child.send_signal(signal)
 
     def terminate(self) -> None:
         """Send `SIGTERM`. Raises as `send_signal`."""
@@ -124,7 +128,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def kill(self) -> None:
         """Send `SIGKILL`. Raises as `send_signal`."""
-        self.send_signal(signal.SIGKILL)
+        self._require_running()
+        self._child.kill()
 
     def is_closing(self) -> bool:
         """Whether the transport is closing or closed."""
@@ -150,7 +155,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             pipe.abort()
         if self._returncode is None:
             returncode = self._child.kill_for_good()
-            self._door.call_soon(self._exited, -signal.SIGKILL if returncode is None else returncode)
+            self._door.call_soon(self._exited, KILLED if returncode is None else returncode)
 
     def traffic(self) -> tuple[int, int, int]:
         """Return how many bytes were received and sent over the pipes, and how many wait."""
