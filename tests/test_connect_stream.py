@@ -570,6 +570,57 @@ async def test_a_failing_end_of_sending_breaks_the_connection(anyio_backend: Any
         assert isinstance(protocol.lost_with, ConnectionResetError)
 
 
+class Farewell(Failing):
+    """Notes that its sending side was ended; that takes a while, and may fail or take for ever."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(None, None)
+        self.how = how
+        self.ended = 0
+
+    async def send_eof(self) -> None:
+        self.ended += 1
+        await anyio.sleep(0.005)
+        if self.how == "fails":
+            raise anyio.BrokenResourceError
+        if self.how == "hangs":
+            await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("how", ["works", "fails", "hangs"])
+@pytest.mark.parametrize("callback", ["connection_made", "resume_writing", None])
+async def test_the_end_of_sending_is_the_last_that_is_sent(
+    anyio_backend: Any, callback: str | None, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`close` after `write_eof`: the stream is told both, and the connection keeps nobody in the group."""
+    monkeypatch.setattr("transports_anyio._channels._anyio.CLOSE_TIMEOUT", 0.05)
+
+    def end(protocol: Recorder) -> None:
+        protocol.transport.write_eof()
+        protocol.transport.close()
+
+    def begin(protocol: Recorder, *_: Any) -> None:
+        if callback == "connection_made":
+            end(protocol)
+        elif callback == "resume_writing":
+            protocol.transport.set_write_buffer_limits(0)
+            protocol.transport.write(b"x")
+
+    stream = Farewell(how)
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group:
+            contexts = collect_contexts(group)
+            protocol = Recorder(on_connection_made=begin, on_resume_writing=end)
+            await group.connect_stream(lambda: protocol, stream)
+            if callback is None:
+                await turns()
+                end(protocol)
+            await protocol.wait_for("connection_lost")
+    assert (stream.ended, stream.closed) == (1, 1)
+    assert protocol.lost_with is None
+    assert contexts == []
+
+
 @pytest.mark.parametrize("callback", ["connection_made", "data_received", "eof_received", "connection_lost"])
 async def test_a_callback_that_raises_ends_this_connection_only(anyio_backend: Any, callback: str) -> None:
     def fail(*_: Any) -> None:

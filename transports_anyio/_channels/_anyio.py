@@ -118,11 +118,12 @@ class AnyIOChannel:
         self._closing = True
         self._aborted = aborted
         if self._says_farewell() and not aborted:
-            return  # `_send` ends the task after it.
-        self._scope.cancel()
+            self._scope.deadline = anyio.current_time() + CLOSE_TIMEOUT  # `_send` ends the task after it, or this does.
+        else:
+            self._scope.cancel()
 
     def _says_farewell(self) -> bool:
-        """Whether the sending task is busy with the last thing that it has to send."""
+        """Whether the sending task has yet to send the last thing, which an orderly end waits for."""
         return False
 
     # The tasks.
@@ -194,7 +195,8 @@ class AnyIOChannel:
 
     async def _send(self) -> None:
         while True:
-            if not self._writing:
+            # The transport does not wait for the farewell, and may have ended before this task has its turn.
+            if not self._writing and not self._says_farewell():
                 self._writing = event = anyio.Event()
                 await event.wait()
             offered = self._offered
@@ -211,5 +213,5 @@ class AnyIOChannel:
                     self._write_ready()
             else:  # The end of the stream, which nobody waits for.
                 self._writing = False
-                if self._closing:
-                    self._scope.cancel()
+            if self._closing:  # That was the farewell, whether it has worked or not.
+                self._scope.cancel()
