@@ -23,6 +23,8 @@ from support import (
     leaves,
     listening,
     pattern,
+    raises_inside,
+    turns,
     until,
 )
 
@@ -369,3 +371,30 @@ async def test_a_socket_closed_behind_our_back_breaks_no_ones_end(
     assert [type(error) for error in caught] == ([LeavingError] if how == "by an exception" else [])
     assert [protocol.count("connection_lost") for protocol in protocols] == [1] * 4
     assert [protocol.lost_with for protocol in (protocols[0], *protocols[2:])] == [None] * 3
+
+
+@pytest.mark.parametrize("poller", POLLERS)
+def test_an_interrupt_in_a_callback_with_full_buffers(
+    anyio_backend: Any, poller: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more turns are taken, and the connections still let go of what they wait for, one direction at a time."""
+    monkeypatch.setattr(transports_anyio._group, "make_poller", POLLERS[poller])
+    protocols = [Recorder() for _ in range(3)]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    async def main() -> None:
+        with listening() as listener:
+            async with TransportGroup() as group:
+                for protocol in protocols:
+                    await group.create_connection(lambda protocol=protocol: protocol, *listener.getsockname())
+                    fill(protocol.transport, 1 << 20)
+                await turns()
+                group.call_soon(interrupt)
+                await anyio.sleep(GUARD)
+
+    name, options = anyio_backend
+    with raises_inside(KeyboardInterrupt):
+        anyio.run(main, backend=name, backend_options=options)
+    assert [protocol.lost_with for protocol in protocols] == [None] * 3

@@ -241,14 +241,18 @@ class TaskPoller(WaitingPoller):
             del self._waiting[descriptor]
 
     async def run(self, turns: Turns) -> None:
-        async with anyio.create_task_group() as self._tasks:
-            for tasks in self._waiting.values():
-                self._start(tasks)
-            await super().run(turns)
+        async with anyio.create_task_group() as task_group:
+            self._tasks = task_group
+            try:
+                for tasks in self._waiting.values():
+                    self._start(tasks)
+                await super().run(turns)
+            finally:
+                self._tasks = None  # It takes no more tasks, and interests go on changing until the end.
 
     def _start(self, tasks: _Tasks) -> None:
         if self._tasks is None:
-            return  # `run` will.
+            return  # `run` will, unless it is over.
         for event in (READ, WRITE):
             if event & selected(tasks.watch.interest) and event not in tasks.marks:
                 tasks.marks[event] = mark = object()
