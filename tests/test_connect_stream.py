@@ -710,6 +710,40 @@ async def test_cancelling_the_group_closes_the_streams(anyio_backend: Any, pair:
         assert len(await receive_all(theirs)) < 32 << 20
 
 
+@pytest.mark.parametrize("how", ["abort", "a failing half", "a cancellation"])
+async def test_both_halves_of_a_stapled_stream_are_closed(anyio_backend: Any, how: str) -> None:
+    """`StapledByteStream` closes one after the other, and stops when it is interrupted or fails in between."""
+
+    class Sender(MemorySender):
+        async def aclose(self) -> None:
+            await super().aclose()
+            if how == "a failing half":
+                raise anyio.BrokenResourceError
+            await anyio.lowlevel.checkpoint()
+
+    sending, receiver = one_way()
+    sender, receiving = one_way()
+    async with receiver, sender:
+        sending = Sender(sending.items)
+        with anyio.CancelScope() as scope, anyio.fail_after(GUARD):
+            async with TransportGroup() as group:
+                contexts = collect_contexts(group)
+                transport, protocol = await group.connect_stream(Recorder, StapledByteStream(sending, receiving))
+                if how == "a cancellation":
+                    scope.cancel()
+                    await anyio.sleep(GUARD)
+                elif how == "abort":
+                    transport.abort()
+                else:
+                    transport.close()
+                await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+        assert contexts == []
+        assert sending.closed
+        with pytest.raises(anyio.BrokenResourceError), anyio.fail_after(GUARD):
+            await sender.send(b"to nobody")
+
+
 async def test_an_exception_of_the_block_aborts(anyio_backend: Any, pair: Any) -> None:
     protocol = Recorder()
     async with pair as (ours, _):

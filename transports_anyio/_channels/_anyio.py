@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, TypeGuard
 
 import anyio
@@ -165,7 +166,12 @@ class AnyIOChannel:
                 if await self._close_by(self._resource.aclose):
                     return
         with anyio.CancelScope(shield=True):
-            await self._close_by(lambda: anyio.aclose_forcefully(self._resource))
+            for part in self._parts():
+                await self._close_by(partial(anyio.aclose_forcefully, part))
+
+    def _parts(self) -> Iterable[AsyncResource]:
+        """What has to be closed one by one, because an interrupted close of the whole would leave some of it open."""
+        return (self._resource,)
 
     async def _close_by(self, close: Callable[[], Awaitable[None]]) -> bool:
         try:

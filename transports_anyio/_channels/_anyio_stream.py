@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio.abc import ByteReceiveStream, ByteSendStream, SocketAttribute
+from anyio.abc import AsyncResource, ByteReceiveStream, ByteSendStream, SocketAttribute
+from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute
 
 from ._anyio import AnyIOChannel
@@ -74,6 +75,12 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
 
     def _says_farewell(self) -> bool:
         return bool(self._offered == b"")
+
+    def _parts(self) -> Iterable[AsyncResource]:
+        # `StapledByteStream.aclose` closes one after the other: a forceful one ends behind the first.
+        if type(self._stream) is StapledByteStream:
+            return self._stream.send_stream, self._stream.receive_stream
+        return super()._parts()
 
     def extra_info(self) -> dict[str, Any]:
         info: dict[str, Any] = {}
