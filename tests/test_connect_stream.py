@@ -447,6 +447,23 @@ async def test_nothing_received_is_not_the_end_of_a_stream(anyio_backend: Any, p
     assert (0,) not in [call[1:] for call in protocol.calls]
 
 
+async def test_a_stream_that_does_nothing_but_return_nothing(anyio_backend: Any) -> None:
+    """It never waits, and lets everybody else have their turn all the same."""
+
+    class Empty(Scripted):
+        async def receive(self, max_bytes: int = 65536) -> bytes:
+            return b"" if anyio.current_time() < end else await super().receive(max_bytes)
+
+    end = anyio.current_time() + GUARD
+    async with TransportGroup() as group:
+        transport, protocol = await group.connect_stream(Recorder, Empty())
+        await turns()
+        transport.close()
+        await protocol.wait_for("connection_lost")
+    assert anyio.current_time() < end
+    assert protocol.names == ["connection_made", "connection_lost"]
+
+
 class Copied(bytes):
     """Bytes that count what is copied out of them, and out of the copies."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import AsyncResource, ByteReceiveStream, ByteSendStream, SocketAttribute
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute
@@ -104,6 +105,7 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
                 data: bytes = await self._stream.receive(CHUNK_SIZE)
                 if data:  # AnyIO asks users to ignore the empty ones of streams that return such.
                     return data
+                await anyio.lowlevel.checkpoint()  # It may do nothing else, and not wait for that either.
         except anyio.EndOfStream:
             return b""
 
