@@ -203,11 +203,12 @@ def package(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", *map(str, archives))
     for archive in archives:
         venv = outside / "venv"
-        session.run("python", "-m", "venv", "--clear", str(venv))
+        # Without pip, which plain Debian's venv cannot put there: the session's installs into it.
+        session.run("python", "-m", "venv", "--clear", "--without-pip", str(venv))
         # Where the checkout is neither imported nor analysed.
         with session.chdir(outside):
             python = str(next(venv.glob("[bS]*/python*")))
-            session.run(python, "-m", "pip", "install", "--quiet", str(archive), external=True)
+            session.run("python", "-m", "pip", "--python", python, "install", "--quiet", str(archive))
             session.run(python, "-I", "-c", LOOK_AT_PACKAGE, PYPROJECT["project"]["version"], external=True)
             # With --verifytypes, pyright looks nowhere but into the environment that it runs in.
             session.install("--force-reinstall", "--no-deps", str(archive))
