@@ -1,7 +1,7 @@
 """Ctrl-C at the worst moment, run by a test: `python interrupted.py WHERE`.
 
 A task of trio's can be interrupted after it has put itself on an event's list of waiters, and before it waits. Whoever
-sets that event later breaks trio.
+sets that event later breaks trio. It can also be interrupted between any two lines.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -17,19 +18,30 @@ import anyio
 
 from transports_anyio import Protocol, TransportGroup
 
+#: Where something of ours is interrupted while the block is left by an exception: what it is, and its name.
+FUNCTIONS = {"aborting": "_end", "losing": "set_reading"}
+
 
 class Loud(Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         print("connection_lost")
 
 
-def interrupt_the_next_wait() -> None:
+def interrupt(when: Callable[[FrameType], object]) -> None:
+    """Press Ctrl-C as soon as a function is called that `when` is true of."""
+
     def trace(frame: FrameType, event: str, argument: object) -> None:
-        if frame.f_code.co_name == "wait_task_rescheduled" and frame.f_back and frame.f_back.f_code.co_name == "wait":
+        if when(frame):
             sys.settrace(None)
             signal.raise_signal(signal.SIGINT)
 
     sys.settrace(trace)
+
+
+def waits(frame: FrameType) -> bool:
+    return bool(
+        frame.f_code.co_name == "wait_task_rescheduled" and frame.f_back and frame.f_back.f_code.co_name == "wait"
+    )
 
 
 async def main(where: str) -> None:
@@ -43,7 +55,10 @@ async def main(where: str) -> None:
                 (transport,) = server_transports(server)
                 while not transport.get_write_buffer_size():
                     transport.write(bytes(1 << 20))
-            interrupt_the_next_wait()
+            if where in FUNCTIONS:
+                interrupt(lambda frame: frame.f_code.co_name == FUNCTIONS[where])
+                raise LookupError
+            interrupt(waits)
             if where == "serve_forever":
                 await server.serve_forever()
             elif where == "wait_closed of the server":

@@ -31,3 +31,11 @@ async def test_interrupted_between_the_list_of_waiters_and_the_wait(stack: Stack
     *before, last = output.decode().splitlines()
     assert last == "KeyboardInterrupt"
     assert set(before) == {"connection_lost"}
+
+
+@pytest.mark.parametrize("where", ["aborting", "losing"])
+async def test_interrupted_while_everything_is_aborted(stack: Stack, where: str) -> None:
+    if stack.name != "trio":
+        pytest.skip("only trio interrupts a task there")
+    output = await run_program(sys.executable, str(Path(__file__).with_name("interrupted.py")), where)
+    assert output.decode().split() == ["connection_lost", "KeyboardInterrupt"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from contextvars import Context, copy_context
+from contextvars import Context, Token, copy_context
 from math import inf
 from threading import get_ident
 from time import monotonic
@@ -104,8 +104,14 @@ class TransportGroup(
             self._turns = anyio.CancelScope(shield=True)
             self._task_group = await stack.enter_async_context(anyio.create_task_group())
             self._task_group.start_soon(self._run, name="transports_anyio: turns of a group")
+            stack.callback(self._turns.cancel)
+            stack.callback(self._left, current.set(self))
+            # Steps of their own, because trio lets a `KeyboardInterrupt` come between any two lines: what it keeps one
+            # of them from, the next one does.
+            stack.callback(self._end)
+            stack.callback(self._end)
+            stack.push_async_exit(self._leave)
             self._stack = stack.pop_all()
-        self._token = current.set(self)
         self._thread = get_ident()
         self._open = self._alive = True
         logger.debug("%r: entered", self)
@@ -114,27 +120,20 @@ class TransportGroup(
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
+        return await self._stack.__aexit__(exc_type, exc, traceback)
+
+    async def _leave(self, _: type[BaseException] | None, exc: BaseException | None, __: TracebackType | None) -> None:
         self._open = False
-        if exc is None:
-            logger.debug("%r: leaving, once everything is flushed and closed", self)
-        else:
+        if exc is not None:
             logger.debug("%r: leaving by %r, everything is aborted", self, exc)
-        leaving = exc
-        if exc is None:
-            try:
-                self._close_all()
-                await self._until_empty()
-            except BaseException as error:
-                leaving = error
-        leaving = self._end() or leaving
+            return
+        logger.debug("%r: leaving, once everything is flushed and closed", self)
+        self._close_all()
+        await self._until_empty()
+
+    def _left(self, token: Token[TransportGroup]) -> None:
         logger.debug("%r: left", self)
-        current.reset(self._token)
-        if leaving is None:
-            return await self._stack.__aexit__(None, None, None)
-        suppressed = await self._stack.__aexit__(type(leaving), leaving, leaving.__traceback__)
-        if leaving is not exc and not suppressed:
-            raise leaving
-        return suppressed
+        current.reset(token)
 
     def _close_all(self) -> None:
         for server in tuple(self._servers):
@@ -142,8 +141,9 @@ class TransportGroup(
         for transport in tuple(self._transports):
             transport.close()
 
-    def _end(self) -> BaseException | None:
-        """Abort what is left and deliver every `connection_lost`; return what the user's code raised to leave."""
+    def _end(self) -> None:
+        """Abort what is left and deliver every `connection_lost`; raises what the user's code raises to leave."""
+        self._open = False
         for server in tuple(self._servers):
             server.close()
         for transport in tuple(self._transports):
@@ -161,8 +161,8 @@ class TransportGroup(
             leaving = leaving or error
         self._ready.clear()
         self._timers.clear()
-        self._turns.cancel()
-        return leaving
+        if leaving is not None:
+            raise leaving
 
     async def _until_empty(self) -> None:
         while self._transports or self._tasks_running:

@@ -176,10 +176,11 @@ class ChannelTransport(asyncio.BaseTransport):
         else:
             logger.debug("%r: %s", self, "aborted" if aborted else "lost, all is flushed")
         self._lost = self._closing = True
+        # Before all that may be interrupted: nobody else will do it.
+        self._door.call_soon(self._connection_lost, exc, aborted)
         self._buffer.clear()
         self._channel.set_reading(False)
         self._channel.set_writing(False)
-        self._door.call_soon(self._connection_lost, exc, aborted)
 
     def _connection_lost(self, exc: Exception | None, aborted: bool) -> None:
         try:
