@@ -1537,6 +1537,11 @@ async def test_wait_closed_can_be_cancelled(anyio_backend: Any) -> None:
             await group.wait_closed()
         assert scope.cancelled_caught
         assert await answers(peer)
+    async with TransportGroup() as group:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await group.wait_closed()  # There is nothing to wait for, but the others have their turn.
+        assert scope.cancelled_caught
 
 
 async def test_wait_closed_ends_with_the_last_connection_lost(anyio_backend: Any) -> None:

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
+import anyio.lowlevel
 
 from ._door import Door, GivenContext, current
 from ._endpoints._datagram import DatagramEndpoints
@@ -170,6 +171,7 @@ class TransportGroup(
 
     async def wait_closed(self) -> None:
         """Wait until every transport of the group has closed, its `connection_lost` delivered."""
+        await anyio.lowlevel.checkpoint()
         while self._transports:
             await self._changed.wait()
 
