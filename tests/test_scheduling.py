@@ -6,6 +6,7 @@ import contextvars
 import gc
 import logging
 import select
+import signal
 import sys
 import threading
 import time
@@ -657,6 +658,47 @@ async def test_many_threads_at_once(stack: Stack) -> None:
         await until(lambda: len(calls) == 8 * 500)
     for me in range(8):
         assert [number for who, number in calls if who == me] == list(range(500))
+
+
+async def test_what_a_thread_has_handed_over_runs_however_close_to_the_end(anyio_backend: Any) -> None:
+    """Whoever gets a handle knows that the callback runs, and whoever gets an error that it does not."""
+    for _ in range(50):
+        ran: list[int] = []
+        accepted: list[int] = []
+        running = threading.Event()
+
+        def work(ran: list[int] = ran, accepted: list[int] = accepted, running: threading.Event = running) -> None:
+            for number in range(1_000_000):
+                try:
+                    group.call_soon_threadsafe(ran.append, number)
+                except RuntimeError:
+                    return
+                accepted.append(number)
+                running.set()
+
+        async with TransportGroup() as group:
+            thread = threading.Thread(target=work)
+            thread.start()
+            running.wait(GUARD)
+        thread.join()
+        assert ran == accepted
+
+
+async def test_a_signal_handler_hands_over_whatever_it_interrupts(anyio_backend: Any) -> None:
+    """It runs in the group's own thread, perhaps in the midst of another hand-over."""
+    calls: list[str] = []
+    async with TransportGroup() as group:
+        before = signal.signal(signal.SIGALRM, lambda *_: group.call_soon_threadsafe(calls.append, "signal"))
+        signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+        try:
+            while calls.count("signal") < 100:
+                for _ in range(1000):
+                    group.call_soon_threadsafe(calls.append, "task")
+                await anyio.lowlevel.checkpoint()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert len(calls) - calls.count("signal") >= 1000
 
 
 async def test_a_thread_that_comes_too_late_is_told(anyio_backend: Any) -> None:

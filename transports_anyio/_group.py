@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from contextvars import Context, Token, copy_context
 from math import inf
-from threading import get_ident
+from threading import RLock, get_ident
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -90,6 +90,8 @@ class TransportGroup(
         self._changed = Waiters()
         self._open = False  # Between entering and leaving the block: connections can be made.
         self._alive = False  # Until the last `connection_lost`: callbacks can be scheduled.
+        # Held while another thread hands something over: before the end, or not at all. Signal handlers may do so, too.
+        self._handing_over = RLock()
         self._thread = 0  # Where it was entered; no thread has this number.
 
     # Life
@@ -155,7 +157,8 @@ class TransportGroup(
                 self._run_ready()
             except BaseException as error:
                 leaving = leaving or error
-        self._alive = False
+        with self._handing_over:
+            self._alive = False
         try:
             self._run_ready()  # What `call_soon` was given before the end; timers that are pending never fire.
         except BaseException as error:
@@ -394,13 +397,15 @@ class TransportGroup(
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_soon_threadsafe
         """
-        poller = self._require_alive("call_soon_threadsafe")
         handle = Handle(callback, args, self._context_for(callback, context))
-        self._ready.append(handle)
+        with self._handing_over:
+            poller = self._require_alive("call_soon_threadsafe")
+            self._ready.append(handle)
         try:
             poller.wake_threadsafe()
-        except RuntimeError as exc:  # The group has ended meanwhile, in its own thread.
-            raise self._not_open("call_soon_threadsafe") from exc
+        except RuntimeError as exc:
+            if self._alive:  # It was never left, and nothing runs any more that could call anything.
+                raise self._not_open("call_soon_threadsafe") from exc
         return handle
 
     def call_later(
