@@ -844,6 +844,27 @@ async def test_the_exception_handler_sees_the_variables_of_what_failed(stack: St
     assert variable.get() == "later"
 
 
+@every_scheduler
+def test_a_given_context_that_is_entered_already(anyio_backend: Any, name: str) -> None:
+    """It cannot be entered twice: neither for the callback, nor to report that."""
+    backend, options = anyio_backend
+    calls: list[str] = []
+    seen: list[Any] = []
+
+    async def main() -> None:
+        async with TransportGroup() as group:
+            contexts = collect_contexts(group)
+            scheduler(group, name)(calls.append, "entered twice", context=context)
+            scheduler(group, name)(calls.append, "next")
+            await until(lambda: calls)
+        seen.extend(contexts)
+
+    context = contextvars.copy_context()
+    context.run(lambda: anyio.run(main, backend=backend, backend_options=options))
+    assert calls == ["next"]
+    assert [type(report["exception"]) for report in seen] == [RuntimeError]
+
+
 async def test_the_exception_handler_can_be_set_and_reset(stack: Stack) -> None:
     async with stack.open() as group:
         assert group.get_exception_handler() is None

@@ -234,7 +234,8 @@ class TransportGroup(
             context: ExceptionContext = {"message": f"Exception in callback {callback!r}", "exception": exc}
             if isinstance(callback, Handle):
                 context["handle"] = callback
-                callback.get_context().run(self.call_exception_handler, context)
+                # A copy: what failed may be to enter a context that is entered already.
+                callback.get_context().copy().run(self.call_exception_handler, context)
             else:
                 self.call_exception_handler(context)
 
