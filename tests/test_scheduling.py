@@ -844,6 +844,33 @@ async def test_the_exception_handler_sees_the_variables_of_what_failed(stack: St
     assert variable.get() == "later"
 
 
+class Unavailable:
+    """A stand-in for something that cannot be had now, as some frameworks have them."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(name)
+
+    def __call__(self) -> None:
+        raise ZeroDivisionError
+
+    def __repr__(self) -> str:
+        return "a stand-in"
+
+
+@pytest.mark.ours_only("asyncio's loop ends with it")
+@every_scheduler
+async def test_a_callback_that_has_no_name_and_cannot_say_so(stack: Stack, name: str) -> None:
+    calls: list[str] = []
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        scheduler(group, name)(Unavailable())
+        scheduler(group, name)(calls.append, "next")
+        await until(lambda: calls)
+    (context,) = contexts
+    assert type(context["exception"]) is ZeroDivisionError
+    assert "a stand-in" in context["message"]
+
+
 @every_scheduler
 def test_a_given_context_that_is_entered_already(anyio_backend: Any, name: str) -> None:
     """It cannot be entered twice: neither for the callback, nor to report that."""

@@ -56,7 +56,10 @@ class Handle:
     def _describe(self) -> str:
         if self._callback is None:
             return "cancelled"
-        name = getattr(self._callback, "__qualname__", None) or short_repr(self._callback)
+        try:
+            name = self._callback.__qualname__
+        except Exception:  # It has none, or is a stand-in for something that cannot be had now.
+            name = short_repr(self._callback)
         return f"{name}({', '.join(map(short_repr, self._args))})"
 
     def __repr__(self) -> str:
