@@ -417,6 +417,40 @@ async def test_rearming_a_timer_keeps_nothing_of_the_cancelled_ones(stack: Stack
         timer.cancel()
 
 
+async def test_timers_that_are_left_run_in_order_after_many_were_cancelled(stack: Stack) -> None:
+    order: list[int] = []
+    async with stack.open() as group:
+        now = group.time()
+        # In no order, and cancelled in another one.
+        timers = {number: group.call_at(now + number / 20_000, order.append, number) for number in scattered(600)}
+        kept = range(0, 600, 4)
+        for number in reversed(scattered(600)):
+            if number not in kept:
+                timers[number].cancel()
+        await until(lambda: len(order) == len(kept))
+    assert order == list(kept)
+
+
+def scattered(size: int) -> list[int]:
+    """The numbers up to a `size` that 7 does not divide, each once."""
+    return [number * 7 % size for number in range(size)]
+
+
+async def test_rearming_a_timer_behind_another_one_keeps_nothing_either(stack: Stack) -> None:
+    """The cancelled ones never come to the top, as long as the other one is pending."""
+    async with stack.open() as group:
+        first = group.call_later(1800, print)
+        gc.collect()
+        before = len(gc.get_objects())
+        for number in range(20_000):
+            group.call_later(3600, print).cancel()
+            if not number % 100:
+                await anyio.lowlevel.checkpoint()  # asyncio tidies up in its turns.
+        gc.collect()
+        assert len(gc.get_objects()) - before < 2000
+        first.cancel()
+
+
 class CountingGroup(TransportGroup):
     """How often it had its turn."""
 
