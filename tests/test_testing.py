@@ -469,6 +469,7 @@ async def test_a_callback_that_interrupts_ends_both(anyio_backend: Any) -> None:
         ({"buffer_size": -1}, ValueError),
         ({"chunk_size": 1.5}, TypeError),
         ({"buffer_size": "1"}, TypeError),
+        ({"buffer_size": None}, TypeError),
     ],
 )
 async def test_sizes_that_are_none(anyio_backend: Any, bad: dict[str, Any], error: type[Exception]) -> None:

@@ -344,10 +344,13 @@ async def memory_connection(
     `ValueError` for a size that is no number of bytes or below 1, and whatever a factory raises; no connection is made
     then.
     """
-    for name, size in (("chunk_size", chunk_size), ("buffer_size", buffer_size)):
-        if size is not None and not isinstance(size, int):
+    sizes = {"buffer_size": buffer_size}
+    if chunk_size is not None:
+        sizes["chunk_size"] = chunk_size
+    for name, size in sizes.items():
+        if not isinstance(size, int):
             raise TypeError(f"{name} must be a number of bytes, got {size!r}")
-        if size is not None and size < 1:
+        if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size!r}")
     return await group.memory_connection(
         factory_a,
