@@ -1040,6 +1040,7 @@ async def test_pending_timers_never_fire(anyio_backend: Any) -> None:
         group.call_later(0.005, fired.append, 1)
         group.call_later(0.01, fired.append, 2).cancel()
         group.call_later(0.02, fired.append, 3)
+    assert group.statistics().pending_timers == 0
     await anyio.sleep(0.05)
     assert fired == []
 
