@@ -15,10 +15,12 @@ from support import (
     Recorder,
     Stack,
     capture_log,
+    collect_contexts,
     connected,
     fill,
     pattern,
     turns,
+    until,
 )
 
 pytestmark = pytest.mark.anyio
@@ -104,6 +106,52 @@ async def test_duck_typed_protocols_work(stack: Stack) -> None:
         peer.shutdown()
         assert await peer.receive_all() == b""
     assert duck.calls == ["connection_made", "data_received", "eof_received", "connection_lost"]
+
+
+class StandIn:
+    """For something that cannot be had now, as some frameworks have them: it fails when it is looked at."""
+
+    def __init__(self) -> None:
+        self.lost_with: list[BaseException | None] = []
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.lost_with.append(exc)
+
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+async def test_a_protocol_that_fails_when_it_is_looked_at(stack: Stack) -> None:
+    """It ends its own connection, and no other."""
+    failing, other = StandIn(), Recorder()
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        async with connected(group, failing) as (_, _, peer), connected(group, other) as (_, _, other_peer):
+            await peer.send(b"x")
+            await until(lambda: failing.lost_with)
+            await other_peer.send(b"still here")
+            await other.wait_received(10)
+    (context,) = contexts
+    assert type(context["exception"]) is LookupError
+    assert failing.lost_with == [context["exception"]]
+
+
+@pytest.mark.ours_only("asyncio's sendto raises it")
+async def test_a_datagram_protocol_that_fails_when_it_is_looked_at(stack: Stack) -> None:
+    failing = StandIn()
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        transport, _ = await group.create_datagram_endpoint(lambda: failing, local_addr=(HOST, 0))
+        name = transport.get_extra_info("sockname")
+        transport.sendto(b"x" * 100_000, name)  # More than any datagram.
+        transport.sendto(b"x", name)
+        await until(lambda: len(contexts) == 2)
+        transport.close()
+    assert [type(context["exception"]) for context in contexts] == [LookupError, LookupError]
+    assert failing.lost_with == [None]
 
 
 # -- close and abort ------------------------------------------------------------------------------------------

@@ -30,13 +30,21 @@ def leaves_through_the_group(exc: BaseException) -> bool:
     return isinstance(exc, (KeyboardInterrupt, SystemExit, anyio.get_cancelled_exc_class()))
 
 
+def lacks(protocol: object, name: str) -> bool:
+    """Whether the protocol has no callback `name`."""
+    try:
+        return not hasattr(protocol, name)
+    except Exception:
+        return False  # A stand-in that fails when it is looked at: whoever calls it gets its error.
+
+
 def failed_callback(protocol: object, name: str) -> str:
     """Say that the callback `name` has failed: in asyncio's words, and what to do if the protocol has none."""
     said = f"Fatal error: protocol.{name}() call failed."
-    if hasattr(protocol, name):
+    if not lacks(protocol, name):
         return said
     said += f" {type(protocol).__qualname__} has no method {name}(): "
-    if name == "data_received" and hasattr(protocol, "get_buffer"):
+    if name == "data_received" and not lacks(protocol, "get_buffer"):
         return said + "derive it from BufferedProtocol if its get_buffer() is to be used."
     return said + "define it, or derive the class from one of asyncio's protocol classes, which define them all."
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._channels._datagram import ChannelEnded
-from .._errors import leaves_through_the_group, logger
+from .._errors import lacks, leaves_through_the_group, logger
 from ._base import ChannelTransport
 from ._flow_control import DatagramBuffer, as_bytes_view
 
@@ -106,7 +106,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
                 return
 
     def _tell_error(self, exc: OSError, *, from_channel: bool = False) -> None:
-        if not hasattr(self._protocol, "error_received"):
+        if lacks(self._protocol, "error_received"):
             # Reported once: a peer that is not there would otherwise fill the log.
             if self._error_received_missed:
                 return
