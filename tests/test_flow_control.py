@@ -309,8 +309,8 @@ async def test_w5_many_small_writes_are_counted_right(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("asyncio looks at the whole buffer for each write")
-async def test_what_waits_is_not_looked_at_for_each_write(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W5 is a matter of time; what can be counted is how many chunks are looked at, and that is linear."""
+async def test_w5_what_waits_is_not_looked_at_for_each_write(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a matter of time; what can be counted is how many chunks are looked at, and that is linear."""
     count = 2000
     looked_at = 0
 
