@@ -401,6 +401,46 @@ async def test_what_cannot_be_sent_waits_in_order(stack: Stack, tmp_path: Path) 
             assert transport.get_write_buffer_size() == 0
 
 
+async def test_nothing_overtakes_what_waits(stack: Stack, tmp_path: Path) -> None:
+    """There is room again, and the transport has had no turn yet."""
+    with clogged_unix_peer(tmp_path) as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            transport, _ = await endpoints.make(family=socket.AF_UNIX, remote_addr=peer.getsockname())
+            numbers = 0
+            while transport.get_write_buffer_size() == 0:
+                transport.sendto(struct.pack("<I", numbers))
+                numbers += 1
+            received = [peer.recv(4) for _ in range(numbers - 1)]
+            transport.sendto(struct.pack("<I", numbers))
+            received += [(await receive(peer))[0] for _ in range(2)]
+            assert received == [struct.pack("<I", number) for number in range(numbers + 1)]
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+async def test_nothing_is_received_any_more(stack: Stack, tmp_path: Path, end: str) -> None:
+    """Neither at once, when something has arrived already, nor while `close` flushes."""
+    with clogged_unix_peer(tmp_path) as peer:
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            ours = str(tmp_path / "ours")
+            options = {"family": socket.AF_UNIX, "local_addr": ours, "remote_addr": peer.getsockname()}
+            transport, protocol = await endpoints.make(**options)
+            await turns()  # asyncio begins to receive in one of its own.
+            while transport.get_write_buffer_size() == 0:
+                transport.sendto(b"x")
+            peer.sendto(b"too late", ours)
+            getattr(transport, end)()
+            await turns()
+            if end == "close":
+                assert protocol.lost == []
+                peer.sendto(b"later still", ours)
+                await turns()
+                while not protocol.lost:
+                    await receive(peer)
+                    await turns(1)
+            await until(lambda: protocol.lost)
+            assert protocol.received == []
+
+
 @pytest.mark.ours_only("asyncio 3.13.0 never gets the header's size out of the buffer")
 async def test_d2_the_buffer_counts_headers_in_and_out(stack: Stack, tmp_path: Path) -> None:
     with clogged_unix_peer(tmp_path) as peer:

@@ -173,6 +173,51 @@ async def test_close(stack: Stack) -> None:
         assert transport.is_closing()
 
 
+@pytest.mark.parametrize("end", ["close", "abort"])
+@pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
+async def test_a_connection_that_another_one_ends_receives_no_more(stack: Stack, kind: Any, end: str) -> None:
+    """Both have received something, and are served in the same turn."""
+    protocols: list[Any] = []
+
+    def end_the_other(protocol: Any, *_: Any) -> None:
+        (other,) = (each for each in protocols if each is not protocol)
+        getattr(other.transport, end)()
+
+    hook = {"on_data_received" if kind is Recorder else "on_buffer_updated": end_the_other}
+    protocols += [kind(**hook), kind(**hook)]
+    first, second = protocols
+    async with stack.open() as group:
+        async with connected(group, first) as (_, _, peer), connected(group, second) as (_, _, other_peer):
+            await turns()
+            for each in (peer, other_peer):
+                each.socket.send(b"x")
+            await until(lambda: first.lost or second.lost)
+            assert first.received + second.received == b"x"
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+async def test_a_transport_that_ends_while_it_is_writable_resumes_nothing(stack: Stack, end: str) -> None:
+    """There is room again and something to receive, in the same turn."""
+    protocol = Recorder(on_data_received=lambda p, _: getattr(p.transport, end)())
+    async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
+        transport.pause_reading()
+        written = fill(transport, 100_000)
+        await turns()
+        assert protocol.names[-1] == "pause_writing"
+        transport.resume_reading()
+        for _ in range(written):
+            try:
+                peer.socket.recv(1 << 20)
+            except BlockingIOError:
+                break
+        peer.socket.send(b"x")
+        if end == "close":
+            await peer.receive_all()
+        await protocol.wait_for("connection_lost")
+        between = protocol.names[protocol.names.index("data_received") + 1 : -1]
+        assert between == (["resume_writing"] if end == "close" else [])
+
+
 async def test_closed_transports_do_not_read(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         await peer.send(b"unread")
