@@ -726,6 +726,21 @@ async def test_a_factory_may_close_the_server(stack: Stack) -> None:
         assert not server.is_serving()
 
 
+@pytest.mark.ours_only("asyncio accepts all that wait before it makes the first connection")
+async def test_a_connection_may_close_the_server_while_others_wait(stack: Stack) -> None:
+    made = Made(lambda: Recorder(on_connection_made=lambda *_: server.close()))
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        server = await group.create_server(made, HOST, 0)
+        (address,) = addresses(server)
+        with Peer.connect(address) as peer, Peer.connect(address) as other:
+            assert await other.gone()
+            peer.close()
+            await made[0].wait_for("connection_lost")
+        assert len(made) == 1
+        assert contexts == []
+
+
 async def test_connections_see_the_variables_of_whoever_made_the_server(stack: Stack) -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
     seen = []

@@ -661,21 +661,36 @@ async def test_a_mistake_in_start_soon_comes_out_at_the_call(anyio_backend: Any,
 
 
 async def test_a_thread_wakes_a_group_whose_tasks_all_wait(stack: Stack) -> None:
+    """And does so again."""
     threads: list[int] = []
     async with stack.open() as group:
-        done = anyio.Event()
+        for _ in range(3):
+            done = anyio.Event()
 
-        def callback() -> None:
-            threads.append(threading.get_ident())
-            done.set()
+            def callback(done: anyio.Event = done) -> None:
+                threads.append(threading.get_ident())
+                done.set()
 
-        thread = threading.Thread(target=lambda: group.call_soon_threadsafe(callback))
-        with anyio.fail_after(GUARD):
-            await anyio.sleep(0.02)
-            thread.start()
-            await done.wait()
-        thread.join()
-    assert threads == [threading.get_ident()]
+            thread = threading.Thread(target=group.call_soon_threadsafe, args=[callback])
+            with anyio.fail_after(GUARD):
+                await anyio.sleep(0.02)
+                thread.start()
+                await done.wait()
+            thread.join()
+    assert threads == [threading.get_ident()] * 3
+
+
+async def test_what_is_handed_over_in_a_row_costs_one_turn(anyio_backend: Any) -> None:
+    calls: list[int] = []
+    async with CountingGroup() as group:
+        await turns()
+        group.turns = 0
+        for number in range(1000):
+            group.call_soon_threadsafe(calls.append, number)
+        await until(lambda: len(calls) == 1000)
+        await turns()
+        assert group.turns <= 2
+    assert calls == list(range(1000))
 
 
 async def test_many_threads_at_once(stack: Stack) -> None:
