@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextvars
 import gc
 import logging
+import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -226,6 +228,21 @@ async def test_turns_do_not_multiply_while_a_descriptor_is_always_ready(anyio_ba
         await turns(20)
         transport.abort()
         assert 1 <= protocol.count("data_received") - before <= 60
+
+
+async def test_a_listener_of_which_somebody_has_a_copy_costs_no_turns_once_it_is_closed(anyio_backend: Any) -> None:
+    """A child that was forked, most often. The system goes on listening, and reports clients to nobody."""
+    async with CountingGroup() as group:
+        server = await group.create_server(Recorder, HOST, 0)
+        listener = server.sockets[0]
+        address = listener.getsockname()
+        with socket.socket(fileno=os.dup(listener.fileno())):
+            server.close()
+            with Peer.connect(address):
+                await turns()
+                group.turns = 0
+                await turns(20)
+                assert group.turns <= 1
 
 
 async def test_what_was_scheduled_before_runs_before_input_that_waits(stack: Stack) -> None:
