@@ -1126,14 +1126,16 @@ async def test_a_task_belongs_to_the_group(anyio_backend: Any) -> None:
 
     async def task(number: int) -> None:
         log.append((number, current_group()))
-        await anyio.sleep(0.01)
+        await go_on.wait()
         log.append("done")
 
     async with TransportGroup() as group:
+        go_on = anyio.Event()
         group.start_soon(task, 1, name="the name")
         await anyio.lowlevel.checkpoint()
         await until(lambda: log)
         assert "the name" in {info.name for info in anyio.get_running_tasks()}
+        go_on.set()
     assert log == [(1, group), "done"]
 
 
