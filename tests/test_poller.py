@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,6 +12,7 @@ from math import inf
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from support import (
     GUARD,
@@ -298,6 +300,28 @@ async def test_the_transports_work_over_every_poller(
         await protocol.wait_for("connection_lost")
         server.close()
         await until(lambda: fired)
+
+
+@pytest.mark.parametrize("poller", POLLERS)
+async def test_p6_input_does_not_end_a_writer_over_any_poller(
+    anyio_backend: Any, poller: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most systems tell a hang-up as input, and have to be asked which of the two it is."""
+    monkeypatch.setattr(transports_anyio._group, "make_poller", POLLERS[poller])
+    with pair() as (a, b):
+        async with TransportGroup() as group:
+            transport, protocol = await group.connect_write_pipe(Recorder, a)
+            b.send(b"input that nobody wants")
+            assert select.select([a], [], [], GUARD)[0]
+            await turns()
+            assert protocol.names == ["connection_made"]
+            transport.write(b"still here")
+            assert b.recv(10) == b"still here"
+            b.close()
+            with anyio.fail_after(GUARD):
+                while not protocol.lost:
+                    transport.write(b"x")
+                    await anyio.lowlevel.checkpoint()
 
 
 async def test_a_number_that_belongs_to_somebody_else_by_now(make: Callable[[], Poller], anyio_backend: Any) -> None:
