@@ -269,7 +269,7 @@ async def test_signals(stack: Stack) -> None:
         for send, number in (
             (lambda transport: transport.terminate(), signal.SIGTERM),
             (lambda transport: transport.kill(), signal.SIGKILL),
-            (lambda transport: transport.send_signal(signal.SIGHUP), signal.SIGHUP),
+            (lambda transport: transport.send_signal(signal.SIGUSR1), signal.SIGUSR1),
         ):
             transport, child = await children.exec("sleep", "1000")
             send(transport)
