@@ -1118,7 +1118,41 @@ async def test_connection_lost_may_schedule_while_the_group_ends(stack: Stack, h
     assert 1 in fired
 
 
+async def test_connection_lost_of_a_child_may_schedule_while_the_group_ends(anyio_backend: Any) -> None:
+    """It comes after the ends of the child and of its pipes, each in a turn of its own."""
+    fired: list[int] = []
+
+    class Child(SubprocessProtocol):
+        def connection_lost(self, exc: Exception | None) -> None:
+            current_group().call_soon(fired.append, 1)
+
+    with pytest.raises(BaseException) as caught:
+        async with TransportGroup() as group:
+            await group.subprocess_exec(Child, "cat")
+            raise LookupError
+    assert [type(leaf) for leaf in leaves(caught.value)] == [LookupError]
+    assert fired == [1]
+
+
 # -- tasks ------------------------------------------------------------------------------------------------
+
+
+async def test_timers_run_for_the_tasks_that_the_end_of_the_block_waits_for(anyio_backend: Any) -> None:
+    log: list[str] = []
+
+    async def task() -> None:
+        await begun.wait()
+        fired = anyio.Event()
+        group.call_later(0.01, fired.set)
+        await fired.wait()
+        log.append("done")
+
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group:
+            begun = anyio.Event()
+            group.start_soon(task)
+            group.call_soon(begun.set)
+        assert log == ["done"]
 
 
 async def test_a_task_belongs_to_the_group(anyio_backend: Any) -> None:
