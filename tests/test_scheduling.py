@@ -374,6 +374,10 @@ async def test_when_tells_the_time_of_a_timer(stack: Stack) -> None:
         assert timer.when() == when
         timer.cancel()
         assert timer.when() == when
+        before = group.time()
+        timer = group.call_later(3600, print)
+        assert before + 3600 <= timer.when() <= group.time() + 3600
+        timer.cancel()
 
 
 async def test_cancelling_a_timer_after_it_ran_is_harmless(stack: Stack) -> None:
