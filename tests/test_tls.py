@@ -538,6 +538,15 @@ async def test_t10_extra_info_after_two_closes(stack: Stack, certificates: Certi
         assert transport.get_extra_info("cipher")[1].startswith("TLS")
 
 
+@pytest.mark.ours_only("asyncio does not count them")
+async def test_the_time_out_of_the_handshake_ends_with_it(stack: Stack, certificates: Certificates) -> None:
+    """Or else it would end the connection later on."""
+    async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, _):
+        assert group.statistics().pending_timers == 0
+        transport.abort()
+        await protocol.wait_for("connection_lost")
+
+
 async def test_no_write_eof(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
         assert transport.can_write_eof() is False
