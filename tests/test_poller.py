@@ -47,6 +47,7 @@ class Turns:
         self.count = 0
         self.deadline = inf
         self.failure: Exception | None = None
+        self.tasks_started = False
 
     def turn(self) -> float:
         self.count += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import gc
 import logging
@@ -630,6 +631,34 @@ async def test_what_is_no_async_function_is_refused_at_the_call(anyio_backend: A
             group.start_soon(coroutine)  # type: ignore[arg-type]
         coroutine.close()
         assert group.statistics().running_tasks == 0
+
+
+@pytest.mark.parametrize("in_a_scheduled_turn", [False, True])
+async def test_a_new_task_has_its_first_turn_before_more_data_is_received(
+    stack: Stack, in_a_scheduled_turn: bool
+) -> None:
+    """It may be about to call `start_tls`, and then what comes in is the handshake."""
+    order: list[str] = []
+    started: list[Any] = []
+
+    async def task() -> None:
+        order.append("task")
+
+    def received(protocol: Any, data: bytes) -> None:
+        order.append("data")
+        if stack.is_oracle:
+            started.append(asyncio.get_running_loop().create_task(task()))
+        else:
+            group.start_soon(task)
+        if in_a_scheduled_turn:
+            group.call_soon(order.count, "nothing")
+        if order.count("data") < 50:
+            peer.socket.send(b"more")  # It has arrived when this returns.
+
+    async with stack.open() as group, connected(group, Recorder(on_data_received=received)) as (_, _, peer):
+        await peer.send(b"first")
+        await until(lambda: order.count("task") == 50)
+    assert order == ["data", "task"] * 50
 
 
 class Nameless:

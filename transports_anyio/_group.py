@@ -85,6 +85,7 @@ class TransportGroup(
         self._transports: set[Owned] = set()
         self._servers: set[Server] = set()
         self._tasks_running = 0
+        self.tasks_started = False  # In this turn.
         self._bytes_received = 0  # By transports that have ended; as sent.
         self._bytes_sent = 0
         self._changed = Waiters()
@@ -193,6 +194,7 @@ class TransportGroup(
         timers = self._timers
         ready = self._ready
         served = 0
+        self.tasks_started = False
         until = monotonic() + LENGTH_OF_A_TURN
         while True:
             if ready:
@@ -202,10 +204,11 @@ class TransportGroup(
                 self._run_due()
             served += count
             # What came in meanwhile can be had for one system call, where another wait costs a round through the
-            # backend; but tasks want their turn too.
-            if not count or served >= SERVED_IN_A_TURN or monotonic() >= until:
+            # backend; but tasks want their turn too, and a new one its first: it may be about to call `start_tls`, and
+            # what comes in is the handshake then.
+            if not count or served >= SERVED_IN_A_TURN or self.tasks_started or monotonic() >= until:
                 break
-        if ready:
+        if ready or self.tasks_started:
             return -inf
         return timers.next_deadline() if timers.heap else inf
 
@@ -329,8 +332,9 @@ class TransportGroup(
     def start_soon(self, async_function: AsyncFunction, *args: Any, name: object = None) -> None:
         """Start a task that belongs to the group and awaits `async_function(*args)`.
 
-        May be called from a callback. The failure of a task cancels the group, as in any AnyIO task group. `name` is
-        for debugging, the function's by default.
+        May be called from a callback: a task that `data_received` starts has its first turn before its connection
+        receives more. The failure of a task cancels the group, as in any AnyIO task group. `name` is for debugging, the
+        function's by default.
 
         Raises `RuntimeError` when the group is not open and in another thread, `TypeError` when `async_function` is
         none, or does not take these arguments.
@@ -356,6 +360,7 @@ class TransportGroup(
             coroutine.close()
             raise
         self._tasks_running += 1
+        self.tasks_started = True
 
     async def _run_task(self, coroutine: Coroutine[Any, Any, object]) -> None:
         try:

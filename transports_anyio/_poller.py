@@ -25,6 +25,9 @@ RESOLUTION = 1e-9
 class Turns(Protocol):
     """Whose turn it is when something is ready: the group."""
 
+    #: Whether the last turn has started tasks, which come before the next turn.
+    tasks_started: bool
+
     def turn(self) -> float:
         """Take what is ready, and run what is due.
 
@@ -124,6 +127,9 @@ class WaitingPoller(Poller):
                     self.waiting = False
                     self._scope = None
             deadline = turns.turn()
+            if turns.tasks_started:
+                # trio runs what is ready in any order: the next pause is the first that ends behind them for certain.
+                await anyio.lowlevel.checkpoint()
 
     @abstractmethod
     async def _wait(self) -> None:
