@@ -713,16 +713,18 @@ async def test_transport_that_cannot_be_upgraded(stack: Stack, certificates: Cer
             await peer.send(b"still alive")
             await protocol.wait_received(11)
         await protocol.wait_for("connection_lost")
-        protocol = Recorder(on_eof_received=lambda _: True)
-        async with connected(group, protocol) as (transport, _, peer):
-            peer.shutdown()
-            await protocol.wait_for("eof_received")
-            with pytest.raises(ConnectionResetError):
-                await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
-            transport.write(b"still alive")
-            assert await peer.receive_exactly(11) == b"still alive"
-            transport.close()
+
+
+async def test_peer_that_has_ended_its_stream_before(stack: Stack, certificates: Certificates) -> None:
+    protocol = Recorder(on_eof_received=lambda _: True)
+    async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
+        peer.shutdown()
+        await protocol.wait_for("eof_received")
+        with pytest.raises(ConnectionResetError):
+            await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+        assert transport.is_closing()
         await protocol.wait_for("connection_lost")
+        assert isinstance(protocol.lost_with, ConnectionResetError)
 
 
 async def test_parameters_that_are_refused(stack: Stack, certificates: Certificates) -> None:

@@ -94,7 +94,11 @@ class StartTLSEndpoint(Endpoints):
                 failure = exc
             over.set()
 
-        transport.interpose(wrap, protocol).handshake(done)
+        channel = transport.interpose(wrap, protocol)
+        if transport.has_ended:
+            done(ConnectionResetError(errno.ECONNRESET, "the peer has ended the stream already"))
+        else:
+            channel.handshake(done)
         try:
             await over.wait()
         except BaseException:

@@ -7,7 +7,6 @@ connection_lost`, with `pause_writing [resume_writing]` pairs anywhere between t
 from __future__ import annotations
 
 import asyncio
-import errno
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -428,8 +427,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
         `wrap` makes it of the present channel and of what that has not sent yet. What is written from now on waits for
         the new channel. Raises `TypeError` for a one-way channel, `RuntimeError` when closing, after `write_eof` and
-        during `sendfile` or another upgrade, `ConnectionResetError` after the end of file, and what `wrap` raises: the
-        transport then goes on as before.
+        during `sendfile` or another upgrade, and what `wrap` raises: the transport then goes on as before.
         """
         if not self._channel.is_two_way:
             raise TypeError(f"transport {self!r} is not supported by start_tls()")
@@ -437,8 +435,6 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             raise RuntimeError("Transport is closing")
         if self._writing_refused or self._upgrading:
             self._refuse_writing("start_tls")
-        if self._eof_received:
-            raise ConnectionResetError(errno.ECONNRESET, "the peer has ended the stream already")
         channel = wrap(self._channel, b"".join(self._buffer.chunks))
         logger.debug("%r: upgrading to TLS", self)
         # A protocol that was paused stays so until the new transport has begun: the bytes still wait.
@@ -448,6 +444,11 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         channel.open(self._read_ready, self._write_ready)
         self.set_protocol(protocol)
         return channel
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the peer has ended its stream."""
+        return self._eof_received
 
     def belongs_to(self, group: object) -> bool:
         """Whether `group` owns the transport."""
