@@ -14,6 +14,7 @@ import sys
 import threading
 from contextlib import AsyncExitStack, contextmanager
 from contextvars import ContextVar
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -1496,6 +1497,22 @@ async def test_timeouts_that_are_not_positive(
             ):
                 with pytest.raises(ValueError, match=f"{name} should be a positive number"):
                     await call()
+
+
+@pytest.mark.ours_only("asyncio fails in a callback, and the client waits for ever")
+async def test_timeouts_of_another_kind_of_number(stack: Stack, certificates: Certificates) -> None:
+    timeouts: Any = {"ssl_handshake_timeout": Decimal(60), "ssl_shutdown_timeout": Decimal(30)}
+    async with stack.open() as group:
+        serving = await serve(group, certificates.server(), **timeouts)
+        options = {"ssl": certificates.client(), "server_hostname": NAME}
+        transport, protocol = await group.create_connection(Recorder, *serving.address, **options, **timeouts)
+        transport.close()
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+        for name in timeouts:
+            with pytest.raises(OverflowError):
+                await group.create_connection(Recorder, *serving.address, **options, **{name: 10**400})
+        serving.server.close()
 
 
 @pytest.mark.ours_only("asyncio leaks the socket")

@@ -113,4 +113,5 @@ def _checked_timeouts(handshake_timeout: float | None, shutdown_timeout: float |
         raise ValueError(f"ssl_handshake_timeout should be a positive number, got {handshake_timeout}")
     if not shutdown_timeout > 0:
         raise ValueError(f"ssl_shutdown_timeout should be a positive number, got {shutdown_timeout}")
-    return handshake_timeout, shutdown_timeout
+    # What cannot be added to a time, such as a `Decimal`, would fail in the middle of accepting.
+    return float(handshake_timeout), float(shutdown_timeout)
