@@ -898,6 +898,30 @@ async def test_tls_in_tls(stack: Stack, certificates: Certificates) -> None:
         assert protocol.lost_with is None
 
 
+@pytest.mark.ours_only("asyncio cuts the connection, without `close_notify`")
+async def test_tls_in_tls_that_is_closed_by_its_server_name_callback(stack: Stack, certificates: Certificates) -> None:
+    # OpenSSL has an answer to send by then, but the TLS below has said `close_notify`.
+    context = certificates.server()
+    context.sni_callback = lambda *_: transport.close()  # type: ignore[assignment]
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    inner = certificates.client().wrap_bio(incoming, outgoing, server_hostname=NAME)
+    with pytest.raises(ssl.SSLWantReadError):
+        inner.do_handshake()
+    async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, outer):
+        contexts = collect_contexts(group)
+
+        async def close() -> None:
+            await outer.send(outgoing.read())
+            assert await outer.receive_all() == b""
+            await outer.say_goodbye()
+
+        error, _ = await together(lambda: failed_upgrade(group, transport, protocol, context, server_side=True), close)
+        await protocol.wait_for("connection_lost")
+        assert type(error) is ConnectionAbortedError
+        assert protocol.lost_with is None
+        assert contexts == []
+
+
 @pytest.mark.parametrize("waiting", [False, True], ids=["idle", "flushes"])
 async def test_tls_in_tls_that_is_closed_during_the_handshake(
     stack: Stack, certificates: Certificates, waiting: bool

@@ -227,14 +227,16 @@ class TLSChannel(Channel):
                 peercert=tls.getpeercert(), cipher=tls.cipher(), compression=tls.compression(), ssl_object=tls
             )
         except ssl.SSLWantReadError:
-            self._handshake_writable()
+            pass
         except Exception as exc:  # `ssl.SSLError`, what a context of another kind raises, an unreadable certificate.
-            self._verdict = exc
+            self._verdict = exc  # The peer is told.
             self._inner.set_reading(False)
-            self._handshake_writable()  # The peer is told why.
         else:
             self._flush_or_fail()
             self._begin_exchange()
+            return
+        if self._on_finished is None:  # Or else a server name callback has closed, and the channel below takes leave.
+            self._handshake_writable()
 
     def _handshake_timed_out(self) -> None:
         self._end_handshake(
