@@ -552,7 +552,6 @@ class TLSChannel(Channel):
         self._on_finished = done
         if not over:
             self._timer = self._scheduler.call_later(self._options.shutdown_timeout, self._farewell_timed_out)
-            self._inner.set_reading(not self._eof)
         elif not self._eof_reported:
             self._inner.set_reading(False)
             self._inner.set_writing(False)
@@ -615,8 +614,8 @@ class TLSChannel(Channel):
                 raise
             self._unsent = b""  # The peer has left and misses nothing but our farewell.
         self._inner.set_writing(bool(self._unsent))
-        if self._eof:
-            self._inner.set_reading(False)  # Whatever comes now is no TLS, and nobody would take it out of memory.
+        # What comes behind the end is no TLS, and nobody would take it out of memory.
+        self._inner.set_reading(not self._eof and len(self._unsent) <= ANSWERS_LIMIT)
         return (self._eof or self._discarded > DISCARD_LIMIT) and not self._unsent
 
     def _farewell_timed_out(self) -> None:
