@@ -934,6 +934,18 @@ async def test_damaged_record(stack: Stack, certificates: Certificates) -> None:
                 await peer.receive()
 
 
+@pytest.mark.ours_only("asyncio loses the data")
+async def test_data_before_a_damaged_record(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
+        transport.pause_reading()  # It is to be received together.
+        await peer.send(b"good")
+        socket.socket.send(peer.socket, b"\x17\x03\x03\x00\x20" + bytes(32))
+        transport.resume_reading()
+        await protocol.wait_for("connection_lost")
+        assert protocol.received == b"good"
+        assert isinstance(protocol.lost_with, ssl.SSLError)
+
+
 async def is_dropped(connecting: Awaitable[TLSPeer]) -> bool:
     """Whether the other end goes without a farewell, during or after what is the handshake for the peer."""
     with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
