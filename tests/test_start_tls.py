@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import socket
@@ -920,6 +921,36 @@ async def test_tls_in_tls_that_is_closed_by_its_server_name_callback(stack: Stac
         assert type(error) is ConnectionAbortedError
         assert protocol.lost_with is None
         assert contexts == []
+
+
+async def test_tls_in_tls_leaves_nothing_to_the_garbage_collector(stack: Stack, certificates: Certificates) -> None:
+    contexts = {"server": certificates.server(), "client": certificates.client()}
+
+    async def upgrade(name: str, protocol: Recorder) -> None:
+        options: dict[str, Any] = {"server_side": True} if name == "server" else {"server_hostname": NAME}
+        protocol.transport = await group.start_tls(protocol.transport, protocol, contexts[name], **options)
+
+    async with stack.open() as group:
+        gc.collect()
+        before = sum(isinstance(thing, ssl.SSLObject) for thing in gc.get_objects())
+        gc.disable()
+        try:
+            protocols = {"server": Recorder(), "client": Recorder()}
+            for sock, protocol in zip(socket.socketpair(), protocols.values(), strict=True):
+                await group.create_connection(lambda protocol=protocol: protocol, sock=sock)
+            for _ in range(2):
+                async with anyio.create_task_group() as tasks:
+                    for name, protocol in protocols.items():
+                        tasks.start_soon(upgrade, name, protocol)
+            protocols["client"].transport.close()
+            for protocol in protocols.values():
+                await protocol.wait_for("connection_lost")
+                protocol.transport = None
+                protocol.calls.clear()
+            await turns()
+            assert sum(isinstance(thing, ssl.SSLObject) for thing in gc.get_objects()) == before
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("waiting", [False, True], ids=["idle", "flushes"])

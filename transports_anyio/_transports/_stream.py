@@ -14,7 +14,7 @@ import anyio.lowlevel
 
 from .._errors import logger
 from .._waiters import Event
-from ._base import ChannelTransport
+from ._base import ChannelTransport, nothing
 from ._flow_control import WriteBuffer, as_bytes_view
 
 if TYPE_CHECKING:
@@ -474,7 +474,8 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
     def _successor_lost(self, _: StreamTransport) -> None:
         self._protocol = None
-        self._on_lost(self)
+        on_lost, self._on_lost = self._on_lost, nothing  # No cycle with a transport that was upgraded before this one.
+        on_lost(self)
 
     def resume_after_upgrade(self) -> None:
         """Read, and write what was written during the upgrade."""
