@@ -38,7 +38,8 @@ class StartTLSEndpoint(Endpoints):
         `transport` is any stream transport of this library, over TLS too (TLS in TLS). What was written to it before is
         sent before the handshake, in the clear; what has not been given to its protocol yet belongs to the handshake.
         A protocol that has been given bytes of the handshake, because they came with the last of its own, hands them
-        back as `received` (not in asyncio).
+        back as `received` (not in asyncio). One that has answered in the clear, and calls this later than from a task
+        that it starts at once, calls `pause_reading` meanwhile.
 
         `connection_made` is not called again. Nothing is received from the new transport before this returns, and it
         is not paused. After it, `transport` only serves to `close` or `abort` the connection; `write` raises
