@@ -251,6 +251,42 @@ async def test_stream_that_ends_without_close_notify(anyio_backend: Any, certifi
         assert transport.get_extra_info("close_notify") is False
 
 
+async def test_client_that_speaks_in_pieces_and_leaves_at_once(anyio_backend: Any, certificates: Certificates) -> None:
+    """The server's session tickets cannot be sent any more, and what the client has sent comes piece by piece."""
+    pieces = [b"piece %d" % number for number in range(10)]
+    protocol = Recorder()
+    to_server, from_client = one_way(20)
+    to_client, from_server = one_way(20)
+
+    async def client() -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = certificates.client(version="1.3").wrap_bio(incoming, outgoing, server_hostname=NAME)
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                await to_server.send(outgoing.read())
+                incoming.write(await from_server.receive())
+        to_server.items.send_nowait(outgoing.read())
+        for piece in pieces:
+            tls.write(piece)
+            to_server.items.send_nowait(outgoing.read())
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.unwrap()
+        to_server.items.send_nowait(outgoing.read())
+        await from_server.aclose()
+        await to_server.aclose()
+
+    async with TransportGroup() as group:
+        stream = StapledByteStream(to_client, from_client)
+        await together(client, lambda: connect(group, protocol, stream, certificates.server(), server_side=True))
+        await protocol.wait_for("connection_lost")
+        assert protocol.received == b"".join(pieces)
+        assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
+        assert protocol.lost_with is None
+
+
 async def test_peer_that_floods_after_its_close_notify(anyio_backend: Any, certificates: Certificates) -> None:
     # Our own `close_notify` cannot be sent yet: what comes until then must not pile up in memory.
     space = 1000

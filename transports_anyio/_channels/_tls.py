@@ -425,9 +425,10 @@ class TLSChannel(Channel):
         return taken
 
     def _receive_last(self, into: memoryview) -> int:
-        """Fill `into` with what the peer has sent before sending to it failed; when that is all, raise the failure.
+        """Fill `into` with what the peer has sent although sending to it failed; raise what OpenSSL could not read.
 
         A peer that has left need not have missed anything but an answer of OpenSSL's own, session tickets for example.
+        If it has missed more, whoever sends next learns of the failure.
         """
         assert self._failure is not None
         if isinstance(self._failure, ssl.SSLError):
@@ -446,7 +447,8 @@ class TLSChannel(Channel):
                     self._eof = self._eof_reported = True
                     return 0
             except (BlockingIOError, InterruptedError):
-                raise self._failure from None
+                self._more = False  # A stream is received from piece by piece: the rest and the end are yet to come.
+                raise
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
         taken = self._catch_up() if self._blocked else 0
