@@ -661,6 +661,31 @@ async def test_a_new_task_has_its_first_turn_before_more_data_is_received(
     assert order == ["data", "task"] * 50
 
 
+async def test_a_task_of_connection_made_has_its_first_turn_before_any_data_is_received(stack: Stack) -> None:
+    order: list[str] = []
+    started: list[Any] = []
+
+    async def task() -> None:
+        order.append("task")
+
+    def made(protocol: Any, transport: Any) -> None:
+        if stack.is_oracle:
+            started.append(asyncio.get_running_loop().create_task(task()))
+        else:
+            group.start_soon(task)
+
+    async with stack.open() as group:
+        for _ in range(30):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                theirs.send(b"is there already")
+                protocol = Recorder(on_connection_made=made, on_data_received=lambda *_: order.append("data"))
+                await group.create_connection(lambda protocol=protocol: protocol, sock=ours)
+                await protocol.wait_for("data_received")
+            await protocol.wait_for("connection_lost")
+    assert order == ["task", "data"] * 30
+
+
 class Nameless:
     def __str__(self) -> str:
         raise LookupError("it has no name")

@@ -98,7 +98,10 @@ class LoopPoller(ListPoller):
         self._turn()
 
     def _ready(self) -> None:
-        if not self._scheduled:  # Or else one is about to come.
+        turns = self._turns
+        if turns is not None and turns.tasks_started:
+            self._schedule()  # uvloop is quicker to call a reader than a task that has been started before.
+        elif not self._scheduled:  # Or else one is about to come.
             self._turn()
 
     def _set_timer(self, deadline: float) -> None:

@@ -25,7 +25,7 @@ RESOLUTION = 1e-9
 class Turns(Protocol):
     """Whose turn it is when something is ready: the group."""
 
-    #: Whether the last turn has started tasks, which come before the next turn.
+    #: Whether tasks have been started since the last turn began, which come before the next one.
     tasks_started: bool
 
     def turn(self) -> float:
@@ -126,10 +126,10 @@ class WaitingPoller(Poller):
                 finally:
                     self.waiting = False
                     self._scope = None
-            deadline = turns.turn()
             if turns.tasks_started:
-                # trio runs what is ready in any order: the next pause is the first that ends behind them for certain.
+                # trio runs what is ready in any order: a second pause is the first to end behind them for certain.
                 await anyio.lowlevel.checkpoint()
+            deadline = turns.turn()
 
     @abstractmethod
     async def _wait(self) -> None:
