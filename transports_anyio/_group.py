@@ -85,7 +85,7 @@ class TransportGroup(
         self._transports: set[Owned] = set()
         self._servers: set[Server] = set()
         self._tasks_running = 0
-        self.tasks_started = False  # Since the turn began.
+        self.tasks_started: bool = False  # Since the turn began.
         self._bytes_received = 0  # By transports that have ended; as sent.
         self._bytes_sent = 0
         self._changed = Waiters()
