@@ -19,7 +19,7 @@ import anyio
 from transports_anyio import Protocol, TransportGroup
 
 #: Where something of ours is interrupted while the block is left by an exception: what it is, and its name.
-FUNCTIONS = {"aborting": "_end", "losing": "set_reading"}
+FUNCTIONS = {"aborting": "abort_all", "losing": "set_reading"}
 
 
 class Loud(Protocol):

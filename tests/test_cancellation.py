@@ -401,7 +401,7 @@ async def test_cancelled_at_every_checkpoint(
                 cancelled += scope.cancelled_caught
                 end(result)
             await echoes(group)
-            for transport in tuple(group._transports):
+            for transport in tuple(group._core.transports):
                 transport.abort()
             with anyio.fail_after(GUARD):
                 await group.wait_closed()

@@ -113,7 +113,7 @@ def in_a_thread(function: Callable[[], object]) -> list[BaseException]:
     return errors
 
 
-@pytest.mark.parametrize("name", [name for name in ENDPOINTS if name != "memory_connection"])
+@pytest.mark.parametrize("name", ENDPOINTS)
 async def test_from_another_thread(anyio_backend: Any, name: str) -> None:
     async with TransportGroup() as group:
         # As any event loop of that thread would drive it.
@@ -208,9 +208,8 @@ async def test_a_coroutine_function_as_a_factory(anyio_backend: Any, name: str, 
     async with TransportGroup() as group:
         with pytest.raises(TypeError, match=rf"{name}\(\) takes .* got the coroutine function .*start_soon\(\)"):
             await getattr(group, name)(factory)
-        if name != "memory_connection":
-            with pytest.raises(TypeError, match="coroutine function"):
-                await getattr(group, name)(protocol_factory=factory)
+        with pytest.raises(TypeError, match="coroutine function"):
+            await getattr(group, name)(protocol_factory=factory)
 
 
 async def test_either_factory_of_a_memory_connection(anyio_backend: Any) -> None:

@@ -112,7 +112,7 @@ async def test_every_line_moves_the_time_out_on(stack: Stack) -> None:
 
 
 def group_lines(group: Any) -> list[Any]:
-    return [transport.get_protocol() for transport in group._transports]
+    return [transport.get_protocol() for transport in group._core.transports]
 
 
 async def test_a_line_without_an_end(stack: Stack) -> None:
@@ -170,7 +170,7 @@ async def test_many_netstrings_at_once(stack: Stack) -> None:
     async with stack.open() as group:
         server = await group.create_server(Counting, "127.0.0.1", 0)
         with Peer.connect(server.sockets[0].getsockname()) as peer, anyio.fail_after(GUARD):
-            await until(lambda: group._transports)
+            await until(lambda: group._core.transports)
             (protocol,) = group_lines(group)
             protocol.data_received(b"0:," * count + b"4:")
             await peer.send(b"last,")
@@ -187,7 +187,7 @@ async def test_somebody_who_does_not_read(stack: Stack, monkeypatch: pytest.Monk
     room = Room(ping_interval=0.01)
     async with stack.open() as group:
         anna = await visit(group, room)
-        address = next(iter(group._servers)).sockets[0].getsockname()
+        address = next(iter(group._core.servers)).sockets[0].getsockname()
         deaf = Visitor(Peer.connect(address, receive_buffer=SMALL))
         with anna.peer, deaf.peer:
             assert await deaf.hear() == "please login"
@@ -210,6 +210,6 @@ async def test_somebody_who_does_not_read(stack: Stack, monkeypatch: pytest.Monk
             assert transport.get_write_buffer_size() <= size
             room.members["deaf"].expect_within(0, "you have been silent for too long")
             await until(lambda: "deaf" not in room.members)
-            await until(lambda: transport not in group._transports)
+            await until(lambda: transport not in group._core.transports)
             await anna.say("who")
             assert await anna.hear_but_pings() == "anna"

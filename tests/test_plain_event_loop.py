@@ -366,7 +366,7 @@ def test_a_group_on_trio_as_a_guest_of_asyncio(request: pytest.FixtureRequest) -
 
     async def serve(peers: list[bytes]) -> None:
         async with TransportGroup() as group:
-            kinds.append(type(group._poller))
+            kinds.append(type(group._core.poller))
             contexts = collect_contexts(group)
             async with connected(group, echo()) as (_, _, peer):
                 for place in PLACES:

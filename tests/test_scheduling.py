@@ -38,7 +38,7 @@ from support import (
 )
 
 from transports_anyio import DatagramProtocol, SubprocessProtocol, TransportGroup, current_group
-from transports_anyio._group import SERVED_IN_A_TURN
+from transports_anyio._core import SERVED_IN_A_TURN, Core
 
 pytestmark = pytest.mark.anyio
 
@@ -474,14 +474,20 @@ async def test_rearming_a_timer_behind_another_one_keeps_nothing_either(stack: S
         first.cancel()
 
 
+class CountingCore(Core):
+    def turn(self) -> float:
+        self.group.turns += 1
+        return super().turn()
+
+
 class CountingGroup(TransportGroup):
     """How often it had its turn."""
 
     turns = 0
 
-    def turn(self) -> float:
-        self.turns += 1
-        return super().turn()
+    def __init__(self) -> None:
+        super().__init__()
+        self._core = CountingCore(self)
 
 
 @pytest.mark.parametrize("where", ["a callback", "a task"])

@@ -480,11 +480,11 @@ async def test_sizes_that_are_none(anyio_backend: Any, bad: dict[str, Any], erro
 
 async def test_a_group_that_is_not_open(anyio_backend: Any) -> None:
     group = TransportGroup()
-    with pytest.raises(RuntimeError, match="not open"):
+    with pytest.raises(RuntimeError, match=r"^memory_connection\(\): the group is not open yet"):
         await memory_connection(group, Recorder, Recorder)
     async with group:
         await turns(1)
-    with pytest.raises(RuntimeError, match="not open"):
+    with pytest.raises(RuntimeError, match=r"^memory_connection\(\): the group is not open any more"):
         await memory_connection(group, Recorder, Recorder)
 
 

@@ -14,8 +14,7 @@ from asyncio import (
     WriteTransport,
 )
 
-from ._door import current_group
-from ._group import TransportGroup
+from ._group import TransportGroup, current_group
 from ._scheduling import Handle, TimerHandle
 from ._server import Server
 from ._statistics import GroupStatistics

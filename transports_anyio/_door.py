@@ -1,7 +1,7 @@
 """The one door to the user's code.
 
 Holds: which group is current, and how a connection's callbacks are entered and their failures reported.
-May know: the group's interface. Knows nothing of what the callbacks are.
+Knows nothing of what the callbacks are.
 """
 
 from __future__ import annotations
@@ -9,28 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
 from inspect import iscoroutine, signature
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
-
-if TYPE_CHECKING:
-    from ._group import TransportGroup
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 ProtocolT = TypeVar("ProtocolT")
 
-current: ContextVar[TransportGroup] = ContextVar("transports_anyio.current_group")
+
+class Group(Protocol):
+    """Whom the user's code knows as its group, and who hears of its errors."""
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None: ...
 
 
-def current_group() -> TransportGroup:
-    """Return the group that the running callback or task belongs to.
-
-    Raises `RuntimeError` outside any group.
-    """
-    try:
-        return current.get()
-    except LookupError:
-        msg = "no transport group is current: call this from a callback or task of a group, or within `async with`"
-        raise RuntimeError(msg) from None
+#: The group that the running callback or task belongs to.
+current: ContextVar[Any] = ContextVar("transports_anyio.current_group")
 
 
 class GivenContext:
@@ -38,7 +31,7 @@ class GivenContext:
 
     __slots__ = ("_group", "context")
 
-    def __init__(self, context: Context, group: TransportGroup) -> None:
+    def __init__(self, context: Context, group: Group) -> None:
         self.context: Context = context
         self._group = group
 
@@ -46,7 +39,7 @@ class GivenContext:
         return self.context.run(call_with_current, self._group, callback, *args, **kwargs)
 
 
-def call_with_current(group: TransportGroup, callback: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+def call_with_current(group: Group, callback: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Call `callback` in the caller's context, with `group` current."""
     token = current.set(group)
     try:
@@ -90,12 +83,12 @@ class Door:
 
     __slots__ = ("call_soon", "context", "group", "run")
 
-    def __init__(self, group: TransportGroup) -> None:
-        self.group: TransportGroup = group
+    def __init__(self, group: Group, call_soon: Callable[..., None]) -> None:
+        self.group: Group = group
+        self.call_soon: Callable[..., None] = call_soon
         self.context: Context = copy_context()
         self.run: Callable[..., Any] = self.context.run
         self.run(current.set, group)
-        self.call_soon: Callable[..., None] = group.call_internal
 
     def make_protocol(self, factory: Callable[[], ProtocolT]) -> ProtocolT:
         """Call the protocol factory in the connection's context; what it raises is the caller's to handle.

@@ -18,9 +18,11 @@ from ._channels._socket import SocketChannel, SocketView, is_tcp, name_or_none, 
 from ._channels._tls import TLSChannel
 from ._endpoints._addresses import address_error
 from ._errors import leaves_through_the_group, logger
+from ._owned import PendingHandshake
 from ._poller import Poller
 from ._readiness import READ, Watch
 from ._statistics import describe_flow
+from ._transports._stream import StreamTransport
 from ._waiters import Waiters
 
 if TYPE_CHECKING:
@@ -30,9 +32,8 @@ if TYPE_CHECKING:
 
     from ._channels._contract import Channel
     from ._channels._tls import TLSOptions
-    from ._group import TransportGroup
+    from ._core import Core
     from ._owned import Owned
-    from ._transports._stream import StreamTransport
 
 # Out of descriptors or memory: accepting again at once would fail again at once and starve everything else, so
 # wait a while as asyncio does (ACCEPT_RETRY_DELAY, in seconds). The connections stay in the backlog meanwhile.
@@ -59,7 +60,7 @@ class Server(asyncio.AbstractServer):
 
     def __init__(
         self,
-        group: TransportGroup,
+        core: Core,
         poller: Poller,
         sockets: list[socket.socket],
         protocol_factory: Callable[[], Any],
@@ -72,7 +73,7 @@ class Server(asyncio.AbstractServer):
         self._on_close = on_close
         # Connections see the variables of whoever made the server, as in asyncio.
         self._context = copy_context()
-        self._group = group
+        self._core = core
         self._poller = poller
         self._sockets = sockets
         self._protocol_factory = protocol_factory
@@ -163,7 +164,7 @@ class Server(asyncio.AbstractServer):
         for sock in self._sockets:
             self._poller.release(self._watches[sock])
             sock.close()
-        self._group.forget_server(self)
+        self._core.servers.discard(self)
         self._changed.notify()
 
     def close_clients(self) -> None:
@@ -220,10 +221,10 @@ class Server(asyncio.AbstractServer):
         self._pause(listener)
         if exc.errno in EXHAUSTED:
             message = f"socket.accept() out of system resource: trying again in {RETRY_DELAY:g} s"
-            self._group.call_later(RETRY_DELAY, self._try_again, listener)
+            self._core.call_later(RETRY_DELAY, self._try_again, listener)
         else:
             message = "socket.accept() failed: this socket accepts no more connections"
-        self._group.call_exception_handler({"message": message, "exception": exc, "socket": SocketView(listener)})
+        self._core.group.call_exception_handler({"message": message, "exception": exc, "socket": SocketView(listener)})
 
     def _try_again(self, listener: socket.socket) -> None:
         try:
@@ -249,12 +250,12 @@ class Server(asyncio.AbstractServer):
 
     def _shake_hands(self, inner: SocketChannel, tls: TLSOptions) -> None:
         try:
-            channel = TLSChannel(inner, tls, self._group)
+            channel = TLSChannel(inner, tls, self._core)
         except Exception as exc:
             inner.close(aborted=True)
             self._report_lost_client(exc, inner)
             return
-        pending = self._group.pending_handshake(channel)
+        pending = PendingHandshake(channel, self._core.own, self._core.disown)
         self._connections.add(pending)
 
         def over() -> None:
@@ -270,7 +271,7 @@ class Server(asyncio.AbstractServer):
 
     def _begin(self, channel: Channel) -> None:
         try:
-            transport = self._group.accepted(self._protocol_factory, channel, self._lost)
+            transport, _ = self._core.make_transport(StreamTransport, self._protocol_factory, channel, self._lost)
         except BaseException as exc:
             if leaves_through_the_group(exc):
                 raise
@@ -283,7 +284,7 @@ class Server(asyncio.AbstractServer):
             self._report_lost_client(exc, channel)
 
     def _report_lost_client(self, exc: BaseException, channel: Channel) -> None:
-        self._group.call_exception_handler(
+        self._core.group.call_exception_handler(
             {
                 "message": "Error on transport creation for incoming connection",
                 "exception": exc,
@@ -293,7 +294,7 @@ class Server(asyncio.AbstractServer):
 
     def _lost(self, transport: StreamTransport) -> None:
         self._connections.discard(transport)
-        self._group.forget_transport(transport)
+        self._core.disown(transport)
         self._changed.notify()
 
     def __repr__(self) -> str:

@@ -15,7 +15,7 @@
 A recorder wraps a protocol, or stands alone. It notes every callback with its arguments before it passes it on, and
 whether the order is one that asyncio's documentation allows. The recorders work over asyncio's own transports too.
 
-May know: the group and asyncio's abstract classes.
+May know: the group, the endpoint function behind `memory_connection`, and asyncio's abstract classes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import anyio
+
+from ._endpoints._memory import MemoryEndpoints
 
 if TYPE_CHECKING:
     from ._endpoints._base import ProtocolT
@@ -352,7 +354,7 @@ async def memory_connection(
             raise TypeError(f"{name} must be a number of bytes, got {size!r}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size!r}")
-    return await group.memory_connection(
+    return await MemoryEndpoints(group).memory_connection(
         factory_a,
         factory_b,
         chunk_size=chunk_size,

@@ -1,4 +1,4 @@
 """Endpoint functions: what makes a connection exist, a module for each family.
 
-May know: transports and channels. Each module is a part of `TransportGroup`, over what `_base` asks of it.
+May know: transports, channels and the core of a group. Each module is a part of `TransportGroup`.
 """

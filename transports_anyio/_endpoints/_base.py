@@ -1,9 +1,8 @@
-"""What every endpoint function asks of the group, and how a channel becomes a transport."""
+"""What endpoint functions of several families do: guard their calls, take sockets over, shake hands."""
 
 from __future__ import annotations
 
 import socket
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from functools import wraps
 from inspect import iscoroutinefunction, signature
@@ -14,7 +13,6 @@ import anyio.lowlevel
 
 from .._channels._socket import SocketChannel, is_tcp, set_nodelay
 from .._channels._tls import TLSChannel, TLSOptions
-from .._door import Door
 from .._owned import PendingHandshake
 from .._readiness import Watch
 from .._server import Server
@@ -22,12 +20,8 @@ from .._transports._stream import StreamTransport
 from .._waiters import Event
 
 if TYPE_CHECKING:
-    from anyio.abc import TaskGroup
-
     from .._channels._contract import Channel
-    from .._group import TransportGroup
-    from .._owned import Owned
-    from .._poller import Poller
+    from .._core import Core
 
 ProtocolT = TypeVar("ProtocolT")
 
@@ -62,11 +56,10 @@ def check_factory(name: str, factory: object) -> None:
     )
 
 
-class Endpoints(ABC):
-    """The part of a group that the endpoint functions use."""
+class Endpoints:
+    """What the endpoint functions of every family need."""
 
-    _servers: set[Server]
-    _task_group: TaskGroup
+    _core: Core
 
     #: How users call the functions of the family, for error messages.
     _called_as = "group.{}"
@@ -88,7 +81,7 @@ class Endpoints(ABC):
 
         @wraps(function)
         async def call(self: Endpoints, *args: Any, **options: Any) -> Any:
-            self._require_callable(name, called_as)
+            self._core.require_callable(name, called_as)
             for at, parameter in factories:
                 if at <= len(args):
                     check_factory(name, args[at - 1])
@@ -98,39 +91,15 @@ class Endpoints(ABC):
 
         return call
 
-    @abstractmethod
-    def _require_callable(self, name: str, called_as: str) -> None:
-        """Raise `RuntimeError` when `name` is called outside the group's life, or from another thread."""
-
-    @abstractmethod
-    def _require_open(self) -> Poller:
-        """Return the group's poller, or raise `RuntimeError` outside the group's life."""
-
-    @abstractmethod
-    def _as_group(self) -> TransportGroup:
-        """Return the group itself."""
-
-    @abstractmethod
-    def _own(self, transport: Owned) -> None:
-        """End `transport` when the group ends."""
-
-    @abstractmethod
-    def _disown(self, transport: Owned) -> None:
-        """Forget `transport`: its `connection_lost` has been delivered."""
-
-    @abstractmethod
-    def _door(self) -> Door:
-        """Make the door of one connection."""
-
     def _run_for(
         self, resource: object, run: Callable[[Callable[[Exception], None]], Coroutine[Any, Any, None]]
     ) -> None:
         """Start the task of a channel or child over an AnyIO object, which may be the user's own and fail to close."""
 
         def report(exc: Exception) -> None:
-            self._as_group().call_exception_handler({"message": f"Closing {resource} failed", "exception": exc})
+            self._core.group.call_exception_handler({"message": f"Closing {resource} failed", "exception": exc})
 
-        self._task_group.start_soon(run, report, name=f"transports_anyio: {resource}")
+        self._core.task_group.start_soon(run, report, name=f"transports_anyio: {resource}")
 
     async def _connect_socket(
         self, protocol_factory: Callable[[], ProtocolT], sock: socket.socket, tls: TLSOptions | None = None
@@ -140,7 +109,7 @@ class Endpoints(ABC):
         The socket is the group's from here on: whatever goes wrong closes it.
         """
         try:
-            poller = self._require_open()
+            poller = self._core.require_open()
             if is_tcp(sock):
                 set_nodelay(sock)
             channel: Channel = SocketChannel(poller, sock)
@@ -149,13 +118,13 @@ class Endpoints(ABC):
             raise
         if tls is not None:
             try:
-                encrypted = TLSChannel(channel, tls, self._as_group())
+                encrypted = TLSChannel(channel, tls, self._core)
             except BaseException:  # OpenSSL does not like the name of the server, for example.
                 channel.close(aborted=True)
                 raise
             await self._shake_hands(encrypted)
             channel = encrypted
-        transport, protocol = self._make_transport(protocol_factory, channel)
+        transport, protocol = self._core.make_transport(StreamTransport, protocol_factory, channel)
         transport.start()
         return transport, protocol
 
@@ -164,7 +133,7 @@ class Endpoints(ABC):
 
         Raises `RuntimeError` for one that is the group's already, which is left alone.
         """
-        poller = self._require_open()
+        poller = self._core.require_open()
         user = poller.watches.get(sock.fileno())
         if user is not None:
             raise RuntimeError(f"{sock!r} is used already, by another transport or server of the group: {user!r}")
@@ -191,15 +160,15 @@ class Endpoints(ABC):
     ) -> Server:
         """Make the server of bound sockets. They are the group's from here on: whatever goes wrong closes them."""
         try:
-            poller = self._require_open()
-            server = Server(self._as_group(), poller, sockets, protocol_factory, backlog, tls, on_close=on_close)
+            poller = self._core.require_open()
+            server = Server(self._core, poller, sockets, protocol_factory, backlog, tls, on_close=on_close)
         except BaseException:
             if on_close is not None:
                 on_close()
             for sock in sockets:
                 sock.close()
             raise
-        self._servers.add(server)
+        self._core.servers.add(server)
         if start_serving:
             try:
                 server.listen()
@@ -215,37 +184,15 @@ class Endpoints(ABC):
         `ConnectionAbortedError` when it takes too long or the group ends.
         """
         over = Event()
-        pending = PendingHandshake(channel, self._own, self._disown)
+        pending = PendingHandshake(channel, self._core.own, self._core.disown)
         try:
             pending.begin(over.set)
             await over.wait()
             if pending.failure is not None:
                 raise pending.failure
-            self._require_open()  # The group may have ended before this task had its turn.
+            self._core.require_open()  # The group may have ended before this task had its turn.
         except BaseException:
             pending.abort()
             raise
         finally:
             pending.failure = None  # Its traceback has this frame: no cycle.
-
-    def _make_transport(
-        self,
-        protocol_factory: Callable[[], ProtocolT],
-        channel: Channel,
-        on_lost: Callable[[StreamTransport], None] | None = None,
-        *,
-        transport_class: type[StreamTransport] = StreamTransport,
-    ) -> tuple[StreamTransport, ProtocolT]:
-        """Give `channel` a protocol and a transport that the group owns; the caller starts it.
-
-        What the factory raises is the caller's to handle; the channel is closed first.
-        """
-        door = self._door()
-        try:
-            protocol: Any = door.make_protocol(protocol_factory)
-            transport = transport_class(door, channel, protocol, on_lost or self._disown)
-        except BaseException:
-            channel.close(aborted=True)
-            raise
-        self._own(transport)
-        return transport, protocol

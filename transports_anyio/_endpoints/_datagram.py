@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anyio.lowlevel
 
 from .._channels._anyio_datagram import AnyDatagramSocket, AnyIODatagramChannel
-from .._channels._datagram import DatagramChannel, DatagramSocketChannel
+from .._channels._datagram import DatagramSocketChannel
 from .._transports._datagram import DatagramTransport
 from ._addresses import BIND_FAILED, address_error, resolve
 from ._base import Endpoints, ProtocolT
@@ -54,11 +55,11 @@ class DatagramEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_datagram_endpoint
         """
-        self._require_open()
+        self._core.require_open()
         remote: Any = None
         if sock is None:
             pairs = await address_pairs(local_addr, remote_addr, family, proto, flags)
-            self._require_open()  # Before anything is replaced.
+            self._core.require_open()  # Before anything is replaced.
             sock, remote = await first_that_works(pairs, bool(reuse_port), bool(allow_broadcast))
         else:
             check_datagram_socket(
@@ -73,11 +74,12 @@ class DatagramEndpoints(Endpoints):
             )
             await self._take_over(sock)
         try:
-            channel = DatagramSocketChannel(self._require_open(), sock)
+            channel = DatagramSocketChannel(self._core.require_open(), sock)
         except BaseException:
             sock.close()
             raise
-        transport, protocol = self._make_datagram_transport(protocol_factory, channel, remote)
+        make = partial(DatagramTransport, address=remote)
+        transport, protocol = self._core.make_transport(make, protocol_factory, channel)
         transport.start()
         return transport, protocol
 
@@ -96,27 +98,14 @@ class DatagramEndpoints(Endpoints):
 
         Source: https://anyio.readthedocs.io/en/stable/networking.html
         """
-        self._require_open()
+        self._core.require_open()
         await anyio.lowlevel.checkpoint()
-        self._require_open()
+        self._core.require_open()
         channel = AnyIODatagramChannel(datagram_socket)
-        transport, protocol = self._make_datagram_transport(protocol_factory, channel, channel.remote_address)
+        make = partial(DatagramTransport, address=channel.remote_address)
+        transport, protocol = self._core.make_transport(make, protocol_factory, channel)
         self._run_for(datagram_socket, channel.run)
         transport.start()
-        return transport, protocol
-
-    def _make_datagram_transport(
-        self, protocol_factory: Callable[[], ProtocolT], channel: DatagramChannel, remote: Any
-    ) -> tuple[DatagramTransport, ProtocolT]:
-        """Give `channel` a protocol and a transport that the group owns; the caller starts it."""
-        door = self._door()
-        try:
-            protocol: Any = door.make_protocol(protocol_factory)
-            transport = DatagramTransport(door, channel, protocol, self._disown, remote)
-        except BaseException:
-            channel.close(aborted=True)
-            raise
-        self._own(transport)
         return transport, protocol
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import anyio.lowlevel
 
 from .._channels._memory import pair
+from .._transports._stream import StreamTransport
 from ._base import Endpoints, ProtocolT
-
-if TYPE_CHECKING:
-    from .._transports._stream import StreamTransport
 
 OtherProtocolT = TypeVar("OtherProtocolT")
 
@@ -20,6 +18,9 @@ class MemoryEndpoints(Endpoints):
     """What `transports_anyio.testing.memory_connection` does; by that name, which error messages tell."""
 
     _called_as = "{}, group"
+
+    def __init__(self, group: Endpoints) -> None:
+        self._core = group._core  # noqa: SLF001  # every family has it
 
     async def memory_connection(
         self,
@@ -32,17 +33,17 @@ class MemoryEndpoints(Endpoints):
         info_b: Mapping[str, Any],
     ) -> tuple[tuple[StreamTransport, ProtocolT], tuple[StreamTransport, OtherProtocolT]]:
         """Make both transports. Raises `RuntimeError` when the group is not open, and whatever a factory raises."""
-        self._require_open()
+        self._core.require_open()
         await anyio.lowlevel.checkpoint()
-        self._require_open()
-        group = self._as_group()
-        a, b = pair(group.call_internal, chunk_size=chunk_size, buffer_size=buffer_size, info_a=info_a, info_b=info_b)
-        transport_a, protocol_a = self._make_transport(factory_a, a)
+        self._core.require_open()
+        core = self._core
+        a, b = pair(core.call_internal, chunk_size=chunk_size, buffer_size=buffer_size, info_a=info_a, info_b=info_b)
+        transport_a, protocol_a = core.make_transport(StreamTransport, factory_a, a)
         try:
-            transport_b, protocol_b = self._make_transport(factory_b, b)
+            transport_b, protocol_b = core.make_transport(StreamTransport, factory_b, b)
         except BaseException:
             a.close(aborted=True)
-            self._disown(transport_a)
+            core.disown(transport_a)
             raise
         try:
             transport_a.start()

@@ -58,9 +58,9 @@ class PipeEndpoints(Endpoints):
         transport_class: type[ReadPipeTransport | WritePipeTransport],
     ) -> tuple[StreamTransport, ProtocolT]:
         require_pipes()
-        self._require_open()
+        self._core.require_open()
         await anyio.lowlevel.checkpoint()
-        channel = PipeChannel(self._require_open(), pipe, writing=transport_class is WritePipeTransport)
-        transport, protocol = self._make_transport(protocol_factory, channel, transport_class=transport_class)
+        channel = PipeChannel(self._core.require_open(), pipe, writing=transport_class is WritePipeTransport)
+        transport, protocol = self._core.make_transport(transport_class, protocol_factory, channel)
         transport.start()
         return transport, protocol

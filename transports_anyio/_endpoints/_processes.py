@@ -120,10 +120,10 @@ class ProcessEndpoints(Endpoints):
                 f"an AnyIO process was expected, got {process!r}: make it with anyio.open_process(), or let "
                 "subprocess_exec() start the program"
             )
-        self._require_open()
+        self._core.require_open()
         await anyio.lowlevel.checkpoint()
-        self._require_open()
-        door = self._door()
+        self._core.require_open()
+        door = self._core.door()
         protocol = door.make_protocol(protocol_factory)
         streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
         channels = {fd: AnyIOStreamChannel(stream) for fd, stream in streams.items()}
@@ -133,11 +133,11 @@ class ProcessEndpoints(Endpoints):
         self, protocol_factory: Callable[[], ProtocolT], args: Any, **options: Any
     ) -> tuple[SubprocessTransport, ProtocolT]:
         require_pipes()
-        self._require_open()
+        self._core.require_open()
         await anyio.lowlevel.checkpoint()
-        poller = self._require_open()
+        poller = self._core.require_open()
         # From here on nothing waits, so nothing can be cancelled half-way.
-        door = self._door()
+        door = self._core.door()
         protocol = door.make_protocol(protocol_factory)
         popen = subprocess.Popen(args, bufsize=0, **options)  # noqa: S603  # that is what the caller asks for
         child = PopenChild(poller, popen)
@@ -163,8 +163,8 @@ class ProcessEndpoints(Endpoints):
         channels: Mapping[int, Channel],
         channels_to_run: Iterable[AnyIOStreamChannel] = (),
     ) -> tuple[SubprocessTransport, ProtocolT]:
-        transport = SubprocessTransport(door, child, protocol, self._disown)
-        self._own(transport)
+        transport = SubprocessTransport(door, child, protocol, self._core.disown)
+        self._core.own(transport)
         try:
             pipes: dict[int, StreamTransport] = {}
             for fd, channel in channels.items():

@@ -70,15 +70,15 @@ class StartTLSEndpoint(Endpoints):
             raise TypeError(f"transport {transport!r} is not supported by start_tls()")
         if not isinstance(received, (bytes, bytearray, memoryview)):
             raise TypeError(f"received must be a bytes-like object, not {type(received).__name__!r}")
-        self._require_open()
-        if not transport.belongs_to(self._as_group()):
+        self._core.require_open()
+        if not transport.belongs_to(self):
             raise RuntimeError(f"transport {transport!r} belongs to another group")
         over = Event()
         failure: Exception | None = None
         successor: StreamTransport | None = None
 
         def wrap(inner: Channel, unsent: bytes) -> TLSChannel:
-            return TLSChannel(inner, options, self._as_group(), unsent=unsent, received=bytes(received))
+            return TLSChannel(inner, options, self._core, unsent=unsent, received=bytes(received))
 
         def done(exc: Exception | None) -> None:
             nonlocal failure, successor

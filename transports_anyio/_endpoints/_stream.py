@@ -10,6 +10,7 @@ from anyio.abc import ByteReceiveStream, ByteSendStream
 
 from .._channels._anyio_stream import AnyByteStream, AnyIOStreamChannel
 from .._channels._tls import TLSChannel
+from .._transports._stream import StreamTransport
 from ._base import Endpoints, ProtocolT
 from ._tls import stream_options
 
@@ -64,15 +65,15 @@ class StreamEndpoints(Endpoints):
         plain = AnyIOStreamChannel(stream)
         if tls is not None and not plain.is_two_way:
             raise TypeError(f"TLS takes a stream of both directions, got {stream!r}")
-        self._require_open()
+        self._core.require_open()
         await anyio.lowlevel.checkpoint()
-        self._require_open()
+        self._core.require_open()
         channel: Channel = plain
         if tls is not None:
-            channel = encrypted = TLSChannel(plain, tls, self._as_group())
+            channel = encrypted = TLSChannel(plain, tls, self._core)
             self._run_for(stream, plain.run)
             await self._shake_hands(encrypted)
-        transport, protocol = self._make_transport(protocol_factory, channel)
+        transport, protocol = self._core.make_transport(StreamTransport, protocol_factory, channel)
         if tls is None:
             self._run_for(stream, plain.run)
         transport.start()

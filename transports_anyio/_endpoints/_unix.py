@@ -65,7 +65,7 @@ class UNIXEndpoints(Endpoints):
             handshake_timeout=ssl_handshake_timeout,
             shutdown_timeout=ssl_shutdown_timeout,
         )
-        self._require_open()
+        self._core.require_open()
         if sock is not None:
             if path is not None:
                 raise ValueError("path and sock can not be specified at the same time")
@@ -113,7 +113,7 @@ class UNIXEndpoints(Endpoints):
         """
         family = unix_family()
         tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
-        self._require_open()
+        self._core.require_open()
         if sock is not None:
             if path is not None:
                 raise ValueError("path and sock can not be specified at the same time")
@@ -124,7 +124,7 @@ class UNIXEndpoints(Endpoints):
                 raise ValueError("path was not specified, and no sock specified")
             path = os.fspath(path)
             await anyio.lowlevel.checkpoint()
-            self._require_open()  # Before anything is replaced.
+            self._core.require_open()  # Before anything is replaced.
             sock = bind(path)
         cleanup = SocketFile(sock).remove if cleanup_socket else None
         return self._serve(protocol_factory, [sock], backlog, tls, start_serving=start_serving, on_close=cleanup)

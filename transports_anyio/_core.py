@@ -1,0 +1,318 @@
+"""The inside of a group: all that the rooms below the group are given of it.
+
+Holds: the group's turn, what the group owns, when it may be asked for something, and timers.
+May know: the door, the poller, timers, what is owned, what every channel can. Knows no endpoint and no transport.
+"""
+
+from __future__ import annotations
+
+from asyncio import AbstractServer
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
+from math import inf
+from threading import RLock, get_ident
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ._door import Door, GivenContext, Group, current
+from ._errors import ExceptionContext, leaves_through_the_group
+from ._owned import Owned
+from ._poller import RESOLUTION, Poller
+from ._scheduling import Handle, TimerHandle, Timers
+from ._waiters import Waiters
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+    from ._channels._contract import Channel
+    from ._channels._datagram import DatagramChannel
+
+# How many descriptors a turn serves, and for how many seconds it goes on, before it lets the tasks have theirs.
+SERVED_IN_A_TURN = 64
+LENGTH_OF_A_TURN = 0.002
+
+ProtocolT = TypeVar("ProtocolT")
+ChannelT = TypeVar("ChannelT", bound="Channel | DatagramChannel")
+TransportT = TypeVar("TransportT", bound=Owned)
+
+
+class Core:
+    """What a group owns, and its turn. `TransportGroup` enters and leaves it."""
+
+    # Both once the group is entered.
+    dispatch: Callable[[], int]
+    task_group: TaskGroup
+
+    def __init__(self, group: Group) -> None:
+        self.group: Group = group
+        self.poller: Poller | None = None
+        self.ready: deque[Callable[[], object]] = deque()
+        self.timers: Timers = Timers(self._first_timer_cancelled)
+        self.transports: set[Owned] = set()
+        self.servers: set[AbstractServer] = set()
+        self.tasks_running: int = 0
+        self.tasks_started: bool = False  # Since the turn began.
+        self.bytes_received: int = 0  # By transports that have ended; as sent.
+        self.bytes_sent: int = 0
+        self.changed: Waiters = Waiters()
+        self.open: bool = False  # Between entering and leaving the block: connections can be made.
+        self.alive: bool = False  # Until the last `connection_lost`: callbacks can be scheduled.
+        # Held while another thread hands something over: before the end, or not at all. Signal handlers may do so, too.
+        self.handing_over: RLock = RLock()
+        self.thread: int = 0  # Where it was entered; no thread has this number.
+
+    # The turn
+
+    def turn(self) -> float:
+        """Run what was scheduled, let everything that is ready move its bytes once, then run the timers that are due.
+
+        That is asyncio's order. Return when the next turn is due: minus infinity for at once.
+        """
+        dispatch = self.dispatch
+        timers = self.timers
+        ready = self.ready
+        served = 0
+        self.tasks_started = False
+        until = monotonic() + LENGTH_OF_A_TURN
+        while True:
+            if ready:
+                self._run_ready()
+            count = dispatch()
+            if timers.heap:
+                self._run_due()
+            served += count
+            # What came in meanwhile can be had for one system call, where another wait costs a round through the
+            # backend; but tasks want their turn too, and a new one its first: it may be about to call `start_tls`, and
+            # what comes in is the handshake then.
+            if not count or served >= SERVED_IN_A_TURN or self.tasks_started or monotonic() >= until:
+                break
+        if ready or self.tasks_started:
+            return -inf
+        return timers.next_deadline() if timers.heap else inf
+
+    def _run_ready(self) -> None:
+        """Run what is ready now; what it schedules waits for the next turn, so that I/O gets its turn."""
+        ready = self.ready
+        for _ in range(len(ready)):
+            self._run_callback(ready.popleft())
+
+    def _run_due(self) -> None:
+        """Run the timers that are due; what I/O has scheduled before them waits for the next turn, as in asyncio."""
+        timers = self.timers
+        deadline = timers.next_deadline()
+        if deadline != inf:
+            now = self.live_poller().time() + RESOLUTION
+            if deadline <= now:
+                for handle in timers.take_due(now):
+                    self._run_callback(handle)
+
+    def _run_callback(self, callback: Callable[[], object]) -> None:
+        try:
+            callback()
+        except BaseException as exc:
+            if leaves_through_the_group(exc):
+                raise
+            context: ExceptionContext = {"message": f"Exception in callback {callback!r}", "exception": exc}
+            if isinstance(callback, Handle):
+                context["handle"] = callback
+                # A copy: what failed may be to enter a context that is entered already.
+                callback.get_context().copy().run(self.group.call_exception_handler, context)
+            else:
+                self.group.call_exception_handler(context)
+
+    # What waits for a turn
+
+    def call_internal(self, callback: Callable[..., object], *args: Any) -> None:
+        """Run `callback` in the group's next turn, without a context or a handle."""
+        self.ready.append(lambda: callback(*args) if args else callback())
+        if self.poller is not None:
+            self.poller.wake()
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> TimerHandle:
+        """Call `callback(*args)` after `delay` seconds, in a copy of the caller's context."""
+        return self.set_timer(self.live_poller().time() + delay, callback, args, None)
+
+    def set_timer(
+        self, when: float, callback: Callable[..., object], args: tuple[Any, ...], context: Context | None
+    ) -> TimerHandle:
+        poller = self.poller
+        if poller is None or not self.alive:
+            raise self.not_open("call_later() or call_at")
+        if not -inf <= when <= inf:
+            raise ValueError(f"a time was expected, got {when!r}")
+        when = float(when)  # `OverflowError` for an integer that is too large.
+        timers = self.timers
+        handle = TimerHandle(when, callback, args, self.context_for(callback, context), timers)
+        if poller.waiting and timers.next_deadline() == when:
+            poller.wait_until(when)
+        return handle
+
+    def _first_timer_cancelled(self) -> None:
+        poller = self.poller
+        if poller is not None and poller.waiting:
+            poller.wait_until(self.timers.next_deadline())
+
+    def context_for(self, callback: object, given: Context | None) -> Context | GivenContext:
+        """Return where `callback` runs. Raises `TypeError` when it cannot be called."""
+        if not callable(callback):
+            msg = f"a callable object was expected, got {callback!r}"
+            raise TypeError(msg)
+        if given is not None:
+            return GivenContext(given, self.group)
+        context = copy_context()
+        if context.get(current) is not self.group:
+            context.run(current.set, self.group)
+        return context
+
+    # When what can be asked for
+
+    def not_open(self, name: str = "") -> RuntimeError:
+        """Return what to raise for a call of `name` outside the group's life."""
+        call = f"{name}(): " if name else ""
+        if self.poller is None:
+            return RuntimeError(
+                f"{call}the group is not open yet: enter it first, with `async with TransportGroup() as group:`"
+            )
+        return RuntimeError(
+            f"{call}the group is not open any more: do this before its `async with` block is left, or in a new "
+            "TransportGroup"
+        )
+
+    def live_poller(self, name: str = "") -> Poller:
+        """Return the poller, or raise `RuntimeError` before the group is entered."""
+        if self.poller is None:
+            raise self.not_open(name)
+        return self.poller
+
+    def require_open(self) -> Poller:
+        """Return the poller, or raise `RuntimeError` when no connections can be made."""
+        poller = self.poller
+        if poller is None or not self.open:
+            raise self.not_open()
+        return poller
+
+    def require_alive(self, name: str) -> Poller:
+        """Return the poller, or raise `RuntimeError` when no callbacks can be scheduled."""
+        poller = self.poller
+        if poller is None or not self.alive:
+            raise self.not_open(name)
+        return poller
+
+    def require_callable(self, name: str, called_as: str) -> None:
+        """Raise `RuntimeError` when the endpoint function `name` is called too early or late, or in another thread."""
+        if not self.open:
+            raise self.not_open(name)
+        self.require_own_thread(name, f"anyio.from_thread.run({called_as}, ...)")
+
+    def require_own_thread(self, name: str, instead: str) -> None:
+        """Raise `RuntimeError`, which says what to call `instead`, in another thread than the group's."""
+        if get_ident() != self.thread:
+            raise RuntimeError(
+                f"{name}() was called in another thread than the group's: call {instead} in one of AnyIO's worker "
+                "threads, or hand the call over with group.call_soon_threadsafe()"
+            )
+
+    # Ownership
+
+    def door(self) -> Door:
+        """Make the door of one connection."""
+        return Door(self.group, self.call_internal)
+
+    def user_call(self) -> Callable[..., Any]:
+        """Return what calls the user's code that belongs to no transport yet."""
+        return self.door().run
+
+    def make_transport(
+        self,
+        transport_class: Callable[[Door, ChannelT, Any, Callable[[TransportT], None]], TransportT],
+        protocol_factory: Callable[[], ProtocolT],
+        channel: ChannelT,
+        on_lost: Callable[[TransportT], None] | None = None,
+    ) -> tuple[TransportT, ProtocolT]:
+        """Give `channel` a protocol and a transport that the group owns; the caller starts it.
+
+        `on_lost`, if any, calls `disown`. What the factory raises is the caller's to handle; the channel is closed
+        first.
+        """
+        door = self.door()
+        try:
+            protocol = door.make_protocol(protocol_factory)
+            transport = transport_class(door, channel, protocol, on_lost or self.disown)
+        except BaseException:
+            channel.close(aborted=True)
+            raise
+        self.own(transport)
+        return transport, protocol
+
+    def own(self, transport: Owned) -> None:
+        """End `transport` when the group ends."""
+        self.transports.add(transport)
+
+    def disown(self, transport: Owned) -> None:
+        """Forget `transport`: its `connection_lost` has been delivered."""
+        self.transports.discard(transport)
+        received, sent, _ = transport.traffic()
+        self.bytes_received += received
+        self.bytes_sent += sent
+        self.changed.notify()
+
+    def start_task(self, async_function: Callable[..., object], args: tuple[Any, ...], name: object) -> None:
+        """Start a task of the user's, in the caller's context."""
+        name = getattr(async_function, "__qualname__", None) if name is None else str(name)
+        # Called here, so that a mistake comes out where it was made.
+        coroutine = async_function(*args)
+        if not isinstance(coroutine, Coroutine):
+            raise TypeError(f"start_soon() takes an async function, but {async_function!r} returned {coroutine!r}")
+        try:
+            self.task_group.start_soon(self._run_task, coroutine, name=name)
+        except BaseException:
+            coroutine.close()
+            raise
+        self.tasks_running += 1
+        self.tasks_started = True
+
+    async def _run_task(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        try:
+            await coroutine
+        finally:
+            self.tasks_running -= 1
+            self.changed.notify()
+
+    # The end
+
+    async def until_empty(self) -> None:
+        """Wait until no transport is left, and no task of the user's."""
+        while self.transports or self.tasks_running:
+            await self.changed.wait()
+
+    def close_all(self) -> None:
+        """Close the servers and the transports."""
+        for server in tuple(self.servers):
+            server.close()
+        for transport in tuple(self.transports):
+            transport.close()
+
+    def abort_all(self) -> None:
+        """Abort what is left and deliver every `connection_lost`; raises what the user's code raises to leave."""
+        self.open = False
+        for server in tuple(self.servers):
+            server.close()
+        for transport in tuple(self.transports):
+            transport.abort()
+        leaving: BaseException | None = None
+        while self.transports and self.ready:
+            try:
+                self._run_ready()
+            except BaseException as error:
+                leaving = leaving or error
+        with self.handing_over:
+            self.alive = False
+        try:
+            self._run_ready()  # What `call_soon` was given before the end; timers that are pending never fire.
+        except BaseException as error:
+            leaving = leaving or error
+        self.ready.clear()
+        self.timers.clear()
+        if leaving is not None:
+            raise leaving
