@@ -35,6 +35,7 @@ import sys
 import threading
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,21 @@ def test_every_module_is_in_the_architecture() -> None:
     package = Path(transports_anyio.__file__).parent
     modules = {path.stem for path in package.rglob("*.py")} - {"__init__"}
     assert {module for module in modules if not re.search(rf"`(?:\w+/)?{module}`", text)} == set()
+
+
+def test_imports_lead_down_only() -> None:
+    """No room knows one that knows it, not for annotations either."""
+    package = Path(transports_anyio.__file__).parent
+    rooms: dict[str, set[str]] = {}
+    for path in package.rglob("_*.py"):
+        inside = path.relative_to(package)
+        if inside.name != "__init__.py":
+            depth = len(inside.parts)
+            known = re.findall(rf"^ *from \.{{{depth}}}(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            rooms.setdefault(inside.parts[0].removesuffix(".py"), set()).update(known)
+    order = [*TopologicalSorter(rooms).static_order()]
+    assert order[-1] == "_group"
+    assert {"_core", "_channels", "_endpoints"} < set(order)
 
 
 # -- the package ------------------------------------------------------------------------------------------

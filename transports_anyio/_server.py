@@ -1,6 +1,6 @@
 """Listening: the server that accepts connections.
 
-May know: the poller, the operating system's listening sockets, and the endpoints that make transports.
+May know: the core, the poller, the operating system's listening sockets, socket and TLS channels, stream transports.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import anyio.lowlevel
 
 from ._channels._socket import SocketChannel, SocketView, is_tcp, name_or_none, set_nodelay
 from ._channels._tls import TLSChannel
-from ._endpoints._addresses import address_error
 from ._errors import leaves_through_the_group, logger
 from ._owned import PendingHandshake
 from ._poller import Poller
 from ._readiness import READ, Watch
+from ._sockets import address_error
 from ._statistics import describe_flow
 from ._transports._stream import StreamTransport
 from ._waiters import Waiters

@@ -5,7 +5,6 @@ May know: AnyIO's resolver. Knows nothing of connecting or listening.
 
 from __future__ import annotations
 
-import os
 import socket
 from typing import Any, TypeAlias
 
@@ -21,8 +20,6 @@ HIGHEST_PORT = 65535
 
 # As a plain number: to combine Python's flags costs as much as the look-up.
 NUMERIC = int(socket.AI_NUMERICHOST | socket.AI_NUMERICSERV)
-
-BIND_FAILED = "error while attempting to bind on address"
 
 
 def local_parts(local_addr: Any) -> tuple[Any, ...]:
@@ -100,11 +97,3 @@ def numeric(
     """Return the addresses of a number or of no host at all; never blocks. Raises `socket.gaierror` for a name."""
     found = socket.getaddrinfo(host, port, family, kind, proto, flags | NUMERIC)
     return [(f, t, p, address) for f, t, p, _, address in found]
-
-
-def address_error(doing: str, address: Any, exc: OSError) -> OSError:
-    """Return `exc` with what failed and the address in its message."""
-    if exc.errno is None:  # Python's own, of a path that is too long for example.
-        return OSError(f"{doing} {address!r}: {exc}")
-    reason = os.strerror(exc.errno)
-    return OSError(exc.errno, f"{doing} {address!r}: {reason[:1].lower()}{reason[1:]}")

@@ -6,7 +6,6 @@ import socket
 from collections.abc import Callable, Coroutine
 from functools import wraps
 from inspect import iscoroutinefunction, signature
-from ssl import SSLSocket
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.lowlevel
@@ -24,14 +23,6 @@ if TYPE_CHECKING:
     from .._core import Core
 
 ProtocolT = TypeVar("ProtocolT")
-
-
-def check_stream_socket(sock: socket.socket, family: int | None = None) -> None:
-    """Raise `TypeError` for a TLS socket, `ValueError` for one that is no stream socket (of `family`)."""
-    if isinstance(sock, SSLSocket):
-        raise TypeError("Socket cannot be of type SSLSocket")
-    if sock.type != socket.SOCK_STREAM or family not in (None, sock.family):
-        raise ValueError(f"A {'' if family is None else 'UNIX Domain '}Stream Socket was expected, got {sock!r}")
 
 
 def check_factory(name: str, factory: object) -> None:

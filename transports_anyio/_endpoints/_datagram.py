@@ -11,12 +11,10 @@ import anyio.lowlevel
 
 from .._channels._anyio_datagram import AnyDatagramSocket, AnyIODatagramChannel
 from .._channels._datagram import DatagramSocketChannel
+from .._sockets import bind, connect, set_option
 from .._transports._datagram import DatagramTransport
-from ._addresses import BIND_FAILED, address_error, resolve
+from ._addresses import resolve
 from ._base import Endpoints, ProtocolT
-from ._happy_eyeballs import connect
-from ._tcp import set_option
-from ._unix import is_file, remove_stale
 
 #: Family and protocol of a socket, and its local and remote address.
 AddressPair = tuple[int, int, Any, Any]
@@ -171,12 +169,7 @@ async def first_that_works(
             if allow_broadcast:
                 set_option(sock, "SO_BROADCAST")
             if local:
-                if isinstance(local, str) and is_file(local):
-                    remove_stale(local)
-                try:
-                    sock.bind(local)
-                except OSError as exc:
-                    raise address_error(BIND_FAILED, local, exc) from None
+                bind(sock, local)
             if remote and not allow_broadcast:
                 await connect(sock, remote)
         except OSError as exc:

@@ -14,8 +14,9 @@ import anyio.lowlevel
 
 from .._errors import logger
 from .._server import Server
-from ._addresses import BIND_FAILED, AddressInfo, Host, Port, address_error, local_parts, resolve
-from ._base import Endpoints, ProtocolT, check_stream_socket
+from .._sockets import bind, check_stream_socket, set_option
+from ._addresses import AddressInfo, Host, Port, local_parts, resolve
+from ._base import Endpoints, ProtocolT
 from ._happy_eyeballs import connect_to_any, interleave as interleaved
 from ._tls import client_options, server_options
 
@@ -218,7 +219,7 @@ def bind_all(addresses: Sequence[AddressInfo], options: Sequence[str]) -> list[s
         try:
             for family, kind, proto, address in addresses:
                 wanted = (address[0], address[1] or port, *address[2:])
-                sock = bind((family, kind, proto, wanted), options)
+                sock = bound((family, kind, proto, wanted), options)
                 if sock is not None:
                     sockets.append(sock)
                     port = port or sock.getsockname()[1]
@@ -239,7 +240,7 @@ def bind_all(addresses: Sequence[AddressInfo], options: Sequence[str]) -> list[s
     raise AssertionError  # The last attempt returned or raised.
 
 
-def bind(info: AddressInfo, options: Sequence[str]) -> socket.socket | None:
+def bound(info: AddressInfo, options: Sequence[str]) -> socket.socket | None:
     """Return a non-blocking socket bound to one address, `None` when there is no such address on this machine."""
     family, kind, proto, address = info
     try:
@@ -256,24 +257,12 @@ def bind(info: AddressInfo, options: Sequence[str]) -> socket.socket | None:
         if family == socket.AF_INET6:
             # The IPv4 wildcard gets a socket of its own, so this one must not take its port as well.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-    except OSError as exc:
+        bind(sock, address)
+    except BaseException as exc:
         sock.close()
-        error = address_error(BIND_FAILED, address, exc)
-        if exc.errno == errno.EADDRNOTAVAIL:  # The name may well have addresses of a family that is turned off.
-            logger.debug("create_server() leaves an address out: %s", error)
+        if isinstance(exc, OSError) and exc.errno == errno.EADDRNOTAVAIL:
+            # The name may well have addresses of a family that is turned off.
+            logger.debug("create_server() leaves an address out: %s", exc)
             return None
-        raise error from None
-    except BaseException:
-        sock.close()
         raise
     return sock
-
-
-def set_option(sock: socket.socket, name: str) -> None:
-    """Turn on the socket option called `name`. Raises `ValueError` where it does not exist."""
-    try:
-        option = getattr(socket, name)
-        sock.setsockopt(socket.SOL_SOCKET, option, 1)
-    except (AttributeError, OSError) as exc:
-        raise ValueError(f"{name} is not supported by this platform") from exc

@@ -9,8 +9,6 @@ import ssl
 
 from .._channels._tls import TLSOptions
 
-__all__ = ["TLSOptions", "client_options", "server_options", "stream_options", "upgrade_options"]
-
 # Seconds; asyncio's defaults.
 HANDSHAKE_TIMEOUT = 60.0
 SHUTDOWN_TIMEOUT = 30.0

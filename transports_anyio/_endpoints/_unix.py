@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import stat
 from collections.abc import Callable
 from ssl import SSLContext
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,9 +13,8 @@ import anyio.lowlevel
 
 from .._errors import logger
 from .._server import Server
-from ._addresses import BIND_FAILED, address_error
-from ._base import Endpoints, ProtocolT, check_stream_socket
-from ._happy_eyeballs import connect
+from .._sockets import bind, check_stream_socket, connect, is_file
+from ._base import Endpoints, ProtocolT
 from ._tls import client_options, server_options
 
 if TYPE_CHECKING:
@@ -125,7 +123,7 @@ class UNIXEndpoints(Endpoints):
             path = os.fspath(path)
             await anyio.lowlevel.checkpoint()
             self._core.require_open()  # Before anything is replaced.
-            sock = bind(path)
+            sock = bound(path)
         cleanup = SocketFile(sock).remove if cleanup_socket else None
         return self._serve(protocol_factory, [sock], backlog, tls, start_serving=start_serving, on_close=cleanup)
 
@@ -138,40 +136,18 @@ def unix_family() -> int:
         raise NotImplementedError("this platform has no UNIX domain sockets") from None
 
 
-def is_file(path: str | bytes) -> bool:
-    """Whether `path` is neither an abstract name nor empty, which leaves the choice of such a name to the system."""
-    return bool(path) and path[0] not in (0, "\0")
-
-
-def bind(path: str | bytes) -> socket.socket:
+def bound(path: str | bytes) -> socket.socket:
     """Return a non-blocking socket bound to `path`, in place of one that was there."""
     sock = socket.socket(unix_family(), socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        if is_file(path):
-            remove_stale(path)
-        sock.bind(path)
-    except OSError as exc:
+        bind(sock, path)
+    except BaseException as exc:
         sock.close()
-        if exc.errno == errno.EADDRINUSE:
+        if isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE:
             raise OSError(exc.errno, f"Address {path!r} is already in use") from None
-        raise address_error(BIND_FAILED, path, exc) from None
-    except BaseException:
-        sock.close()
         raise
     return sock
-
-
-def remove_stale(path: str | bytes) -> None:
-    """Remove the socket at `path`, if there is one."""
-    try:
-        if stat.S_ISSOCK(os.stat(path).st_mode):
-            os.remove(path)
-    except FileNotFoundError:
-        pass
-    except OSError as exc:
-        # Whether this matters, `bind` will tell.
-        logger.error("cannot check or remove a stale UNIX socket at %r: %r", path, exc)
 
 
 class SocketFile:
