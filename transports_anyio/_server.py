@@ -18,7 +18,6 @@ from ._channels._socket import SocketChannel, SocketView, is_tcp, name_or_none, 
 from ._channels._tls import TLSChannel
 from ._errors import leaves_through_the_group, logger
 from ._owned import PendingHandshake
-from ._poller import Poller
 from ._readiness import READ, Watch
 from ._sockets import address_error
 from ._statistics import describe_flow
@@ -61,33 +60,42 @@ class Server(asyncio.AbstractServer):
     def __init__(
         self,
         core: Core,
-        poller: Poller,
-        sockets: list[socket.socket],
         protocol_factory: Callable[[], Any],
+        sockets: list[socket.socket],
         backlog: int,
-        tls: TLSOptions | None = None,
+        tls: TLSOptions | None,
         *,
+        start_serving: bool,
         on_close: Callable[[], object] | None = None,
     ) -> None:
+        # The sockets, which are bound, are the server's from here on: whatever goes wrong closes them.
+        self._core = core
+        self._poller = core.live_poller()
         self._tls = tls
         self._on_close = on_close
         # Connections see the variables of whoever made the server, as in asyncio.
         self._context = copy_context()
-        self._core = core
-        self._poller = poller
         self._sockets = sockets
         self._protocol_factory = protocol_factory
         self._backlog = backlog
         self._is_tcp = any(map(is_tcp, sockets))  # Asked once, and not for each connection.
         self._watches = {sock: Watch(sock.fileno()) for sock in sockets}
-        for watch in self._watches.values():
-            poller.claim(watch)
         self._serving = False
         self._serving_forever = False
         self._closed = False
         self._addresses: list[Any] = []  # What they were, once closed.
         self._connections: set[Owned] = set()
         self._changed = Waiters()
+        try:
+            core.require_open()
+            for watch in self._watches.values():
+                self._poller.claim(watch)
+            core.servers.add(self)
+            if start_serving:
+                self._listen()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def sockets(self) -> tuple[SocketView, ...]:
@@ -103,35 +111,12 @@ class Server(asyncio.AbstractServer):
         """Whether the server accepts connections."""
         return self._serving
 
-    def listen(self) -> None:
-        """Accept connections from now on. Does nothing when it does already."""
-        if self._closed:
-            msg = f"server {self!r} is closed"
-            raise RuntimeError(msg)
-        if self._serving:
-            return
-        for sock in self._sockets:
-            try:
-                sock.listen(self._backlog)
-            except OSError as exc:
-                raise address_error("error while attempting to listen on address", sock.getsockname(), exc) from None
-        self._serving = True
-        logger.debug("%r: listening", self)
-        try:
-            for sock in self._sockets:
-                self._resume(sock)
-        except OSError:  # The system watches as many descriptors as it may.
-            self._serving = False
-            for sock in self._sockets:
-                self._pause(sock)
-            raise
-
     async def start_serving(self) -> None:
         """Accept connections from now on. Does nothing when it does already.
 
         Raises `RuntimeError` when closed, `OSError` when the system refuses (another socket listens on the address).
         """
-        self.listen()
+        self._listen()
         await anyio.lowlevel.checkpoint()
 
     async def serve_forever(self) -> None:
@@ -142,7 +127,7 @@ class Server(asyncio.AbstractServer):
         if self._serving_forever:
             msg = f"server {self!r} is already being awaited on serve_forever()"
             raise RuntimeError(msg)
-        self.listen()
+        self._listen()
         self._serving_forever = True
         try:
             while not self._closed:
@@ -189,6 +174,28 @@ class Server(asyncio.AbstractServer):
     async def __aexit__(self, *exc: object) -> None:
         self.close()
         await self.wait_closed()
+
+    def _listen(self) -> None:
+        if self._closed:
+            msg = f"server {self!r} is closed"
+            raise RuntimeError(msg)
+        if self._serving:
+            return
+        for sock in self._sockets:
+            try:
+                sock.listen(self._backlog)
+            except OSError as exc:
+                raise address_error("error while attempting to listen on address", sock.getsockname(), exc) from None
+        self._serving = True
+        logger.debug("%r: listening", self)
+        try:
+            for sock in self._sockets:
+                self._resume(sock)
+        except OSError:  # The system watches as many descriptors as it may.
+            self._serving = False
+            for sock in self._sockets:
+                self._pause(sock)
+            raise
 
     def _resume(self, sock: socket.socket) -> None:
         watch = self._watches[sock]

@@ -14,7 +14,6 @@ from .._channels._socket import SocketChannel, is_tcp, set_nodelay
 from .._channels._tls import TLSChannel, TLSOptions
 from .._owned import PendingHandshake
 from .._readiness import Watch
-from .._server import Server
 from .._transports._stream import StreamTransport
 from .._waiters import Event
 
@@ -138,35 +137,6 @@ class Endpoints:
             raise
         finally:
             poller.release(meanwhile)
-
-    def _serve(
-        self,
-        protocol_factory: Callable[[], Any],
-        sockets: list[socket.socket],
-        backlog: int,
-        tls: TLSOptions | None,
-        *,
-        start_serving: bool,
-        on_close: Callable[[], object] | None = None,
-    ) -> Server:
-        """Make the server of bound sockets. They are the group's from here on: whatever goes wrong closes them."""
-        try:
-            poller = self._core.require_open()
-            server = Server(self._core, poller, sockets, protocol_factory, backlog, tls, on_close=on_close)
-        except BaseException:
-            if on_close is not None:
-                on_close()
-            for sock in sockets:
-                sock.close()
-            raise
-        self._core.servers.add(server)
-        if start_serving:
-            try:
-                server.listen()
-            except BaseException:
-                server.close()
-                raise
-        return server
 
     async def _shake_hands(self, channel: TLSChannel) -> None:
         """Wait for the handshake of `channel`, which is closed when that fails or is cancelled.

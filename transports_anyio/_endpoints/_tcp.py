@@ -175,7 +175,7 @@ class TCPEndpoints(Endpoints):
                 if wanted
             ]
             sockets = bind_all(list(addresses), options)
-        return self._serve(protocol_factory, sockets, backlog, tls, start_serving=start_serving)
+        return Server(self._core, protocol_factory, sockets, backlog, tls, start_serving=start_serving)
 
     async def connect_accepted_socket(
         self,

@@ -125,7 +125,7 @@ class UNIXEndpoints(Endpoints):
             self._core.require_open()  # Before anything is replaced.
             sock = bound(path)
         cleanup = SocketFile(sock).remove if cleanup_socket else None
-        return self._serve(protocol_factory, [sock], backlog, tls, start_serving=start_serving, on_close=cleanup)
+        return Server(self._core, protocol_factory, [sock], backlog, tls, start_serving=start_serving, on_close=cleanup)
 
 
 def unix_family() -> int:
