@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
@@ -127,7 +127,7 @@ class ProcessEndpoints(Endpoints):
         protocol = door.make_protocol(protocol_factory)
         streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
         channels = {fd: AnyIOStreamChannel(stream) for fd, stream in streams.items()}
-        return self._start_child(door, protocol, AnyIOChild(process), channels, channels.values())
+        return self._start_child(door, protocol, AnyIOChild(process), channels)
 
     async def _spawn(
         self, protocol_factory: Callable[[], ProtocolT], args: Any, **options: Any
@@ -161,7 +161,6 @@ class ProcessEndpoints(Endpoints):
         protocol: ProtocolT,
         child: PopenChild | AnyIOChild,
         channels: Mapping[int, Channel],
-        channels_to_run: Iterable[AnyIOStreamChannel] = (),
     ) -> tuple[SubprocessTransport, ProtocolT]:
         transport = SubprocessTransport(door, child, protocol, self._core.disown)
         self._core.own(transport)
@@ -177,6 +176,7 @@ class ProcessEndpoints(Endpoints):
         finally:  # The child is the group's, even if `connection_made` raised what leaves through the group.
             if child.needs_task:
                 self._run_for(f"process {child.pid}", child.run)
-            for channel in channels_to_run:
-                self._run_for(f"a pipe of {child.handle!r}", channel.run)
+            for channel in channels.values():
+                if isinstance(channel, AnyIOStreamChannel):
+                    self._run_for(f"a pipe of {child.handle!r}", channel.run)
         return transport, protocol
