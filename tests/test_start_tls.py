@@ -899,6 +899,30 @@ async def test_tls_in_tls(stack: Stack, certificates: Certificates) -> None:
         assert protocol.lost_with is None
 
 
+@pytest.mark.ours_only("asyncio's start_tls() never returns")
+async def test_connection_that_is_closed_by_its_server_name_callback(stack: Stack, certificates: Certificates) -> None:
+    # OpenSSL has an answer to send when the callback returns, but the connection is closed by then.
+    context = certificates.server()
+    context.sni_callback = lambda *_: protocol.transport.close()  # type: ignore[assignment]
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = certificates.client().wrap_bio(incoming, outgoing, server_hostname=NAME)
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    protocol = Recorder()
+    async with stack.open() as group, accepted(group, protocol) as peer:
+
+        async def close() -> None:
+            await peer.send(outgoing.read())
+            assert await peer.receive_all() == b""
+
+        error, _ = await together(
+            lambda: failed_upgrade(group, protocol.transport, protocol, context, server_side=True), close
+        )
+        await protocol.wait_for("connection_lost")
+        assert type(error) is ConnectionAbortedError
+        assert protocol.lost_with is None
+
+
 @pytest.mark.ours_only("asyncio cuts the connection, without `close_notify`")
 async def test_tls_in_tls_that_is_closed_by_its_server_name_callback(stack: Stack, certificates: Certificates) -> None:
     # OpenSSL has an answer to send by then, but the TLS below has said `close_notify`.

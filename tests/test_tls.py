@@ -419,7 +419,7 @@ async def test_answers_to_key_updates_do_not_pile_up(
     stack: Stack, certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The smaller limit spares the test to fill the real one, and what the system buffers.
-    monkeypatch.setattr("transports_anyio._channels._tls.ANSWERS_LIMIT", 4096, raising=False)
+    monkeypatch.setattr("transports_anyio._channels._tls_wire.ANSWERS_LIMIT", 4096, raising=False)
 
     def answer(protocol: Recorder, _: bytes) -> None:
         protocol.transport.write(b"with the last key")
@@ -449,7 +449,7 @@ async def test_answers_to_key_updates_do_not_pile_up(
 async def test_answers_to_key_updates_do_not_pile_up_during_the_farewell(
     stack: Stack, certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transports_anyio._channels._tls.ANSWERS_LIMIT", 4096, raising=False)
+    monkeypatch.setattr("transports_anyio._channels._tls_wire.ANSWERS_LIMIT", 4096, raising=False)
     async with stack.open() as group:
         serving = await serve(group, certificates.server())
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -472,10 +472,10 @@ async def test_answers_to_key_updates_do_not_pile_up_during_the_farewell(
 
 def test_what_is_written_never_stops_reading() -> None:
     # Or two ends that both write and do not read before the other has read would wait for each other for ever.
-    from transports_anyio._channels import _tls
+    from transports_anyio._channels import _tls_wire
 
-    records = -(-_tls.ENCRYPT_SIZE // RECORD) + 1
-    assert records * (RECORD + 256) < _tls.ANSWERS_LIMIT
+    records = -(-_tls_wire.ENCRYPT_SIZE // RECORD) + 1
+    assert records * (RECORD + 256) < _tls_wire.ANSWERS_LIMIT
 
 
 # -- other ways to a connection ---------------------------------------------------------------------------

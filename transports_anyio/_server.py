@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ._channels._contract import Channel
-    from ._channels._tls import TLSOptions
+    from ._channels._tls_wire import TLSOptions
     from ._core import Core
     from ._owned import Owned
 

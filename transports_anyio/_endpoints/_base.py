@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio.lowlevel
 
 from .._channels._socket import SocketChannel, is_tcp, set_nodelay
-from .._channels._tls import TLSChannel, TLSOptions
+from .._channels._tls import TLSChannel
+from .._channels._tls_wire import TLSOptions
 from .._owned import PendingHandshake
 from .._readiness import Watch
 from .._transports._stream import StreamTransport

@@ -1,0 +1,158 @@
+"""The last phase of a TLS connection: both ends send `close_notify`, then the channel below takes leave in its turn."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ._receive_buffers import RECEIVE_SIZE, buffers
+
+if TYPE_CHECKING:
+    from ._tls_wire import Wire
+
+# How much a peer may still send after our `close_notify` before the connection ends without waiting for its own.
+# What is on its way when we close should fit; a download without end should not be read to the end.
+DISCARD_LIMIT = 1024 * 1024
+
+
+class PlainFarewell:
+    """The end of a connection that is closed during its handshake: there is no TLS yet that could end.
+
+    What is unsent is sent first. The time limit is still that of the handshake.
+    """
+
+    __slots__ = ("_done", "_eof", "_wire")
+
+    def __init__(self, wire: Wire, done: Callable[[Exception | None, bool], None]) -> None:
+        self._wire = wire
+        self._done: Callable[[Exception | None, bool], None] | None = done
+        self._eof = False  # The peer has sent `close_notify`, or left.
+
+    def begin(self) -> bool:
+        """Take leave, as `Channel.finish` says."""
+        self._wire.inner.open(self._readable, self._writable)
+        return not self._wire.unsent and self._leave()  # What is unsent waits for the channel below already.
+
+    def abandon(self) -> None:
+        """Do not call `done` any more."""
+        self._done = None
+
+    def _readable(self) -> None: ...
+
+    def _writable(self) -> None:
+        try:
+            over = self._advance()
+        except Exception as exc:  # An `OSError`, or what a context of another kind raises.
+            self._end(exc)
+            return
+        if over:
+            self._leave_or_fail()
+
+    def _advance(self) -> bool:
+        """Do what can be done now; return whether only the channel below has yet to take leave."""
+        wire = self._wire
+        wire.flush()
+        wire.inner.set_writing(bool(wire.unsent))
+        return not wire.unsent
+
+    def _leave(self) -> bool:
+        """Let the channel below take leave, which may be TLS too; return whether that is all over."""
+        self._wire.lift_limit()
+        return self._wire.inner.finish(self._inner_finished)
+
+    def _leave_or_fail(self) -> None:
+        if self._done is None:
+            return  # Abandoned meanwhile.
+        try:
+            over = self._leave()
+        except Exception as exc:
+            self._end(exc)
+            return
+        if over:
+            self._end(None)
+
+    def _inner_finished(self, exc: Exception | None, eof: bool) -> None:
+        self._end(exc)
+
+    def _end(self, exc: Exception | None) -> None:
+        self._wire.lift_limit()
+        self._wire.rest()
+        done, self._done = self._done, None
+        if done is not None:
+            done(exc, self._eof and exc is None)
+
+
+class Farewell(PlainFarewell):
+    """The end of a connection that has exchanged data. What still comes is thrown away, up to a limit.
+
+    `eof` says that the transport knows already of the end of the peer's stream. `info` is told of a `close_notify`.
+    """
+
+    __slots__ = ("_discarded", "_info")
+
+    def __init__(
+        self, wire: Wire, done: Callable[[Exception | None, bool], None], info: dict[str, Any], *, eof: bool
+    ) -> None:
+        super().__init__(wire, done)
+        self._info = info
+        self._eof = eof
+        self._discarded = 0
+
+    def begin(self) -> bool:
+        transport_knows = self._eof
+        wire = self._wire
+        wire.inner.open(self._readable, self._writable)
+        if not self._advance():
+            wire.limit(wire.options.shutdown_timeout, self._timed_out)
+            return False
+        if transport_knows:
+            return self._leave()
+        wire.rest()
+        wire.scheduler.call_internal(self._leave_or_fail)  # `done` is not called before this returns.
+        return False
+
+    def _readable(self) -> None:
+        try:
+            count = self._wire.receive()
+        except (BlockingIOError, InterruptedError):
+            return
+        except Exception as exc:  # As in `_writable`.
+            self._end(exc)
+            return
+        if not count:
+            self._eof = True
+            self._wire.inner.set_reading(False)
+        self._writable()
+
+    def _advance(self) -> bool:
+        wire = self._wire
+        self._discard()
+        try:
+            wire.tls.unwrap()
+        except ssl.SSLWantReadError:
+            pass
+        else:
+            self._eof = self._info["close_notify"] = True
+        try:
+            wire.flush()
+        except ConnectionError:
+            if not self._eof:
+                raise
+            wire.unsent = b""  # The peer has left and misses nothing but our farewell.
+        wire.inner.set_writing(bool(wire.unsent))
+        # What comes behind the end is no TLS, and nobody would take it out of memory.
+        wire.inner.set_reading(not self._eof and wire.may_receive())
+        return (self._eof or self._discarded > DISCARD_LIMIT) and not wire.unsent
+
+    def _discard(self) -> None:
+        """Throw away what has come, before OpenSSL is told of the end: it would take that for an error."""
+        plaintext = buffers.decrypted
+        try:
+            while count := self._wire.read(RECEIVE_SIZE, plaintext):
+                self._discarded += count
+        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            pass
+
+    def _timed_out(self) -> None:
+        self._end(TimeoutError(f"the TLS shutdown took longer than {self._wire.options.shutdown_timeout} seconds"))
