@@ -215,6 +215,41 @@ async def test_data_that_comes_at_once_after_the_handshake(stack: Stack, certifi
         await protocol.wait_for("connection_lost")
 
 
+@pytest.mark.ours_only("asyncio's delivers what comes before `start_tls` has returned")
+async def test_reading_that_is_resumed_during_the_handshake(stack: Stack, certificates: Certificates) -> None:
+    # That is the old transport's: nothing is received from the new one before `start_tls` has returned it.
+    returned_before: list[bool] = []
+    protocol = Recorder(on_data_received=lambda *_: returned_before.append(protocol.transport is not old))
+    data = pattern(1_000_000)  # More than what is received with the last message of the handshake.
+    async with stack.open() as group, accepted(group, protocol) as peer:
+        old = protocol.transport
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = certificates.client().wrap_bio(incoming, outgoing, server_hostname=NAME)
+
+        async def upgrade() -> None:
+            protocol.transport = await group.start_tls(old, protocol, certificates.server(), server_side=True)
+
+        async def client() -> None:
+            old.pause_reading()
+            old.resume_reading()
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    await peer.send(outgoing.read())
+                    incoming.write(await peer.receive())
+            for start in range(0, len(data), 10_000):
+                tls.write(data[start : start + 10_000])
+            await peer.send(outgoing.read())
+
+        await together(upgrade, client)
+        assert await protocol.wait_received(len(data)) == data
+        assert all(returned_before)
+        protocol.transport.abort()
+        await protocol.wait_for("connection_lost")
+
+
 async def test_t2_plaintext_injected_before_the_upgrade(stack: Stack, certificates: Certificates) -> None:
     # RFC 3207, section 4.2, and CVE-2024-34083: what came in the clear must not be read as if it had been encrypted.
     protocol = Recorder(on_data_received=lambda protocol, data: protocol.transport.pause_reading())

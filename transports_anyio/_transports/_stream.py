@@ -467,6 +467,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             return None
         successor = StreamTransport(self._door, self._channel, self._protocol, self._successor_lost)
         successor._reading_paused = True
+        self._channel.set_reading(False)  # `resume_reading` may have been called since.
         successor._buffer = self._buffer
         self._successor = successor
         self._closing = self._lost = self._writing_refused = True
