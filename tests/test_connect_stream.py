@@ -578,6 +578,37 @@ async def test_errors_become_os_errors_with_their_cause(
     assert stream.closed
 
 
+@pytest.mark.parametrize("direction", ["receiving", "sending", "closing"])
+async def test_what_cannot_say_what_it_is_ends_nothing_else(anyio_backend: Any, direction: str) -> None:
+    class Mute:
+        def __repr__(self) -> str:
+            raise LookupError("no words")
+
+    class MuteError(Mute, Exception): ...
+
+    class MuteStream(Mute, Failing):
+        async def aclose(self) -> None:
+            await super().aclose()
+            if direction == "closing":
+                raise error
+
+    error = MuteError()
+    stream = MuteStream(error if direction == "receiving" else None, error if direction == "sending" else None)
+    async with memory_pair() as (ours, theirs), TransportGroup() as group:
+        contexts = collect_contexts(group)
+        _, other = await group.connect_stream(Recorder, ours)
+        transport, protocol = await group.connect_stream(Recorder, stream)
+        transport.write(b"x")
+        if direction == "closing":
+            transport.close()
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None if direction == "closing" else protocol.lost_with.__cause__ is error
+        await until(lambda: stream.closed)
+        assert [context["exception"] for context in contexts] == ([error] if direction == "closing" else [])
+        await theirs.send(b"alive")
+        await other.wait_received(5)
+
+
 async def test_a_failing_end_of_sending_breaks_the_connection(anyio_backend: Any) -> None:
     stream = Failing(None, anyio.BrokenResourceError())
     async with TransportGroup() as group:

@@ -23,6 +23,14 @@ def leaves_through_the_group(exc: BaseException) -> bool:
     return isinstance(exc, (KeyboardInterrupt, SystemExit, anyio.get_cancelled_exc_class()))
 
 
+def described(thing: object) -> str:
+    """Return `repr(thing)`, which is the user's code too: it may fail, and nothing else has to."""
+    try:
+        return repr(thing)
+    except Exception:
+        return object.__repr__(thing)
+
+
 def lacks(protocol: object, name: str) -> bool:
     """Whether the protocol has no callback `name`."""
     try:

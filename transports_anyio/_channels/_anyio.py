@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 import anyio
 from anyio.abc import AsyncResource
 
-from .._errors import logger
+from .._errors import described, logger
 
 # How long, in seconds, a stream may take to close in an orderly way (a TLS stream waits for the peer's close_notify):
 # asyncio's default `ssl_shutdown_timeout`.
@@ -39,7 +39,7 @@ def as_os_error(exc: Exception) -> OSError:
     elif isinstance(exc, anyio.BrokenResourceError):
         error = ConnectionResetError(errno.ECONNRESET, "the stream is broken")
     else:
-        error = OSError(errno.EIO, f"the stream failed: {exc!r}")
+        error = OSError(errno.EIO, f"the stream failed: {described(exc)}")
     error.__cause__ = exc
     return error
 

@@ -13,6 +13,7 @@ import anyio.lowlevel
 from .._channels._socket import SocketChannel, is_tcp, set_nodelay
 from .._channels._tls import TLSChannel
 from .._channels._tls_wire import TLSOptions
+from .._errors import described
 from .._owned import PendingHandshake
 from .._readiness import Watch
 from .._transports._stream import StreamTransport
@@ -86,11 +87,12 @@ class Endpoints:
         self, resource: object, run: Callable[[Callable[[Exception], None]], Coroutine[Any, Any, None]]
     ) -> None:
         """Start the task of a channel or child over an AnyIO object, which may be the user's own and fail to close."""
+        name = resource if isinstance(resource, str) else described(resource)
 
         def report(exc: Exception) -> None:
-            self._core.group.call_exception_handler({"message": f"Closing {resource} failed", "exception": exc})
+            self._core.group.call_exception_handler({"message": f"Closing {name} failed", "exception": exc})
 
-        self._core.task_group.start_soon(run, report, name=f"transports_anyio: {resource}")
+        self._core.task_group.start_soon(run, report, name=f"transports_anyio: {name}")
 
     async def _connect_socket(
         self, protocol_factory: Callable[[], ProtocolT], sock: socket.socket, tls: TLSOptions | None = None
