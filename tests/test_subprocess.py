@@ -782,6 +782,28 @@ async def test_a_python_that_was_built_without_pidfd(anyio_backend: Any) -> None
     assert int(result.stdout) == -signal.SIGTERM
 
 
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs descriptors of processes")
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS], ids=errno.errorcode.get)
+@pytest.mark.parametrize("how", ["kill", "close", "leave"])
+async def test_a_sandbox_that_sends_no_signal_to_a_descriptor(
+    anyio_backend: Any, how: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
+    child = Child()
+    async with TransportGroup() as group:
+        transport, _ = await group.subprocess_exec(lambda: child, "sleep", "1000")
+        if how != "leave":
+            getattr(transport, how)()
+            await child.end()
+            with pytest.raises(ProcessLookupError):
+                transport.kill()
+    assert gone(transport.get_pid())
+    assert transport.get_returncode() == -signal.SIGKILL
+
+
 @contextlib.contextmanager
 def full_list(number: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The descriptor that comes after `number` others of its kind is one more than the user may have in epoll."""

@@ -188,8 +188,15 @@ class PopenChild(Child):
     def send_signal(self, signal: int) -> None:
         if self._watch is not None:
             # It means this child for ever, whoever has its number; and nobody is reaped on the way.
-            signals.pidfd_send_signal(self._watch.descriptor, signal)
-        elif hasattr(os, "waitid"):
+            try:
+                signals.pidfd_send_signal(self._watch.descriptor, signal)
+            except ProcessLookupError:
+                raise
+            except OSError:
+                pass  # A sandbox without it. Whatever else is wrong is wrong with the number too.
+            else:
+                return
+        if hasattr(os, "waitid"):
             # `has_ended` has looked. `popen` would look again, and take a status that was stolen meanwhile for success.
             os.kill(self.pid, signal)
         else:
