@@ -33,6 +33,7 @@ from support import (
     connected,
     fill,
     leaves,
+    raises_inside,
     turns,
     until,
 )
@@ -1180,6 +1181,24 @@ async def test_what_call_soon_was_given_runs_before_the_block_is_left(anyio_back
     async with TransportGroup() as group:
         group.call_soon(calls.append, "in time")
     assert calls == ["in time"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+async def test_what_ends_the_program_in_the_last_turn_keeps_nothing_from_running(
+    anyio_backend: Any, error: type[BaseException]
+) -> None:
+    calls: list[str] = []
+
+    def leave() -> None:
+        raise error
+
+    with raises_inside(error):
+        async with TransportGroup() as group:
+            group.call_soon(leave)
+            group.call_soon(calls.append, "in time")
+            group.call_soon(leave)
+            group.call_soon_threadsafe(calls.append, "this too")
+    assert calls == ["in time", "this too"]
 
 
 @pytest.mark.parametrize("how", ["normally", "by an exception"])

@@ -308,10 +308,11 @@ class Core:
                 leaving = leaving or error
         with self.handing_over:
             self.alive = False
-        try:
-            self._run_ready()  # What `call_soon` was given before the end; timers that are pending never fire.
-        except BaseException as error:
-            leaving = leaving or error
+        for _ in range(len(self.ready)):  # What `call_soon` was given before the end; pending timers never fire.
+            try:
+                self._run_callback(self.ready.popleft())
+            except BaseException as error:
+                leaving = leaving or error
         self.ready.clear()
         self.timers.clear()
         if leaving is not None:
