@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import socket
 import struct
@@ -876,6 +877,24 @@ async def test_errors_name_the_address(stack: Stack) -> None:
             assert caught.value.errno == errno.EADDRINUSE
         with pytest.raises(PermissionError, match=r"Connect call failed \('127\.255\.255\.255', 9\)"):
             await group.create_datagram_endpoint(Endpoint, remote_addr=("127.255.255.255", 9))
+
+
+@pytest.mark.ours_only("asyncio keeps them until the collector runs")
+async def test_errors_are_not_kept(stack: Stack) -> None:
+    def errors() -> int:
+        return sum(issubclass(type(thing), OSError) for thing in gc.get_objects())
+
+    async with stack.open() as group:
+        with udp_peer() as taken:
+            gc.collect()
+            gc.disable()
+            try:
+                before = errors()
+                with suppress(OSError):
+                    await group.create_datagram_endpoint(Endpoint, local_addr=taken.getsockname())
+                assert errors() == before
+            finally:
+                gc.enable()
 
 
 async def test_an_adopted_socket_of_the_wrong_kind(stack: Stack) -> None:

@@ -180,4 +180,7 @@ async def first_that_works(
             raise
         else:
             return sock, remote or None
-    raise errors[0]
+    try:
+        raise errors[0]
+    finally:
+        errors.clear()  # Their tracebacks have this frame: no cycle.
