@@ -680,6 +680,23 @@ async def test_true_value_from_eof_received_still_closes(stack: Stack, certifica
         assert [record.levelname for record in records] == ["WARNING"]
 
 
+@pytest.mark.ours_only("asyncio warns whatever the callback has done")
+@pytest.mark.parametrize("end", ["close", "abort"])
+async def test_a_true_answer_of_eof_received_that_has_ended_the_transport(
+    stack: Stack, certificates: Certificates, end: str
+) -> None:
+    def eof_received(protocol: Any) -> bool:
+        getattr(protocol.transport, end)()
+        return True
+
+    protocol = Recorder(on_eof_received=eof_received)
+    with capture_log(stack) as records:
+        async with stack.open() as group, tls_client(group, certificates, protocol) as (_, _, peer):
+            peer.say_goodbye_and_leave()
+            await protocol.wait_for("connection_lost")
+    assert [record.getMessage() for record in records] == []
+
+
 async def test_what_is_written_in_eof_received_is_sent(stack: Stack, certificates: Certificates) -> None:
     protocol = Recorder(on_eof_received=lambda protocol: protocol.transport.write(b"answer"))
     async with stack.open() as group, tls_client(group, certificates, protocol) as (_, _, peer):

@@ -213,7 +213,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             return
         if keep_open and self._channel.can_write_eof:
             return
-        if keep_open and self._channel.is_two_way:
+        if keep_open and self._channel.is_two_way and not self._closing:
             logger.warning("%r: returning true from eof_received() has no effect without write_eof()", self)
         self.close()
 
