@@ -17,6 +17,7 @@ import shutil
 import socket
 import ssl
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -498,6 +499,37 @@ async def test_a_file_that_fails_in_the_middle(stack: Stack) -> None:
         transport.close()
         await protocol.wait_for("connection_lost")
         assert protocol.lost_with is None
+
+
+class Slow(io.BytesIO):
+    """A file whose first block takes its time."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.asked = threading.Event()
+        self.go_on = threading.Event()
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.asked.set()
+        assert self.go_on.wait(GUARD)
+        return super().read(size)
+
+
+@pytest.mark.ours_only("the oracle waits for ever")
+async def test_a_block_that_is_read_in_vain(stack: Stack) -> None:
+    """Nothing of it is sent, so the file stands where it is to be read from again."""
+    async with stack.open() as group, connected(group) as (transport, protocol, _):
+        file = Slow(SMALL_CONTENT)
+        sending = Sending()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(sending.run, group, transport, file, 100)
+            await until(file.asked.is_set)
+            transport.abort()
+            await protocol.wait_for("connection_lost")
+            file.go_on.set()
+            await sending.wait()
+        assert isinstance(sending.error, ConnectionError)
+        assert file.tell() == 100
 
 
 async def test_a_closing_transport(stack: Stack) -> None:

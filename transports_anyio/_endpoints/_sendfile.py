@@ -149,5 +149,5 @@ async def send_by_reading(transport: StreamTransport, file: BinaryIO, offset: in
         await transport.flush()
         return sent
     finally:
-        if sent and seekable:
-            file.seek(offset + sent)
+        if seekable:
+            file.seek(offset + sent)  # A block may have been read for a transport that has ended meanwhile.
