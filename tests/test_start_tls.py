@@ -375,6 +375,19 @@ async def test_state_of_the_old_transport(stack: Stack, certificates: Certificat
             assert (transport.is_closing(), transport.is_reading()) == (True, False)
 
 
+@pytest.mark.ours_only("asyncio goes on with the old transport, in the midst of the new one's TLS")
+async def test_the_old_transport_says_which_one_goes_on(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        new, tls = await upgrade_client(group, transport, protocol, peer, certificates)
+        with tls:
+            with pytest.raises(RuntimeError, match=r"start_tls\(\) after start_tls\(\): it returned a new transport"):
+                await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
+            with pytest.raises(RuntimeError, match=r"sendfile\(\) after start_tls\(\): it returned a new transport"):
+                await group.sendfile(transport, io.BytesIO(b"in the clear"))
+            new.write(b"alive")
+            assert await tls.receive() == b"alive"
+
+
 # -- what goes wrong --------------------------------------------------------------------------------------
 
 

@@ -49,14 +49,16 @@ class FileEndpoints(Endpoints):
         Meanwhile `write`, `writelines` and another `sendfile` raise `RuntimeError`, nothing is read from the
         transport, and `write_eof` and `resume_writing` wait.
 
-        Raises `RuntimeError` when the transport is closing, after `write_eof`, and for a transport that cannot send
-        files (without `fallback`: that cannot do so by itself); `asyncio.SendfileNotAvailableError` without `fallback`
-        for a file that the system cannot send; `ValueError` for a file in text mode; `ValueError` and `TypeError` for
-        a bad `offset` or `count`; `ConnectionError` when the transport is closed or broken before the end; and
-        whatever reading the file raises.
+        Raises `RuntimeError` when the transport is closing, after `write_eof` and `start_tls`, and for a transport that
+        cannot send files (without `fallback`: that cannot do so by itself); `asyncio.SendfileNotAvailableError` without
+        `fallback` for a file that the system cannot send; `ValueError` for a file in text mode; `ValueError` and
+        `TypeError` for a bad `offset` or `count`; `ConnectionError` when the transport is closed or broken before the
+        end; and whatever reading the file raises.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sendfile
         """
+        if isinstance(transport, StreamTransport):
+            transport.refuse_after_upgrade("sendfile")
         if transport.is_closing():
             raise RuntimeError("Transport is closing")
         if not isinstance(transport, StreamTransport) or not transport.can_send:

@@ -51,11 +51,11 @@ class StartTLSEndpoint(Endpoints):
 
         Raises, with the connection untouched, `TypeError` for another kind of transport or context, `ValueError` for
         options that contradict each other, and `RuntimeError` when the transport is another group's, is closing, has
-        sent its end of file, or is busy with `sendfile` or another `start_tls`. Raises `ssl.SSLError` when the ends do
-        not agree, `ConnectionResetError` when the peer leaves, `ConnectionAbortedError` when the handshake takes too
-        long or the transport is closed meanwhile; the connection is then aborted, by a cancellation too, and
-        `connection_lost` of `protocol` called. A `close` flushes first, as ever: what was written since the call goes
-        encrypted, or not at all if the handshake fails.
+        sent its end of file, has been upgraded, or is busy with `sendfile` or another `start_tls`. Raises
+        `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves, `ConnectionAbortedError`
+        when the handshake takes too long or the transport is closed meanwhile; the connection is then aborted, by a
+        cancellation too, and `connection_lost` of `protocol` called. A `close` flushes first, as ever: what was written
+        since the call goes encrypted, or not at all if the handshake fails.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
         """

@@ -431,6 +431,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         """
         if not self._channel.is_two_way:
             raise TypeError(f"transport {self!r} is not supported by start_tls()")
+        self.refuse_after_upgrade("start_tls")
         if self._closing:
             raise RuntimeError("Transport is closing")
         if self._writing_refused or self._upgrading:
@@ -453,6 +454,11 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
     def belongs_to(self, group: object) -> bool:
         """Whether `group` owns the transport."""
         return self._door.group is group
+
+    def refuse_after_upgrade(self, name: str) -> None:
+        """Raise `RuntimeError` when `start_tls` has passed the connection on: what is asked for is the new one's."""
+        if self._successor is not None:
+            self._refuse_writing(name)
 
     def break_off(self, exc: Exception) -> None:
         """End with `connection_lost(exc)`: the new channel did not come about."""
