@@ -503,7 +503,7 @@ async def test_leaving_the_group_ends_a_handshake(anyio_backend: Any, certificat
 
 async def test_parameters_that_are_refused(anyio_backend: Any, certificates: Certificates) -> None:
     context = certificates.client()
-    async with TransportGroup() as group, memory_pair() as (a, _):
+    async with TransportGroup() as group, memory_pair() as (a, b):
         for options, error in (
             ({"ssl": context}, ValueError),  # Which name?
             ({"ssl": True}, ValueError),
@@ -516,9 +516,15 @@ async def test_parameters_that_are_refused(anyio_backend: Any, certificates: Cer
             ({"ssl": context, "server_hostname": NAME, "ssl_handshake_timeout": 0}, ValueError),
             ({"ssl": context, "server_hostname": NAME, "ssl_handshake_timeout": float("nan")}, ValueError),
             ({"ssl": context, "server_hostname": NAME, "ssl_shutdown_timeout": float("nan")}, ValueError),
+            ({"ssl": context, "server_hostname": ".example"}, ValueError),
+            ({"ssl": context, "server_side": True}, ssl.SSLError),
+            ({"ssl": certificates.server(), "server_hostname": NAME}, ssl.SSLError),
         ):
             with pytest.raises(error):
                 await group.connect_stream(Recorder, a, **options)  # type: ignore[arg-type]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(a.send, b"left alone")
+            assert await b.receive() == b"left alone"
         sender, receiver = one_way(1)
         async with sender, receiver:
             for stream in (sender, receiver):
