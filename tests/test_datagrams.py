@@ -141,6 +141,17 @@ async def test_datagrams_both_ways(stack: Stack, family: int, host: str) -> None
             assert transport.get_extra_info("socket").family == family
 
 
+async def test_a_transport_takes_attributes(stack: Stack) -> None:
+    """Programs keep what belongs to an endpoint with its transport, and tests put a function in a method's place."""
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        transport, _ = await endpoints.make(local_addr=(HOST, 0))
+        sent: list[tuple[bytes, Any]] = []
+        transport.sendto = lambda data, addr=None: sent.append((data, addr))
+        transport.sendto(b"hello", (HOST, 9))
+        assert sent == [(b"hello", (HOST, 9))]
+        del transport.sendto
+
+
 @pytest.mark.skipif(a_link_local_address() is None, reason="there is no link-local address")
 @pytest.mark.parametrize("connected", [False, True])
 async def test_flow_and_scope(stack: Stack, connected: bool) -> None:

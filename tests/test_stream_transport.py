@@ -66,6 +66,20 @@ async def test_extra_info_outlives_the_connection(stack: Stack) -> None:
         assert transport.get_extra_info("peername") == name
 
 
+async def test_a_transport_takes_attributes(stack: Stack) -> None:
+    """Programs keep what belongs to a connection with its transport, and tests put a function in a method's place."""
+    async with stack.open() as group, connected(group) as (transport, _, peer):
+        transport.user = "somebody"
+        assert transport.user == "somebody"
+        written: list[bytes] = []
+        transport.write = written.append
+        transport.write(b"to the test")
+        del transport.write
+        transport.write(b"to the peer")
+        assert await peer.receive_exactly(11) == b"to the peer"
+        assert written == [b"to the test"]
+
+
 async def test_the_callbacks_of_an_ordinary_connection(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         await peer.send(b"hello")

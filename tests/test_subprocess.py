@@ -137,6 +137,15 @@ async def test_input_and_output(stack: Stack) -> None:
         ]
 
 
+async def test_a_transport_takes_attributes(stack: Stack) -> None:
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.exec("cat")
+        transport.started_by = "somebody"
+        assert transport.started_by == "somebody"
+        transport.close()
+        await child.end()
+
+
 async def test_pipe_transports(stack: Stack) -> None:
     async with stack.open() as group, Children(group) as children:
         transport, _ = await children.exec("cat", stderr=subprocess.DEVNULL)

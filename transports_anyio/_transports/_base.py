@@ -37,6 +37,7 @@ class ChannelTransport(asyncio.BaseTransport):
     """A transport over one channel."""
 
     __slots__ = (
+        "__dict__",  # The user's: asyncio's transports take attributes, too. It is made with the first one.
         "__weakref__",
         "_buffer",
         "_bytes_received",

@@ -51,6 +51,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     """
 
     __slots__ = (
+        "__dict__",  # The user's, as in every transport.
         "__weakref__",
         "_child",
         "_closed",
