@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import socket
 import ssl
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from anyio.abc import ByteStream, UDPSocket
+from anyio.abc import ByteStream, Process, UDPSocket
+from typing_extensions import assert_type
 
 from transports_anyio import (
     BaseTransport,
     BufferedProtocol,
     DatagramProtocol,
+    DatagramTransport,
+    Handle,
     Protocol,
+    ReadTransport,
     Server,
+    SubprocessProtocol,
+    SubprocessTransport,
     TimerHandle,
     Transport,
     TransportGroup,
+    WriteTransport,
     current_group,
 )
-from transports_anyio.testing import BufferedRecorder, Recorder, memory_connection
+from transports_anyio.testing import BufferedRecorder, DatagramRecorder, Recorder, SubprocessRecorder, memory_connection
 
 
 class Counting(Protocol):
@@ -85,3 +94,45 @@ async def use(stream: ByteStream, udp: UDPSocket, sock: socket.socket) -> None:
         counting.count += 1
         received: bytes = await recorder.wait_received(1)
         await Recorder(counting, transport=end).wait_for("data_received", len(received))
+
+
+class Making:
+    """Protocol factories come in every shape of a callable; a protocol need not have a base class."""
+
+    def connection_made(self, transport: Any) -> None: ...
+
+    def make(self) -> Counting:
+        return Counting(1)
+
+    def __call__(self) -> Counting:
+        return Counting(2)
+
+
+class Child(SubprocessProtocol): ...
+
+
+async def types_of_what_comes_back(stream: ByteStream, udp: UDPSocket, process: Process, sock: socket.socket) -> None:
+    """Transports are of asyncio's classes, which is where the public names lead to, and protocols of their own."""
+    async with TransportGroup() as group:
+        connection = await group.create_connection(partial(Counting, 3), "localhost", 80)
+        assert_type(connection, tuple[Transport, Counting])
+        assert_type(await group.create_connection(Making().make, sock=sock), tuple[Transport, Counting])
+        assert_type(await group.create_unix_connection(Making(), "socket"), tuple[Transport, Counting])
+        assert_type(await group.connect_accepted_socket(Making, sock), tuple[Transport, Making])
+        assert_type(await group.connect_stream(Filling, stream), tuple[Transport, Filling])
+        endpoints = [await group.create_datagram_endpoint(Replying, ("localhost", port)) for port in range(2)]
+        assert_type(endpoints, list[tuple[DatagramTransport, Replying]])
+        assert_type(await group.connect_datagram_socket(Replying, udp), tuple[DatagramTransport, Replying])
+        children = [await group.subprocess_exec(Child, "cat"), await group.subprocess_shell(Child, "cat")]
+        assert_type(children, list[tuple[SubprocessTransport, Child]])
+        assert_type(await group.connect_process(Child, process), tuple[SubprocessTransport, Child])
+        with Path("file").open("rb") as file:
+            assert_type(await group.connect_read_pipe(Filling, file), tuple[ReadTransport, Filling])
+            assert_type(await group.connect_write_pipe(Filling, file), tuple[WriteTransport, Filling])
+        async with await group.create_server(Making, None, 0) as server:
+            assert_type(server, Server)
+        assert_type(group.call_soon_threadsafe(print), Handle)
+        recorders = await memory_connection(group, Recorder, BufferedRecorder)
+        assert_type(recorders, tuple[tuple[Transport, Recorder], tuple[Transport, BufferedRecorder]])
+        assert_type(DatagramRecorder(Replying()).received, list[tuple[bytes, Any]])
+        assert_type(SubprocessRecorder(Child()).received, dict[int, bytearray])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +36,7 @@ class DatagramEndpoints(Endpoints):
         reuse_port: bool | None = None,
         allow_broadcast: bool | None = None,
         sock: socket.socket | None = None,
-    ) -> tuple[DatagramTransport, ProtocolT]:
+    ) -> tuple[asyncio.DatagramTransport, ProtocolT]:
         """Make a datagram endpoint and return `(transport, protocol)`.
 
         `local_addr` is bound, `remote_addr` connected to (with `allow_broadcast` only sent to): a host and a port, or
@@ -83,7 +84,7 @@ class DatagramEndpoints(Endpoints):
 
     async def connect_datagram_socket(
         self, protocol_factory: Callable[[], ProtocolT], datagram_socket: AnyDatagramSocket
-    ) -> tuple[DatagramTransport, ProtocolT]:
+    ) -> tuple[asyncio.DatagramTransport, ProtocolT]:
         """Give one of AnyIO's datagram sockets a protocol and return `(transport, protocol)`.
 
         `datagram_socket` is a `UDPSocket`, `ConnectedUDPSocket`, `UNIXDatagramSocket` or `ConnectedUNIXDatagramSocket`;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ class ProcessEndpoints(Endpoints):
         stdout: Any = subprocess.PIPE,
         stderr: Any = subprocess.PIPE,
         **options: Any,
-    ) -> tuple[SubprocessTransport, ProtocolT]:
+    ) -> tuple[asyncio.SubprocessTransport, ProtocolT]:
         """Run `program` with `args` as a child process and return `(transport, protocol)`.
 
         `stdin`, `stdout` and `stderr` are each `PIPE`, `DEVNULL`, a file or descriptor, or `None` for ours; `stderr`
@@ -83,7 +84,7 @@ class ProcessEndpoints(Endpoints):
         stdout: Any = subprocess.PIPE,
         stderr: Any = subprocess.PIPE,
         **options: Any,
-    ) -> tuple[SubprocessTransport, ProtocolT]:
+    ) -> tuple[asyncio.SubprocessTransport, ProtocolT]:
         """Run `cmd` in the platform's shell and return `(transport, protocol)`.
 
         What comes from elsewhere has to be quoted, with `shlex.quote`. `stdin`, `stdout`, `stderr` and `options` are as
@@ -103,7 +104,7 @@ class ProcessEndpoints(Endpoints):
 
     async def connect_process(
         self, protocol_factory: Callable[[], ProtocolT], process: Process
-    ) -> tuple[SubprocessTransport, ProtocolT]:
+    ) -> tuple[asyncio.SubprocessTransport, ProtocolT]:
         """Give an AnyIO process a protocol and return `(transport, protocol)`.
 
         The transport owns the process and its streams from now on, and waits for its end. The extra info `subprocess`
@@ -131,7 +132,7 @@ class ProcessEndpoints(Endpoints):
 
     async def _spawn(
         self, protocol_factory: Callable[[], ProtocolT], args: Any, **options: Any
-    ) -> tuple[SubprocessTransport, ProtocolT]:
+    ) -> tuple[asyncio.SubprocessTransport, ProtocolT]:
         require_pipes()
         self._core.require_open()
         await anyio.lowlevel.checkpoint()
@@ -161,7 +162,7 @@ class ProcessEndpoints(Endpoints):
         protocol: ProtocolT,
         child: PopenChild | AnyIOChild,
         channels: Mapping[int, Channel],
-    ) -> tuple[SubprocessTransport, ProtocolT]:
+    ) -> tuple[asyncio.SubprocessTransport, ProtocolT]:
         transport = SubprocessTransport(door, child, protocol, self._core.disown)
         self._core.own(transport)
         try:
