@@ -141,6 +141,15 @@ async def test_datagrams_both_ways(stack: Stack, family: int, host: str) -> None
             assert transport.get_extra_info("socket").family == family
 
 
+@pytest.mark.ours_only("asyncio's datagram transports share a class with its streams")
+async def test_no_methods_of_streams(stack: Stack) -> None:
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        transport, _ = await endpoints.make(local_addr=(HOST, 0))
+        assert not isinstance(transport, asyncio.Transport)
+        for name in ("is_reading", "pause_reading", "resume_reading", "write"):
+            assert not hasattr(transport, name)
+
+
 async def test_a_transport_takes_attributes(stack: Stack) -> None:
     """Programs keep what belongs to an endpoint with its transport, and tests put a function in a method's place."""
     async with stack.open() as group, Endpoints(group) as endpoints:

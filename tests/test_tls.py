@@ -569,6 +569,15 @@ async def test_t10_extra_info_after_two_closes(stack: Stack, certificates: Certi
         assert transport.get_extra_info("cipher")[1].startswith("TLS")
 
 
+@pytest.mark.ours_only("asyncio has them over TLS, and on no page")
+async def test_no_methods_that_no_page_has(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
+        for name in ("get_read_buffer_size", "get_read_buffer_limits", "set_read_buffer_limits"):
+            assert not hasattr(transport, name)
+        peer.say_goodbye_and_leave()
+        await protocol.wait_for("connection_lost")
+
+
 @pytest.mark.ours_only("asyncio does not count them")
 async def test_the_time_out_of_the_handshake_ends_with_it(stack: Stack, certificates: Certificates) -> None:
     """Or else it would end the connection later on."""
