@@ -160,12 +160,18 @@ class LoopPoller(ListPoller):
 
 def make_poller() -> Poller:
     """Return the best poller that there is for what runs here."""
-    readiness = make_readiness_list()
-    if readiness is None:
-        return TaskPoller()
     try:
         # A current task, because a loop may also run beside another backend that drives this task (trio's guest mode).
         loop = asyncio.get_running_loop() if asyncio.current_task() is not None else None
     except RuntimeError:
         loop = None
-    return WaitingListPoller(readiness) if loop is None else LoopPoller(readiness, loop)
+    readiness = make_readiness_list()
+    poller: Poller
+    if readiness is None:
+        poller = TaskPoller()
+    elif loop is None:
+        poller = WaitingListPoller(readiness)
+    else:
+        poller = LoopPoller(readiness, loop)
+    poller.loop = loop
+    return poller

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
+from asyncio import AbstractEventLoop
 from collections.abc import Callable
 from math import inf
 from typing import Protocol
@@ -44,6 +45,9 @@ class Poller(ABC):
 
     #: Whom every descriptor belongs to: see `claim`.
     watches: dict[int, Watch]
+
+    #: What a program of asyncio's knows as its event loop; nobody here uses it. `None` where there is none.
+    loop: AbstractEventLoop | None = None
 
     def __init__(self) -> None:
         #: The clock, in seconds.

@@ -25,8 +25,6 @@ from ._transports._stream import StreamTransport
 from ._waiters import Waiters
 
 if TYPE_CHECKING:
-    from typing import NoReturn
-
     from typing_extensions import Self
 
     from ._channels._contract import Channel
@@ -102,10 +100,16 @@ class Server(asyncio.AbstractServer):
         """The listening sockets, to look at; none once the server is closed."""
         return () if self._closed else tuple(SocketView(sock) for sock in self._sockets)
 
-    def get_loop(self) -> NoReturn:
-        """Raise `RuntimeError`: on trio there is no event loop, so a portable server has none to give."""
-        msg = "a server of a TransportGroup has no event loop: use current_group()"
-        raise RuntimeError(msg)
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """Return the event loop that runs the server, on asyncio and uvloop.
+
+        Raises `RuntimeError` on trio, which has none: a portable program has its group instead.
+        """
+        loop = self._poller.loop
+        if loop is None:
+            msg = "no event loop runs this server: use current_group() instead"
+            raise RuntimeError(msg)
+        return loop
 
     def is_serving(self) -> bool:
         """Whether the server accepts connections."""
