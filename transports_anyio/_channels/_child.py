@@ -27,6 +27,9 @@ KILLED = -9
 # How often, in seconds, to look whether a child has ended that neither a descriptor nor a thread waits for.
 PAUSE_WITHOUT_THREAD = 0.05
 
+# How long, in seconds, a backend may take to hear of the end of a child that is reaped already.
+TIME_TO_HEAR = 1.0
+
 Exited = Callable[[int], None]
 
 
@@ -313,6 +316,7 @@ class AnyIOChild(Child):
                 return None
             status = KILLED  # The task reaps it; nothing else can have happened to it.
         elif self._process.returncode is None and not is_child(self.pid):
-            # Somebody else has reaped it, which the backend may never hear of (uvloop): nothing is left to wait for.
-            self._waiting.cancel()
+            # A thread of the backend's has reaped it, and is about to say so (asyncio before 3.12); or a stranger has,
+            # of which the backend may never hear (uvloop).
+            self._waiting.deadline = anyio.current_time() + TIME_TO_HEAR
         return status
