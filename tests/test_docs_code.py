@@ -11,8 +11,8 @@ A page is run from top to bottom.
 
 - A `python` block under `<!-- file: NAME -->` is saved as NAME, in a folder of the page's own.
 - A `console` block has commands (`$ python NAME`) and exactly what they print. A command with `&` stays in the
-  background until `kill %1` (`%2` …) or the end of the page. Times (`0.03s`) may differ. A file that no command names
-  is run by itself.
+  background until `kill %1` (`%2` …) or the end of the page; one that prints nothing listens on port 8888, which is
+  waited for. Times (`0.03s`) may differ. A file that no command names is run by itself.
 - `sh` blocks are commands that change the reader's machine, `text` blocks are pictures: neither runs. There is no other
   language, so no block is left out unnoticed.
 
@@ -33,6 +33,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -113,8 +114,9 @@ def normal(output: str) -> list[str]:
 class Terminal:
     """Runs the commands of `console` blocks in a folder, and compares what they print."""
 
-    def __init__(self, folder: Path, backend: tuple[str, Any], ending: ExitStack) -> None:
+    def __init__(self, folder: Path, backend: tuple[str, Any], port: int, ending: ExitStack) -> None:
         self.folder = folder
+        self.port = port
         self.backend = json.dumps(backend)
         self.ending = ending
         self.jobs: list[subprocess.Popen[str]] = []
@@ -162,10 +164,20 @@ class Terminal:
         assert process.stdout is not None
         try:
             printed = [process.stdout.readline().rstrip("\n") for _ in expected]
+            if not expected:
+                self.wait_until_it_listens(process)
         finally:
             guard.cancel()
             guard.join()
         assert printed == expected
+
+    def wait_until_it_listens(self, process: subprocess.Popen[str]) -> None:
+        while True:
+            with socket.socket() as sock:
+                if not sock.connect_ex((HOST, self.port)):
+                    return
+            assert process.poll() is None, "ended by itself"
+            time.sleep(0.01)
 
     def end(self, number: int) -> None:
         process = self.jobs[number - 1]
@@ -195,9 +207,9 @@ async def run_in_place(blocks: list[Block], page: str, namespace: dict[str, Any]
 def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     name, options = anyio_backend
     blocks = [block for block in blocks_of(page) if block.kind in ("python", "console")]
-    port = str(unused_port())
+    port = unused_port()
     for block in blocks:
-        block.code = block.code.replace("8888", port)
+        block.code = block.code.replace("8888", str(port))
     commands = " ".join(block.code for block in blocks if block.kind == "console")
     if "examples/tour.py" in commands:  # It leaves out what is not installed.
         pytest.importorskip("trio")
@@ -212,7 +224,7 @@ def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Pa
             await run_in_place(blocks, page, {"__name__": page, "stack": stack}, terminal)
 
     with ExitStack() as ending:
-        terminal = Terminal(tmp_path, (name, options), ending)
+        terminal = Terminal(tmp_path, (name, options), port, ending)
         if any(block.kind == "console" or block.file is None for block in blocks):
             anyio.run(run, backend=name, backend_options=options)
         for block in blocks:
