@@ -1240,6 +1240,10 @@ async def test_failed_handshakes_of_a_servers_clients_leak_nothing(stack: Stack,
         serving.server.close()
 
 
+def count_of_openssls_objects() -> int:
+    return sum(isinstance(each, (ssl.SSLObject, ssl.MemoryBIO)) for each in gc.get_objects())
+
+
 @pytest.mark.exhaustive
 @pytest.mark.ours_only("about our own objects")
 async def test_t6_failed_handshakes_keep_no_memory(stack: Stack, certificates: Certificates) -> None:
@@ -1251,6 +1255,7 @@ async def test_t6_failed_handshakes_keep_no_memory(stack: Stack, certificates: C
         serving = await serve(group, server)
         untrusting = ssl.create_default_context()
         gc.collect()
+        before = count_of_openssls_objects()
         gc.disable()
         try:
             with plain_server(*[read_four] * 1000) as address:
@@ -1259,7 +1264,7 @@ async def test_t6_failed_handshakes_keep_no_memory(stack: Stack, certificates: C
             for _ in range(1000):
                 await connect_to(group, serving.address, ssl=untrusting)
             # The server may still be about to hear of the last ones.
-            await until(lambda: sum(isinstance(each, (ssl.SSLObject, ssl.MemoryBIO)) for each in gc.get_objects()) < 10)
+            await until(lambda: count_of_openssls_objects() < before + 10)
         finally:
             gc.enable()
         serving.server.close()
