@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sized
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    class SizedBuffer(Buffer, Sized, Protocol):
+        """What `get_buffer` returns: `len` says that it is not empty; its items may be more than a byte each."""
 
 
 class Channel(ABC):
@@ -43,7 +46,7 @@ class Channel(ABC):
         """Return what has arrived, at least one byte; `b""` at the end of the stream."""
 
     @abstractmethod
-    def receive_into(self, buffer: Buffer, /) -> int:
+    def receive_into(self, buffer: SizedBuffer, /) -> int:
         """Receive into `buffer` and return the number of bytes; 0 at the end of the stream."""
 
     @abstractmethod

@@ -25,10 +25,13 @@ from ._tls_handshake import Handshake
 from ._tls_wire import ENCRYPT_SIZE, Scheduler, TLSOptions, Wire
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from ._contract import SizedBuffer
 
 # How often in a row one readiness event may call a protocol whose buffer is smaller than what was received.
 READS_IN_A_ROW = 16
+
+# OpenSSL reads as many bytes as the buffer holds, whatever its items are: nobody has to look.
+AS_MUCH_AS_FITS = 2**30
 
 
 class Phase(Enum):
@@ -215,52 +218,63 @@ class TLSChannel(Channel):
 
     def receive(self) -> bytes:
         plaintext = self._plaintext
-        count = self._receive(plaintext)
+        count = self.receive_into(plaintext)
         return plaintext[:count].tobytes()
 
-    def receive_into(self, buffer: Buffer) -> int:
-        if type(buffer) is memoryview and buffer.ndim == buffer.itemsize == 1:
-            return self._receive(buffer)
-        with memoryview(buffer) as view, view.cast("B") as plaintext:
-            return self._receive(plaintext)
-
-    def _receive(self, into: memoryview) -> int:
-        """Fill `into` with what is in memory, or else arrives, and note whether there may be more."""
+    def receive_into(self, buffer: SizedBuffer) -> int:
+        """Fill `buffer` with what is in memory, or else arrives, and note whether there may be more."""
         if not self._more:
             if not self._receive_ciphertext():
                 self._eof = True  # The peer has left without `close_notify`.
                 return 0
         elif self._failure is not None and isinstance(self._failure, ssl.SSLError):
             raise self._failure  # OpenSSL could not read on. When only sending fails, the peer is heard to the end.
-        read = self._read
-        incoming = self._incoming
-        size = len(into)
-        taken = 0
         self._more = True
         try:
-            while taken < size:
-                count = read(size - taken, into[taken:] if taken else into)
-                if not count:
-                    self._info["close_notify"] = True
-                    self._eof = not taken
-                    return taken
-                taken += count
-                # A read that leaves room has taken its record whole.
-                if not incoming.pending and (taken < size or not self._tls.pending()):
-                    self._more = False
-                    break
+            taken = self._read(AS_MUCH_AS_FITS, buffer)
+        except ssl.SSLWantReadError:
+            self._more = False
+            taken = -1
+        except ssl.SSLError:
+            self._flush_or_fail()  # The peer is told why.
+            raise
+        else:
+            if not taken:
+                self._info["close_notify"] = True
+                self._eof = True
+                return 0
+            # A read that leaves room has taken its record whole. An item of the buffer is at least a byte.
+            if not self._incoming.pending and (taken < len(buffer) or not self._tls.pending()):
+                self._more = False
+            else:
+                taken = self._read_on(buffer, taken)
+        if self._outgoing.pending:  # An answer of OpenSSL's own, to a key update for example.
+            self._flush_or_fail()
+        if taken < 0:
+            raise BlockingIOError
+        return taken
+
+    def _read_on(self, buffer: SizedBuffer, taken: int) -> int:
+        """Fill what is left of `buffer` with what else is in memory, and return how much it has then."""
+        read = self._read
+        try:
+            with memoryview(buffer) as view, view.cast("B") as plaintext:
+                size = len(plaintext)
+                while taken < size:
+                    with plaintext[taken:] as rest:
+                        count = read(AS_MUCH_AS_FITS, rest)
+                    if not count:
+                        self._info["close_notify"] = True
+                        break
+                    taken += count
+                    if not self._incoming.pending and (taken < size or not self._tls.pending()):
+                        self._more = False
+                        break
         except ssl.SSLWantReadError:
             self._more = False
         except ssl.SSLError as exc:
-            self._flush_or_fail()  # The peer is told why.
-            if not taken:
-                raise
-            self._fail(exc)
-            return taken
-        if self._outgoing.pending:  # An answer of OpenSSL's own, to a key update for example.
             self._flush_or_fail()
-        if not taken:
-            raise BlockingIOError
+            self._fail(exc)
         return taken
 
     def send(self, data: bytes | bytearray | memoryview) -> int:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from ._receive_buffers import buffers
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from ._contract import Channel
 
 # How much plaintext is encrypted before the ciphertext is sent. It bounds what waits, twice, behind a peer that does
@@ -84,7 +86,7 @@ class Wire:
             server_hostname=options.server_hostname,
         )
         # With a buffer, `read` returns a number.
-        self.read = cast("Callable[[int, memoryview], int]", self.tls.read)
+        self.read = cast("Callable[[int, Buffer], int]", self.tls.read)
         self.inner = inner
         self.options = options
         self.scheduler = scheduler

@@ -153,7 +153,8 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
     def _read_ready(self) -> None:
         if self._buffered_protocol:
-            self._read_into_protocol()
+            if self._call(self._read_into_protocol):
+                self._end_of_file()
             return
         try:
             data = self._channel.receive()
@@ -171,35 +172,39 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         except BaseException as exc:
             self._callback_failed(exc, "data_received")
 
-    def _read_into_protocol(self) -> None:
+    def _read_into_protocol(self) -> bool:
+        """Fill the protocol's buffer, in the connection's context; return whether the stream has ended instead.
+
+        One stay in the context for both callbacks: to enter it costs as much as a short callback.
+        """
         try:
-            buffer = self._call(self._protocol.get_buffer, -1)
+            buffer = self._protocol.get_buffer(-1)
             if not len(buffer):
                 msg = "get_buffer() returned an empty buffer"
                 raise RuntimeError(msg)
         except BaseException as exc:
             self._callback_failed(exc, "get_buffer")
-            return
+            return False
         if self._closing or self._reading_paused:
-            return  # `get_buffer` changed its mind: nothing has been taken from the channel.
+            return False  # `get_buffer` changed its mind: nothing has been taken from the channel.
         try:
             count = self._channel.receive_into(buffer)
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except OSError as exc:
             self._broken(exc, "read")
-            return
+            return False
         except Exception as exc:  # What cannot be received into: a read-only buffer, or one that is not contiguous.
             self._callback_failed(exc, "get_buffer")
-            return
+            return False
         if not count:
-            self._end_of_file()
-            return
+            return True
         self._bytes_received += count
         try:
-            self._call(self._protocol.buffer_updated, count)
+            self._protocol.buffer_updated(count)
         except BaseException as exc:
             self._callback_failed(exc, "buffer_updated")
+        return False
 
     def _end_of_file(self) -> None:
         logger.debug("%r: end of file received", self)
