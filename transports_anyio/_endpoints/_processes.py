@@ -38,7 +38,9 @@ ONLY_VALUES: dict[str, Any] = {
 def check_options(options: dict[str, Any], *, shell: bool) -> None:
     """Raise asyncio's `ValueError` for an option that it refuses, and take it out if it has the right value."""
     for name, value in {**ONLY_VALUES, "shell": shell}.items():
-        given = options.pop(name, value)
+        if name not in options:
+            continue
+        given = options.pop(name)
         # What is true or false may be so by any object; a size is 0.
         wrong = bool(given) != value if isinstance(value, bool) else given != value
         if wrong:
