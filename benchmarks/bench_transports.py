@@ -2,16 +2,17 @@
 
     nox -s benchmarks                       all of it
     nox -s benchmarks -- --only 'tcp 1 KiB'   the workloads whose names contain this
-    nox -s benchmarks -- --rounds 3
+    nox -s benchmarks -- --rounds 3 --bursts 10
     nox -s benchmarks -- --only 'x 16' --update   measure these again, and keep the other figures of the file
 
 Each server runs in a process of its own, the load generator in another, each pinned to a processor. The figure is the
-server's processor time, user plus system, as the operating system accounts it, for each request. Every round measures
-every peer once, so that whatever disturbs the machine disturbs them alike; the result is the median of the rounds and
-their spread, and of ratios the median of each round's own. A server is measured twice, "fresh" before any connection
-has ended and "used" after some have: the cost of asyncio differs by a factor between the two, and users live in the
-second. What part of it the server spent in its own code, and not in the kernel, is noted beside it, as the kernel's
-clock samples it.
+server's processor time, user plus system, as the operating system accounts it, for each request; connecting is not in
+it. In every round each peer's server is started, measured "fresh" before any of its connections has ended, and then
+"used": the cost of asyncio differs by a factor between the two, and users live in the second. For that, bursts of load
+go to one server after the other while all of them live, so that what disturbs the machine for a while disturbs them
+alike: the result is the median of the bursts and their spread, and of ratios the median of what two neighbours give.
+What part of it the server spent in its own code, and not in the kernel, is noted beside it, as the kernel's clock
+samples it.
 
 Writes `results.json`; report.py makes the table and the chart of docs/performance.md from it.
 """
@@ -28,8 +29,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,7 +198,7 @@ class Bench:
         if workload.mode == "tls" and not self.with_tls:
             command = [sys.executable, str(HERE / "load.py")]
         arguments = [workload.mode, str(port), str(workload.connections), str(workload.size), str(self.seconds)]
-        environment = {**self.environment, "LOAD_IDLE": str(workload.idle)} if workload.idle else self.environment
+        environment = {**self.environment, "LOAD_IDLE": str(workload.idle)}
         memory = resident(pid)
         with subprocess.Popen(
             [*command, *arguments],
@@ -205,16 +207,13 @@ class Bench:
         ) as load:  # fmt: skip
             assert load.stdout is not None
             assert load.stdin is not None
-            per_connection = 0.0
-            if workload.idle:
-                assert load.stdout.readline() == "open\n"
-                wait_until_quiet(pid)
-                per_connection = (resident(pid) - memory) / workload.idle
+            assert load.stdout.readline() == "open\n"
+            wait_until_quiet(pid)
+            per_connection = (resident(pid) - memory) / workload.idle if workload.idle else 0.0
             before = processor_time(pid)
             ticks = clock_ticks(pid)
-            if workload.idle:
-                load.stdin.write("\n")
-                load.stdin.flush()
+            load.stdin.write("\n")
+            load.stdin.flush()
             answers = int(load.stdout.readline().split()[0])
             spent = processor_time(pid) - before
             user, system = (now - then for now, then in zip(clock_ticks(pid), ticks, strict=True))
@@ -222,15 +221,29 @@ class Bench:
         cost = spent / answers * 1e6
         return Load(cost, cost * user / max(user + system, 1), per_connection)
 
-    def measure(self, workload: Workload, peer: str) -> None:
-        with self.server(peer, workload.server) as (process, port):
-            for state in ("fresh", "used"):
-                load = self.run_load(workload, port, process.pid)
-                name = f"{workload.name} ({state})"
-                self.note(name, peer, load.cost)
-                self.own.setdefault(name, {}).setdefault(peer, []).append(load.own)
-                if workload.idle and state == "fresh":
-                    self.note("memory of an idle connection, KiB", peer, load.idle / KIB)
+    def measure(self, workload: Workload, peers: list[str], bursts: int) -> None:
+        """One round: every peer fresh, then bursts to each in turn, there and back."""
+        with ExitStack() as stack:
+            servers: dict[str, tuple[int, int]] = {}
+            for peer in peers:
+                with reported(f"{workload.name}: {peer}"):
+                    process, port = stack.enter_context(self.server(peer, workload.server))
+                    servers[peer] = port, process.pid
+                    self.burst(workload, peer, "fresh", *servers[peer])
+            order = list(servers)
+            for _ in range(bursts):
+                for peer in order:
+                    with reported(f"{workload.name}: {peer}"):
+                        self.burst(workload, peer, "used", *servers[peer])
+                order.reverse()
+
+    def burst(self, workload: Workload, peer: str, state: str, port: int, pid: int) -> None:
+        load = self.run_load(workload, port, pid)
+        name = f"{workload.name} ({state})"
+        self.note(name, peer, load.cost)
+        self.own.setdefault(name, {}).setdefault(peer, []).append(load.own)
+        if workload.idle and state == "fresh":
+            self.note("memory of an idle connection, KiB", peer, load.idle / KIB)
 
     def measure_task(self, task: str, peer: str) -> None:
         command = [sys.executable, str(HERE / "tasks.py"), peer, task]
@@ -265,6 +278,16 @@ class Bench:
             self.note(f"{SLOW_READER}: growth of the peak memory, KiB", peer, (peak_memory(process.pid) - memory) / KIB)
 
 
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Go on without a measurement that fails, and say so."""
+    print(what.ljust(100), end="\r", file=sys.stderr)
+    try:
+        yield
+    except (RuntimeError, subprocess.CalledProcessError, AssertionError, ValueError, IndexError) as exc:
+        print(f"\n{what}: {exc!r}", file=sys.stderr)
+
+
 def wait_until_quiet(pid: int) -> None:
     """Until a process does nothing any more: it has seen the connections of the run before come and go."""
     import time
@@ -277,8 +300,9 @@ def wait_until_quiet(pid: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.6, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bursts", type=int, default=6, help="to each server in each round")
+    parser.add_argument("--seconds", type=float, default=0.12, help="of each burst")
     parser.add_argument("--only", action="append", default=[], help="part of a workload's name")
     parser.add_argument("--peers", action="append", default=[], help="part of a peer's name")
     parser.add_argument("--json", type=Path, default=HERE / "results.json")
@@ -294,24 +318,24 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options.seconds)
-        jobs: list[tuple[str, str, Any]] = []
-        for workload in WORKLOADS:
-            jobs += [(workload.name, peer, (bench.measure, workload)) for peer in workload.peers]
-        for task, name in TASKS.items():
-            jobs += [
-                (name, peer, (bench.measure_task, task))
-                for peer in LOOPS
+        for number in range(options.rounds):
+            print(f"round {number + 1} of {options.rounds}".ljust(100), file=sys.stderr)
+            for workload in WORKLOADS:
+                peers = [peer for peer in workload.peers if wanted(peer, options.peers)]
+                if wanted(workload.name, options.only):
+                    # With as many connections as that, a burst takes long to begin.
+                    bench.measure(workload, peers, 1 if workload.idle else options.bursts)
+            jobs: list[tuple[str, Any, str]] = [
+                (name, partial(bench.measure_task, task), peer)
+                for task, name in TASKS.items()
+                for peer in LOOPS * (1 if task == "pipe" else 2)
                 if peer != "trio" or task not in {"timers", "pending"}
             ]
-        jobs += [(SLOW_READER, peer, (bench.measure_slow_reader,)) for peer in LOOPS]
-        jobs = [job for job in jobs if wanted(job[0], options.only) and wanted(job[1], options.peers)]
-        for number in range(options.rounds):
-            for name, peer, (function, *arguments) in jobs:
-                print(f"round {number + 1}/{options.rounds}: {name}: {peer}".ljust(100), end="\r", file=sys.stderr)
-                try:
-                    function(*arguments, peer)
-                except (RuntimeError, subprocess.CalledProcessError, AssertionError, ValueError, IndexError) as exc:
-                    print(f"\n{name}: {peer}: {exc}", file=sys.stderr)
+            jobs += [(SLOW_READER, bench.measure_slow_reader, peer) for peer in LOOPS]
+            for name, measure, peer in jobs:
+                if wanted(name, options.only) and wanted(peer, options.peers):
+                    with reported(f"{name}: {peer}"):
+                        measure(peer)
             save(bench, kept, options)
     report(bench.results)
 

@@ -1,5 +1,9 @@
 /* The load generator: keeps many connections busy, each with one request under way, and counts the answers.
  *
+ * It says "open" when everything is connected, begins at a line of its standard input, waits for the answers that are
+ * under way when the time is over, and stays until its standard input ends: whoever measures the server in between
+ * measures requests and nothing else.
+ *
  *   load tcp   PORT CONNECTIONS SIZE SECONDS     echo over TCP
  *   load tls   PORT CONNECTIONS SIZE SECONDS     echo over TLS
  *   load udp   PORT CONNECTIONS SIZE SECONDS     echo over UDP, a socket for each "connection"
@@ -45,7 +49,8 @@ static char *payload, *answer;
 static size_t size;
 static int mode_udp, mode_conn, poller;
 static struct sockaddr_in server;
-static unsigned long answers, started;
+static unsigned long answers;
+static int stopping; /* No more requests. */
 #ifdef WITH_TLS
 static SSL_CTX *context;
 #endif
@@ -136,7 +141,6 @@ static void request(struct connection *c) {
 
 static void start(struct connection *c) {
     c->to_send = c->to_receive = size;
-    started++;
     request(c);
 }
 
@@ -156,9 +160,9 @@ static void ready(struct connection *c, int events) {
             answers++;
             if (mode_conn) {
                 close(c->fd);
-                open_connection(c);
+                if (!stopping) open_connection(c);
             }
-            start(c);
+            if (!stopping) start(c);
             return; /* Everybody in turn. */
         }
     }
@@ -233,21 +237,26 @@ int main(int argc, char **argv) {
     int idle_count = idle ? atoi(idle) : 0;
     struct connection *idlers = calloc(idle_count + 1, sizeof *idlers);
     for (int i = 0; i < idle_count; i++) open_connection(&idlers[i]);
-    if (idle_count) {
-        printf("open\n");
-        fflush(stdout);
-        getchar(); /* Until whoever measures the server's memory has done so. */
-    }
+    printf("open\n");
+    fflush(stdout);
+    getchar();
     double begin = now(), end = begin + seconds, last = begin;
     for (int i = 0; i < count; i++) start(&connections[i]);
-    while (now() < end) {
-        int n = epoll_wait(poller, events, BATCH, 100);
+    unsigned long all = 0;
+    while (!stopping || (answers < all && now() - last < 0.2)) {
+        int n = epoll_wait(poller, events, BATCH, stopping ? 10 : 100);
         if (n > 0) last = now();
         for (int i = 0; i < n; i++) ready(events[i].data.ptr, events[i].events);
-        if (mode_udp && n == 0 && now() - last > 0.2)
+        if (!stopping && now() >= end) {
+            stopping = 1;
+            all = answers + count;
+        }
+        if (mode_udp && !stopping && n == 0 && now() - last > 0.2)
             /* A datagram was dropped: ask again. */
             for (int i = 0; i < count; i++) start(&connections[i]);
     }
     printf("%lu %.6f\n", answers, now() - begin);
+    fflush(stdout);
+    while (getchar() != EOF) continue;
     return 0;
 }

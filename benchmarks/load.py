@@ -65,6 +65,9 @@ class Connection:
         if self.load.mode == "conn":
             self.load.selector.unregister(self.sock)
             self.sock.close()
+        if self.load.stopping:
+            return
+        if self.load.mode == "conn":
             self.open()
         self.start()
 
@@ -74,6 +77,7 @@ class Load:
         self.mode, self.port, self.size, self.seconds = mode, port, size, seconds
         self.payload = bytes(size)
         self.answers = 0
+        self.stopping = False
         self.context: ssl.SSLContext | None = None
         if mode == "tls":
             self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -84,23 +88,27 @@ class Load:
         self.idle = [Connection(self) for _ in range(int(os.environ.get("LOAD_IDLE", "0")))]
 
     def run(self) -> None:
-        if self.idle:
-            print("open", flush=True)
-            sys.stdin.readline()
+        print("open", flush=True)
+        sys.stdin.readline()
         begin = last = time.monotonic()
         for connection in self.connections:
             connection.start()
-        while time.monotonic() < begin + self.seconds:
+        expected = 0
+        while not self.stopping or (self.answers < expected and time.monotonic() - last < 0.2):
             batch = self.selector.select(0.1)
             for key, events in batch:
                 key.data.ready(events)
             now = time.monotonic()
             if batch:
                 last = now
+            if not self.stopping and now >= begin + self.seconds:
+                self.stopping = True
+                expected = self.answers + len(self.connections)
             elif self.mode == "udp" and now - last > 0.2:
                 for connection in self.connections:  # A datagram was dropped: ask again.
                     connection.start()
-        print(self.answers, time.monotonic() - begin)
+        print(self.answers, time.monotonic() - begin, flush=True)
+        sys.stdin.read()
 
 
 def serve(seconds: float) -> None:

@@ -44,9 +44,11 @@ def median(values: list[float] | None) -> float | None:
 
 
 def spread(values: list[float]) -> str:
-    """How far the rounds lie apart: half the range, in per cent of the median."""
-    middle = statistics.median(values)
-    return f"±{(max(values) - min(values)) / 2 / middle * 100:.0f} %" if len(values) > 1 and middle else ""
+    """How far apart the middle half of what was measured lies: half of it, in per cent of the median."""
+    if len(values) < 2 or not statistics.median(values):
+        return ""
+    first, middle, third = statistics.quantiles(values, n=4, method="inclusive")
+    return f"±{(third - first) / 2 / middle * 100:.0f} %"
 
 
 def grid(first: str, columns: list[str], rows: Iterable[tuple[str, list[str]]]) -> list[str]:
@@ -69,13 +71,13 @@ def table(results: Rows) -> list[str]:
 
 
 def ratio(row: dict[str, list[float]], ours: str, other: str) -> float | None:
-    """The median of the rounds' ratios: in a round the two were measured one after the other."""
+    """The median of the ratios of what was measured one after the other."""
     mine, theirs = row.get(ours), row.get(other)
     if not mine or not theirs or not all(theirs):
         return None
     if len(mine) == len(theirs):
         return statistics.median(one / another for one, another in zip(mine, theirs, strict=True))
-    return statistics.median(mine) / statistics.median(theirs)  # A round is missing somewhere.
+    return statistics.median(mine) / statistics.median(theirs)  # Something is missing somewhere.
 
 
 def ratios(results: Rows) -> list[str]:
@@ -139,9 +141,9 @@ def own_code(own: Rows) -> list[str]:
     return grid("workload", PEERS, ((name, figures(own.get(name, {}))) for name in TARGETS))
 
 
-def rounds(results: Rows) -> str:
+def repetitions(results: Rows) -> str:
     counts = {len(values) for row in results.values() for values in row.values()}
-    return f"{min(counts)} to {max(counts)} rounds" if len(counts) > 1 else f"{max(counts)} rounds"
+    return f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
 
 
 def chart(results: Rows) -> str:
@@ -175,19 +177,20 @@ def page(document: dict[str, Any]) -> str:
         "",
         "Processor time of the server, user plus system as the operating system accounts it, in microseconds for",
         "each request. Server and load generator run in a process of their own, each on a processor of its own; the",
-        "load generator is a C program that is faster than any server here. Every round measures every peer once; the",
-        "figures are medians, with half the range of the rounds. A server is measured *fresh*, before any connection",
-        "has ended, and *used*, after some have. *epoll* is a bare loop that receives and sends: the limit for Python.",
+        "load generator is a C program that is faster than any server here. Bursts of load go to one server after the",
+        "other, while all of them live; the figures are medians, and the middle half of the bursts lies within the",
+        "per cents beside them. A server is measured *fresh*, before any connection has ended, and *used*, after some",
+        "have. *epoll* is a bare loop that receives and sends: the limit for Python.",
         "",
-        f"{document['machine']}; {versions}; {rounds(results)} of {document['seconds']} s each.",
+        f"{document['machine']}; {versions}; {repetitions(results)} bursts of {document['seconds']} s each.",
         "Make it again with `nox -s benchmarks`; the raw figures are in `benchmarks/results.json`.",
         "",
         "![Microseconds for each request](performance.svg)",
         "",
         "## Targets",
         "",
-        "The ratio to the peer of the same round, the median of the rounds, and what it was to reach; **bold** where",
-        "it did not, with what the bare loop reaches: nothing that is written in Python can do with less.",
+        "The ratio to what the peer cost just before or after, the median of all such, and what it was to reach;",
+        "**bold** where it did not, with what the bare loop reaches: nothing written in Python can do with less.",
         "",
         *targets(results),
         "",
@@ -203,13 +206,13 @@ def page(document: dict[str, Any]) -> str:
         "## Many connections",
         "",
         "Microseconds for one echo of 1 KiB, by the number of connections that are open. 16 of them are busy; of 256,",
-        "all. The rows are not of the same rounds: what the peers beside ours cost tells how far these lie apart.",
+        "all. The rows are not of the same time: what the peers beside ours cost tells how far these lie apart.",
         "",
         *flat(results),
         "",
         "## Ratios",
         "",
-        "Ours to the peer of the same run: below 1 is cheaper.",
+        "Ours to the peer, in neighbouring bursts: below 1 is cheaper.",
         "",
         *ratios(results),
         "",

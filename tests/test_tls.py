@@ -194,6 +194,40 @@ async def test_t14_buffer_that_is_a_bytearray(stack: Stack, certificates: Certif
         await protocol.wait_for("connection_lost")
 
 
+@pytest.mark.ours_only("asyncio takes items for bytes, and loses some")
+@pytest.mark.parametrize("shape", ["items", "rows"])
+@pytest.mark.parametrize("size", [1000, RECORD, 65536])
+async def test_a_buffer_whose_items_are_not_bytes(
+    stack: Stack, certificates: Certificates, shape: str, size: int
+) -> None:
+    memory = bytearray(size)
+    view = memoryview(memory).cast("I") if shape == "items" else memoryview(memory).cast("B", shape=[size // 8, 8])
+    received = bytearray()
+    protocol = BufferedRecorder(
+        on_get_buffer=lambda *_: view, on_buffer_updated=lambda _, count: received.extend(memory[:count])
+    )
+    async with stack.open() as group, tls_client(group, certificates, protocol) as (transport, _, peer):
+        expected = b""
+        for length in (
+            1,
+            RECORD,
+            size // 4,
+            size // 4 + 1,
+            size // 8,
+            size // 8 + 1,
+            size,
+            size + 1,
+            3 * size,
+            100_000,
+        ):
+            expected += (data := pattern(length))
+            await peer.send(data)
+            await protocol.wait_until(lambda: len(received) >= len(expected))  # noqa: B023  # awaited at once
+            assert received == expected
+        transport.abort()
+        await protocol.wait_for("connection_lost")
+
+
 async def test_paused_reading(stack: Stack, certificates: Certificates, recorder: type[Any]) -> None:
     legal(stack, recorder)
     data = pattern(500_000)

@@ -191,8 +191,10 @@ if sys.platform == "linux":
             self._epoll.modify(descriptor, EVENTS[interest])
 
         def remove(self, descriptor: int) -> None:
-            with suppress(OSError):  # Whoever has closed the descriptor behind our back has taken it out.
+            try:  # Not `suppress`, which costs every connection a third of this call.
                 self._epoll.unregister(descriptor)
+            except OSError:
+                pass  # Whoever has closed the descriptor behind our back has taken it out.
 
         def take(self) -> int:
             watches = self.watches
