@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import anyio
@@ -40,6 +41,7 @@ from support import (
 
 from transports_anyio import DatagramProtocol, SubprocessProtocol, TransportGroup, current_group
 from transports_anyio._core import SERVED_IN_A_TURN, Core
+from transports_anyio._scheduling import Handle
 
 pytestmark = pytest.mark.anyio
 
@@ -904,6 +906,41 @@ async def test_a_context_can_be_given(stack: Stack, name: str) -> None:
         await until(lambda: seen)
     assert seen == ["given"]
     assert context[variable] == "changed by the callback"
+
+
+def test_a_handle_that_is_cancelled_between_any_two_instructions() -> None:
+    """By another thread, say: the callback is called as it was given, or not at all."""
+
+    def called(instruction: int) -> list[object]:
+        """What is called when the handle is cancelled before so many instructions of its own have run."""
+        calls: list[object] = []
+        handle = Handle(lambda *args: calls.append(args), ("argument",), contextvars.copy_context())
+        seen = 0
+
+        def step(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal seen
+            if frame.f_code is not Handle.__call__.__code__:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                if seen == instruction:
+                    handle.cancel()
+                seen += 1
+            return step
+
+        before = sys.gettrace()
+        sys.settrace(step)
+        try:
+            handle()
+        finally:
+            sys.settrace(before)
+        assert handle.cancelled() == (instruction < seen)
+        return calls
+
+    outcomes = [called(instruction) for instruction in range(100)]
+    assert [] in outcomes
+    assert [("argument",)] in outcomes
+    assert all(outcome in ([], [("argument",)]) for outcome in outcomes)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio's handles have it since Python 3.12")

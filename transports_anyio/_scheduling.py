@@ -50,8 +50,10 @@ class Handle:
 
     def __call__(self) -> None:
         """Run the callback in its context, unless it was cancelled; what it raises is the caller's to report."""
-        if self._callback is not None:
-            self._context.run(self._callback, *self._args)
+        args = self._args  # First: another thread that cancels takes the callback away before them.
+        callback = self._callback
+        if callback is not None:
+            self._context.run(callback, *args)
 
     def _describe(self) -> str:
         if self._callback is None:
