@@ -36,6 +36,7 @@ from support import (
     Stack,
     capture_log,
     collect_contexts,
+    connected,
     fill,
     listening,
     open_descriptors,
@@ -44,6 +45,7 @@ from support import (
     until,
 )
 from tls_support import (
+    DROPPED,
     NAME,
     VERSIONS,
     Certificates,
@@ -551,7 +553,8 @@ async def test_f1_f2_sendfile(stack: Stack, certificates: Certificates, tmp_path
     async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, peer):
         with path.open("rb") as file:
             file.seek(17)
-            expected = data[:count] if not stack.is_oracle else data[17:][:count]  # CPython 150107
+            stands = stack.is_oracle and sys.version_info < (3, 14, 10)  # CPython 150107
+            expected = data[17 if stands else 0 :][:count]
             _, received = await together(
                 lambda: group.sendfile(transport, file, 0, count), lambda: peer.receive_exactly(len(expected))
             )
@@ -750,7 +753,7 @@ async def test_abort_says_nothing(stack: Stack, certificates: Certificates) -> N
         assert not protocol.lost
         await protocol.wait_for("connection_lost")
         assert protocol.lost_with is None
-        with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+        with pytest.raises(DROPPED):
             await peer.receive_all()
 
 
@@ -1001,7 +1004,7 @@ async def test_data_before_a_damaged_record(stack: Stack, certificates: Certific
 
 async def is_dropped(connecting: Awaitable[TLSPeer]) -> bool:
     """Whether the other end goes without a farewell, during or after what is the handshake for the peer."""
-    with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+    with pytest.raises(DROPPED):
         with await connecting as peer:
             await peer.receive_all()
     return True
@@ -1025,7 +1028,7 @@ async def test_sslobject_that_fails_to_read(stack: Stack, certificates: Certific
             await protocol.wait_for("connection_lost")
             assert isinstance(protocol.lost_with, ZeroDivisionError)
             assert protocol.names == ["connection_made", "connection_lost"]
-            with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+            with pytest.raises(DROPPED):
                 await peer.receive_all()
         assert peers_contexts(contexts) == [protocol.lost_with]
         if not stack.is_oracle:  # asyncio tells of its own inside.
@@ -1529,7 +1532,7 @@ async def test_factory_that_raises(stack: Stack, certificates: Certificates) -> 
         contexts = collect_contexts(group)
         serving = await serve(group, certificates.server(), fail)
         peer = await TLSPeer.connect_to(serving.address, certificates.client())
-        with peer, pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+        with peer, pytest.raises(DROPPED):
             await peer.receive()
         await until(lambda: contexts)
         assert isinstance(contexts[0]["exception"], ZeroDivisionError)
@@ -1596,6 +1599,28 @@ async def test_timeouts_that_are_not_positive(
             ):
                 with pytest.raises(ValueError, match=f"{name} should be a positive number"):
                     await call()
+
+
+@pytest.mark.ours_only("asyncio refuses it since Python 3.14, once it has connected")
+async def test_context_that_is_to_check_a_name_and_has_none(stack: Stack, certificates: Certificates) -> None:
+    context = certificates.client()
+    ours, theirs = socket.socketpair()
+    async with stack.open() as group, connected(group) as (transport, protocol, peer):
+        with ours, theirs, listening() as listener:
+            for call in (
+                lambda: group.create_connection(Recorder, *listener.getsockname(), ssl=context, server_hostname=""),
+                lambda: group.create_unix_connection(Recorder, sock=ours, ssl=context, server_hostname=""),
+                lambda: group.start_tls(transport, protocol, context),
+                lambda: group.create_server(Recorder, HOST, 0, ssl=context),  # One for a client.
+            ):
+                with pytest.raises(ValueError, match="check_hostname requires server_hostname"):
+                    await call()
+            listener.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                listener.accept()  # Nobody has come.
+        transport.write(b"in the clear")
+        assert await peer.receive_exactly(12) == b"in the clear"
+        transport.abort()
 
 
 @pytest.mark.ours_only("asyncio fails in a callback, and the client waits for ever")
@@ -1960,7 +1985,9 @@ async def test_ssl_true_trusts_the_systems_authorities(
             client.transport.close()
             await client.wait_for("connection_lost")
             # No name at all: the certificate is still verified, its name is not.
-            for context in (True, certificates.client()):
+            unnamed = certificates.client()
+            unnamed.check_hostname = False
+            for context in (True, unnamed):
                 client = Recorder()
                 await group.create_connection(
                     lambda client=client: client, *serving.address, ssl=context, server_hostname=""

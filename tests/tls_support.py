@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 #: The name in the certificate of `Certificates.server`.
 NAME = "server.example"
 
+#: What a peer gets of a connection that goes without a farewell; the last while it has session tickets to send.
+DROPPED = (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError)
+
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 

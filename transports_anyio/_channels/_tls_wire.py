@@ -35,13 +35,21 @@ ANSWERS_LIMIT = 4 * ENCRYPT_SIZE
 
 @dataclass(frozen=True)
 class TLSOptions:
-    """How one end of a connection speaks TLS; the time-outs are seconds."""
+    """How one end of a connection speaks TLS; the time-outs are seconds.
+
+    Raises `ValueError` for a context that is to check a name, without one.
+    """
 
     context: ssl.SSLContext
     server_side: bool
     server_hostname: str | None
     handshake_timeout: float
     shutdown_timeout: float
+
+    def __post_init__(self) -> None:
+        # Python 3.14 says so too, but once connected; Pythons before leave the name unchecked.
+        if self.context.check_hostname and not self.server_hostname:
+            raise ValueError("check_hostname requires server_hostname")
 
 
 class Cancellable(Protocol):

@@ -42,8 +42,9 @@ class StreamEndpoints(Endpoints):
         `connection_lost` as an `OSError` with the AnyIO exception as its cause.
 
         With `ssl` the bytes are encrypted, which takes a stream of both directions. A client (`server_side` false)
-        gives a context or `True`, and the name to verify, or `""` for none, as `server_hostname`; a server a context.
-        `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
+        gives a context or `True`, and the name to verify as `server_hostname`, or `""` for none, which the context has
+        to allow; a server gives a context. `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30
+        by default.
 
         Raises `RuntimeError` when the group is not open, `TypeError` and `ValueError` for parameters that contradict
         each other, `ssl.SSLError` for a context of the other side, and whatever `protocol_factory` raises; the stream

@@ -65,7 +65,8 @@ class TCPEndpoints(Endpoints):
         which makes it non-blocking, and closes it whatever happens.
 
         With `ssl`, a context or `True` for `ssl.create_default_context()`, the connection is encrypted, and the peer's
-        certificate has to be for `server_hostname`: by default `host`; with `""` its name is not checked.
+        certificate has to be for `server_hostname`: by default `host`; with `""` its name is not checked,
+        which a context has to allow.
         `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
 
         Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for arguments that do not go

@@ -24,7 +24,7 @@ def client_options(
 ) -> TLSOptions | None:
     """Return the options of a connecting end, `None` without `context`; an impossible combination is a `ValueError`.
 
-    The name to verify is `server_hostname`, or else `host`; `""` turns the check of the name off.
+    The name to verify is `server_hostname`, or else `host`; `""` is for none, which the context has to allow.
     """
     if not context:
         if server_hostname is not None:

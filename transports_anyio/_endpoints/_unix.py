@@ -45,7 +45,8 @@ class UNIXEndpoints(Endpoints):
         asked of the `socket` extra info, with `getsockopt` and the platform's option (`SO_PEERCRED` on Linux).
 
         With `ssl`, a context or `True` for `ssl.create_default_context()`, the connection is encrypted, and the peer's
-        certificate has to be for `server_hostname`, which has to be given; with `""` its name is not checked.
+        certificate has to be for `server_hostname`, which has to be given; with `""` its name is not checked,
+        which a context has to allow.
         `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
 
         Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for arguments that do not go
