@@ -44,8 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
         "markers",
-        "ours_only(reason): not run on asyncio's own transports, because we differ on purpose or "
-        "because asyncio has no such thing",
+        "ours_only(reason, before=None): not run on asyncio's own transports, because we differ on purpose or "
+        "because asyncio has no such thing; of Pythons before `before`, since when asyncio does as we do",
     )
     config.addinivalue_line(
         "markers", "exhaustive: takes long; nox runs it on the newest Python only, unless it is given arguments"
@@ -57,9 +57,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     backends = metafunc.config.getoption("--backend") or list(BACKENDS)
     if "stack" in metafunc.fixturenames:
         names = [name for name in BACKENDS if name in backends]
-        ours_only = metafunc.definition.get_closest_marker("ours_only") is not None
+        mark = metafunc.definition.get_closest_marker("ours_only")
         # Where Python versions differ, the newest behaviour is right: older ones are no oracle.
-        if "asyncio" in backends and not ours_only and sys.version_info >= (3, 13):
+        oracle_since = (3, 13) if mark is None else mark.kwargs.get("before")
+        if "asyncio" in backends and oracle_since is not None and sys.version_info >= oracle_since:
             names.insert(0, ORACLE)
         metafunc.parametrize(
             "anyio_backend, stack",

@@ -334,6 +334,11 @@ class Stack:
         if self.is_oracle and sys.version_info < version:
             pytest.skip(f"asyncio of Python {'.'.join(map(str, version))}: {why}")
 
+    def only_python_before(self, *version: int, why: str) -> None:
+        """Skip the test where the oracle of this Python has something that we leave out on purpose."""
+        if self.is_oracle and sys.version_info >= version:
+            pytest.skip(f"asyncio since Python {'.'.join(map(str, version))}: {why}")
+
     @property
     def logger(self) -> str:
         return "asyncio" if self.is_oracle else "transports_anyio"

@@ -417,7 +417,8 @@ async def test_bad_arguments(stack: Stack) -> None:
 
 
 async def test_many_connections_a_turn_up_to_the_backlog(stack: Stack) -> None:
-    """Twenty clients wait; each turn takes as many as the backlog, and then gives way."""
+    """Twenty clients wait; each turn takes as many as the backlog holds, and then gives way."""
+    stack.needs_python(3, 14, 10, why="it takes one less than Linux lets wait")
     made = Made()
     seen = []
     async with stack.open() as group:
@@ -439,7 +440,7 @@ async def test_many_connections_a_turn_up_to_the_backlog(stack: Stack) -> None:
             await server.start_serving()
             await until(lambda: len(made.connected) == 20)
             steps = [after - before for before, after in itertools.pairwise(seen) if after > before]
-            assert steps[:2] == [8, 8]
+            assert steps[:2] == [9, 9]
         server.close()
 
 

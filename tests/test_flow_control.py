@@ -128,8 +128,7 @@ async def test_limits_of_zero_pause_on_the_first_buffered_byte_and_resume_when_e
         assert protocol.count("pause_writing") == 0
         data = pattern(1 << 20)
         if with_writelines:
-            if stack.is_oracle:
-                pytest.skip("asyncio's writelines never pauses before Python 3.13.1 (CPython 127655)")
+            stack.needs_python(3, 14, 10, why="writelines never pauses (CPython 127655)")
             transport.writelines([data[:9], data[9:]])
         else:
             transport.write(data)
@@ -206,7 +205,7 @@ async def test_no_resume_writing_when_the_connection_is_aborted(stack: Stack) ->
 # -- what was reported of others ------------------------------------------------------------------------------
 
 
-@pytest.mark.ours_only("the oracle hangs: CPython 155888")
+@pytest.mark.ours_only("the oracle hangs: CPython 155888", before=(3, 14, 10))
 @pytest.mark.parametrize(
     "chunks", [[b"hello", b""], [b"", b"hello"], [b"", b""], [], [b"he", b"", b"llo"], [bytearray(), b"hello"]]
 )
@@ -221,7 +220,7 @@ async def test_w1_empty_chunks_are_skipped_by_writelines(stack: Stack, chunks: l
         assert protocol.lost_with is None
 
 
-@pytest.mark.ours_only("older oracles lack it: CPython 127655")
+@pytest.mark.ours_only("older oracles lack it: CPython 127655", before=(3, 14, 10))
 async def test_w2_writelines_pauses_the_protocol(stack: Stack) -> None:
     async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
         data = pattern(10 << 20)
@@ -293,7 +292,7 @@ async def test_w4_close_flushes_through_any_number_of_partial_sends(stack: Stack
         server.close()
 
 
-@pytest.mark.ours_only("asyncio adds the whole buffer up for each write: minutes of quadratic work")
+@pytest.mark.ours_only("asyncio adds the whole buffer up for each write: minutes of quadratic work", before=(3, 14, 10))
 async def test_w5_many_small_writes_are_counted_right(stack: Stack) -> None:
     count = 100_000
     async with stack.open() as group, connected(group) as (transport, _, peer):
@@ -350,8 +349,7 @@ async def test_w7_ending_inside_a_flow_control_callback(
     async with stack.open() as group, connected(group, protocol, small=True) as (transport, _, peer):
         data = pattern(1 << 20)
         if with_writelines:
-            if stack.is_oracle:
-                pytest.skip("asyncio's writelines never pauses before Python 3.13.1 (CPython 127655)")
+            stack.needs_python(3, 14, 10, why="writelines never pauses (CPython 127655)")
             transport.writelines([data[:1000], data[1000:]])
         else:
             transport.write(data)
@@ -515,7 +513,7 @@ async def test_w13_leaving_the_block_flushes(stack: Stack) -> None:
     assert bytes(received) == data
 
 
-@pytest.mark.ours_only("the oracle raises AttributeError")
+@pytest.mark.ours_only("the oracle raises AttributeError", before=(3, 14, 10))
 async def test_w16_abort_ends_a_flushing_close(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, _peer):
         fill(transport, 65537)
@@ -527,7 +525,7 @@ async def test_w16_abort_ends_a_flushing_close(stack: Stack) -> None:
         assert transport.get_write_buffer_size() == 0
 
 
-@pytest.mark.ours_only("the oracle may raise in writelines")
+@pytest.mark.ours_only("the oracle may raise in writelines", before=(3, 14, 10))
 @pytest.mark.parametrize("clogged", [False, True])
 async def test_w16_writelines_after_close_drops_as_write_does(stack: Stack, clogged: bool) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):

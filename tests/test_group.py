@@ -708,7 +708,7 @@ async def test_an_accepted_connection_whose_callback_raises(stack: Stack, callba
         assert all(protocol.count("connection_lost") == 1 for protocol in protocols)
 
 
-@pytest.mark.ours_only("asyncio leaves the socket to the garbage collector")
+@pytest.mark.ours_only("asyncio leaves the socket to the garbage collector", before=(3, 14, 10))
 async def test_a_factory_that_raises_is_the_callers_business(stack: Stack) -> None:
     """It comes out of the endpoint function, and the other connections go on."""
     async with stack.open() as group, connected(group, echo()) as (_, _, peer):
@@ -1112,7 +1112,7 @@ async def test_a_connection_does_not_see_the_variables_of_another(stack: Stack) 
         assert seen["second with data"] != "first"
 
 
-@pytest.mark.ours_only("asyncio makes a copy anew for each kind of event")
+@pytest.mark.ours_only("asyncio makes a copy anew for each kind of event", before=(3, 14, 10))
 async def test_the_callbacks_of_a_connection_share_one_context(stack: Stack) -> None:
     seen: list[str] = []
 

@@ -310,7 +310,7 @@ def test_the_word_that_is_left_for_anyio_lasts_for_the_callbacks_only(run: Run) 
 
 
 def test_a_cancelled_serve_forever_does_not_wait_for_its_clients(run: Run) -> None:
-    """asyncio's would, until the last of them has left by itself. Here they are the group's, which ends them."""
+    """asyncio's would, until the last of them has read everything. Here they are the group's, which can end them."""
 
     async def main() -> None:
         made: list[Recorder] = []
@@ -323,6 +323,7 @@ def test_a_cancelled_serve_forever_does_not_wait_for_its_clients(run: Run) -> No
             server = await group.create_server(factory, HOST, 0)
             with Peer.connect(server.sockets[0].getsockname()) as peer:
                 assert await answers(peer)
+                made[0].transport.write(MUCH)
                 forever = asyncio.create_task(server.serve_forever())
                 await until(server.is_serving)
                 await turns()
@@ -330,7 +331,11 @@ def test_a_cancelled_serve_forever_does_not_wait_for_its_clients(run: Run) -> No
                 with pytest.raises(asyncio.CancelledError):
                     await forever
                 assert not server.is_serving()
-                assert await answers(peer)
+                (protocol,) = made
+                assert protocol.transport.is_closing()
+                await turns()
+                assert not protocol.lost
+                protocol.transport.abort()
         assert [protocol.lost_with for protocol in made] == [None]
 
     run(main)

@@ -160,15 +160,14 @@ def writable(descriptor: int) -> bool:
     ],
 )
 async def test_offset_and_count(stack: Stack, make_file: Any, offset: int, count: int | None, expected: bytes) -> None:
+    if make_file is on_disk and not expected:
+        stack.needs_python(3, 14, 10, why="a file of which nothing was sent stays where it was")
     async with stack.open() as group, connected(group) as (transport, _, peer):
         with make_file(SMALL_CONTENT) as file:
             if make_file is on_disk:
                 file.seek(7)  # Wherever it stands.
             assert await send(group, transport, file, offset, count) == len(expected)
-            if expected:
-                assert file.tell() == offset + len(expected)
-            else:
-                assert file.tell() == (7 if make_file is on_disk else offset)
+            assert file.tell() == offset + len(expected)
         transport.close()
         assert await peer.receive_all() == expected
 
@@ -217,7 +216,7 @@ async def test_a_file_that_was_read_before(stack: Stack) -> None:
         assert await peer.receive_exactly(20) == SMALL_CONTENT[10:30]
 
 
-@pytest.mark.ours_only("the oracle begins where the file stands: CPython 150107")
+@pytest.mark.ours_only("the oracle begins where the file stands: CPython 150107", before=(3, 14, 10))
 async def test_f1_offset_0_is_the_beginning_for_the_fallback(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, _, peer):
         with in_memory(SMALL_CONTENT) as file:
@@ -439,7 +438,7 @@ async def test_a_file_that_reads_text_and_does_not_say_so(stack: Stack) -> None:
     """The error is the caller's alone."""
     async with stack.open() as group, connected(group) as (transport, _, peer):
         contexts = collect_contexts(group)
-        with pytest.raises(TypeError, match="bytes-like"):
+        with pytest.raises(TypeError, match="data argument must be a bytes"):
             await group.sendfile(transport, codecs.getreader("utf-8")(io.BytesIO(b"text")))
         transport.write(b"alive")
         assert await peer.receive_exactly(5) == b"alive"

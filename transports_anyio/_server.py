@@ -124,7 +124,9 @@ class Server(asyncio.AbstractServer):
         await anyio.lowlevel.checkpoint()
 
     async def serve_forever(self) -> None:
-        """Accept connections until cancelled, which closes the server, or until the server is closed.
+        """Accept connections until cancelled, or until the server is closed.
+
+        A cancellation closes the server and the connections that it has accepted, and does not wait for their end.
 
         Raises `RuntimeError` when closed, or while another `serve_forever` runs, `OSError` as `start_serving`.
         """
@@ -136,9 +138,12 @@ class Server(asyncio.AbstractServer):
         try:
             while not self._closed:
                 await self._changed.wait()
+        except BaseException:
+            self.close()
+            self.close_clients()
+            raise
         finally:
             self._serving_forever = False
-            self.close()
 
     def close(self) -> None:
         """Stop listening. Connections that were accepted stay open. Does nothing when closed."""
@@ -212,8 +217,8 @@ class Server(asyncio.AbstractServer):
             self._poller.set_interest(self._watches[sock], 0)
 
     def _accept_ready(self, listener: socket.socket) -> None:
-        """Accept up to the backlog: many connections a turn, and then everybody else's turn."""
-        for _ in range(max(self._backlog, 1)):
+        """Accept what the backlog holds, which Linux lets be one more: many a turn, and then everybody else's turn."""
+        for _ in range(max(self._backlog, 0) + 1):
             if not self._serving:
                 return  # A callback of the connection before closed the server.
             try:

@@ -40,8 +40,8 @@ class FileEndpoints(Endpoints):
         """Send `file` over `transport`, behind what was written before, and return how many bytes were sent.
 
         It begins at `offset` bytes, wherever the file stands, and ends after `count` bytes, or at the end of the file.
-        The file is left behind the last byte sent, also by an error or a cancellation; one of which nothing was sent
-        stays where it was, or at `offset` where it has to be read. Where the transport is a plain socket the system
+        The file is left behind the last byte sent, at `offset` if there was none, also by an error or a cancellation.
+        Where the transport is a plain socket the system
         moves the bytes (`os.sendfile`). Otherwise, and for files that the system cannot send, they are read in a thread
         and written block by block, unless `fallback` is false; a cancellation leaves a block that was begun to be sent
         by the transport.
@@ -103,6 +103,7 @@ async def send_by_system(transport: StreamTransport, file: BinaryIO, offset: int
     except (AttributeError, io.UnsupportedOperation) as exc:
         raise SendfileNotAvailableError(f"{file!r} has no descriptor") from exc
     sent = 0
+    refused = False
     try:
         while count is None or sent < count:
             await transport.flush()
@@ -117,6 +118,7 @@ async def send_by_system(transport: StreamTransport, file: BinaryIO, offset: int
             except OSError as exc:
                 if sent:
                     raise
+                refused = True
                 # A pipe, a terminal, a file system without it: which of them differs with the platform.
                 raise SendfileNotAvailableError(f"os.sendfile() refuses {file!r}") from exc
             if not more:
@@ -124,11 +126,12 @@ async def send_by_system(transport: StreamTransport, file: BinaryIO, offset: int
             sent += more
         return sent
     finally:
-        if sent:
-            if hasattr(file, "seek"):
-                file.seek(offset + sent)
-            else:
-                os.lseek(descriptor, offset + sent, os.SEEK_SET)
+        if refused:
+            pass  # It may have no positions.
+        elif hasattr(file, "seek"):
+            file.seek(offset + sent)
+        else:
+            os.lseek(descriptor, offset + sent, os.SEEK_SET)
 
 
 async def send_by_reading(transport: StreamTransport, file: BinaryIO, offset: int, count: int | None) -> int:

@@ -239,7 +239,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         elif isinstance(data, (bytes, bytearray, memoryview)):
             view = as_bytes_view(data)
         else:
-            msg = f"data argument must be a bytes-like object, not {type(data).__name__!r}"
+            msg = f"data argument must be a bytes, bytearray, or memoryview object, not {type(data).__name__!r}"
             raise TypeError(msg)
         if self._writing_refused:
             self._refuse_writing("write")
