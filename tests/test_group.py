@@ -1112,7 +1112,7 @@ async def test_a_connection_does_not_see_the_variables_of_another(stack: Stack) 
         assert seen["second with data"] != "first"
 
 
-@pytest.mark.ours_only("asyncio makes a copy anew for each kind of event", before=(3, 14, 10))
+@pytest.mark.ours_only("asyncio makes a copy anew for each kind of event", before=(3, 15))
 async def test_the_callbacks_of_a_connection_share_one_context(stack: Stack) -> None:
     seen: list[str] = []
 
