@@ -863,6 +863,7 @@ async def test_nc(stack: Stack) -> None:
         server.close()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.ours_only("asyncio's own business")
 async def test_ten_thousand_connections_leave_no_descriptor(stack: Stack) -> None:
     """A hundred at a time; most of them end by a reset, so that they do not linger in TIME_WAIT."""

@@ -170,6 +170,7 @@ print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the memory is not told there")
 async def test_a_filter_of_a_large_file_needs_no_more_memory(anyio_backend: Any, tmp_path: Path) -> None:
     """Nobody takes the result for a while: without back-pressure, on either side, all of it would wait in memory."""

@@ -133,6 +133,7 @@ async def test_a_line_that_is_too_long_but_complete(stack: Stack) -> None:
                 assert await visitor.hear() == line
 
 
+@pytest.mark.exhaustive
 async def test_many_lines_at_once(stack: Stack) -> None:
     """To take the rest of them along from line to line would be quadratic: hundreds of gigabytes."""
     count = 3_000_000
@@ -155,6 +156,7 @@ async def test_many_lines_at_once(stack: Stack) -> None:
             assert line.lines == count + 1
 
 
+@pytest.mark.exhaustive
 async def test_many_netstrings_at_once(stack: Stack) -> None:
     """The same for the example that takes its messages apart by their size."""
     count = 1_000_000

@@ -808,6 +808,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 async def test_the_memory_of_a_filter_is_bounded(anyio_backend: Any, tmp_path: Path) -> None:
     """64 MiB through the filter example, gzip in the middle: back-pressure in both directions."""

@@ -606,6 +606,7 @@ async def test_w15_much_through_cat(stack: Stack) -> None:
         assert child.flow[:2] == ["pause", "resume"]
 
 
+@pytest.mark.exhaustive
 async def test_much_on_both_outputs_at_once(stack: Stack) -> None:
     size = 100 << 20
     program = f"""

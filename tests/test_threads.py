@@ -104,6 +104,7 @@ def test_tcp(stack: Stack, anyio_backend: Any) -> None:
     in_threads(stack, anyio_backend, "tcp", None, lambda port, question: ask_over_stream(connected(port), question))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("hasty")
 def test_tls(stack: Stack, anyio_backend: Any, certificate_authority: trustme.CA) -> None:
     certificates = Certificates(certificate_authority)

@@ -443,6 +443,7 @@ class KeyUpdates:
         return data
 
 
+@pytest.mark.exhaustive
 @pytest.mark.ours_only("asyncio keeps the answers without end")
 async def test_answers_to_key_updates_do_not_pile_up(
     stack: Stack, certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -474,6 +475,7 @@ async def test_answers_to_key_updates_do_not_pile_up(
         serving.server.close()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.ours_only("asyncio keeps the answers without end")
 async def test_answers_to_key_updates_do_not_pile_up_during_the_farewell(
     stack: Stack, certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -73,6 +73,7 @@ def unread(transport: Any) -> int:
     return int.from_bytes(count, sys.byteorder)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("blocked", ["sending", "receiving"])
 async def test_key_updates_while_the_other_direction_is_blocked(
     stack: Stack, certificates: Certificates, blocked: str
