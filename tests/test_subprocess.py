@@ -896,6 +896,36 @@ async def test_without_pidfd(anyio_backend: Any, waitid: bool, monkeypatch: pyte
             assert gone(child.transport.get_pid())
 
 
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="a thread reaps the child there")
+async def test_p11_a_child_that_is_stopped_has_not_ended(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS `waitid` finds it when it is asked for children that have ended: here it is asked for both."""
+    waitid = os.waitid
+    stops: list[int] = []
+
+    def waitid_of_macos(kind: Any, number: int, options: int) -> Any:
+        found = waitid(kind, number, options | (os.WSTOPPED if options & os.WEXITED else 0))
+        if found is not None and found.si_code == os.CLD_STOPPED:
+            stops.append(number)
+        return found
+
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    monkeypatch.setattr(os, "waitid", waitid_of_macos)
+    async with TransportGroup() as group:
+        child = Child()
+        await group.subprocess_exec(lambda: child, "cat")
+        child.transport.send_signal(signal.SIGSTOP)
+        await until(lambda: stops)
+        await turns()
+        assert not child.exited.is_set()
+        child.transport.send_signal(signal.SIGCONT)  # Refused, were it taken to have ended.
+        child.transport.get_pipe_transport(0).write(b"alive")
+        await until(lambda: child.output[1] == b"alive")
+        child.transport.get_pipe_transport(0).write_eof()
+        await child.end()
+        assert child.transport.get_returncode() == 0
+        assert gone(child.transport.get_pid())
+
+
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",), ("pidfd_open", "waitid")])
 async def test_the_exit_is_told_to_a_shielded_task_of_a_cancelled_block(
     anyio_backend: Any, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

@@ -38,10 +38,18 @@ def peek(pid: int) -> int | None:
 
     Raises `ChildProcessError` when it has been reaped, or never was a child of ours.
     """
-    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if found is None:
-        return None
-    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+    return _ended(pid, os.WNOHANG)
+
+
+def _ended(pid: int, options: int = 0) -> int | None:
+    while True:
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | options)
+        if found is None:
+            return None
+        if found.si_code != os.CLD_STOPPED:
+            return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        # macOS finds those that are stopped, too, as newer asyncio knows: this takes the news of it away.
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
 
 
 def is_child(pid: int) -> bool:
@@ -233,7 +241,7 @@ class PopenChild(Child):
 
     def _wait_without_reaping(self) -> None:
         try:
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            _ended(self.pid)
         except ChildProcessError:
             pass  # Somebody else has reaped it, which `has_ended` finds too.
 
