@@ -739,6 +739,55 @@ async def test_a_factory_that_raises_leaves_the_stream_to_the_caller(anyio_backe
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(theirs.send, b"still open")
             assert await ours.receive() == b"still open"
+        _, protocol = await group.connect_stream(Recorder, ours)
+        await theirs.send(b"another time")
+        await protocol.wait_received(12)
+
+
+async def test_a_stream_that_a_transport_uses_already(anyio_backend: Any, pair: Any) -> None:
+    """Two owners would take each other's bytes, and the first to end would close it under the other."""
+    second = Recorder()
+    refused: list[TransportGroup] = []
+
+    async with pair as (ours, theirs), TransportGroup() as group:
+
+        async def connect_again(group: TransportGroup) -> None:
+            with pytest.raises(RuntimeError, match="used already, by another transport"):
+                await group.connect_stream(lambda: second, ours)
+            refused.append(group)
+
+        async with anyio.create_task_group() as tasks:
+            transport, first = await group.connect_stream(Recorder, ours)
+            tasks.start_soon(connect_again, group)
+            await connect_again(group)
+            async with TransportGroup() as other:
+                await connect_again(other)
+        assert len(refused) == 3
+        assert second.calls == []
+        await theirs.send(b"hello")
+        await first.wait_received(5)
+        transport.abort()
+        await first.wait_for("connection_lost")
+        assert first.lost_with is None
+
+
+async def test_a_stream_that_is_connected_twice_at_a_time(anyio_backend: Any) -> None:
+    outcomes: list[Any] = []
+
+    async def connect(group: TransportGroup, stream: ByteStream) -> None:
+        try:
+            outcomes.append(await group.connect_stream(Recorder, stream))
+        except RuntimeError as exc:
+            outcomes.append(exc)
+
+    async with memory_pair() as (ours, theirs), TransportGroup() as group:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(connect, group, ours)
+        assert [type(outcome) for outcome in outcomes].count(RuntimeError) == 2
+        (protocol,) = [outcome[1] for outcome in outcomes if not isinstance(outcome, RuntimeError)]
+        await theirs.send(b"hello")
+        await protocol.wait_received(5)
 
 
 async def test_cancelling_the_group_closes_the_streams(anyio_backend: Any, pair: Any) -> None:

@@ -1197,6 +1197,21 @@ async def test_an_anyio_udp_socket(anyio_backend: Any) -> None:
             assert protocol.lost == [None]
 
 
+async def test_an_anyio_socket_that_a_transport_uses_already(anyio_backend: Any) -> None:
+    second = Endpoint()
+    with udp_peer() as peer:
+        async with TransportGroup() as group:
+            udp = await anyio.create_udp_socket(local_host=HOST)
+            transport, first = await group.connect_datagram_socket(Endpoint, udp)
+            with pytest.raises(RuntimeError, match="used already, by another transport"):
+                await group.connect_datagram_socket(lambda: second, udp)
+            peer.sendto(b"data", transport.get_extra_info("sockname"))
+            await until(lambda: first.data == [b"data"])
+            transport.close()
+        assert first.lost == [None]
+        assert second.transport is None
+
+
 async def test_a_connected_anyio_udp_socket(anyio_backend: Any) -> None:
     with udp_peer() as peer:
         async with TransportGroup() as group:

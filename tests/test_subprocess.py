@@ -1282,6 +1282,34 @@ async def test_an_anyio_process(anyio_backend: Any) -> None:
         assert transport.get_returncode() == 0
 
 
+async def test_an_anyio_process_that_a_transport_uses_already(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        process = await anyio.open_process(["cat"])
+        transport, child = await group.connect_process(Child, process)
+        second = Child()
+        with pytest.raises(RuntimeError, match="used already, by another transport"):
+            await group.connect_process(lambda: second, process)
+        for stream in (process.stdin, process.stdout, process.stderr):
+            with pytest.raises(RuntimeError, match="used already, by another transport"):
+                await group.connect_stream(Recorder, stream)
+        transport.get_pipe_transport(0).write(b"data")
+        transport.get_pipe_transport(0).write_eof()
+        await child.end()
+        assert child.output[1] == b"data"
+        assert second.calls == []
+
+
+async def test_an_anyio_process_one_of_whose_pipes_is_used_already(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        process = await anyio.open_process(["cat"])
+        _, reader = await group.connect_stream(Recorder, process.stdout)
+        with pytest.raises(RuntimeError, match="used already, by another transport"):
+            await group.connect_process(Child, process)
+        await process.stdin.send(b"data")
+        await reader.wait_received(4)
+        await process.aclose()
+
+
 async def test_an_anyio_process_with_pipes_of_its_own(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         with tempfile.TemporaryFile() as target:

@@ -27,11 +27,11 @@ CHUNK_SIZE = 64 * 1024
 class AnyIOStreamChannel(AnyIOChannel, Channel):
     """Moves the bytes of an AnyIO stream."""
 
-    __slots__ = ("_stream", "can_receive", "can_send", "can_write_eof", "is_two_way")
+    __slots__ = ("can_receive", "can_send", "can_write_eof", "is_two_way", "stream")
 
     def __init__(self, stream: AnyByteStream) -> None:
         super().__init__(stream)
-        self._stream: Any = stream
+        self.stream: Any = stream
         self.can_receive = isinstance(stream, ByteReceiveStream)
         self.can_send = isinstance(stream, ByteSendStream)
         self.is_two_way = self.can_receive and self.can_send
@@ -79,8 +79,8 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
 
     def _parts(self) -> Iterable[AsyncResource]:
         # `StapledByteStream.aclose` closes one after the other: a forceful one ends behind the first.
-        if type(self._stream) is StapledByteStream:
-            return self._stream.send_stream, self._stream.receive_stream
+        if type(self.stream) is StapledByteStream:
+            return self.stream.send_stream, self.stream.receive_stream
         return super()._parts()
 
     def extra_info(self) -> dict[str, Any]:
@@ -93,8 +93,8 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
             ("peercert", TLSAttribute.peer_certificate),
             ("cipher", TLSAttribute.cipher),
         ):
-            if attribute in self._stream.extra_attributes:
-                info[name] = self._stream.extra(attribute)
+            if attribute in self.stream.extra_attributes:
+                info[name] = self.stream.extra(attribute)
         if "socket" in info:
             info["socket"] = SocketView(info["socket"])
         return info
@@ -102,7 +102,7 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
     async def _receive_next(self) -> bytes:
         try:
             while True:
-                data: bytes = await self._stream.receive(CHUNK_SIZE)
+                data: bytes = await self.stream.receive(CHUNK_SIZE)
                 if data:  # AnyIO asks users to ignore the empty ones of streams that return such.
                     return data
                 await anyio.lowlevel.checkpoint()  # It may do nothing else, and not wait for that either.
@@ -111,9 +111,9 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
 
     async def _send_offered(self, offered: bytes) -> int:
         if offered:
-            await self._stream.send(offered)
+            await self.stream.send(offered)
         else:
-            await self._stream.send_eof()
+            await self.stream.send_eof()
         return len(offered)
 
     def _ends(self, received: bytes | OSError) -> bool:

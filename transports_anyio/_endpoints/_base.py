@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 ProtocolT = TypeVar("ProtocolT")
 
+#: The AnyIO objects that transports use, by their `id`: a user's own need not be hashable.
+in_use: set[int] = set()
+
 
 def check_factory(name: str, factory: object) -> None:
     """Raise `TypeError` for what can never be the protocol factory of the endpoint function `name`."""
@@ -84,15 +87,31 @@ class Endpoints:
         return call
 
     def _run_for(
-        self, resource: object, run: Callable[[Callable[[Exception], None]], Coroutine[Any, Any, None]]
+        self,
+        resource: object,
+        run: Callable[[Callable[[Exception], None]], Coroutine[Any, Any, None]],
+        name: str | None = None,
     ) -> None:
         """Start the task of a channel or child over an AnyIO object, which may be the user's own and fail to close."""
-        name = resource if isinstance(resource, str) else described(resource)
+        name = name or described(resource)
+        in_use.add(id(resource))
 
         def report(exc: Exception) -> None:
             self._core.group.call_exception_handler({"message": f"Closing {name} failed", "exception": exc})
 
-        self._core.task_group.start_soon(run, report, name=f"transports_anyio: {name}")
+        async def use() -> None:
+            try:
+                await run(report)
+            finally:
+                in_use.discard(id(resource))
+
+        self._core.task_group.start_soon(use, name=f"transports_anyio: {name}")
+
+    def _require_unused(self, *resources: object) -> None:
+        """Raise `RuntimeError` for an AnyIO object that a transport uses, of whichever group."""
+        for resource in resources:
+            if id(resource) in in_use:
+                raise RuntimeError(f"{described(resource)} is used already, by another transport")
 
     async def _connect_socket(
         self, protocol_factory: Callable[[], ProtocolT], sock: socket.socket, tls: TLSOptions | None = None

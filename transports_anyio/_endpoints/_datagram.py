@@ -92,14 +92,15 @@ class DatagramEndpoints(Endpoints):
         scope behind the host. On asyncio AnyIO keeps to itself what goes wrong with a UDP datagram (the peer refuses
         it, or it is too large); on trio, and for UNIX sockets, `error_received` is told.
 
-        Raises `RuntimeError` when the group is not open, `TypeError` for anything else than such a socket, and whatever
-        `protocol_factory` raises; the socket is then left to the caller.
+        Raises `RuntimeError` when the group is not open and when another transport uses the socket, `TypeError` for
+        anything else than such a socket, and whatever `protocol_factory` raises; the socket is then left to the caller.
 
         Source: https://anyio.readthedocs.io/en/stable/networking.html
         """
         self._core.require_open()
         await anyio.lowlevel.checkpoint()
         self._core.require_open()
+        self._require_unused(datagram_socket)
         channel = AnyIODatagramChannel(datagram_socket)
         make = partial(DatagramTransport, address=channel.remote_address)
         transport, protocol = self._core.make_transport(make, protocol_factory, channel)

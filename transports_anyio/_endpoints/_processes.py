@@ -113,8 +113,9 @@ class ProcessEndpoints(Endpoints):
         is `process`. On asyncio, AnyIO of before 4.15 leaves the descriptors of outputs that a grandchild keeps open to
         the garbage collector.
 
-        Raises `RuntimeError` when the group is not open, `TypeError` for a process of another kind, and whatever
-        `protocol_factory` raises; the process is then left to the caller.
+        Raises `RuntimeError` when the group is not open and when another transport uses the process or one of its
+        streams, `TypeError` for a process of another kind, and whatever `protocol_factory` raises; the process is then
+        left to the caller.
 
         Source: https://anyio.readthedocs.io/en/stable/subprocesses.html
         """
@@ -126,9 +127,10 @@ class ProcessEndpoints(Endpoints):
         self._core.require_open()
         await anyio.lowlevel.checkpoint()
         self._core.require_open()
+        streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
+        self._require_unused(process, *streams.values())
         door = self._core.door()
         protocol = door.make_protocol(protocol_factory)
-        streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
         channels = {fd: AnyIOStreamChannel(stream) for fd, stream in streams.items()}
         return self._start_child(door, protocol, AnyIOChild(process), channels)
 
@@ -178,8 +180,8 @@ class ProcessEndpoints(Endpoints):
             raise
         finally:  # The child is the group's, even if `connection_made` raised what leaves through the group.
             if child.needs_task:
-                self._run_for(f"process {child.pid}", child.run)
+                self._run_for(child.handle, child.run, f"process {child.pid}")
             for channel in channels.values():
                 if isinstance(channel, AnyIOStreamChannel):
-                    self._run_for(f"a pipe of {child.handle!r}", channel.run)
+                    self._run_for(channel.stream, channel.run, f"a pipe of {child.handle!r}")
         return transport, protocol

@@ -46,11 +46,12 @@ class StreamEndpoints(Endpoints):
         to allow; a server gives a context. `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30
         by default.
 
-        Raises `RuntimeError` when the group is not open, `TypeError` and `ValueError` for parameters that contradict
-        each other, `ssl.SSLError` for a context of the other side, and whatever `protocol_factory` raises; the stream
-        is then left to the caller. Raises `ssl.SSLError` when the ends do not agree on TLS, `ConnectionResetError` when
-        the peer leaves, `ConnectionAbortedError` when the handshake takes too long; the stream is then closed, and also
-        when the handshake is cancelled or `protocol_factory` raises after it.
+        Raises `RuntimeError` when the group is not open and when another transport uses the stream, `TypeError` and
+        `ValueError` for parameters that contradict each other, `ssl.SSLError` for a context of the other side, and
+        whatever `protocol_factory` raises; the stream is then left to the caller. Raises `ssl.SSLError` when the ends
+        do not agree on TLS, `ConnectionResetError` when the peer leaves, `ConnectionAbortedError` when the handshake
+        takes too long; the stream is then closed, and also when the handshake is cancelled or `protocol_factory` raises
+        after it.
 
         Source: https://anyio.readthedocs.io/en/stable/streams.html
         """
@@ -69,6 +70,7 @@ class StreamEndpoints(Endpoints):
         self._core.require_open()
         await anyio.lowlevel.checkpoint()
         self._core.require_open()
+        self._require_unused(stream)
         channel: Channel = plain
         if tls is not None:
             channel = encrypted = TLSChannel(plain, tls, self._core)
