@@ -40,8 +40,8 @@ class FileEndpoints(Endpoints):
         """Send `file` over `transport`, behind what was written before, and return how many bytes were sent.
 
         It begins at `offset` bytes, wherever the file stands, and ends after `count` bytes, or at the end of the file.
-        The file is left behind the last byte sent, at `offset` if there was none, also by an error or a cancellation.
-        Where the transport is a plain socket the system
+        The file is left behind the last byte sent, at `offset` if there was none, also by an error or a cancellation;
+        where it stands, if it is refused without `fallback`. Where the transport is a plain socket the system
         moves the bytes (`os.sendfile`). Otherwise, and for files that the system cannot send, they are read in a thread
         and written block by block, unless `fallback` is false; a cancellation leaves a block that was begun to be sent
         by the transport.
