@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import itertools
 import signal
 import sys
 import threading
@@ -108,11 +109,23 @@ def _warm_up() -> Iterator[None]:
             anyio.run(anyio.sleep, 0, backend=name, backend_options=options)
         except ImportError:
             pass  # Tests of a backend that is not installed are skipped one by one.
-    # What is there by now stays: the collections around every test need not look through it again and again.
-    gc.collect()
-    gc.freeze()
     yield
     gc.unfreeze()
+
+
+#: After so many tests, what has come to stay is frozen once more: pytest keeps something of each.
+TESTS_FOR_A_FREEZE = 100
+tests_begun = itertools.count()
+
+
+def _collect_garbage() -> None:
+    """Leave no garbage. What is there to stay need not be looked through around every test: half of all time."""
+    if next(tests_begun) % TESTS_FOR_A_FREEZE:
+        gc.collect()
+        return
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -138,7 +151,7 @@ def _left_over_threads(before: set[threading.Thread]) -> list[threading.Thread]:
 def no_leaks() -> Iterator[None]:
     """Fail a test that leaves a descriptor or a thread, or whose callbacks came in an illegal order."""
     support.RECORDERS.clear()
-    gc.collect()
+    _collect_garbage()
     threads_before = set(threading.enumerate())
     descriptors_before = open_descriptors()
     yield
