@@ -204,6 +204,14 @@ async def test_the_options_of_popen(stack: Stack, tmp_path: Path) -> None:
     os.close(write)
 
 
+async def test_another_executable_than_the_name_that_it_is_told(stack: Stack) -> None:
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.exec("hello", "-c", "echo $0", executable="sh")
+        assert transport.get_extra_info("subprocess").args == ("hello", "-c", "echo $0")
+        await child.end()
+        assert child.output[1] == b"hello\n"
+
+
 async def test_who_and_with_whom_a_child_is(stack: Stack) -> None:
     """`user` and `group`, of which anybody may name their own, `process_group`, `umask` and `preexec_fn`."""
     root = os.getuid() == 0

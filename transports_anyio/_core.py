@@ -10,6 +10,7 @@ from asyncio import AbstractServer
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
+from functools import partial
 from math import inf
 from threading import RLock, get_ident
 from time import monotonic
@@ -35,6 +36,14 @@ LENGTH_OF_A_TURN = 0.002
 ProtocolT = TypeVar("ProtocolT")
 ChannelT = TypeVar("ChannelT", bound="Channel | DatagramChannel")
 TransportT = TypeVar("TransportT", bound=Owned)
+
+
+def in_another_thread(name: str, instead: str) -> RuntimeError:
+    """Return what to raise for a call of `name` in another thread than the group's."""
+    return RuntimeError(
+        f"{name}() was called in another thread than the group's: call {instead} in one of AnyIO's worker threads, or "
+        "hand the call over with group.call_soon_threadsafe()"
+    )
 
 
 class Core:
@@ -125,7 +134,7 @@ class Core:
 
     def call_internal(self, callback: Callable[..., object], *args: Any) -> None:
         """Run `callback` in the group's next turn, without a context or a handle."""
-        self.ready.append(lambda: callback(*args) if args else callback())
+        self.ready.append(partial(callback, *args) if args else callback)
         if self.poller is not None:
             self.poller.wake()
 
@@ -203,15 +212,13 @@ class Core:
         """Raise `RuntimeError` when the endpoint function `name` is called too early or late, or in another thread."""
         if not self.open:
             raise self.not_open(name)
-        self.require_own_thread(name, f"anyio.from_thread.run({called_as}, ...)")
+        if get_ident() != self.thread:
+            raise in_another_thread(name, f"anyio.from_thread.run({called_as}, ...)")
 
     def require_own_thread(self, name: str, instead: str) -> None:
         """Raise `RuntimeError`, which says what to call `instead`, in another thread than the group's."""
         if get_ident() != self.thread:
-            raise RuntimeError(
-                f"{name}() was called in another thread than the group's: call {instead} in one of AnyIO's worker "
-                "threads, or hand the call over with group.call_soon_threadsafe()"
-            )
+            raise in_another_thread(name, instead)
 
     # Ownership
 

@@ -54,7 +54,6 @@ class DatagramEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_datagram_endpoint
         """
-        self._core.require_open()
         remote: Any = None
         if sock is None:
             pairs = await address_pairs(local_addr, remote_addr, family, proto, flags)
@@ -97,7 +96,6 @@ class DatagramEndpoints(Endpoints):
 
         Source: https://anyio.readthedocs.io/en/stable/networking.html
         """
-        self._core.require_open()
         await anyio.lowlevel.checkpoint()
         self._core.require_open()
         self._require_unused(datagram_socket)

@@ -33,7 +33,6 @@ class MemoryEndpoints(Endpoints):
         info_b: Mapping[str, Any],
     ) -> tuple[tuple[StreamTransport, ProtocolT], tuple[StreamTransport, OtherProtocolT]]:
         """Make both transports. Raises `RuntimeError` when the group is not open, and whatever a factory raises."""
-        self._core.require_open()
         await anyio.lowlevel.checkpoint()
         self._core.require_open()
         core = self._core

@@ -58,7 +58,6 @@ class PipeEndpoints(Endpoints):
         transport_class: type[ReadPipeTransport | WritePipeTransport],
     ) -> tuple[StreamTransport, ProtocolT]:
         require_pipes()
-        self._core.require_open()
         await anyio.lowlevel.checkpoint()
         channel = PipeChannel(self._core.require_open(), pipe, writing=transport_class is WritePipeTransport)
         transport, protocol = self._core.make_transport(transport_class, protocol_factory, channel)

@@ -37,6 +37,8 @@ ONLY_VALUES: dict[str, Any] = {
 
 def check_options(options: dict[str, Any], *, shell: bool) -> None:
     """Raise asyncio's `ValueError` for an option that it refuses, and take it out if it has the right value."""
+    if not options:
+        return
     for name, value in {**ONLY_VALUES, "shell": shell}.items():
         if name not in options:
             continue
@@ -74,7 +76,7 @@ class ProcessEndpoints(Endpoints):
         """
         check_options(options, shell=False)
         return await self._spawn(
-            protocol_factory, [program, *args], stdin=stdin, stdout=stdout, stderr=stderr, **options
+            protocol_factory, (program, *args), stdin=stdin, stdout=stdout, stderr=stderr, **options
         )
 
     async def subprocess_shell(
@@ -124,7 +126,6 @@ class ProcessEndpoints(Endpoints):
                 f"an AnyIO process was expected, got {process!r}: make it with anyio.open_process(), or let "
                 "subprocess_exec() start the program"
             )
-        self._core.require_open()
         await anyio.lowlevel.checkpoint()
         self._core.require_open()
         streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
@@ -138,7 +139,6 @@ class ProcessEndpoints(Endpoints):
         self, protocol_factory: Callable[[], ProtocolT], args: Any, **options: Any
     ) -> tuple[asyncio.SubprocessTransport, ProtocolT]:
         require_pipes()
-        self._core.require_open()
         await anyio.lowlevel.checkpoint()
         poller = self._core.require_open()
         # From here on nothing waits, so nothing can be cancelled half-way.

@@ -70,7 +70,6 @@ class StartTLSEndpoint(Endpoints):
             raise TypeError(f"transport {transport!r} is not supported by start_tls()")
         if not isinstance(received, (bytes, bytearray, memoryview)):
             raise TypeError(f"received must be a bytes-like object, not {type(received).__name__!r}")
-        self._core.require_open()
         if not transport.belongs_to(self):
             raise RuntimeError(f"transport {transport!r} belongs to another group")
         over = Event()

@@ -67,7 +67,6 @@ class StreamEndpoints(Endpoints):
         plain = AnyIOStreamChannel(stream)
         if tls is not None and not plain.is_two_way:
             raise TypeError(f"TLS takes a stream of both directions, got {stream!r}")
-        self._core.require_open()
         await anyio.lowlevel.checkpoint()
         self._core.require_open()
         self._require_unused(stream)

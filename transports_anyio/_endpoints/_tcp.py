@@ -85,7 +85,6 @@ class TCPEndpoints(Endpoints):
             handshake_timeout=ssl_handshake_timeout,
             shutdown_timeout=ssl_shutdown_timeout,
         )
-        self._core.require_open()
         if sock is not None:
             check_stream_socket(sock)
             if host is not None or port is not None:
@@ -149,7 +148,6 @@ class TCPEndpoints(Endpoints):
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_server
         """
         tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
-        self._core.require_open()
         if sock is not None:
             check_stream_socket(sock)
             if host is not None or port is not None:
@@ -207,7 +205,6 @@ class TCPEndpoints(Endpoints):
         tls = server_options(
             ssl or None, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout
         )
-        self._core.require_open()
         await self._take_over(sock)
         return await self._connect_socket(protocol_factory, sock, tls)
 

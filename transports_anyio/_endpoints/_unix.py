@@ -64,7 +64,6 @@ class UNIXEndpoints(Endpoints):
             handshake_timeout=ssl_handshake_timeout,
             shutdown_timeout=ssl_shutdown_timeout,
         )
-        self._core.require_open()
         if sock is not None:
             if path is not None:
                 raise ValueError("path and sock can not be specified at the same time")
@@ -112,7 +111,6 @@ class UNIXEndpoints(Endpoints):
         """
         family = unix_family()
         tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
-        self._core.require_open()
         if sock is not None:
             if path is not None:
                 raise ValueError("path and sock can not be specified at the same time")

@@ -160,9 +160,13 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def traffic(self) -> tuple[int, int, int]:
         """Return how many bytes were received and sent over the pipes, and how many wait."""
-        pipes = [pipe.traffic() for pipe in self._pipes.values()]
-        received, sent, waiting = zip(*pipes, strict=True) if pipes else ((), (), ())
-        return sum(received), sum(sent), sum(waiting)
+        received = sent = waiting = 0
+        for pipe in self._pipes.values():
+            more_received, more_sent, more_waiting = pipe.traffic()
+            received += more_received
+            sent += more_sent
+            waiting += more_waiting
+        return received, sent, waiting
 
     def has_paused_writing(self) -> bool:
         """Whether the protocol has been told to pause writing."""
