@@ -450,6 +450,57 @@ async def test_peer_that_has_left(anyio_backend: Any, certificates: Certificates
     assert stream.closed
 
 
+class Refusing(ByteStream):
+    """A server that says why it refuses and leaves, of which a sender hears before its words have arrived."""
+
+    def __init__(self, context: ssl.SSLContext, words: str) -> None:
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self.words = words
+        self.left = anyio.Event()
+
+    async def send(self, item: bytes) -> None:
+        self.incoming.write(item)
+        with pytest.raises(ssl.SSLError):
+            self.tls.do_handshake()
+        self.left.set()
+        raise anyio.BrokenResourceError from ConnectionResetError(errno.ECONNRESET, "gone")
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        await self.left.wait()
+        await turns(20)
+        if self.words == "broken":
+            raise anyio.BrokenResourceError
+        alert = self.outgoing.read(1 if self.words == "bytewise" else max_bytes)
+        if not alert or self.words == "none":
+            raise anyio.EndOfStream
+        return alert
+
+    async def send_eof(self) -> None:
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("words", ["at once", "bytewise", "none", "broken"])
+async def test_the_last_words_of_a_peer_that_has_left(
+    anyio_backend: Any, certificates: Certificates, words: str
+) -> None:
+    server = certificates.server()
+    server.minimum_version = ssl.TLSVersion.TLSv1_3
+    client = certificates.client()
+    client.maximum_version = ssl.TLSVersion.TLSv1_2
+    stream = Refusing(server, words)
+    told = words in {"at once", "bytewise"}
+    async with TransportGroup() as group:
+        with anyio.fail_after(GUARD), pytest.raises(ssl.SSLError if told else ConnectionResetError) as caught:
+            await connect(group, Recorder(), stream, client)
+    # Why, if it was said; or else what the sender was told first, which has the reason.
+    assert ("ALERT" if told else "gone") in str(caught.value)
+    assert stream.closed
+
+
 async def test_peer_that_stays_silent(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
     async with TransportGroup() as group, pair as (a, b):
         with anyio.fail_after(GUARD), pytest.raises(ConnectionAbortedError):

@@ -14,16 +14,21 @@ if TYPE_CHECKING:
     from ._tls_wire import Wire
 
 
+# How long, in seconds, the alert of a peer that has left may take through the tasks of a stream below.
+TIME_FOR_AN_ALERT = 0.5
+
+
 class Handshake:
     """One handshake over `wire`, which has it to itself meanwhile."""
 
-    __slots__ = ("_begin_exchange", "_call", "_done", "_stopped", "_verdict", "_wire")
+    __slots__ = ("_begin_exchange", "_call", "_cut_off", "_done", "_stopped", "_verdict", "_wire")
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
         self._call = wire.scheduler.user_call()  # A server name callback is the user's, and may ask for its context.
         self._done: Callable[[Exception | None], None] | None = None
         self._verdict: Exception | None = None  # Why the handshake failed, while the peer is being told.
+        self._cut_off: Exception | None = None  # That the peer has left, while what it said before is awaited.
         self._stopped = False  # The wire is somebody else's.
 
     def begin(self, begin_exchange: Callable[[dict[str, Any]], None], done: Callable[[Exception | None], None]) -> None:
@@ -48,7 +53,7 @@ class Handshake:
     def end(self, exc: Exception | None) -> None:
         """Call `done`, unless that has happened."""
         self._stopped = True
-        self._verdict = None  # Its traceback has a frame of ours: no cycle.
+        self._verdict = self._cut_off = None  # Their tracebacks have frames of ours: no cycle.
         done, self._done = self._done, None
         if done is None:
             return
@@ -63,10 +68,11 @@ class Handshake:
         except (BlockingIOError, InterruptedError):
             return
         except Exception as exc:  # An `OSError`, or what a context of another kind raises in the TLS below.
-            self._fail(exc)
+            self._fail(self._cut_off or exc)
             return
         if not count:
-            self._fail(ConnectionResetError(errno.ECONNRESET, "the peer left during the TLS handshake"))
+            gone = ConnectionResetError(errno.ECONNRESET, "the peer left during the TLS handshake")
+            self._fail(self._cut_off or gone)
             return
         self._advance()
 
@@ -94,34 +100,30 @@ class Handshake:
 
     def _writable(self) -> None:
         wire = self._wire
-        try:
-            wire.flush()
-        except Exception as exc:
-            self._fail(self._verdict or self._last_words() or exc)
-            return
-        wire.inner.set_writing(bool(wire.unsent))
-        if self._verdict is not None and not wire.unsent:
+        if self._cut_off is None:
+            try:
+                wire.flush()
+                wire.inner.set_writing(bool(wire.unsent))
+            except (BrokenPipeError, ConnectionResetError) as exc:
+                self._await_alert(exc)
+            except Exception as exc:
+                self._fail(self._verdict or exc)
+                return
+        if self._verdict is not None and (self._cut_off is not None or not wire.unsent):
             self._fail(self._verdict)
 
-    def _last_words(self) -> Exception | None:
-        """Return the alert of a peer that has left, if it sent one before."""
-        try:
-            self._wire.receive()
-            self._wire.tls.do_handshake()
-        except ssl.SSLWantReadError:
-            return None
-        except ssl.SSLError as exc:
-            return exc
-        except OSError:  # Nothing is there to be read, or the same failure again.
-            return None
-        except Exception as exc:  # As in `_advance`.
-            return exc
-        return None
+    def _await_alert(self, exc: Exception) -> None:
+        """Go on receiving from a peer that has left: it may have said why."""
+        self._cut_off = exc
+        self._wire.inner.set_writing(False)
+        self._wire.lift_limit()
+        self._wire.limit(TIME_FOR_AN_ALERT, self._timed_out)
 
     def _timed_out(self) -> None:
         seconds = self._wire.options.handshake_timeout
         self._fail(
             self._verdict
+            or self._cut_off
             or ConnectionAbortedError(errno.ECONNABORTED, f"the TLS handshake took longer than {seconds} seconds")
         )
 
