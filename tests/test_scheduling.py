@@ -802,6 +802,38 @@ async def test_what_is_handed_over_in_a_row_costs_one_turn(anyio_backend: Any) -
     assert calls == list(range(1000))
 
 
+@pytest.mark.ours_only("asyncio's handle cannot be cancelled safely by another thread", before=(3, 14))
+async def test_cancel_in_another_thread_waits_for_a_callback_that_runs(stack: Stack) -> None:
+    begun = threading.Event()
+    order: list[str] = []
+
+    def callback() -> None:
+        handle.cancel()  # In its own thread it waits for nothing.
+        begun.set()
+        time.sleep(0.05)  # Time for the other thread to be wrong.
+        order.append("ran")
+
+    def cancel() -> None:
+        begun.wait(GUARD)
+        handle.cancel()
+        order.append("cancelled")
+
+    thread = threading.Thread(target=cancel)
+    async with stack.open() as group:
+        thread.start()
+        handle = group.call_soon_threadsafe(callback)
+        await until(lambda: len(order) == 2)
+        thread.join()
+        assert order == ["ran", "cancelled"]
+        handle = group.call_soon_threadsafe(order.append, "never")
+        thread = threading.Thread(target=handle.cancel)
+        thread.start()
+        thread.join()  # Before the group has its turn.
+        await turns()
+        assert handle.cancelled()
+        assert len(order) == 2
+
+
 async def test_many_threads_at_once(stack: Stack) -> None:
     calls: list[tuple[int, int]] = []
     async with stack.open() as group:

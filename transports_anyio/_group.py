@@ -30,7 +30,7 @@ from ._endpoints._unix import UNIXEndpoints
 from ._errors import ExceptionContext, leaves_through_the_group, logger
 from ._loop_poller import make_poller
 from ._owned import PendingHandshake
-from ._scheduling import Handle, TimerHandle
+from ._scheduling import Handle, ThreadSafeHandle, TimerHandle
 from ._statistics import GroupStatistics, describe_flow
 
 if TYPE_CHECKING:
@@ -187,12 +187,13 @@ class TransportGroup(
     ) -> Handle:
         """Call `callback(*args)` in the group's next turn, as `call_soon` does, from any thread.
 
-        `context` defaults to a copy of the caller's. Raises as `call_soon` does.
+        `context` defaults to a copy of the caller's. When `cancel` of the handle returns, in whatever thread, the
+        callback has run to its end, or will never run. Raises as `call_soon` does.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_soon_threadsafe
         """
         core = self._core
-        handle = Handle(callback, args, core.context_for(callback, context))
+        handle = ThreadSafeHandle(callback, args, core.context_for(callback, context))
         with core.handing_over:
             poller = core.require_alive("call_soon_threadsafe")
             core.ready.append(handle)

@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Callable
 from math import inf
 from reprlib import repr as short_repr  # Bounded, and never raises: callbacks and arguments are the user's.
+from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 if TYPE_CHECKING:
@@ -66,6 +67,25 @@ class Handle:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._describe()}>"
+
+
+class ThreadSafeHandle(Handle):
+    """A callback that another thread may cancel: when `cancel` returns, it has run to its end, or will never run."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Context) -> None:
+        super().__init__(callback, args, context)
+        self._lock = RLock()  # The callback itself may cancel it.
+
+    def cancel(self) -> None:
+        """Do not run the callback; wait for its end when it runs in another thread at the moment."""
+        with self._lock:
+            super().cancel()
+
+    def __call__(self) -> None:
+        with self._lock:
+            super().__call__()
 
 
 #: When it is due, the how-manieth it was, and the timer: `None` once that was cancelled.
