@@ -16,7 +16,7 @@ import anyio.lowlevel
 import pytest
 from faults import DATAGRAM, STREAM, SUBPROCESS, Keeper, check_legal
 from network import Echo, needs_ipv6
-from support import GUARD, HOST, RECORDERS, Recorder, open_descriptors, pattern, until
+from support import GUARD, HOST, RECORDERS, Recorder, open_descriptors, pattern, turns, until
 from tls_support import NAME, Certificates
 
 from transports_anyio import TransportGroup
@@ -233,7 +233,11 @@ async def upgrade(case: Case) -> AsyncIterator[Act]:
 
     def begin(protocol: Recorder, data: bytes) -> None:
         async def run() -> None:
-            await until(lambda: begun)  # Or else it may be over before a cancellation is noticed.
+            # Or else it may be over before a cancellation is noticed: a whole handshake fits into one turn.
+            await until(lambda: begun)
+            await turns()
+            if protocol.transport.is_closing():
+                return  # The client's end was cancelled, and has left.
             try:
                 await case.group.start_tls(protocol.transport, protocol, case.certificates.server(), server_side=True)
             except OSError:
