@@ -577,9 +577,10 @@ async def test_a_time_out_around_the_group(anyio_backend: Any) -> None:
     protocol = Recorder()
     async with AsyncExitStack() as peers:
         with pytest.raises(TimeoutError):
-            with anyio.fail_after(0.01):
+            with anyio.fail_after(GUARD) as scope:
                 async with TransportGroup() as group:
                     await peers.enter_async_context(connected(group, protocol))
+                    scope.deadline = anyio.current_time() + 0.01
                     await anyio.sleep_forever()
         assert protocol.lost_with is None
 
