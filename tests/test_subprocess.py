@@ -513,9 +513,10 @@ async def test_a_child_that_ends_and_is_reaped_while_we_look(
         assert transport.get_returncode() == 255
 
 
+@pytest.mark.parametrize("told", ["after the look", "during the look"])
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
 async def test_a_child_that_another_thread_waits_for(
-    anyio_backend: Any, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    anyio_backend: Any, missing: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through `Popen`, which knows a while after the reaping what has been reaped: the exit is told all the same."""
     for name in missing:
@@ -534,21 +535,32 @@ async def test_a_child_that_another_thread_waits_for(
         try:
             return peek(kind, pid, options)
         except ChildProcessError:
-            if options & os.WNOHANG:
+            if options & os.WNOHANG and told == "after the look":
                 group.call_soon(looked_in_vain.set)  # Not before the group has drawn its conclusions.
             raise
+
+    def poll() -> int | None:
+        """What `Popen` says when the thread comes in between: after the look at the child and at what is known."""
+        if reaped.is_set() and told == "during the look":
+            looked_in_vain.set()
+            waiting.join(GUARD)
+        return subprocess.Popen.poll(popen)
 
     with anyio.fail_after(2 * GUARD):
         async with TransportGroup() as group:
             child = Child()
             transport, _ = await group.subprocess_exec(lambda: child, "cat")
-            waiting = threading.Thread(target=transport.get_extra_info("subprocess").wait)
+            popen = transport.get_extra_info("subprocess")
+            waiting = threading.Thread(target=popen.wait)
             monkeypatch.setattr(os, "waitpid", waitpid)
             monkeypatch.setattr(os, "waitid", waitid)
+            monkeypatch.setattr(popen, "poll", poll)
             waiting.start()
             # In one go, so that the group cannot have come first.
             os.kill(transport.get_pid(), signal.SIGKILL)
             assert reaped.wait(GUARD)
+            with pytest.raises(ProcessLookupError):
+                transport.send_signal(signal.SIGCONT)  # Its number may be a stranger's by now.
             await child.end()
             assert looked_in_vain.is_set()
             assert transport.get_returncode() == -signal.SIGKILL

@@ -123,6 +123,7 @@ class PopenChild(Child):
         self._watch: Watch | None = None
         self._exited: Exited | None = None
         self._waiting: anyio.CancelScope | None = None
+        self._reaped_by_popen = False  # By another thread, when it has yet to tell.
         try:
             self._watch = Watch(os.pidfd_open(popen.pid))
             poller.claim(self._watch)
@@ -188,13 +189,24 @@ class PopenChild(Child):
         try:
             status = peek(self.pid)
         except ChildProcessError:
-            if self._popen.returncode is not None or self._popen.poll() is None:
-                return  # Another thread waits for it through `popen`, and has just reaped it.
+            if self._is_popens():
+                return
             logger.warning("process %s was reaped by somebody else: return code %s", self.pid, UNKNOWN_STATUS)
             status = UNKNOWN_STATUS
         if status is not None:
             self._popen.poll()
             self._popen.returncode = status
+
+    def _is_popens(self) -> bool:
+        """Whether a child that has been reaped was so by another thread that waits for it through `popen`."""
+        if self._popen.returncode is None:
+            status = self._popen.poll()
+            if status is None:  # Neither told nor to be had: the thread has reaped it, and is about to tell.
+                self._reaped_by_popen = True
+            elif status == 0:
+                # What `poll` makes of a child that is nobody's; or the thread has told in this very moment.
+                return self._reaped_by_popen
+        return True
 
     def send_signal(self, signal: int) -> None:
         if self._watch is not None:
@@ -208,7 +220,9 @@ class PopenChild(Child):
             else:
                 return
         if hasattr(os, "waitid"):
-            # `has_ended` has looked. `popen` would look again, and take a status that was stolen meanwhile for success.
+            # Not by `popen`, which would look once more, and take a status that was stolen meanwhile for success.
+            if not is_child(self.pid):
+                raise ProcessLookupError("the process has been reaped")
             os.kill(self.pid, signal)
         else:
             self._popen.send_signal(signal)
@@ -225,7 +239,7 @@ class PopenChild(Child):
                 self.kill()
                 self._wait()
         except ProcessLookupError:
-            self.has_ended()  # Somebody else has reaped it in this very moment.
+            self._wait()  # Somebody else has reaped it in this very moment; another thread may have yet to tell.
         except PermissionError:
             return None
         finally:
