@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import resource
 import select
 import socket
@@ -44,10 +45,16 @@ def bound(host: str = HOST, port: int = 0, *, backlog: int | None = None) -> Ite
         yield sock
 
 
-def unused_port() -> int:
-    """A port that nobody listens on, and that the system does not give out twice in a row."""
-    with bound() as sock:
-        return int(sock.getsockname()[1])
+def unused_port(kind: int = socket.SOCK_STREAM) -> int:
+    """A port that nobody has, and that the system gives nobody meanwhile: it gives out those from 32768 on."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket(socket.AF_INET, kind) as sock:
+            try:
+                sock.bind((HOST, port))
+            except OSError:
+                continue
+        return port
 
 
 @contextmanager

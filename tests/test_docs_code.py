@@ -42,6 +42,7 @@ from typing import Any
 
 import anyio
 import pytest
+from network import unused_port
 from support import GUARD, HOST
 
 import transports_anyio
@@ -97,13 +98,6 @@ def test_every_block_is_of_a_known_kind(page: str) -> None:
     # Nothing that looks like a block or a marker has escaped.
     assert len(re.findall(r"^\s*(?:`{3,}|~{3,})", text, re.MULTILINE)) == 2 * sum(not block.hidden for block in blocks)
     assert text.count("<!--") == sum(block.hidden or block.file is not None for block in blocks)
-
-
-def unused_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def normal(output: str) -> list[str]:

@@ -21,6 +21,7 @@ import anyio.abc
 import pytest
 import trustme
 from anyio.streams.tls import TLSStream
+from network import unused_port
 from support import GUARD, HOST, Peer, peer_process
 from tls_support import NAME, Certificates
 
@@ -41,13 +42,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def name_of(anyio_backend: tuple[str, dict[str, Any]]) -> str:
     name, options = anyio_backend
     return "uvloop" if options.get("use_uvloop") else name
-
-
-def unused_port(kind: int = socket.SOCK_STREAM) -> int:
-    with socket.socket(socket.AF_INET, kind) as sock:
-        sock.bind((HOST, 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def command(example: str, *arguments: object) -> list[str]:
