@@ -119,7 +119,7 @@ tests_begun = itertools.count()
 
 
 def _collect_garbage() -> None:
-    """Leave no garbage. What is there to stay need not be looked through around every test: half of all time."""
+    """Leave no garbage. What is there to stay need not be looked through around every test."""
     if next(tests_begun) % TESTS_FOR_A_FREEZE:
         gc.collect()
         return
