@@ -33,17 +33,15 @@ TIME_TO_HEAR = 1.0
 Exited = Callable[[int], None]
 
 
-def peek(pid: int) -> int | None:
-    """Return how a child has ended, as its return code, and leave it to be reaped; `None` while it runs.
+def peek(pid: int, *, wait: bool = False) -> int | None:
+    """Return how a child has ended, as its return code, and leave it to be reaped.
 
-    Raises `ChildProcessError` when it has been reaped, or never was a child of ours.
+    `None` while it runs, unless it is waited for. Raises `ChildProcessError` when it has been reaped, or never was a
+    child of ours.
     """
-    return _ended(pid, os.WNOHANG)
-
-
-def _ended(pid: int, options: int = 0) -> int | None:
+    options = os.WEXITED | os.WNOWAIT | (0 if wait else os.WNOHANG)
     while True:
-        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | options)
+        found = os.waitid(os.P_PID, pid, options)
         if found is None:
             return None
         if found.si_code != os.CLD_STOPPED:
@@ -70,6 +68,9 @@ class Child(ABC):
     handle: Any
     returncode: int | None = None
 
+    #: Whether `run` has to be run in a task for `exited` to be called; known once it is watched.
+    needs_task: bool
+
     @abstractmethod
     def watch(self, exited: Exited) -> None:
         """Call `exited` with the return code, negative for a signal, once the child has ended."""
@@ -92,11 +93,6 @@ class Child(ABC):
 
         `None` when it may not be killed: it runs as somebody else.
         """
-
-    @property
-    @abstractmethod
-    def needs_task(self) -> bool:
-        """Whether `run` has to be run in a task for `exited` to be called."""
 
     @abstractmethod
     async def run(self, report: Callable[[Exception], None]) -> None:
@@ -123,6 +119,7 @@ class PopenChild(Child):
         self._watch: Watch | None = None
         self._exited: Exited | None = None
         self._waiting: anyio.CancelScope | None = None
+        self.needs_task = False
         self._reaped_by_popen = False  # By another thread, when it has yet to tell.
         try:
             self._watch = Watch(os.pidfd_open(popen.pid))
@@ -136,10 +133,7 @@ class PopenChild(Child):
         # It waits as long as the child is watched, whatever is cancelled: a task that is shielded may still need to
         # know, as it does with a descriptor.
         self._waiting = anyio.CancelScope(shield=True)
-
-    @property
-    def needs_task(self) -> bool:
-        return self._waiting is not None
+        self.needs_task = True
 
     def watch(self, exited: Exited) -> None:
         self._exited = exited
@@ -255,7 +249,7 @@ class PopenChild(Child):
 
     def _wait_without_reaping(self) -> None:
         try:
-            _ended(self.pid)
+            peek(self.pid, wait=True)
         except ChildProcessError:
             pass  # Somebody else has reaped it, which `has_ended` finds too.
 
@@ -274,15 +268,12 @@ class AnyIOChild(Child):
         self.pid = process.pid
         self._process = process
         self._exited: Exited | None = None
+        self.needs_task = True
         # It lasts as long as the process: whatever is cancelled, the process is reaped.
         self._waiting = anyio.CancelScope(shield=True)
         self._let_go = anyio.Event()
         # Anybody may implement AnyIO's interface, for a process that is no child of ours.
         self._is_ours = is_child(self.pid)
-
-    @property
-    def needs_task(self) -> bool:
-        return True
 
     def watch(self, exited: Exited) -> None:
         self._exited = exited
