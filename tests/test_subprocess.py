@@ -663,6 +663,60 @@ async def test_pipes_of_a_size_that_was_asked_for_keep_it(stack: Stack) -> None:
             assert fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) == 1 << 20
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pipes of any size")
+async def test_a_small_pipe_that_was_asked_for_stays_small(stack: Stack) -> None:
+    import fcntl
+
+    size = os.sysconf("SC_PAGE_SIZE")
+    data = pattern(1 << 20)
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.exec("cat", pipesize=size)
+        transport.get_pipe_transport(0).write(data)
+        await until(lambda: len(child.output[1]) == len(data))
+        popen = transport.get_extra_info("subprocess")
+        for pipe in (popen.stdin, popen.stdout):
+            assert fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) == size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pipes of any size")
+async def test_only_so_many_pipes_are_enlarged_at_once(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's programs have 64 MiB in all: beyond that, every new pipe of each of them holds two pages."""
+    import fcntl
+
+    from transports_anyio._channels import _pipe
+
+    def size(pipe: Any) -> int:
+        return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
+
+    monkeypatch.setattr(_pipe, "BULK_PIPES", 3)
+    monkeypatch.setattr(_pipe, "enlarged", set())
+    data = pattern(1 << 20)
+
+    async def pipes_after_bulk(group: TransportGroup, count: int) -> list[int]:
+        children = [Child() for _ in range(count)]
+        for child in children:
+            await group.subprocess_exec(lambda child=child: child, "cat", stderr=None)
+            child.transport.get_pipe_transport(0).write(data)
+        await until(lambda: all(len(child.output[1]) == len(data) for child in children))
+        sizes = []
+        for child in children:
+            popen = child.transport.get_extra_info("subprocess")
+            sizes += [size(popen.stdin), size(popen.stdout)]
+            child.transport.get_pipe_transport(0).close()
+            await child.end()
+            assert bytes(child.output[1]) == data
+        return sizes
+
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group:
+            before = await pipes_after_bulk(group, 5)
+            usual = min(before)
+            assert sorted(before) == [usual] * 7 + [max(before)] * 3
+            assert max(before) > usual
+            # What has ended makes room.
+            assert max(before) in await pipes_after_bulk(group, 1)
+
+
 # -- the group -----------------------------------------------------------------------------------------------
 
 
