@@ -93,21 +93,34 @@ WORKLOADS = [
     Workload("10,000 idle connections", "echo", "tcp", 16, KIB, tuple(EVERYBODY), idle=10_000),
     Workload("an AnyIO stream", "stream", "tcp", 16, KIB, ("ours/asyncio", "ours/uvloop", "ours/trio")),
 ]
-#: Measured inside one process.
-TASKS = {
-    "connect": "outgoing connection",
-    "spawn": "spawn of true",
-    "pipe": "64 MiB through cat",
-    "timers": "timer",
-    "pending": "timer, 100,000 pending",
-}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured inside one process: its kind, and where it may run; its children inherit that."""
+
+    name: str
+    kind: str
+    cpus: tuple[int, ...] = (SERVER_CPU,)
+
+
+TASKS = [
+    Task("outgoing connection", "connect"),
+    # A child is the other side of these: it has a processor of its own, as every other side has.
+    Task("spawn of true", "spawn", (SERVER_CPU, LOAD_CPU)),
+    Task("spawn of true, one processor", "spawn"),
+    Task("64 MiB through cat", "pipe", (SERVER_CPU, LOAD_CPU)),
+    Task("64 MiB through cat, one processor", "pipe"),
+    Task("timer", "timers"),
+    Task("timer, 100,000 pending", "pending"),
+]
 SLOW_READER = "64 MiB, slow reader"
 
 Results = dict[str, dict[str, list[float]]]
 
 
-def pin(cpu: int) -> Any:
-    return lambda: os.sched_setaffinity(0, {cpu})
+def pin(*cpus: int) -> Any:
+    return lambda: os.sched_setaffinity(0, cpus)
 
 
 def processor_time(pid: int) -> float:
@@ -245,9 +258,9 @@ class Bench:
         if workload.idle and state == "fresh":
             self.note("memory of an idle connection, KiB", peer, load.idle / KIB)
 
-    def measure_task(self, task: str, peer: str) -> None:
-        command = [sys.executable, str(HERE / "tasks.py"), peer, task]
-        if task != "connect":
+    def measure_task(self, task: Task, peer: str) -> None:
+        command = [sys.executable, str(HERE / "tasks.py"), peer, task.kind]
+        if task.kind != "connect":
             port = None
         else:
             port = subprocess.Popen(
@@ -258,13 +271,13 @@ class Bench:
             command.append(port.stdout.readline().strip())
         try:
             answer = subprocess.run(
-                command, capture_output=True, text=True, preexec_fn=pin(SERVER_CPU), check=True, env=self.environment
+                command, capture_output=True, text=True, preexec_fn=pin(*task.cpus), check=True, env=self.environment
             )
         finally:
             if port is not None:
                 port.kill()
                 port.communicate()
-        self.note(f"{TASKS[task]}", peer, float(answer.stdout))
+        self.note(task.name, peer, float(answer.stdout))
 
     def measure_slow_reader(self, peer: str) -> None:
         with self.server(peer, "push") as (process, port):
@@ -326,10 +339,10 @@ def main() -> None:
                     # With as many connections as that, a burst takes long to begin.
                     bench.measure(workload, peers, 1 if workload.idle else options.bursts)
             jobs: list[tuple[str, Any, str]] = [
-                (name, partial(bench.measure_task, task), peer)
-                for task, name in TASKS.items()
-                for peer in LOOPS * (1 if task == "pipe" else 2)
-                if peer != "trio" or task not in {"timers", "pending"}
+                (task.name, partial(bench.measure_task, task), peer)
+                for task in TASKS
+                for peer in LOOPS * (1 if task.kind == "pipe" else 2)
+                if peer != "trio" or task.kind not in {"timers", "pending"}
             ]
             jobs += [(SLOW_READER, bench.measure_slow_reader, peer) for peer in LOOPS]
             for name, measure, peer in jobs:

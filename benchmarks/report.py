@@ -105,7 +105,9 @@ TARGETS: dict[str, tuple[float | None, ...]] = {
     "writelines 1000 x 100 B (used)": (0.30, 1.2, 1.5, 0.25),
     "memory of an idle connection, KiB": (1.0, 2.0, 0.50, 0.40),
     "spawn of true": (1.1, 0.8, 1.0, 0.35),
+    "spawn of true, one processor": (1.1, 0.8, 1.0, 0.35),
     "64 MiB through cat": (0.9, None, 0.9, None),
+    "64 MiB through cat, one processor": (0.9, None, 0.9, None),
     "timer": (1.2, 1.4, None, 0.20),
 }
 
