@@ -231,6 +231,33 @@ async def test_w2_writelines_pauses_the_protocol(stack: Stack) -> None:
         await protocol.wait_for("resume_writing")
 
 
+@pytest.mark.ours_only("asyncio keeps views of the arrays, which it must not")
+@pytest.mark.parametrize("clogged", [False, True])
+async def test_writelines_of_large_chunks_of_every_kind(stack: Stack, clogged: bool) -> None:
+    """Which are not joined: what the system does not take at once is kept piece by piece."""
+    data = pattern(4 << 20)
+    async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
+        written = fill(transport) if clogged else 0
+        chunks: list[Any] = []
+        at = 0
+        for number in range(200):
+            piece = data[at : at + 5000 + 97 * number]
+            kinds = (piece, bytearray(piece), memoryview(piece), memoryview(bytearray(piece)), b"")
+            chunks.append(kinds[number % 5])
+            at += len(chunks[-1])
+        transport.writelines(iter(chunks))
+        assert transport.get_write_buffer_size() > 0
+        assert protocol.count("pause_writing") == 1
+        for chunk in chunks:  # The caller's again.
+            if isinstance(chunk, bytearray):
+                chunk[:] = bytes(len(chunk))
+                chunk.clear()
+            elif isinstance(chunk, memoryview) and not chunk.readonly:
+                chunk[:] = bytes(len(chunk))
+        transport.close()
+        assert (await peer.receive_all())[written:] == data[:at]
+
+
 @pytest.mark.parametrize("count", [100, 3000])
 async def test_w3_writelines_larger_than_one_system_call(stack: Stack, count: int) -> None:
     """More bytes than the kernel takes, and more chunks than one `sendmsg` may have."""
@@ -527,7 +554,8 @@ async def test_w16_abort_ends_a_flushing_close(stack: Stack) -> None:
 
 @pytest.mark.ours_only("the oracle may raise in writelines", before=(3, 14, 10))
 @pytest.mark.parametrize("clogged", [False, True])
-async def test_w16_writelines_after_close_drops_as_write_does(stack: Stack, clogged: bool) -> None:
+@pytest.mark.parametrize("chunks", [[b"too", b"late"], [bytes(9000), bytes(9000)]])
+async def test_w16_writelines_after_close_drops_as_write_does(stack: Stack, clogged: bool, chunks: list[bytes]) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         written = fill(transport) if clogged else 0
         transport.write(b"end")
@@ -535,7 +563,7 @@ async def test_w16_writelines_after_close_drops_as_write_does(stack: Stack, clog
         await turns()
         if not clogged:
             await protocol.wait_for("connection_lost")
-            transport.writelines([b"too", b"late"])
+            transport.writelines(chunks)
             transport.write(b"too late")
         else:
             # asyncio goes on sending what is written while a close is flushing.

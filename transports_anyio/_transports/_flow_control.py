@@ -115,6 +115,22 @@ class DatagramBuffer(Watermarks):
         self.size = 0
 
 
+# Chunks of so many bytes, on average, go to the system as they are; smaller ones cost less when they are joined before.
+LARGE_CHUNK = 4096
+
+# So many of the chunks tell for all of them: to look at a thousand small ones would cost half as much as to join them.
+CHUNKS_LOOKED_AT = 64
+
+
+def are_large(chunks: list[Any]) -> bool:
+    """Whether it costs more to join `chunks` than to gather them. They may be anything: joining tells what is none."""
+    some = chunks[:CHUNKS_LOOKED_AT]
+    try:
+        return sum(map(len, some)) >= LARGE_CHUNK * len(some)
+    except TypeError:
+        return False
+
+
 def as_bytes_view(data: bytes | bytearray | memoryview) -> bytes | memoryview:
     """Return the bytes of `data`, one item each, whatever its item size and shape; views are not copied."""
     if type(data) is bytes:

@@ -15,7 +15,7 @@ import anyio.lowlevel
 from .._errors import logger
 from .._waiters import Event
 from ._base import ChannelTransport, nothing
-from ._flow_control import WriteBuffer, as_bytes_view
+from ._flow_control import WriteBuffer, are_large, as_bytes_view
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -271,11 +271,45 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         if self._writing_refused:
             self._refuse_writing("writelines")
         chunks = list(list_of_data)
+        if are_large(chunks):
+            if self._buffers(chunks):
+                self._update_flow()
+            return
         try:
             data = b"".join(chunks)
         except (TypeError, BufferError):  # A view that is not contiguous; anything else raises again.
             data = b"".join(map(as_bytes_view, chunks))
         self.write(data)
+
+    def _buffers(self, chunks: list[bytes | bytearray | memoryview]) -> bool:
+        """Send `chunks` without joining them, as much as possible at once; return whether some of it was buffered."""
+        views = [view for view in map(as_bytes_view, chunks) if view]
+        if not views:
+            return False
+        if self._flushed:
+            self._drop_write()
+            return False
+        sent = 0
+        if not self._buffer.size:
+            try:
+                sent = self._channel.send_many(views)
+            except (BlockingIOError, InterruptedError):
+                pass
+            except Exception as exc:
+                self._broken(exc, "write")
+                return False
+            self._bytes_sent += sent
+            if sent == sum(map(len, views)):
+                return False
+            self._channel.set_writing(True)
+        for view in views:
+            if sent >= len(view):
+                sent -= len(view)
+                continue
+            rest = memoryview(view)[sent:] if sent else view
+            sent = 0
+            self._buffer.append(rest if type(view) is bytes else bytes(rest))
+        return True
 
     def _refuse_writing(self, name: str) -> NoReturn:
         if not self._channel.can_send:
