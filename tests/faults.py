@@ -72,7 +72,7 @@ def installed(layer: Layer) -> Iterator[Layer]:
     sock_type = socket.socket
     real = {
         name: getattr(sock_type, name)
-        for name in ("send", "recv_into", "sendmsg", "sendto", "recvfrom_into", "accept", "connect", "shutdown")
+        for name in ("send", "recv", "recv_into", "sendmsg", "sendto", "recvfrom_into", "accept", "connect", "shutdown")
     }
     system = {name: getattr(os, name) for name in ("read", "readv", "write", "writev", "sendfile") if hasattr(os, name)}
 
@@ -91,6 +91,13 @@ def installed(layer: Layer) -> Iterator[Layer]:
                 raise layer.error()
             chunks = _first_byte(chunks)
         return real["sendmsg"](sock, chunks)
+
+    def recv(sock: socket.socket, size: int, *args: Any) -> bytes:
+        if layer.spoils("recv"):
+            if layer.fault != ONE_BYTE:
+                raise layer.error()
+            size = 1
+        return real["recv"](sock, size, *args)
 
     def recv_into(sock: socket.socket, buffer: Any, *args: Any) -> int:
         if layer.spoils("recv_into"):
@@ -166,7 +173,7 @@ def installed(layer: Layer) -> Iterator[Layer]:
         return system["sendfile"](to, descriptor, offset, count)
 
     with pytest.MonkeyPatch.context() as patch:
-        for function in (send, sendmsg, recv_into, sendto, recvfrom_into, accept, connect, shutdown):
+        for function in (send, sendmsg, recv, recv_into, sendto, recvfrom_into, accept, connect, shutdown):
             patch.setattr(sock_type, function.__name__, function)
         for function in (read, readv, write, writev, sendfile):
             if function.__name__ in system:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from typing import Any
 
 import anyio
 import pytest
 from support import (
+    GUARD,
     HOST,
     BufferedRecorder,
     Peer,
@@ -17,7 +20,10 @@ from support import (
     fill,
     pattern,
     peer_process,
+    until,
 )
+
+from transports_anyio._channels._socket import DIRECT_SIZE
 
 pytestmark = pytest.mark.anyio
 
@@ -191,3 +197,76 @@ async def test_data_received_gets_objects_of_its_own(stack: Stack) -> None:
         await peer.send(b"SECOND")
         await protocol.wait_received(11)
         assert b"".join(call[1] for call in protocol.calls if call[0] == "data_received") == b"firstSECOND"
+
+
+# -- how much at once ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [DIRECT_SIZE - 1, DIRECT_SIZE, DIRECT_SIZE + 1, 2 * DIRECT_SIZE])
+@pytest.mark.parametrize("then", ["nothing", "the end", "a reset"])
+async def test_what_has_arrived_comes_in_one_piece(stack: Stack, size: int, then: str) -> None:
+    """However it is received; and what comes behind it, an error too, comes after it."""
+    ours, theirs = socket.socketpair()
+    for sock in (ours, theirs):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    data = pattern(size)
+    with anyio.fail_after(GUARD), theirs:
+        async with stack.open() as group:
+            transport, protocol = await group.connect_accepted_socket(Recorder, ours)
+            if then == "a reset":
+                transport.write(b"never read")
+            theirs.sendall(data)
+            if then != "nothing":
+                theirs.close()
+            await protocol.wait_for("data_received")
+            assert protocol.received == data
+            assert protocol.count("data_received") == 1
+            if then == "nothing":
+                for piece in (data, b"more", data, data):
+                    before = bytes(protocol.received)
+                    theirs.sendall(piece)
+                    await until(lambda before=before: len(protocol.received) > len(before))
+                    assert protocol.received == before + piece
+                transport.close()
+            await protocol.wait_for("connection_lost")
+            if then == "a reset":
+                assert isinstance(protocol.lost_with, ConnectionResetError)
+            else:
+                assert protocol.lost_with is None
+
+
+@pytest.mark.parametrize("size", [DIRECT_SIZE - 1, DIRECT_SIZE, DIRECT_SIZE + 1])
+async def test_a_reset_behind_the_data_reaches_a_protocol_that_takes_over(stack: Stack, size: int) -> None:
+    """A `BufferedProtocol`, which receives in another way than the one before it."""
+    buffer = bytearray(1000)
+    ends: list[Exception | None] = []
+    ended = anyio.Event()
+
+    class Second(asyncio.BufferedProtocol):
+        def get_buffer(self, sizehint: int) -> bytearray:
+            return buffer
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            ends.append(exc)
+            ended.set()
+
+    ours, theirs = socket.socketpair()
+    for sock in (ours, theirs):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+
+    class First(asyncio.Protocol):
+        received = b""
+
+        def data_received(self, data: bytes) -> None:
+            self.received += data
+            transport.set_protocol(Second())
+
+    with anyio.fail_after(GUARD), theirs:
+        async with stack.open() as group:
+            transport, protocol = await group.connect_accepted_socket(First, ours)
+            transport.write(b"never read")
+            theirs.sendall(pattern(size))
+            theirs.close()
+            await ended.wait()
+            assert protocol.received == pattern(size)
+            assert [type(exc) for exc in ends] == [ConnectionResetError]

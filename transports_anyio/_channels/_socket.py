@@ -7,15 +7,22 @@ import os
 import socket
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .._poller import Poller
 from ._contract import Channel
 from ._polled import Polled
-from ._receive_buffers import buffers
+from ._receive_buffers import RECEIVE_SIZE, buffers
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+# What is received without a copy, in bytes: 64 KiB with what frames them. For more there is a buffer to copy from, for
+# the C library may map memory for 128 KiB in each call, and take it back.
+DIRECT_SIZE = 68 * 1024
+
+# With how few bytes at once the expectation of more than `DIRECT_SIZE` ends.
+BULK_ENDS = 16 * 1024
 
 # The most buffers that one `sendmsg` takes (POSIX `IOV_MAX`); 16 is the least that POSIX allows.
 try:
@@ -111,10 +118,19 @@ def set_nodelay(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def raising(exc: OSError) -> Callable[..., Any]:
+    """Return a function that raises `exc`, whatever it is called with."""
+
+    def fail(*_: object) -> NoReturn:
+        raise exc
+
+    return fail
+
+
 class SocketChannel(Polled, Channel):
     """Moves the bytes of a connected, non-blocking stream socket that the channel owns."""
 
-    __slots__ = ("_buffer", "_info", "_socket", "receive_into", "send")
+    __slots__ = ("_buffer", "_bulk", "_info", "_receive", "_socket", "receive_into", "send")
 
     can_send_file = True
     # The socket's own methods: a call less for each message.
@@ -129,12 +145,33 @@ class SocketChannel(Polled, Channel):
         self._info = describe_socket(sock, peername)
         # Looked up once, and not for each message: of this thread, which is the group's.
         self._buffer = buffers.received
+        self._bulk = False  # Whether more is expected than `DIRECT_SIZE`.
+        self._receive = sock.recv
         self.receive_into = sock.recv_into
         self.send = sock.send
 
     def receive(self) -> bytes:
-        buffer = self._buffer
-        return buffer[: self.receive_into(buffer)].tobytes()
+        if self._bulk:
+            buffer = self._buffer
+            count = self.receive_into(buffer)
+            self._bulk = count > BULK_ENDS
+            return buffer[:count].tobytes()
+        data = self._receive(DIRECT_SIZE)
+        return data if len(data) < DIRECT_SIZE else self._with_rest(data)
+
+    def _with_rest(self, data: bytes) -> bytes:
+        """Return `data` with what has arrived behind it: in pieces, it would cost more wherever it goes."""
+        rest = self._buffer[: RECEIVE_SIZE - DIRECT_SIZE]
+        try:
+            count = self.receive_into(rest)
+        except (BlockingIOError, InterruptedError):
+            return data
+        except OSError as exc:
+            # The system tells it once, and `data` comes first.
+            self._receive = self.receive_into = raising(exc)
+            return data
+        self._bulk = True
+        return b"".join((data, rest[:count]))
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
         try:
