@@ -12,7 +12,7 @@ from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute
 
 from ._anyio import AnyIOChannel
-from ._contract import Channel
+from ._contract import Channel, joined
 from ._socket import SocketView
 
 if TYPE_CHECKING:
@@ -53,14 +53,7 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
         return self._offer(data[:CHUNK_SIZE])
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
-        offered: list[bytes | memoryview] = []
-        size = 0
-        for chunk in chunks:
-            offered.append(chunk[: CHUNK_SIZE - size])
-            size += len(offered[-1])
-            if size == CHUNK_SIZE:
-                break
-        return self._offer(b"".join(offered))
+        return self._offer(joined(chunks, CHUNK_SIZE))
 
     def _offer(self, data: bytes | bytearray | memoryview) -> int:
         sent = self._take_sent()

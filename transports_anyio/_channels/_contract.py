@@ -13,6 +13,18 @@ if TYPE_CHECKING:
         """What `get_buffer` returns: `len` says that it is not empty; its items may be more than a byte each."""
 
 
+def joined(chunks: Iterable[bytes | memoryview], most: int) -> bytes | memoryview:
+    """Return the first `most` bytes of `chunks` as one, for a channel that does not gather."""
+    some: list[bytes | memoryview] = []
+    size = 0
+    for chunk in chunks:
+        some.append(chunk[: most - size])  # All of it may be much more, and would be copied each time.
+        size += len(some[-1])
+        if size == most:
+            break
+    return some[0] if len(some) == 1 else b"".join(some)
+
+
 class Channel(ABC):
     """Moves bytes without blocking, and says when it could move more.
 

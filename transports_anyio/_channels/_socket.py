@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .._poller import Poller
-from ._contract import Channel
+from ._contract import Channel, joined
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE, buffers
 
@@ -23,6 +23,9 @@ DIRECT_SIZE = 68 * 1024
 
 # With how few bytes at once the expectation of more than `DIRECT_SIZE` ends.
 BULK_ENDS = 16 * 1024
+
+# How many bytes are joined where the system does not gather: a turn for each small chunk would cost more.
+JOINED_AT_ONCE = 64 * 1024
 
 # The most buffers that one `sendmsg` takes (POSIX `IOV_MAX`); 16 is the least that POSIX allows.
 try:
@@ -177,7 +180,7 @@ class SocketChannel(Polled, Channel):
         try:
             gather = self._socket.sendmsg
         except AttributeError:  # Windows.
-            return self.send(next(iter(chunks), b""))
+            return self.send(joined(chunks, JOINED_AT_ONCE))
         return gather(islice(chunks, GATHER_LIMIT))
 
     def send_file(self, descriptor: int, offset: int, count: int) -> int:

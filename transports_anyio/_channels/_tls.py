@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
-from ._contract import Channel
+from ._contract import Channel, joined
 from ._receive_buffers import buffers
 from ._tls_farewell import Farewell, PlainFarewell
 from ._tls_handshake import Handshake
@@ -318,14 +318,7 @@ class TLSChannel(Channel):
         return held
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
-        gathered: list[bytes | memoryview] = []
-        size = 0
-        for chunk in chunks:
-            gathered.append(chunk)
-            size += len(chunk)
-            if size >= ENCRYPT_SIZE:
-                break
-        return self.send(b"".join(gathered))
+        return self.send(joined(chunks, ENCRYPT_SIZE))
 
     def _flush_or_fail(self) -> None:
         """Send what is encrypted; a failure is kept for whoever sends next.

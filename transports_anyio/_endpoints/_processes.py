@@ -68,6 +68,9 @@ class ProcessEndpoints(Endpoints):
         may be `STDOUT`. `options` are those of `subprocess.Popen`. `connection_made` runs before this returns. A child
         that still runs when the block of the group is left is killed.
 
+        On Linux a pipe that carries much is enlarged to 512 KiB, 64 of them at a time; one whose size was chosen
+        (`pipesize`) keeps it.
+
         Raises `RuntimeError` when the group is not open, `OSError` when the program cannot be run (it does not exist,
         say), `ValueError` for an option that makes no sense for pipes of bytes, `NotImplementedError` on Windows, and
         whatever `protocol_factory` and `Popen` raise; nothing is left behind then.
