@@ -121,11 +121,12 @@ def set_nodelay(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def raising(exc: OSError) -> Callable[..., Any]:
-    """Return a function that raises `exc`, whatever it is called with."""
+def failing_as(exc: OSError) -> Callable[..., Any]:
+    """Return a function that raises what `exc` is, whatever it is called with."""
+    error = exc.args  # Not `exc` itself, whose traceback holds the channel that is to hold the function.
 
     def fail(*_: object) -> NoReturn:
-        raise exc
+        raise OSError(*error)  # Python makes it a `ConnectionResetError` and so on.
 
     return fail
 
@@ -171,7 +172,7 @@ class SocketChannel(Polled, Channel):
             return data
         except OSError as exc:
             # The system tells it once, and `data` comes first.
-            self._receive = self.receive_into = raising(exc)
+            self._receive = self.receive_into = failing_as(exc)
             return data
         self._bulk = True
         return b"".join((data, rest[:count]))

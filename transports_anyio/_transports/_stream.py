@@ -272,7 +272,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             self._refuse_writing("writelines")
         chunks = list(list_of_data)
         if are_large(chunks):
-            if self._buffers(chunks):
+            if self._send_or_buffer(chunks):
                 self._update_flow()
             return
         try:
@@ -281,7 +281,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             data = b"".join(map(as_bytes_view, chunks))
         self.write(data)
 
-    def _buffers(self, chunks: list[bytes | bytearray | memoryview]) -> bool:
+    def _send_or_buffer(self, chunks: list[bytes | bytearray | memoryview]) -> bool:
         """Send `chunks` without joining them, as much as possible at once; return whether some of it was buffered."""
         views = [view for view in map(as_bytes_view, chunks) if view]
         if not views:
