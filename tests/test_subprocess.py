@@ -663,11 +663,17 @@ async def test_pipes_of_a_size_that_was_asked_for_keep_it(stack: Stack) -> None:
             assert fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) == 1 << 20
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pipes of any size")
+#: Pipes are of 16 pages to begin with, and ours know that for the most frequent size of these.
+with_usual_pipes = pytest.mark.skipif(
+    sys.platform != "linux" or os.sysconf("SC_PAGE_SIZE") != 4096, reason="pipes are of another size here"
+)
+
+
+@with_usual_pipes
 async def test_a_small_pipe_that_was_asked_for_stays_small(stack: Stack) -> None:
     import fcntl
 
-    size = os.sysconf("SC_PAGE_SIZE")
+    size = 4096
     data = pattern(1 << 20)
     async with stack.open() as group, Children(group) as children:
         transport, child = await children.exec("cat", pipesize=size)
@@ -678,7 +684,28 @@ async def test_a_small_pipe_that_was_asked_for_stays_small(stack: Stack) -> None
             assert fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) == size
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pipes of any size")
+@with_usual_pipes
+@pytest.mark.parametrize("method", ["write", "writelines"])
+async def test_a_pipe_without_room_is_enlarged(anyio_backend: Any, method: str) -> None:
+    import fcntl
+
+    data = pattern(1 << 20)
+    child = Child()
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group:
+            await group.subprocess_exec(lambda: child, "cat", stderr=None)
+            stdin = child.transport.get_pipe_transport(0)
+            if method == "write":
+                stdin.write(data)
+            else:
+                stdin.writelines([data[: 1 << 19], data[1 << 19 :]])
+            assert fcntl.fcntl(stdin.get_extra_info("pipe"), fcntl.F_GETPIPE_SZ) == 512 << 10
+            stdin.close()
+            await child.end()
+            assert child.output[1] == data
+
+
+@with_usual_pipes
 async def test_only_so_many_pipes_are_enlarged_at_once(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's programs have 64 MiB in all: beyond that, every new pipe of each of them holds two pages."""
     import fcntl

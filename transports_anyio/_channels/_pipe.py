@@ -188,11 +188,10 @@ class ChildPipeChannel(PipeChannel):
         self._read_size = SYSTEM_SIZE if len(data) < SYSTEM_SIZE else min(self._enlarge(), RECEIVE_SIZE)
         return data
 
-    def send(self, data: bytes | bytearray | memoryview) -> int:
-        sent = super().send(data)
-        if sent < len(data):
-            self._enlarge()
-        return sent
+    def set_writing(self, writing: bool) -> None:
+        if writing:
+            self._enlarge()  # There was no room for something, however it was sent.
+        super().set_writing(writing)
 
     def close(self, *, aborted: bool) -> None:
         enlarged.discard(self)
