@@ -9,6 +9,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +211,110 @@ async def test_another_executable_than_the_name_that_it_is_told(stack: Stack) ->
         assert transport.get_extra_info("subprocess").args == ("hello", "-c", "echo $0")
         await child.end()
         assert child.output[1] == b"hello\n"
+
+
+def program(directory: Path, text: str, mode: int = 0o755) -> None:
+    """Put a program of the name `which` into a directory of its own."""
+    directory.mkdir()
+    (directory / "which").write_text(text)
+    (directory / "which").chmod(mode)
+
+
+@pytest.mark.parametrize(
+    "in_the_way",
+    ["nothing", "no directory", "not to be run", "no interpreter", "no format", "a directory", "a loop"],
+)
+async def test_the_program_is_the_first_of_its_name_that_can_be_run(
+    stack: Stack, tmp_path: Path, in_the_way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path / "not to be run", "#!/bin/sh\necho wrong", 0o644)
+    program(tmp_path / "no interpreter", "#!/does/not/exist\n")
+    program(tmp_path / "no format", "?")
+    program(tmp_path / "right", "#!/bin/sh\necho right $0")
+    program(tmp_path / "later", "#!/bin/sh\necho later")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "a directory" / "which").mkdir(parents=True)
+    (tmp_path / "a loop").mkdir()
+    (tmp_path / "a loop" / "which").symlink_to("which")
+    monkeypatch.setenv("PATH", os.pathsep.join(str(tmp_path / each) for each in (in_the_way, "right", "later")))
+    async with stack.open() as group, Children(group) as children:
+        _, child = await children.exec("which")
+        await child.end()
+        assert child.output[1].decode() == f"right {tmp_path / 'right' / 'which'}\n"
+
+
+async def test_a_program_that_comes_and_goes(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with stack.open() as group, Children(group) as children:
+
+        async def told() -> bytes:
+            _, child = await children.exec("which")
+            await child.end()
+            return bytes(child.output[1])
+
+        program(tmp_path / "b", "#!/bin/sh\necho b")
+        monkeypatch.setenv("PATH", f"{tmp_path / 'a'}{os.pathsep}{tmp_path / 'b'}")
+        assert await told() == b"b\n"
+        program(tmp_path / "a", "#!/bin/sh\necho a")
+        assert await told() == b"a\n"
+        monkeypatch.setenv("PATH", str(tmp_path / "b"))
+        assert await told() == b"b\n"
+        (tmp_path / "b" / "which").unlink()
+        with pytest.raises(FileNotFoundError, match="which"):
+            await children.exec("which")
+
+
+async def test_where_a_program_is_looked_for(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in ("ours", "the child's", "below"):
+        program(tmp_path / each, f"#!/bin/sh\necho '{each[:3]}'")
+    monkeypatch.chdir(tmp_path / "ours")
+    async with stack.open() as group, Children(group) as children:
+        for path, options, expected in (
+            (str(tmp_path / "ours"), {}, b"our"),
+            ("", {}, b"our"),  # Where we are.
+            (str(tmp_path / "ours"), {"env": {"PATH": str(tmp_path / "the child's")}}, b"the"),
+            (f"../below{os.pathsep}/bin", {}, b"bel"),
+            (f".{os.pathsep}/bin", {"cwd": tmp_path / "below"}, b"bel"),
+        ):
+            monkeypatch.setenv("PATH", path)
+            _, child = await children.exec("which", **options)
+            await child.end()
+            assert child.output[1] == expected + b"\n", (path, options)
+        monkeypatch.delenv("PATH")
+        _, child = await children.exec("true")
+        await child.end()
+
+
+AS_SOMEBODY_ELSE = """
+import os, sys
+import anyio
+from transports_anyio import *
+
+async def main():
+    async with TransportGroup() as group:
+        os.setreuid(65534, 0)
+        transport, _ = await group.subprocess_exec(SubprocessProtocol, "which")
+        await group.wait_closed()
+        print(transport.get_returncode())
+
+backend, uvloop = sys.argv[1:]
+anyio.run(main, backend=backend, backend_options={"use_uvloop": bool(uvloop)} if backend == "asyncio" else {})
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+async def test_the_rights_that_count_are_the_effective_ones(anyio_backend: Any) -> None:
+    name, options = anyio_backend
+    command = [sys.executable, "-c", AS_SOMEBODY_ELSE, name, "uvloop" if options.get("use_uvloop") else ""]
+    with tempfile.TemporaryDirectory() as directory:  # Not `tmp_path`, which nobody else may look into.
+        roots, everybodys = Path(directory, "root's"), Path(directory, "everybody's")
+        for each, copied, mode in ((roots, "true", 0o700), (everybodys, "false", 0o755)):
+            each.mkdir()
+            shutil.copy(str(shutil.which(copied)), each / "which")
+            (each / "which").chmod(mode)
+        os.chmod(directory, 0o755)
+        environment = {**os.environ, "PATH": f"{roots}{os.pathsep}{everybodys}"}
+        result = await anyio.run_process(command, stderr=None, env=environment)
+    assert int(result.stdout) == 0
 
 
 async def test_who_and_with_whom_a_child_is(stack: Stack) -> None:
