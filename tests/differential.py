@@ -194,8 +194,11 @@ class Script:
         self.transport.abort()
 
     def _note_truncation(self) -> None:
-        if self.world.carrier.writes(self.name) and not self.lost and self.transport.get_write_buffer_size():
-            self.truncated = True
+        if self.world.carrier.writes(self.name) and not self.lost:
+            # How much is left when writing is resumed, if anything, is for the system to say.
+            resuming = any(name == "resume_writing" for _, name, *_ in self.flow[-1:])
+            if resuming or self.transport.get_write_buffer_size():
+                self.truncated = True
 
     def do_end(self) -> None:
         """Abort; asyncio's transports of reading pipes can only be closed."""

@@ -584,7 +584,7 @@ DIFFERENCES: dict[str, dict[str, Sequence[str]]] = {
 #: Those that have gone: here asyncio does as we do, in Python 3.14.10 at the latest.
 MENDED = {
     "closing_in_resume_writing": ("unix", "memory", "memory_in_small_pieces"),
-    "aborting_in_resume_writing": ("tcp", "unix", "memory"),
+    "aborting_in_resume_writing": ("tcp", "unix", "memory", "memory_in_small_pieces"),
     "writelines_pauses": SOCKETS,
     "writelines_after_close": SOCKETS,
     "write_after_a_close_that_flushed": SOCKETS,
