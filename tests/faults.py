@@ -72,7 +72,7 @@ def installed(layer: Layer) -> Iterator[Layer]:
     sock_type = socket.socket
     real = {
         name: getattr(sock_type, name)
-        for name in ("send", "recv", "recv_into", "sendmsg", "sendto", "recvfrom_into", "accept", "connect", "shutdown")
+        for name in "send recv recv_into sendmsg sendto recvfrom_into accept connect_ex shutdown".split()
     }
     system = {name: getattr(os, name) for name in ("read", "readv", "write", "writev", "sendfile") if hasattr(os, name)}
 
@@ -121,16 +121,16 @@ def installed(layer: Layer) -> Iterator[Layer]:
             raise layer.error()
         return real["accept"](sock)
 
-    def connect(sock: socket.socket, address: Any) -> None:
-        if layer.spoils("connect") and layer.fault != ONE_BYTE:
+    def connect_ex(sock: socket.socket, address: Any) -> int:
+        if layer.spoils("connect_ex") and layer.fault != ONE_BYTE:
             if layer.fault == "EINTR":
                 # The system goes on connecting by itself (connect(2)).
-                try:
-                    real["connect"](sock, address)
-                except BlockingIOError:
-                    pass
-            raise layer.error()
-        real["connect"](sock, address)
+                real["connect_ex"](sock, address)
+            code = layer.error().errno
+            assert code is not None
+            return code
+        code: int = real["connect_ex"](sock, address)
+        return code
 
     def shutdown(sock: socket.socket, how: int) -> None:
         if layer.spoils("shutdown") and layer.fault != ONE_BYTE:
@@ -173,7 +173,7 @@ def installed(layer: Layer) -> Iterator[Layer]:
         return system["sendfile"](to, descriptor, offset, count)
 
     with pytest.MonkeyPatch.context() as patch:
-        for function in (send, sendmsg, recv, recv_into, sendto, recvfrom_into, accept, connect, shutdown):
+        for function in (send, sendmsg, recv, recv_into, sendto, recvfrom_into, accept, connect_ex, shutdown):
             patch.setattr(sock_type, function.__name__, function)
         for function in (read, readv, write, writev, sendfile):
             if function.__name__ in system:

@@ -386,7 +386,7 @@ async def test_cancelled_at_every_checkpoint(
         group.set_exception_handler(lambda *_: None)  # A server tells of handshakes that its clients give up.
         await echoes(group)
         cancelled = 0
-        for number in range(MOST_CHECKPOINTS):
+        for number in range(-1, MOST_CHECKPOINTS):
             descriptors = own_descriptors()
             tasks = {task.id for task in anyio.get_running_tasks()}
             case = Case(group, certificates)
@@ -401,6 +401,8 @@ async def test_cancelled_at_every_checkpoint(
 
             async with prepare(case) as act:
                 with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
+                    if number < 0:
+                        scope.cancel()  # Before it begins.
                     result = await driven(act(), waits)
                 cancelled += scope.cancelled_caught
                 end(result)
@@ -417,10 +419,11 @@ async def test_cancelled_at_every_checkpoint(
             for recorder in RECORDERS:
                 recorder.check_finished()
             RECORDERS.clear()
-            if count <= number:
+            if number >= 0 and count <= number:
                 break  # It was over before it came to that checkpoint.
         else:
             raise AssertionError("there is no end of checkpoints")
+    assert number, "other tasks never had their turn"
     assert cancelled
     no_child_is_left()
 
@@ -477,3 +480,18 @@ async def test_a_group_cancelled_at_every_checkpoint(anyio_backend: Any, certifi
         raise AssertionError("there is no end of checkpoints")
     assert number > 5
     no_child_is_left()
+
+
+@pytest.mark.parametrize("path", ["no server", "no listener"])
+async def test_a_connection_that_fails_at_once_lets_others_have_their_turn(
+    anyio_backend: Any, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else a program that tries again and again would do nothing else."""
+    monkeypatch.chdir(tmp_path)
+    waits: list[None] = []
+    async with TransportGroup() as group:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind("no listener")
+            with pytest.raises(OSError, match=path):
+                await driven(group.create_unix_connection(Recorder, path), lambda: waits.append(None))
+    assert waits

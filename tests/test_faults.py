@@ -93,7 +93,7 @@ class Outcome:
             (
                 self.layer.fault in TRANSIENT
                 # A UNIX socket that cannot connect at once never will (connect(2)); `shutdown` never says such things.
-                and not (name in ("connect", "shutdown") and self.layer.fault == "EAGAIN")
+                and not (name in ("connect_ex", "shutdown") and self.layer.fault == "EAGAIN")
                 and not (name == "shutdown" and self.layer.fault == "EINTR")
             )
             # It is tried again.
@@ -556,7 +556,7 @@ def is_accept(error: BaseException, outcome: Outcome) -> bool:
 
 
 #: What a single byte of makes no sense.
-INDIVISIBLE = {"accept", "connect", "shutdown", "sendto", "recvfrom_into", "send_eof"}
+INDIVISIBLE = {"accept", "connect_ex", "shutdown", "sendto", "recvfrom_into", "send_eof"}
 
 
 async def every_position(scenario: Scenario, fault: str) -> int:
@@ -618,7 +618,7 @@ async def test_w6_nothing_leaves_the_buffer_when_the_call_would_block(anyio_back
             layer = Layer(
                 fault,
                 lambda name, number, period=period, phase=phase: (
-                    name not in ("connect", "shutdown", "send_eof") and number % period == phase
+                    name not in ("connect_ex", "shutdown", "send_eof") and number % period == phase
                 ),
             )
             await run(scenario, layer)

@@ -13,8 +13,13 @@ from ssl import SSLSocket
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from ._errors import logger
+
+# What a socket says that goes on connecting by itself. That is not what a UNIX socket means with `EAGAIN`, but that the
+# backlog of the server is full (connect(2)). Windows has a number for each.
+UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EWOULDBLOCK} - {errno.EAGAIN}
 
 
 def check_stream_socket(sock: socket.socket, family: int | None = None) -> None:
@@ -45,19 +50,20 @@ def bind(sock: socket.socket, address: Any) -> None:
 
 
 async def connect(sock: socket.socket, address: Any) -> None:
-    """Make `sock` non-blocking and connect it. Raises an `OSError` that names the address."""
+    """Make `sock` non-blocking and connect it. Raises an `OSError` that names the address.
+
+    Other tasks have their turn, whether there is anything to wait for or not.
+    """
     try:
         sock.setblocking(False)
-        try:
-            sock.connect(address)
-        except (BlockingIOError, InterruptedError) as exc:
-            # EAGAIN does not mean that it goes on by itself: the backlog of a UNIX server is full (connect(2)).
-            if exc.errno == errno.EAGAIN:
-                raise
+        code = sock.connect_ex(address)
+        if code in UNDER_WAY:
             await anyio.wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, os.strerror(code)) from None
+        else:
+            await anyio.lowlevel.checkpoint()
+        if code:
+            raise OSError(code, os.strerror(code))
     except OSError as exc:
         raise address_error("Connect call failed", address, exc) from exc
 

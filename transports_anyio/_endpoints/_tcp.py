@@ -93,7 +93,7 @@ class TCPEndpoints(Endpoints):
             return await self._connect_socket(protocol_factory, sock, tls)
         if host is None and port is None:
             raise ValueError("host and port was not specified and no sock specified")
-        await anyio.lowlevel.checkpoint()
+        await anyio.lowlevel.checkpoint_if_cancelled()  # The other half of a checkpoint comes with `connect`.
         addresses = await resolve(host, port, family=family, proto=proto, flags=flags)
         local_addresses = None
         if local_addr is not None:

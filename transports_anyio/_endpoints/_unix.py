@@ -73,7 +73,7 @@ class UNIXEndpoints(Endpoints):
         if path is None:
             raise ValueError("no path and sock were specified")
         path = os.fspath(path)
-        await anyio.lowlevel.checkpoint()
+        await anyio.lowlevel.checkpoint_if_cancelled()  # The other half of a checkpoint comes with `connect`.
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             await connect(sock, path)
