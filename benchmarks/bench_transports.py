@@ -4,6 +4,7 @@
     nox -s benchmarks -- --only 'tcp 1 KiB'   the workloads whose names contain this
     nox -s benchmarks -- --rounds 3 --bursts 10
     nox -s benchmarks -- --only 'x 16' --update   measure these again, and keep the other figures of the file
+    nox -s benchmarks -- --only spawn --add       more of the same: keep all of the file's figures
 
 Each server runs in a process of its own, the load generator in another, each pinned to a processor. The figure is the
 server's processor time, user plus system, as the operating system accounts it, for each request; connecting is not in
@@ -320,8 +321,9 @@ def main() -> None:
     parser.add_argument("--peers", action="append", default=[], help="part of a peer's name")
     parser.add_argument("--json", type=Path, default=HERE / "results.json")
     parser.add_argument("--update", action="store_true", help="keep what the file has of others")
+    parser.add_argument("--add", action="store_true", help="keep what the file has, of these too")
     options = parser.parse_args()
-    kept = json.loads(options.json.read_text()) if options.update else {}
+    kept = json.loads(options.json.read_text()) if options.update or options.add else {}
     for name, value in circumstances(options).items():
         if kept and kept[name] != value:
             parser.error(f"{options.json} was measured with {kept[name]}, not {value}: figures do not mix")
@@ -369,7 +371,9 @@ def save(bench: Bench, kept: dict[str, Any], options: argparse.Namespace) -> Non
     for name, measured in (("results", bench.results), ("own", bench.own)):
         rows: Results = {row: dict(peers) for row, peers in kept.get(name, {}).items()}
         for row, peers in measured.items():
-            rows.setdefault(row, {}).update(peers)
+            for peer, values in peers.items():
+                before = rows.get(row, {}).get(peer, []) if options.add else []
+                rows.setdefault(row, {})[peer] = before + values
         document[name] = rows
     options.json.write_text(json.dumps(document, indent=1) + "\n")
 
