@@ -219,7 +219,13 @@ SCENARIOS = [
         ],
     ),
     everywhere(
-        "writelines", [("a", "writelines", 1, 2, 3), ("a", "writelines", 0, 5, 0), ("a", "writelines", *[100] * 100)]
+        "writelines",
+        [
+            ("a", "writelines", 1, 2, 3),
+            ("a", "writelines", 0, 5, 0),
+            ("a", "writelines", *[100] * 100),
+            ("a", "writelines", *[50, 0, 99] * 400),
+        ],
     ),
     everywhere("writelines_pauses", [B_PAUSES, ("a", "writelines", HUGE // 2, HUGE // 2), B_RESUMES]),
     everywhere(

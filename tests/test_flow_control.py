@@ -233,15 +233,16 @@ async def test_w2_writelines_pauses_the_protocol(stack: Stack) -> None:
 
 @pytest.mark.ours_only("asyncio keeps views of the arrays, which it must not")
 @pytest.mark.parametrize("clogged", [False, True])
-async def test_writelines_of_large_chunks_of_every_kind(stack: Stack, clogged: bool) -> None:
-    """Which are not joined: what the system does not take at once is kept piece by piece."""
+@pytest.mark.parametrize(("count", "size"), [(200, 5000), (40_000, 50)])
+async def test_writelines_of_chunks_of_every_kind(stack: Stack, count: int, size: int, clogged: bool) -> None:
+    """Joined or not: what the system does not take at once is kept."""
     data = pattern(4 << 20)
     async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
         written = fill(transport) if clogged else 0
         chunks: list[Any] = []
         at = 0
-        for number in range(200):
-            piece = data[at : at + 5000 + 97 * number]
+        for number in range(count):
+            piece = data[at : at + size + number % size]
             kinds = (piece, bytearray(piece), memoryview(piece), memoryview(bytearray(piece)), b"")
             chunks.append(kinds[number % 5])
             at += len(chunks[-1])
@@ -258,8 +259,8 @@ async def test_writelines_of_large_chunks_of_every_kind(stack: Stack, clogged: b
         assert (await peer.receive_all())[written:] == data[:at]
 
 
-@pytest.mark.parametrize("count", [100, 3000])
-async def test_w3_writelines_larger_than_one_system_call(stack: Stack, count: int) -> None:
+@pytest.mark.parametrize(("count", "size"), [(100, 6500), (3000, 6500), (60_000, 100)])
+async def test_w3_writelines_larger_than_one_system_call(stack: Stack, count: int, size: int) -> None:
     """More bytes than the kernel takes, and more chunks than one `sendmsg` may have."""
     protocol = Recorder()
     async with stack.open() as group:
@@ -267,8 +268,8 @@ async def test_w3_writelines_larger_than_one_system_call(stack: Stack, count: in
         async with peer_process("late_reader", server.sockets[0].getsockname()[1]) as peer:
             assert await peer.line() == "connected"
             await protocol.wait_for("connection_made")
-            data = pattern(6500 * count)
-            protocol.transport.writelines(data[i : i + 6500] for i in range(0, len(data), 6500))
+            data = pattern(size * count)
+            protocol.transport.writelines(data[i : i + size] for i in range(0, len(data), size))
             protocol.transport.close()
             await peer.say("read")
             assert await peer.line() == f"{len(data)} {hashlib.sha256(data).hexdigest()}"
