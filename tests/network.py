@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from subprocess import CompletedProcess
 from typing import Any
 
 import anyio
@@ -170,6 +171,14 @@ async def run_program(*command: str, stdin: bytes | None = None) -> bytes:
     """What another program prints."""
     with anyio.fail_after(4 * GUARD):
         return (await anyio.run_process(command, input=stdin)).stdout
+
+
+async def run_main(source: str, backend: tuple[str, dict[str, Any]], **options: Any) -> CompletedProcess[bytes]:
+    """Run the async function `main` of a Python program in a process of its own, on a backend."""
+    name, backend_options = backend
+    last = f"\nimport anyio\nanyio.run(main, backend={name!r}, backend_options={backend_options!r})\n"
+    with anyio.fail_after(4 * GUARD):
+        return await anyio.run_process([sys.executable, "-c", source + last], **options)
 
 
 @asynccontextmanager

@@ -20,6 +20,7 @@ from typing import Any
 
 import anyio
 import pytest
+from network import run_main
 from support import (
     GUARD,
     BufferedRecorder,
@@ -786,16 +787,11 @@ async def main():
         await upper.done.wait()
     assert [os.get_blocking(fd) for fd in range(3)] == [True] * 3
     print("usable")
-
-backend, uvloop = sys.argv[1:]
-anyio.run(main, backend=backend, backend_options={"use_uvloop": uvloop == "uvloop"} if backend == "asyncio" else {})
 """
 
 
 async def test_standard_streams_work_and_are_left_usable(anyio_backend: Any) -> None:
-    name, options = anyio_backend
-    command = [sys.executable, "-c", FILTER, name, "uvloop" if options.get("use_uvloop") else ""]
-    result = await anyio.run_process(command, input=b"hello\n", stderr=None)
+    result = await run_main(FILTER, anyio_backend, input=b"hello\n", stderr=None)
     assert result.stdout == b"HELLO\nusable\n"
 
 

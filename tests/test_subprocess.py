@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.abc
 import pytest
+from network import run_main
 from support import GUARD, Recorder, Stack, collect_contexts, leaves, open_descriptors, pattern, turns, until
 
 from transports_anyio import TransportGroup, current_group
@@ -285,8 +286,7 @@ async def test_where_a_program_is_looked_for(stack: Stack, tmp_path: Path, monke
 
 
 AS_SOMEBODY_ELSE = """
-import os, sys
-import anyio
+import os
 from transports_anyio import *
 
 async def main():
@@ -295,16 +295,11 @@ async def main():
         transport, _ = await group.subprocess_exec(SubprocessProtocol, "which")
         await group.wait_closed()
         print(transport.get_returncode())
-
-backend, uvloop = sys.argv[1:]
-anyio.run(main, backend=backend, backend_options={"use_uvloop": bool(uvloop)} if backend == "asyncio" else {})
 """
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 async def test_the_rights_that_count_are_the_effective_ones(anyio_backend: Any) -> None:
-    name, options = anyio_backend
-    command = [sys.executable, "-c", AS_SOMEBODY_ELSE, name, "uvloop" if options.get("use_uvloop") else ""]
     with tempfile.TemporaryDirectory() as directory:  # Not `tmp_path`, which nobody else may look into.
         roots, everybodys = Path(directory, "root's"), Path(directory, "everybody's")
         for each, copied, mode in ((roots, "true", 0o700), (everybodys, "false", 0o755)):
@@ -313,8 +308,27 @@ async def test_the_rights_that_count_are_the_effective_ones(anyio_backend: Any) 
             (each / "which").chmod(mode)
         os.chmod(directory, 0o755)
         environment = {**os.environ, "PATH": f"{roots}{os.pathsep}{everybodys}"}
-        result = await anyio.run_process(command, stderr=None, env=environment)
+        result = await run_main(AS_SOMEBODY_ELSE, anyio_backend, stderr=None, env=environment)
     assert int(result.stdout) == 0
+
+
+AUDITED = """
+import sys
+from transports_anyio import *
+
+async def main():
+    audited = []
+    sys.addaudithook(lambda event, args: event == "subprocess.Popen" and audited.append(args[0]))
+    async with TransportGroup() as group:
+        for program in "true", "/bin/sh":
+            await group.subprocess_exec(SubprocessProtocol, program)
+    print(*audited)
+"""
+
+
+async def test_an_audit_hook_is_told_which_program_it_is(anyio_backend: Any) -> None:
+    result = await run_main(AUDITED, anyio_backend, stderr=None)
+    assert result.stdout.decode().split() == [shutil.which("true"), "/bin/sh"]
 
 
 async def test_who_and_with_whom_a_child_is(stack: Stack) -> None:
@@ -984,17 +998,12 @@ async def main():
             transport, cat = await group.subprocess_exec(Cat, "cat")
             await cat.done.wait()
             print(transport.get_returncode())
-
-backend, uvloop = sys.argv[1:]
-anyio.run(main, backend=backend, backend_options={"use_uvloop": bool(uvloop)} if backend == "asyncio" else {})
 """
 
 
 async def test_a_python_that_was_built_without_pidfd(anyio_backend: Any) -> None:
     """With old headers both functions are missing, on Linux too: from before the import, so in a process of its own."""
-    name, options = anyio_backend
-    command = [sys.executable, "-c", WITHOUT_PIDFD, name, "uvloop" if options.get("use_uvloop") else ""]
-    result = await anyio.run_process(command, stderr=None)
+    result = await run_main(WITHOUT_PIDFD, anyio_backend, stderr=None)
     assert int(result.stdout) == -signal.SIGTERM
 
 
@@ -1447,17 +1456,12 @@ async def main():
             os.fstat(1)
         except OSError:
             os.write(2, b" closed")
-
-backend, uvloop = sys.argv[1:]
-anyio.run(main, backend=backend, backend_options={"use_uvloop": bool(uvloop)} if backend == "asyncio" else {})
 """
 
 
 async def test_pipes_that_have_the_numbers_of_standard_streams_are_closed(anyio_backend: Any) -> None:
     """In a process whose standard streams are closed; `cat` would never see its end of file."""
-    name, options = anyio_backend
-    command = [sys.executable, "-c", LOW_NUMBERS, name, "uvloop" if options.get("use_uvloop") else ""]
-    result = await anyio.run_process(command, check=False)
+    result = await run_main(LOW_NUMBERS, anyio_backend, check=False)
     assert result.stderr == b"1through closed"
 
 
