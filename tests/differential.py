@@ -196,7 +196,7 @@ class Script:
     def _note_truncation(self) -> None:
         if self.world.carrier.writes(self.name) and not self.lost:
             # How much is left when writing is resumed, if anything, is for the system to say.
-            resuming = any(name == "resume_writing" for _, name, *_ in self.flow[-1:])
+            resuming = any(entry[1:2] == ("resume_writing",) for entry in self.flow[-2:])  # It may have raised then.
             if resuming or self.transport.get_write_buffer_size():
                 self.truncated = True
 

@@ -67,3 +67,15 @@ def test_bytes_that_were_not_sent_are_no_event_like_others(anyio_backend: tuple[
     strange = Scenario("strange", [("a", "write_anything", b"none of the script's")])
     with pytest.raises(AssertionError, match="b got other bytes than were sent, after 0"):
         anyio.run(run_scenario, strange, CARRIERS["tcp"], Stack("ours"), backend=backend, backend_options=options)
+
+
+def test_what_a_script_raises_is_what_is_reported(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    """And not a mistake of the recorder's instead, which would be equal on both sides, too."""
+    backend, options = anyio_backend
+    raising = [each for each in SCENARIOS if any(("self", "raise") in steps for steps in each.reactions.values())]
+    assert len(raising) > 5
+    for scenario in raising:
+        script = (scenario, CARRIERS[scenario.carriers[0]], Stack("ours"))
+        recording = anyio.run(run_scenario, *script, backend=backend, backend_options=options)
+        reported = [name for entry in recording for name, *_ in entry["reports"]]
+        assert set(reported) == {"Boom"}, scenario.name

@@ -326,9 +326,15 @@ async def main():
 """
 
 
-async def test_an_audit_hook_is_told_which_program_it_is(anyio_backend: Any) -> None:
-    result = await run_main(AUDITED, anyio_backend, stderr=None)
-    assert result.stdout.decode().split() == [shutil.which("true"), "/bin/sh"]
+@pytest.mark.parametrize("in_the_way", [False, True])
+async def test_an_audit_hook_is_told_which_program_it_is(anyio_backend: Any, in_the_way: bool, tmp_path: Path) -> None:
+    broken, true = tmp_path / "true", shutil.which("true")
+    if in_the_way:
+        broken.write_text("#!/does/not/exist\n")
+        broken.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    result = await run_main(AUDITED, anyio_backend, stderr=None, env={**os.environ, "PATH": path})
+    assert result.stdout.decode().split() == [*([str(broken), "true"] if in_the_way else [true]), "/bin/sh"]
 
 
 async def test_who_and_with_whom_a_child_is(stack: Stack) -> None:
