@@ -21,13 +21,7 @@ import anyio
 import pytest
 import support
 import trustme
-from support import ORACLE, Stack, open_descriptors
-
-BACKENDS: dict[str, tuple[str, dict[str, object]]] = {
-    "asyncio": ("asyncio", {"use_uvloop": False}),
-    "uvloop": ("asyncio", {"use_uvloop": True}),
-    "trio": ("trio", {}),
-}
+from support import BACKENDS, ORACLE, Stack, open_descriptors
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -28,6 +28,7 @@ else:
     BaseExceptionGroup = BaseExceptionGroup  # noqa: PLW0127
 
 __all__ = [
+    "BACKENDS",
     "GUARD",
     "ORACLE",
     "BaseExceptionGroup",
@@ -50,6 +51,12 @@ __all__ = [
 #: Seconds after which a wait that should have ended long ago fails. A guard against hanging, not a measurement.
 GUARD = 15
 ORACLE = "oracle"
+#: Name and options of each backend, for AnyIO.
+BACKENDS: dict[str, tuple[str, dict[str, object]]] = {
+    "asyncio": ("asyncio", {"use_uvloop": False}),
+    "uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
+}
 HOST = "127.0.0.1"
 #: A kernel buffer small enough to fill at once, large enough not to be throttled by delayed acknowledgements.
 SMALL = 65536

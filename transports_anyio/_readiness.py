@@ -35,6 +35,9 @@ class Watch:
 
     __slots__ = ("descriptor", "interest", "read_ready", "write_ready")
 
+    #: Whether it counts as always ready if the system refuses to watch it. If not, that is an error.
+    ready_if_refused = True
+
     read_ready: Callable[[], object]
     write_ready: Callable[[], object]
 
@@ -101,7 +104,7 @@ class ReadinessList(ABC):
             try:
                 (self.change if watch.interest else self.add)(descriptor, interest)
             except OSError as exc:
-                if exc.errno not in UNWATCHED:
+                if exc.errno not in UNWATCHED or not watch.ready_if_refused:
                     raise
                 self.always_ready.add(watch)
         watch.interest = interest

@@ -32,20 +32,10 @@ def local_parts(local_addr: Any) -> tuple[Any, ...]:
     return host, port, *scope
 
 
-async def resolve(
-    host: Host,
-    port: Port,
-    *scope: int,
-    family: int = 0,
-    kind: int = socket.SOCK_STREAM,
-    proto: int = 0,
-    flags: int = 0,
-) -> list[AddressInfo]:
-    """Return the addresses of `host` and `port`; numbers need no thread.
+def checked(host: Host, port: Port) -> tuple[str | bytes | None, str | int | None]:
+    """Return `host` and `port` as resolvers take them.
 
-    `scope` is what an IPv6 address may have behind its port, flow information and scope id: it counts for a numeric
-    `host`. Raises `socket.gaierror` for what cannot be resolved, `OverflowError` for a port out of range, `ValueError`
-    for a NUL.
+    Raises `OverflowError` for a port out of range, `ValueError` for a NUL character.
     """
     if isinstance(port, bytes):
         port = port.decode("latin-1")  # As it is: what is not ASCII is no service, which the resolver knows best.
@@ -64,6 +54,25 @@ async def resolve(
                 raise OverflowError(f"port must be 0-{HIGHEST_PORT}, got {port}")
     if isinstance(host, str) and host.isascii():
         host = host.encode("ascii")  # Bytes pass AnyIO untouched, a `str` as an internationalised name.
+    return host, port
+
+
+async def resolve(
+    host: Host,
+    port: Port,
+    *scope: int,
+    family: int = 0,
+    kind: int = socket.SOCK_STREAM,
+    proto: int = 0,
+    flags: int = 0,
+) -> list[AddressInfo]:
+    """Return the addresses of `host` and `port`; numbers need no thread.
+
+    `scope` is what an IPv6 address may have behind its port, flow information and scope id: it counts for a numeric
+    `host`. Raises `socket.gaierror` for what cannot be resolved, `OverflowError` for a port out of range, `ValueError`
+    for a NUL.
+    """
+    host, port = checked(host, port)
     try:
         found = numeric(host, port, family=family, kind=kind, proto=proto, flags=flags)
     except socket.gaierror as exc:

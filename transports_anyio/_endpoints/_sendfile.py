@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 from asyncio import SendfileNotAvailableError
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import anyio.to_thread
 
@@ -96,7 +96,27 @@ def check_arguments(file: Any, offset: Any, count: Any) -> None:
         raise ValueError(f"offset must be a non-negative integer (got {offset!r})")
 
 
-async def send_by_system(transport: StreamTransport, file: BinaryIO, offset: int, count: int | None) -> int:
+class SendsFiles(Protocol):
+    """What can send from files by the system: a stream transport, or a socket of the user's."""
+
+    async def flush(self) -> None:
+        """Wait until nothing is buffered."""
+
+    async def until_writable(self) -> None:
+        """Wait until something could be sent."""
+
+    def send_file(self, descriptor: int, offset: int, count: int) -> int:
+        """Send from a file, and return how many bytes went, 0 at its end. Raises `OSError`."""
+        ...
+
+
+def can_seek(file: IO[bytes]) -> bool:
+    """Whether `file` has positions."""
+    seekable = getattr(file, "seekable", None)
+    return hasattr(file, "seek") if seekable is None else seekable()
+
+
+async def send_by_system(transport: SendsFiles, file: IO[bytes], offset: int, count: int | None) -> int:
     """Send with `os.sendfile`. Raises `SendfileNotAvailableError`, before anything was sent, when it refuses."""
     try:
         descriptor = file.fileno()
@@ -136,8 +156,7 @@ async def send_by_system(transport: StreamTransport, file: BinaryIO, offset: int
 
 async def send_by_reading(transport: StreamTransport, file: BinaryIO, offset: int, count: int | None) -> int:
     """Read blocks in a thread, and send each before the next is read."""
-    is_seekable = getattr(file, "seekable", None)
-    seekable = hasattr(file, "seek") if is_seekable is None else is_seekable()
+    seekable = can_seek(file)
     if offset or seekable:
         file.seek(offset)
     sent = 0

@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import os
+import socket
+from typing import Any
+
+import pytest
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="default")
+
+
+@contextlib.contextmanager
+def pair() -> Any:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        yield ours, theirs
+
+
+async def pauses(count: int = 5) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def test_a_reader_is_called_while_there_is_something_to_read(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (ours, theirs):
+            done = loop.create_future()
+            received = []
+
+            def read(*args: object) -> None:
+                assert asyncio.get_running_loop() is loop
+                received.append((args, variable.get(), ours.recv(1)))
+                if len(received) == 3:
+                    done.set_result(None)
+
+            token = variable.set("when added")
+            assert loop.add_reader(ours, read, 1, "two") is None
+            variable.reset(token)
+            theirs.send(b"abc")
+            await done
+            assert received == [((1, "two"), "when added", byte) for byte in (b"a", b"b", b"c")]
+            assert loop.remove_reader(ours) is True
+            theirs.send(b"d")
+            await pauses()
+            assert len(received) == 3
+            assert loop.remove_reader(ours) is False
+
+    run(main)
+
+
+def test_a_writer_is_called_while_there_is_room(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (ours, _):
+            calls = []
+            called = asyncio.Event()
+
+            def write() -> None:
+                calls.append(1)
+                if len(calls) == 3:
+                    loop.remove_writer(ours)
+                    called.set()
+
+            loop.add_writer(ours, write)
+            await called.wait()
+            await pauses()
+            assert len(calls) == 3
+            assert loop.remove_writer(ours) is False
+
+    run(main)
+
+
+def test_both_directions_of_one_file_descriptor(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (ours, theirs):
+            reads: list[bytes] = []
+            written = asyncio.Event()
+            loop.add_reader(ours.fileno(), lambda: reads.append(ours.recv(10)))
+            loop.add_writer(ours.fileno(), written.set)
+            await written.wait()
+            theirs.send(b"one")
+            await pauses(10)
+            assert reads == [b"one"]
+            assert loop.remove_writer(ours.fileno())
+            theirs.send(b"two")
+            await pauses(10)
+            assert reads == [b"one", b"two"]
+            assert loop.remove_reader(ours.fileno())
+
+    run(main)
+
+
+def test_a_second_callback_takes_the_place_of_the_first(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (ours, theirs):
+            calls = []
+            called = asyncio.Event()
+            loop.add_reader(ours, calls.append, "first")
+            loop.add_reader(ours, lambda: called.set() or loop.remove_reader(ours))
+            theirs.send(b"x")
+            await called.wait()
+            assert calls == []
+
+    run(main)
+
+
+def test_a_callback_that_another_one_removes_does_not_run(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (one, its_peer), pair() as (two, other_peer):
+            calls = []
+
+            def first_of(mine: socket.socket, other: socket.socket) -> None:
+                calls.append(mine)
+                loop.remove_reader(mine)
+                loop.remove_reader(other)
+
+            loop.add_reader(one, first_of, one, two)
+            loop.add_reader(two, first_of, two, one)
+            its_peer.send(b"x")
+            other_peer.send(b"x")
+            await pauses(10)
+            assert len(calls) == 1
+
+    run(main)
+
+
+def test_a_failing_callback_is_reported_and_stays(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (ours, theirs):
+            reported: list[dict[str, Any]] = []
+            loop.set_exception_handler(lambda _, context: reported.append(context))
+            loop.add_reader(ours, lambda: 1 / 0)
+            theirs.send(b"x")
+            while len(reported) < 2:
+                await asyncio.sleep(0)
+            loop.remove_reader(ours)
+            assert all(isinstance(context["exception"], ZeroDivisionError) for context in reported)
+            assert reported[0]["message"].startswith("Exception in callback")
+            assert isinstance(reported[0]["handle"], asyncio.Handle) or run.is_uvloop
+
+    run(main)
+
+
+def test_the_end_of_a_pipe(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        read_end, write_end = os.pipe()
+        with open(read_end, "rb", buffering=0) as reading:
+            ended = asyncio.Event()
+            loop.add_reader(reading, lambda: ended.set() or loop.remove_reader(reading))
+            os.close(write_end)
+            await ended.wait()
+
+    run(main)
+
+
+def test_a_file_on_a_disk_cannot_be_watched(run, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"data")
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with path.open("rb") as file:
+            for add, remove in [(loop.add_reader, loop.remove_reader), (loop.add_writer, loop.remove_writer)]:
+                with pytest.raises(PermissionError):
+                    add(file, print)
+                assert not remove(file)
+
+    run(main)
+
+
+def test_what_is_no_file_descriptor(run):
+    async def main() -> None:
+        loop: Any = asyncio.get_running_loop()
+        for add, remove in [(loop.add_reader, loop.remove_reader), (loop.add_writer, loop.remove_writer)]:
+            for bad in ("text", None, object()):
+                with pytest.raises(ValueError, match="Invalid file object"):
+                    add(bad, print)
+                with pytest.raises(ValueError, match="Invalid file object"):
+                    remove(bad)
+
+    run(main)
+
+
+def test_closed_file_descriptors(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (ours, _):
+            number = ours.fileno()
+            ours.close()
+            for add, remove in [(loop.add_reader, loop.remove_reader), (loop.add_writer, loop.remove_writer)]:
+                with pytest.raises(OSError):
+                    add(number, print)
+                assert not remove(number)
+                if not run.is_uvloop:
+                    with pytest.raises(ValueError, match="Invalid file descriptor: -1"):
+                        add(ours, print)
+                    with pytest.raises(ValueError, match="Invalid file descriptor: -1"):
+                        remove(ours)
+
+    run(main)
+
+
+def test_a_file_that_was_closed_can_still_be_taken_out(run):
+    if run.name != "trio":
+        pytest.skip("asyncio raises for the first direction; uvloop keeps a watched socket open")
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (ours, _):
+            loop.add_reader(ours, print)
+            loop.add_writer(ours, print)
+            ours.close()
+            assert loop.remove_reader(ours) is True
+            assert loop.remove_writer(ours) is True
+
+    run(main)
+
+
+def test_a_number_that_was_closed_and_not_taken_out(run):
+    if run.name != "trio":
+        pytest.skip("asyncio does not notice; uvloop keeps a watched socket open")
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        first, peer = socket.socketpair()
+        loop.add_reader(first, print, "never")
+        number = first.fileno()
+        first.close()
+        peer.close()
+        with pair() as (ours, theirs):
+            assert number in (ours.fileno(), theirs.fileno())
+            one, other = (ours, theirs) if ours.fileno() == number else (theirs, ours)
+            called = asyncio.Event()
+            loop.add_reader(one, lambda: called.set() or loop.remove_reader(one))
+            other.send(b"x")
+            await called.wait()
+
+    run(main)
+
+
+def test_a_file_descriptor_of_a_transport(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (ours, _):
+            transport, _ = await loop.create_unix_connection(asyncio.Protocol, sock=ours)
+            number = transport.get_extra_info("socket").fileno()
+            for add, remove in [(loop.add_reader, loop.remove_reader), (loop.add_writer, loop.remove_writer)]:
+                with pytest.raises(RuntimeError, match="is used by transport"):
+                    add(number, print)
+                with pytest.raises(RuntimeError, match="is used by transport"):
+                    remove(number)
+            transport.close()
+            await pauses(10)
+
+    run(main)
+
+
+def test_a_transport_takes_a_socket_over_that_had_a_reader(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (ours, _):
+            loop.add_reader(ours, print)
+            loop.remove_reader(ours)
+            transport, _ = await loop.create_unix_connection(asyncio.Protocol, sock=ours)
+            transport.close()
+            await pauses(10)
+
+    run(main)
+
+
+def test_what_is_left_at_the_end_is_taken_out(run):
+    calls = []
+    with pair() as (ours, theirs):
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            loop.add_reader(ours, calls.append, "read")
+            loop.add_writer(theirs, lambda: None)
+
+        run(main)
+        theirs.send(b"x")
+        assert ours.recv(10) == b"x"
+        assert calls == []
+
+
+def test_a_reader_does_not_keep_callbacks_and_timers_waiting(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (ours, _):
+            loop.add_writer(ours, lambda: None)  # Always ready.
+            await asyncio.sleep(0.01)
+            called = asyncio.Event()
+            loop.call_soon(called.set)
+            await called.wait()
+            assert await asyncio.to_thread(int, "1") == 1
+            loop.remove_writer(ours)
+
+    run(main)
+
+
+def test_what_a_callback_schedules_runs_after_the_other_readers(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with pair() as (one, its_peer), pair() as (two, other_peer):
+            order: list[str] = []
+
+            def read(sock: socket.socket, name: str) -> None:
+                sock.recv(1)
+                order.append(name)
+                loop.call_soon(order.append, f"scheduled by {name}")
+
+            loop.add_reader(one, read, one, "reader")
+            loop.add_reader(two, read, two, "reader")
+            its_peer.send(b"x")
+            other_peer.send(b"x")
+            await pauses(10)
+            assert order == ["reader", "reader", "scheduled by reader", "scheduled by reader"]
+            loop.remove_reader(one)
+            loop.remove_reader(two)
+
+    run(main)

@@ -1,0 +1,184 @@
+"""Callbacks for file descriptors of the user's: `add_reader` and `add_writer`.
+
+Needs from the event loop: its group's poller, and handles. Knows no transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .._poller import Poller
+from .._readiness import READ, WRITE, Watch
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
+    from typing_extensions import TypeVarTuple, Unpack
+
+    Ts = TypeVarTuple("Ts")
+
+
+class Callbacks(Watch):
+    """A file descriptor of the user's, and the handle of each direction that has a callback."""
+
+    __slots__ = ("file", "handles")
+
+    ready_if_refused = False
+
+    def __init__(self, descriptor: int, file: FileDescriptorLike) -> None:
+        super().__init__(descriptor)
+        self.file = file
+        self.handles: dict[int, asyncio.Handle] = {}
+
+    def cancel(self, event: int) -> bool:
+        """Cancel the callback of a direction, and return whether there was one."""
+        handle = self.handles.pop(event, None)
+        if handle is None:
+            return False
+        handle.cancel()
+        return True
+
+    def __repr__(self) -> str:
+        return f"<file descriptor {self.descriptor} of add_reader() or add_writer()>"
+
+
+def descriptor_of(file: FileDescriptorLike) -> int:
+    """Return the file descriptor of `file`, or -1 if it is closed. Raises asyncio's `ValueError` for what has none."""
+    if isinstance(file, int):
+        return file
+    try:
+        return int(file.fileno())
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"Invalid file object: {file!r}") from None
+
+
+class Readers(asyncio.AbstractEventLoop):
+    """Readers and writers of an event loop, in the poller of its group."""
+
+    if TYPE_CHECKING:
+        # What the event loop has to have beside its public methods.
+        @property
+        def _poller(self) -> Poller: ...
+        def _make_handle(self, callback: Callable[..., object], args: tuple[Any, ...]) -> asyncio.Handle: ...
+        def _run_handle(self, handle: Any) -> None: ...
+
+    def add_reader(self, fd: FileDescriptorLike, callback: Callable[[Unpack[Ts]], Any], *args: Unpack[Ts]) -> None:
+        """Call `callback(*args)` in every event loop iteration in which `fd` can be read.
+
+        It replaces the callback that `fd` has. Raises `RuntimeError` when a transport uses `fd`, `ValueError` for what
+        is no file descriptor and has none, and `OSError` when the system cannot watch it (`PermissionError` for a file
+        on a disk).
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.add_reader
+        """
+        self._ensure_fd_no_transport(fd)
+        self._add_reader(fd, callback, *args)
+
+    def remove_reader(self, fd: FileDescriptorLike) -> bool:
+        """Remove the callback of `add_reader`, and return whether there was one. Raises as `add_reader` does.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.remove_reader
+        """
+        self._ensure_fd_no_transport(fd)
+        return self._remove_reader(fd)
+
+    def add_writer(self, fd: FileDescriptorLike, callback: Callable[[Unpack[Ts]], Any], *args: Unpack[Ts]) -> None:
+        """Call `callback(*args)` in every event loop iteration in which `fd` can be written to, as `add_reader` does.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.add_writer
+        """
+        self._ensure_fd_no_transport(fd)
+        self._add_writer(fd, callback, *args)
+
+    def remove_writer(self, fd: FileDescriptorLike) -> bool:
+        """Remove the callback of `add_writer`, as `remove_reader` does.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.remove_writer
+        """
+        self._ensure_fd_no_transport(fd)
+        return self._remove_writer(fd)
+
+    # What the `sock_*` methods use. asyncio's event loops have it too.
+
+    def _ensure_fd_no_transport(self, fd: FileDescriptorLike) -> None:
+        watch = self._poller.watches.get(descriptor_of(fd))
+        if watch is not None and not isinstance(watch, Callbacks):
+            raise RuntimeError(f"File descriptor {fd!r} is used by transport {watch!r}")
+
+    def _add_reader(self, fd: FileDescriptorLike, callback: Callable[..., object], *args: Any) -> asyncio.Handle:
+        handle = self._make_handle(callback, args)
+        watch = self._watch(fd, READ, handle)
+        watch.read_ready = lambda: self._run_handle(handle)
+        return handle
+
+    def _add_writer(self, fd: FileDescriptorLike, callback: Callable[..., object], *args: Any) -> asyncio.Handle:
+        handle = self._make_handle(callback, args)
+        watch = self._watch(fd, WRITE, handle)
+        watch.write_ready = lambda: self._run_handle(handle)
+        return handle
+
+    def _remove_reader(self, fd: FileDescriptorLike) -> bool:
+        return self._unwatch(fd, READ)
+
+    def _remove_writer(self, fd: FileDescriptorLike) -> bool:
+        return self._unwatch(fd, WRITE)
+
+    def _watch(self, fd: FileDescriptorLike, event: int, handle: asyncio.Handle) -> Callbacks:
+        if self.is_closed():
+            raise RuntimeError("Event loop is closed")
+        poller = self._poller
+        watch = self._callbacks_of(fd)
+        if watch is None:
+            watch = Callbacks(descriptor_of(fd), fd)
+            poller.claim(watch)
+        watch.cancel(event)
+        interest = watch.interest | event
+        try:
+            # Anew, because the file may have been closed: another one may have the number by now.
+            if watch.interest:
+                poller.set_interest(watch, 0)
+            poller.set_interest(watch, interest)
+        except BaseException:
+            self._drop(watch)
+            raise
+        watch.file = fd
+        watch.handles[event] = handle
+        return watch
+
+    def _unwatch(self, fd: FileDescriptorLike, event: int) -> bool:
+        if self.is_closed():
+            return False
+        watch = self._callbacks_of(fd)
+        if watch is None or not watch.cancel(event):
+            return False
+        if not watch.handles:
+            self._poller.release(watch)
+            return True
+        try:
+            self._poller.set_interest(watch, watch.interest & ~event)
+        except OSError:  # It has been closed.
+            self._drop(watch)
+        return True
+
+    def _callbacks_of(self, fd: FileDescriptorLike) -> Callbacks | None:
+        watches = self._poller.watches
+        descriptor = descriptor_of(fd)
+        if descriptor >= 0:
+            watch = watches.get(descriptor)
+            return watch if isinstance(watch, Callbacks) else None
+        for watch in watches.values():  # A closed file no longer knows its file descriptor.
+            if isinstance(watch, Callbacks) and watch.file is fd:
+                return watch
+        raise ValueError(f"Invalid file descriptor: {descriptor}")
+
+    def _drop(self, watch: Callbacks) -> None:
+        for event in (READ, WRITE):
+            watch.cancel(event)
+        self._poller.release(watch)
+
+    def _remove_readers(self) -> None:
+        """Take out every file descriptor: the event loop ends."""
+        for watch in tuple(self._poller.watches.values()):
+            if isinstance(watch, Callbacks):
+                self._drop(watch)

@@ -1,0 +1,280 @@
+"""Sockets that belong to the caller: the event loop's `sock_*` methods.
+
+Needs from the event loop: readers and writers, futures, executors. Knows no group and no transport.
+
+Every method tries first and waits only if the socket is not ready. What the wait returns is that the socket is ready,
+not its data: a task that is cancelled at that moment has received nothing yet, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from ssl import SSLSocket
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
+
+from .._endpoints._addresses import checked, numeric
+from .._endpoints._sendfile import BLOCK_SIZE, can_seek, check_arguments, send_by_system
+from .._sockets import UNDER_WAY, address_error
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+ResultT = TypeVar("ResultT")
+
+
+class AddCallback(Protocol):
+    """`_add_reader` or `_add_writer` of an event loop."""
+
+    def __call__(self, fd: int, callback: Callable[..., object], /, *args: Any) -> asyncio.Handle: ...
+
+
+class Waiting:
+    """The futures that wait for one direction of one file descriptor."""
+
+    __slots__ = ("futures", "handle")
+
+    def __init__(self) -> None:
+        self.futures: list[asyncio.Future[None]] = []
+        self.handle: asyncio.Handle | None = None
+
+
+class Direction:
+    """Waits until a socket can be read from, or until it can be written to."""
+
+    def __init__(self, loop: SockMethods, add: AddCallback, remove: Callable[[int], object]) -> None:
+        self._loop = loop
+        self._add = add
+        self._remove = remove
+        self._waiting: dict[int, Waiting] = {}
+
+    async def wait(self, sock: socket.socket) -> None:
+        """Wait until `sock` is ready. Several tasks may wait for the same socket; each of them tries again."""
+        descriptor = sock.fileno()
+        self._loop._ensure_fd_no_transport(descriptor)  # noqa: SLF001
+        future = self._loop.create_future()
+        waiting = self._waiting.setdefault(descriptor, Waiting())
+        waiting.futures.append(future)
+        try:
+            # Also if others wait: they may wait for a closed socket that had the same file descriptor.
+            waiting.handle = self._add(descriptor, self._ready, descriptor)
+            await future
+        finally:
+            if self._waiting.get(descriptor) is waiting:
+                waiting.futures.remove(future)
+                if not waiting.futures:
+                    del self._waiting[descriptor]
+                    # A cancelled handle has been replaced, by an `add_reader` of the user's for example.
+                    if waiting.handle is not None and not waiting.handle.cancelled():
+                        self._remove(descriptor)
+
+    def _ready(self, descriptor: int) -> None:
+        self._remove(descriptor)  # Until the tasks have run it would be reported again and again.
+        for future in self._waiting.pop(descriptor).futures:
+            if not future.done():
+                future.set_result(None)
+
+
+class SendingSocket:
+    """A socket that sends from files, for `send_by_system`."""
+
+    def __init__(self, sock: socket.socket, writable: Direction) -> None:
+        self._sock = sock
+        self._writable = writable
+
+    async def flush(self) -> None:
+        """Nothing is buffered."""
+
+    async def until_writable(self) -> None:
+        await self._writable.wait(self._sock)
+
+    def send_file(self, descriptor: int, offset: int, count: int) -> int:
+        return os.sendfile(self._sock.fileno(), descriptor, offset, count)
+
+
+class SockMethods(asyncio.AbstractEventLoop):
+    """The `sock_*` methods of an event loop that has readers and writers."""
+
+    if TYPE_CHECKING:
+        # What the event loop has to have beside its public methods. asyncio's own event loops have it too.
+        def _ensure_fd_no_transport(self, fd: Any) -> None: ...
+        def _add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> asyncio.Handle: ...
+        def _add_writer(self, fd: Any, callback: Callable[..., object], *args: Any) -> asyncio.Handle: ...
+        def _remove_reader(self, fd: Any) -> bool: ...
+        def _remove_writer(self, fd: Any) -> bool: ...
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._readable = Direction(self, self._add_reader, self._remove_reader)
+        self._writable = Direction(self, self._add_writer, self._remove_writer)
+
+    def _check_socket(self, sock: socket.socket) -> None:
+        if isinstance(sock, SSLSocket):
+            raise TypeError("Socket cannot be of type SSLSocket")
+        if self.get_debug() and sock.gettimeout() != 0:
+            raise ValueError("the socket must be non-blocking")
+
+    async def _when_ready(
+        self, direction: Direction, sock: socket.socket, operation: Callable[..., ResultT], *args: Any
+    ) -> ResultT:
+        """Return what `operation(*args)` returns as soon as it would not block."""
+        while True:
+            try:
+                return operation(*args)
+            except (BlockingIOError, InterruptedError):
+                await direction.wait(sock)
+
+    async def sock_recv(self, sock: socket.socket, nbytes: int) -> bytes:
+        """Receive up to `nbytes` bytes. Returns `b""` when the peer has closed its side.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_recv
+        """
+        self._check_socket(sock)
+        return await self._when_ready(self._readable, sock, sock.recv, nbytes)
+
+    async def sock_recv_into(self, sock: socket.socket, buf: Buffer) -> int:
+        """Receive into `buf`, and return how many bytes it were.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_recv_into
+        """
+        self._check_socket(sock)
+        return await self._when_ready(self._readable, sock, sock.recv_into, buf)
+
+    async def sock_recvfrom(self, sock: socket.socket, bufsize: int) -> tuple[bytes, Any]:
+        """Receive a datagram of up to `bufsize` bytes, and return it with the sender's address.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_recvfrom
+        """
+        self._check_socket(sock)
+        return await self._when_ready(self._readable, sock, sock.recvfrom, bufsize)
+
+    async def sock_recvfrom_into(self, sock: socket.socket, buf: Buffer, nbytes: int = 0) -> tuple[int, Any]:
+        """Receive a datagram of up to `nbytes` bytes into `buf` (0: as many as it holds); return its size and sender.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_recvfrom_into
+        """
+        self._check_socket(sock)
+        return await self._when_ready(self._readable, sock, sock.recvfrom_into, buf, nbytes)
+
+    async def sock_sendall(self, sock: socket.socket, data: Buffer) -> None:
+        """Send all of `data`. After an error or a cancellation, how much was sent is not known.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_sendall
+        """
+        self._check_socket(sock)
+        with memoryview(data) as view, view.cast("B") as rest:
+            sent = await self._when_ready(self._writable, sock, sock.send, rest)
+            while sent < len(rest):
+                sent += await self._when_ready(self._writable, sock, sock.send, rest[sent:])
+
+    async def sock_sendto(self, sock: socket.socket, data: Buffer, address: Any) -> int:
+        """Send a datagram to `address`, and return its size.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_sendto
+        """
+        self._check_socket(sock)
+        return await self._when_ready(self._writable, sock, sock.sendto, data, address)
+
+    async def sock_connect(self, sock: socket.socket, address: Any) -> None:
+        """Connect to `address`; an internet socket takes a host name and the name of a service, too.
+
+        Raises an `OSError` that names the address, `BlockingIOError` when the backlog of a UNIX server is full.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_connect
+        """
+        self._check_socket(sock)
+        if sock.family in {socket.AF_INET, socket.AF_INET6}:
+            address = await self._resolved(sock, address)
+        code = sock.connect_ex(address)
+        if code in UNDER_WAY:
+            await self._writable.wait(sock)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise address_error("Connect call failed", address, OSError(code, os.strerror(code)))
+
+    async def _resolved(self, sock: socket.socket, address: Any) -> Any:
+        """Return `address` with numbers instead of names."""
+        host, port, *scope = address
+        try:
+            (*_, found), *_ = numeric(*checked(host, port), family=sock.family, kind=sock.type, proto=sock.proto)
+        except socket.gaierror:
+            resolved = await self.getaddrinfo(host, port, family=sock.family, type=sock.type, proto=sock.proto)
+            if not resolved:
+                raise OSError(f"getaddrinfo({host!r}) returned an empty list") from None
+            return resolved[0][4]
+        return (*found[:2], *scope) if scope else found
+
+    async def sock_accept(self, sock: socket.socket) -> tuple[socket.socket, Any]:
+        """Accept a connection, and return its socket, which is non-blocking, with the peer's address.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_accept
+        """
+        self._check_socket(sock)
+        accepted, address = await self._when_ready(self._readable, sock, sock.accept)
+        accepted.setblocking(False)
+        return accepted, address
+
+    async def sock_sendfile(
+        self,
+        sock: socket.socket,
+        file: IO[bytes],
+        offset: int = 0,
+        count: int | None = None,
+        *,
+        fallback: bool | None = True,
+    ) -> int:
+        """Send `file` from `offset` bytes on, `count` bytes or all of it, and return how many bytes were sent.
+
+        The file is left behind the last byte sent. Where the system cannot send the file by itself it is read in a
+        thread, unless `fallback` is false: then `asyncio.SendfileNotAvailableError` is raised.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_sendfile
+        """
+        self._check_socket(sock)
+        check_arguments(file, offset, count)
+        if sock.type != socket.SOCK_STREAM:
+            raise ValueError("only SOCK_STREAM type sockets are supported")
+        try:
+            return await self._send_by_system(sock, file, offset, count)
+        except asyncio.SendfileNotAvailableError:
+            if not fallback:
+                raise
+        return await self._send_by_reading(sock, file, offset, count)
+
+    async def _send_by_system(self, sock: socket.socket, file: IO[bytes], offset: int, count: int | None) -> int:
+        if not hasattr(os, "sendfile"):
+            raise asyncio.SendfileNotAvailableError("os.sendfile() is not available")
+        return await send_by_system(SendingSocket(sock, self._writable), file, offset, count)
+
+    async def _send_by_reading(self, sock: socket.socket, file: IO[bytes], offset: int, count: int | None) -> int:
+        seekable = can_seek(file)
+        if offset or seekable:
+            file.seek(offset)
+        sent = 0
+        try:
+            while count is None or sent < count:
+                size = BLOCK_SIZE if count is None else min(count - sent, BLOCK_SIZE)
+                block = memoryview(await self._read_in_thread(file, size, wait=seekable))
+                if not block:
+                    break
+                while block:
+                    size = await self._when_ready(self._writable, sock, sock.send, block)
+                    sent += size
+                    block = block[size:]
+            return sent
+        finally:
+            if seekable:
+                file.seek(offset + sent)
+
+    async def _read_in_thread(self, file: IO[bytes], size: int, *, wait: bool) -> bytes:
+        reading = self.run_in_executor(None, file.read, size)
+        try:
+            await asyncio.wait([reading])
+        except asyncio.CancelledError:
+            if wait:  # A read of a pipe may never end; a read of a file ends, and must not move the file later.
+                await asyncio.wait([reading])
+                reading.exception()
+            raise
+        return reading.result()
