@@ -14,6 +14,8 @@ from asyncio import (
     WriteTransport,
 )
 
+from . import from_asyncio, to_asyncio
+from ._event_loop._opening import open_event_loop, run_asyncio
 from ._group import TransportGroup, current_group
 from ._scheduling import Handle, TimerHandle
 from ._server import Server
@@ -37,4 +39,8 @@ __all__ = [
     "TransportGroup",
     "WriteTransport",
     "current_group",
+    "from_asyncio",
+    "open_event_loop",
+    "run_asyncio",
+    "to_asyncio",
 ]

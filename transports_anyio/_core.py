@@ -9,6 +9,7 @@ from __future__ import annotations
 from asyncio import AbstractServer
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from contextvars import Context, copy_context
 from functools import partial
 from math import inf
@@ -16,8 +17,11 @@ from threading import RLock, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
+
 from ._door import Door, GivenContext, Group, current
 from ._errors import ExceptionContext, leaves_through_the_group
+from ._loop_poller import make_poller
 from ._owned import Owned
 from ._poller import RESOLUTION, Poller
 from ._scheduling import Handle, TimerHandle, Timers
@@ -71,6 +75,29 @@ class Core:
         self.handing_over: RLock = RLock()
         self.thread: int = 0  # Where it was entered; no thread has this number.
 
+    def leaves(self, exc: BaseException) -> bool:
+        """Whether `exc`, raised in the user's code, ends the group instead of being reported."""
+        return leaves_through_the_group(exc)
+
+    async def enter(self, stack: AsyncExitStack) -> None:
+        """Open the poller and take turns in a task of its own, until `stack` is left."""
+        self.poller = poller = make_poller()
+        stack.callback(poller.close)
+        self.dispatch = poller.dispatch
+        turns = anyio.CancelScope(shield=True)
+        self.task_group = await stack.enter_async_context(anyio.create_task_group())
+        self.task_group.start_soon(self._take_turns, turns, name="transports_anyio: turns of a group")
+        stack.callback(turns.cancel)
+
+    def opened(self) -> None:
+        """Allow connections and callbacks from now on, in this thread."""
+        self.thread = get_ident()
+        self.open = self.alive = True
+
+    async def _take_turns(self, turns: anyio.CancelScope) -> None:
+        with turns:
+            await self.live_poller().run(self)
+
     # The turn
 
     def turn(self) -> float:
@@ -94,7 +121,7 @@ class Core:
             # What came in meanwhile can be had for one system call, where another wait costs a round through the
             # backend; but tasks want their turn too, and a new one its first: it may be about to call `start_tls`, and
             # what comes in is the handshake then.
-            if not count or served >= SERVED_IN_A_TURN or self.tasks_started or monotonic() >= until:
+            if not (count or ready) or served >= SERVED_IN_A_TURN or self.tasks_started or monotonic() >= until:
                 break
         if ready or self.tasks_started:
             return -inf
@@ -120,15 +147,18 @@ class Core:
         try:
             callback()
         except BaseException as exc:
-            if leaves_through_the_group(exc):
-                raise
-            context: ExceptionContext = {"message": f"Exception in callback {callback!r}", "exception": exc}
-            if isinstance(callback, Handle):
-                context["handle"] = callback
-                # A copy: what failed may be to enter a context that is entered already.
-                callback.get_context().copy().run(self.group.call_exception_handler, context)
-            else:
-                self.group.call_exception_handler(context)
+            self._callback_failed(callback, exc)
+
+    def _callback_failed(self, callback: Callable[[], object], exc: BaseException) -> None:
+        if self.leaves(exc):
+            raise exc
+        context: ExceptionContext = {"message": f"Exception in callback {callback!r}", "exception": exc}
+        if isinstance(callback, Handle):
+            context["handle"] = callback
+            # A copy: what failed may be to enter a context that is entered already.
+            callback.get_context().copy().run(self.group.call_exception_handler, context)
+        else:
+            self.group.call_exception_handler(context)
 
     # What waits for a turn
 
@@ -224,7 +254,7 @@ class Core:
 
     def door(self) -> Door:
         """Make the door of one connection."""
-        return Door(self.group, self.call_internal)
+        return Door(self.group, self.call_internal, self.leaves)
 
     def user_call(self) -> Callable[..., Any]:
         """Return what calls the user's code that belongs to no transport yet."""
@@ -300,13 +330,17 @@ class Core:
         for transport in tuple(self.transports):
             transport.close()
 
-    def abort_all(self) -> None:
-        """Abort what is left and deliver every `connection_lost`; raises what the user's code raises to leave."""
-        self.open = False
+    def abort_transports(self) -> None:
+        """Close the servers and abort the transports."""
         for server in tuple(self.servers):
             server.close()
         for transport in tuple(self.transports):
             transport.abort()
+
+    def abort_all(self) -> None:
+        """Abort what is left and deliver every `connection_lost`; raises what the user's code raises to leave."""
+        self.open = False
+        self.abort_transports()
         leaving: BaseException | None = None
         while self.transports and self.ready:
             try:

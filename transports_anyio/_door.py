@@ -78,14 +78,15 @@ class Door:
     """The way from one connection into the user's code.
 
     `run` calls a function in the connection's own copy of the `contextvars` context, in which the group is current.
-    Whatever the function raises goes to `report`, unless `leaves_through_the_group`.
+    Whatever the function raises goes to `report`, unless `leaves`.
     """
 
-    __slots__ = ("call_soon", "context", "group", "run")
+    __slots__ = ("call_soon", "context", "group", "leaves", "run")
 
-    def __init__(self, group: Group, call_soon: Callable[..., None]) -> None:
+    def __init__(self, group: Group, call_soon: Callable[..., None], leaves: Callable[[BaseException], bool]) -> None:
         self.group: Group = group
         self.call_soon: Callable[..., None] = call_soon
+        self.leaves: Callable[[BaseException], bool] = leaves
         self.context: Context = copy_context()
         self.run: Callable[..., Any] = self.context.run
         self.run(current.set, group)

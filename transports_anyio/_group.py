@@ -10,11 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from contextvars import Context, Token, copy_context
-from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import anyio
 import anyio.lowlevel
 
 from ._core import Core
@@ -28,7 +26,6 @@ from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
 from ._endpoints._unix import UNIXEndpoints
 from ._errors import ExceptionContext, leaves_through_the_group, logger
-from ._loop_poller import make_poller
 from ._owned import PendingHandshake
 from ._scheduling import Handle, ThreadSafeHandle, TimerHandle
 from ._statistics import GroupStatistics, describe_flow
@@ -88,13 +85,7 @@ class TransportGroup(
             msg = "a TransportGroup is entered once: make a new one"
             raise RuntimeError(msg)
         async with AsyncExitStack() as stack:
-            core.poller = poller = make_poller()
-            stack.callback(poller.close)
-            core.dispatch = poller.dispatch
-            turns = anyio.CancelScope(shield=True)
-            core.task_group = await stack.enter_async_context(anyio.create_task_group())
-            core.task_group.start_soon(self._take_turns, turns, name="transports_anyio: turns of a group")
-            stack.callback(turns.cancel)
+            await core.enter(stack)
             stack.callback(self._left, current.set(self))
             # Steps of their own, because trio lets a `KeyboardInterrupt` come between any two lines: what it keeps one
             # of them from, the next one does.
@@ -102,8 +93,7 @@ class TransportGroup(
             stack.callback(core.abort_all)
             stack.push_async_exit(self._leave)
             self._stack = stack.pop_all()
-        core.thread = get_ident()
-        core.open = core.alive = True
+        core.opened()
         logger.debug("%r: entered", self)
         return self
 
@@ -111,10 +101,6 @@ class TransportGroup(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
         return await self._stack.__aexit__(exc_type, exc, traceback)
-
-    async def _take_turns(self, turns: anyio.CancelScope) -> None:
-        with turns:
-            await self._core.live_poller().run(self._core)
 
     async def _leave(self, _: type[BaseException] | None, exc: BaseException | None, __: TracebackType | None) -> None:
         self._core.open = False

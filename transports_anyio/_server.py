@@ -16,7 +16,7 @@ import anyio.lowlevel
 
 from ._channels._socket import SocketChannel, SocketView, is_tcp, name_or_none, set_nodelay
 from ._channels._tls import TLSChannel
-from ._errors import leaves_through_the_group, logger
+from ._errors import logger
 from ._owned import PendingHandshake
 from ._readiness import READ, Watch
 from ._sockets import address_error
@@ -289,7 +289,7 @@ class Server(asyncio.AbstractServer):
         try:
             transport, _ = self._core.make_transport(StreamTransport, self._protocol_factory, channel, self._lost)
         except BaseException as exc:
-            if leaves_through_the_group(exc):
+            if self._core.leaves(exc):
                 raise
             self._report_lost_client(exc, channel)
             return

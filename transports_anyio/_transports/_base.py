@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .._errors import failed_callback, leaves_through_the_group, logger
+from .._errors import failed_callback, logger
 from ._flow_control import DatagramBuffer, WriteBuffer, limits
 
 if TYPE_CHECKING:
@@ -108,6 +108,10 @@ class ChannelTransport(asyncio.BaseTransport):
         """Drop what is buffered and end with `connection_lost(None)`."""
         self._lose(None, aborted=True)
 
+    def _force_close(self, exc: BaseException | None) -> None:
+        """End with `connection_lost(exc)`: for `asyncio.sslproto`, which calls this."""
+        self._lose(exc, aborted=True)
+
     # The buffer
 
     def get_write_buffer_size(self) -> int:
@@ -165,7 +169,7 @@ class ChannelTransport(asyncio.BaseTransport):
         self._report_callback(exc, name)
 
     def _report_callback(self, exc: BaseException, name: str) -> None:
-        if leaves_through_the_group(exc):
+        if self._door.leaves(exc):
             raise exc
         self._door.report(failed_callback(self._protocol, name), exc, self, self._protocol)
 

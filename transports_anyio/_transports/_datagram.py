@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._channels._datagram import ChannelEnded
-from .._errors import lacks, leaves_through_the_group, logger
+from .._errors import lacks, logger
 from ._base import ChannelTransport
 from ._flow_control import DatagramBuffer, as_bytes_view
 
@@ -58,7 +58,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
         try:
             self._call(self._protocol.connection_made, self)
         except BaseException as exc:
-            if leaves_through_the_group(exc):
+            if self._door.leaves(exc):
                 self.abort()  # It leaves through the caller, who gets no transport.
             self._report_callback(exc, "connection_made")
         if not self._closing:

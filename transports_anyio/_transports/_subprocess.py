@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._channels._child import KILLED
-from .._errors import failed_callback, leaves_through_the_group, logger
+from .._errors import failed_callback, logger
+from .._waiters import Event
 from ._pipe import WritePipeTransport
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         "_child",
         "_closed",
         "_door",
+        "_ended",
         "_failure",
         "_on_lost",
         "_open_pipes",
@@ -72,6 +74,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._pipes: dict[int, StreamTransport] = {}
         self._open_pipes = 0
         self._returncode: int | None = None
+        self._ended = Event()
         self._closed = False
         self._failure: BaseException | None = None  # What a callback has raised: `connection_lost` gets it.
 
@@ -172,6 +175,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """Whether the protocol has been told to pause writing."""
         return any(pipe.has_paused_writing() for pipe in self._pipes.values())
 
+    async def _wait(self) -> int | None:
+        """Wait for the end of the process, and return its exit status: for `asyncio.subprocess`, which calls this."""
+        await self._ended.wait()
+        return self._returncode
+
     # The protocol
 
     def tell(self, name: str, *args: Any) -> None:
@@ -192,7 +200,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if self._failure is None and isinstance(exc, Exception):
             self._failure = exc
         self.close()
-        if leaves_through_the_group(exc):
+        if self._door.leaves(exc):
             raise exc
         self._door.report(failed_callback(self._protocol, name), exc, self, self._protocol)
 
@@ -209,6 +217,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if self._returncode is not None:
             return  # `abort` came while the end was being told.
         self._returncode = returncode
+        self._ended.set()
         logger.debug("%r: exited", self)
         stdin = self._pipes.get(0)
         if isinstance(stdin, WritePipeTransport) and not stdin.can_notice_hangup:

@@ -1,0 +1,177 @@
+"""The inside of an event loop: a group's core, whose turns are taken with the event loop set as the running one.
+
+Holds: the two sides and the way from one to the other. *asyncio code* runs while the event loop is set as running: in
+turns, and in `call`. *Backend code* runs in the backend's own tasks, and in `as_backend`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from asyncio import _get_running_loop, _set_running_loop
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from math import inf
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .._core import Core
+from .._door import Door
+from ._sides import library
+
+if TYPE_CHECKING:
+    from ._loop import EventLoop
+
+T = TypeVar("T")
+
+
+class LoopDoor(Door):
+    """The way from a connection into asyncio code, which knows no group."""
+
+    __slots__ = ()
+
+    def __init__(self, group: Any, call_soon: Callable[..., None], leaves: Callable[[BaseException], bool]) -> None:
+        self.group = group
+        self.call_soon = call_soon
+        self.leaves = leaves
+        self.context = copy_context()
+        self.run = self.context.run
+
+    def call_in_place(self, callback: Callable[..., object], *args: object) -> None:
+        callback(*args)
+
+
+class LoopCore(Core):
+    """What an event loop owns, and its turn."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        super().__init__(loop)
+        self._loop = loop
+        #: What has come out of a callback or task to end the program, the first of it.
+        self.leaving: BaseException | None = None
+        #: Ends the block of the event loop.
+        self.end: Callable[[], object] = bool
+        self._running = False  # In a turn or a call: callbacks are under way.
+
+    # The two sides
+
+    def _enter(self) -> tuple[Any, ...]:
+        """Set the event loop as running; return what `_leave` restores."""
+        before = (_get_running_loop(), library.name, sys.get_asyncgen_hooks())
+        _set_running_loop(self._loop)
+        library.name = "asyncio"
+        sys.set_asyncgen_hooks(self._loop._asyncgen_begun, self._loop._asyncgen_dropped)  # noqa: SLF001
+        return before
+
+    def _leave(self, before: tuple[Any, ...]) -> None:
+        loop, name, hooks = before
+        sys.set_asyncgen_hooks(*hooks)
+        library.name = name
+        _set_running_loop(loop)
+
+    def as_backend(self, function: Callable[..., T], *args: Any) -> T:
+        """Return `function(*args)`, called by asyncio code, as backend code."""
+        before = (_get_running_loop(), library.name, sys.get_asyncgen_hooks())
+        self._leave(self._outside)
+        try:
+            return function(*args)
+        finally:
+            self._leave(before)
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Return `function(*args)`, called by backend code, as asyncio code.
+
+        Then run what is ready, as long as that is quickly done: no other task has to be woken for it.
+        """
+        before = self._enter()
+        if self._running:  # Backend code that asyncio code has called.
+            try:
+                return function(*args)
+            finally:
+                self._leave(before)
+        self._running = True
+        self._outside = before
+        poller = self.live_poller()
+        waiting, poller.waiting = poller.waiting, False
+        try:
+            result = function(*args)
+            self._run_on()
+            return result
+        finally:
+            self._running = False
+            self._leave(before)
+            if waiting:
+                poller.waiting = True
+                if self.ready or poller.is_ready:
+                    poller.wake()
+                elif self.timers.heap:
+                    poller.wait_until(self.timers.next_deadline())
+
+    def _run_on(self) -> None:
+        """Run what is ready, and go on with a turn if that makes something ready: then I/O has to have its turn, too."""
+        if self.ready:
+            self._run_ready()
+            if self.ready:
+                self._turn()
+
+    def run_callback(self, callback: Callable[[], object]) -> None:
+        """Run a callback; what it raises is reported."""
+        self._run_callback(callback)
+
+    def turn(self) -> float:
+        before = self._outside = self._enter()
+        self._running = True
+        try:
+            return self._turn()
+        finally:
+            self._running = False
+            self._leave(before)
+
+    def _turn(self) -> float:
+        try:
+            return super().turn()
+        except (KeyboardInterrupt, SystemExit) as exc:  # Of a protocol's callback.
+            self.leave_by(exc)
+            return -inf
+
+    # Errors
+
+    def leaves(self, exc: BaseException) -> bool:
+        return isinstance(exc, (KeyboardInterrupt, SystemExit))
+
+    def leave_by(self, exc: BaseException) -> None:
+        """End the block of the event loop, and raise `exc` then."""
+        if self.leaving is None:
+            self.leaving = exc
+        self.end()
+
+    def _callback_failed(self, callback: Callable[[], object], exc: BaseException) -> None:
+        if self.leaves(exc):
+            self.leave_by(exc)
+            return
+        context: dict[str, Any] = {"message": f"Exception in callback {callback!r}", "exception": exc}
+        if isinstance(callback, asyncio.Handle):
+            context["handle"] = callback
+            traceback = callback._source_traceback  # noqa: SLF001  # asyncio's loops do so, too
+            if traceback:
+                context["source_traceback"] = traceback
+        self._loop.call_exception_handler(context)
+
+    def not_open(self, name: str = "") -> RuntimeError:
+        return RuntimeError("Event loop is closed")
+
+    def require_callable(self, name: str, called_as: str) -> None:
+        if not self.open:
+            raise self.not_open(name)
+        if get_ident() != self.thread:
+            raise RuntimeError(
+                f"{name}() was called in another thread than the event loop's: use asyncio.run_coroutine_threadsafe()"
+            )
+
+    # What a group does in another way
+
+    def door(self) -> Door:
+        return LoopDoor(self.group, self.call_internal, self.leaves)
+
+    def context_for(self, callback: object, given: Context | None) -> Context:
+        return copy_context() if given is None else given

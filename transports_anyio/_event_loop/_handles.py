@@ -1,0 +1,171 @@
+"""Callbacks of the event loop: asyncio's handles, which the core can call.
+
+The plain ones have an `__init__` of their own, because asyncio's costs more than everything else that `call_soon` does.
+Those of the debug mode are made by asyncio's, which keeps where they were made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from threading import RLock
+from typing import Any
+
+from .._scheduling import Timers
+from ._logger import logger
+
+
+class Handle(asyncio.Handle):
+    """A callback in the queue. The same as asyncio's, but callable."""
+
+    __slots__ = ()
+
+    _context: Context
+
+    def __init__(
+        self,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: asyncio.AbstractEventLoop,
+        context: Context | None,
+    ) -> None:
+        self._callback = callback
+        self._args = args
+        self._loop = loop
+        self._context = copy_context() if context is None else context
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+
+    def __call__(self) -> None:
+        """Run the callback, unless it was cancelled; the caller reports what it raises."""
+        if not self._cancelled:
+            self._context.run(self._callback, *self._args)
+
+
+class ThreadSafeHandle(Handle):
+    """A callback that another thread may cancel: when `cancel` returns, it has run to its end, or will never run."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(
+        self,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: asyncio.AbstractEventLoop,
+        context: Context | None,
+    ) -> None:
+        super().__init__(callback, args, loop, context)
+        self._lock = RLock()  # The callback itself may cancel it.
+
+    def cancel(self) -> None:
+        """Do not run the callback; wait for its end if it runs in another thread at the moment."""
+        with self._lock:
+            super().cancel()
+
+    def __call__(self) -> None:
+        with self._lock:
+            super().__call__()
+
+
+class TimerHandle(asyncio.TimerHandle):
+    """A callback at a time. The same as asyncio's, but callable, and in the core's timers."""
+
+    __slots__ = ("_entry", "_timers")
+
+    _context: Context
+
+    def __init__(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: asyncio.AbstractEventLoop,
+        context: Context | None,
+        timers: Timers,
+    ) -> None:
+        self._callback = callback
+        self._args = args
+        self._loop = loop
+        self._context = copy_context() if context is None else context
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+        self._when = when
+        self._scheduled = True
+        self._timers = timers
+        self._entry = timers.push(when, self)
+
+    def __call__(self) -> None:
+        """Run the callback, unless it was cancelled; the caller reports what it raises."""
+        if not self._cancelled:
+            self._context.run(self._callback, *self._args)
+
+    def cancel(self) -> None:
+        """Do not run the callback. Does nothing if it has run, or was cancelled before."""
+        self._timers.cancel(self._entry)
+        asyncio.Handle.cancel(self)
+
+
+def run_timed(handle: Handle | TimerHandle) -> None:
+    """Run the callback of `handle`, and log a warning if that takes too long."""
+    loop = handle._loop  # noqa: SLF001
+    start = loop.time()
+    try:
+        handle._context.run(handle._callback, *handle._args)  # noqa: SLF001
+    finally:
+        duration = loop.time() - start
+        if duration >= loop.slow_callback_duration:
+            logger.warning("Executing %s took %.3f seconds", described(handle), duration)
+
+
+def described(handle: asyncio.Handle) -> str:
+    """Return the task whose step `handle` is, or else the handle, as asyncio does."""
+    task = getattr(handle._callback, "__self__", None)  # noqa: SLF001
+    return repr(task if isinstance(task, asyncio.Task) else handle)
+
+
+class DebugHandle(ThreadSafeHandle):
+    """A callback that knows where it was made, and whose duration is looked at."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: asyncio.AbstractEventLoop,
+        context: Context | None,
+    ) -> None:
+        asyncio.Handle.__init__(self, callback, args, loop, context)
+        self._lock = RLock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            if not self._cancelled:
+                run_timed(self)
+
+
+class DebugTimerHandle(TimerHandle):
+    """A callback at a time that knows where it was made, and whose duration is looked at."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: asyncio.AbstractEventLoop,
+        context: Context | None,
+        timers: Timers,
+    ) -> None:
+        asyncio.TimerHandle.__init__(self, when, callback, args, loop, context)
+        self._scheduled = True
+        self._timers = timers
+        self._entry = timers.push(when, self)
+
+    def __call__(self) -> None:
+        if not self._cancelled:
+            run_timed(self)

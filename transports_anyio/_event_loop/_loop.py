@@ -1,0 +1,467 @@
+"""The event loop: all of `asyncio.AbstractEventLoop` that a running one has."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import traceback
+import warnings
+from asyncio import iscoroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from contextlib import AsyncExitStack
+from contextvars import Context
+from functools import partial
+from inspect import iscoroutinefunction
+from threading import get_ident
+from types import ModuleType
+from typing import Any, NoReturn, TypeVar
+from weakref import WeakSet
+
+import anyio
+
+from .._endpoints._datagram import DatagramEndpoints
+from .._endpoints._pipes import PipeEndpoints
+from .._endpoints._processes import ProcessEndpoints
+from .._endpoints._sendfile import FileEndpoints
+from .._endpoints._start_tls import StartTLSEndpoint
+from .._endpoints._tcp import TCPEndpoints
+from .._endpoints._unix import UNIXEndpoints
+from .._poller import Poller
+from ._core import LoopCore
+from ._crossing import Answer, with_loop
+from ._handles import DebugHandle, DebugTimerHandle, Handle, ThreadSafeHandle, TimerHandle
+from ._logger import logger
+from ._readers import Readers
+from ._signals import Signals
+from ._sock_methods import SockMethods
+from ._threads import Threads
+
+T = TypeVar("T")
+
+ExceptionHandler = Callable[[asyncio.AbstractEventLoop, "dict[str, Any]"], object]
+TaskFactory = Callable[..., "asyncio.Future[Any]"]
+
+
+class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, with narrower results
+    TCPEndpoints,
+    UNIXEndpoints,
+    DatagramEndpoints,
+    PipeEndpoints,
+    ProcessEndpoints,
+    StartTLSEndpoint,
+    FileEndpoints,
+    SockMethods,
+    Readers,
+    Threads,
+    Signals,
+    asyncio.AbstractEventLoop,
+):
+    """asyncio's event loop on another backend; `open_event_loop` makes it, runs it and ends it.
+
+    It is in the hands of `open_event_loop` as asyncio's is in those of `asyncio.run`: what only the owner of an event
+    loop may do (`run_forever`, `stop`, `close` …) raises `RuntimeError`.
+
+    Source: https://docs.python.org/3/library/asyncio-eventloop.html
+    """
+
+    _called_as = "loop.{}"
+
+    def __init__(self, backend: ModuleType) -> None:
+        self._core: LoopCore = LoopCore(self)
+        self._trio = backend
+        self._spawner: Any = backend.Spawner()
+        self._ready = self._core.ready
+        self._timers = self._core.timers
+        super().__init__()
+        self._closed = False
+        self._debug = False
+        self._exception_handler: ExceptionHandler | None = None
+        self._task_factory: TaskFactory | None = None
+        self._asyncgens: WeakSet[AsyncGenerator[Any, Any]] = WeakSet()
+        self._asyncgens_shut_down = False
+        #: In seconds: a callback that takes longer is logged in debug mode.
+        self.slow_callback_duration: float = 0.1
+        self.set_debug(
+            bool(sys.flags.dev_mode or (not sys.flags.ignore_environment and os.environ.get("PYTHONASYNCIODEBUG")))
+        )
+
+    @property
+    def _poller(self) -> Poller:
+        return self._core.live_poller()
+
+    async def _open(self, stack: AsyncExitStack) -> None:
+        """Begin to run, until `stack` is left."""
+        core = self._core
+        await core.enter(stack)
+        await self._spawner.enter(stack)
+        core.opened()
+        poller = core.live_poller()
+        poller.loop = self
+        self.time = poller.time  # type: ignore[method-assign]  # without the cost of a call
+        core.call(anyio.get_cancelled_exc_class)  # Loads AnyIO's asyncio backend, which takes long, not in a turn.
+
+    def _start_backend_task(
+        self, answer: Answer[Any], async_function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]
+    ) -> None:
+        """Start a backend task that settles `answer`."""
+        answer.scope = self._trio.Scope()
+        settle = partial(self._core.call, answer.settle)
+        with_loop(self, self._spawner.spawn, (async_function, args, answer.scope, settle))
+
+    # Time and callbacks
+
+    def time(self) -> float:
+        """Return the time of the backend's clock, in seconds.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.time
+        """
+        return self._core.live_poller().time()
+
+    def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> asyncio.Handle:
+        """Call `callback(*args)` in the next event loop iteration, in `context` or a copy of the caller's.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_soon
+        """
+        core = self._core
+        if not core.alive:
+            raise core.not_open()
+        if self._debug:
+            self._check_thread()
+            check_callback(callback, "call_soon")
+        handle = self._new_handle(callback, args, self, context)
+        self._ready.append(handle)
+        poller = core.poller
+        if poller.waiting:  # type: ignore[union-attr]  # it is alive
+            poller.wake()  # type: ignore[union-attr]
+        return handle
+
+    def call_soon_threadsafe(
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        """Call `callback(*args)` in the next event loop iteration, as `call_soon` does, from any thread.
+
+        When `cancel` of the handle returns, in whatever thread, the callback has run to its end, or will never run.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_soon_threadsafe
+        """
+        core = self._core
+        if self._debug:
+            check_callback(callback, "call_soon_threadsafe")
+        handle = (DebugHandle if self._debug else ThreadSafeHandle)(callback, args, self, context)
+        with core.handing_over:
+            poller = core.require_alive("call_soon_threadsafe")
+            self._ready.append(handle)
+        poller.wake_threadsafe()
+        return handle
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Call `callback(*args)` after `delay` seconds, in `context` or a copy of the caller's.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_later
+        """
+        if delay is None:
+            raise TypeError("delay must not be None")
+        return self.call_at(self.time() + delay, callback, *args, context=context)
+
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Call `callback(*args)` at `when`, in seconds of `time`, otherwise as `call_later` does.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_at
+        """
+        if when is None:
+            raise TypeError("when cannot be None")
+        core = self._core
+        if not core.alive:
+            raise core.not_open()
+        if self._debug:
+            self._check_thread()
+            check_callback(callback, "call_at")
+        timers = self._timers
+        handle = self._new_timer_handle(when, callback, args, self, context, timers)
+        poller = core.poller
+        if poller.waiting and timers.next_deadline() == when:  # type: ignore[union-attr]  # it is alive
+            poller.wait_until(when)  # type: ignore[union-attr]
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """Take no notice: our own handles leave the timers by themselves. asyncio's code calls this."""
+
+    def _make_handle(self, callback: Callable[..., object], args: tuple[Any, ...]) -> asyncio.Handle:
+        return self._new_handle(callback, args, self, None)
+
+    def _run_handle(self, handle: Any) -> None:
+        self._core.run_callback(handle)
+
+    def _check_thread(self) -> None:
+        if get_ident() != self._core.thread:
+            raise RuntimeError("Non-thread-safe operation invoked on an event loop other than the current one")
+
+    # Futures and tasks
+
+    def create_future(self) -> asyncio.Future[Any]:
+        """Return a future of this event loop.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_future
+        """
+        return asyncio.Future(loop=self)
+
+    def create_task(  # type: ignore[override]  # typeshed's parameters depend on the version of Python
+        self,
+        coro: Generator[Any, None, T] | Coroutine[Any, Any, T],
+        *,
+        name: str | None = None,
+        context: Context | None = None,
+        **options: Any,
+    ) -> asyncio.Task[T]:
+        """Run `coro` in a task. `options` go to the task factory, or to `asyncio.Task`.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_task
+        """
+        if not self._core.alive:
+            raise self._core.not_open()
+        factory = self._task_factory
+        if factory is not None:
+            return self._task_of_factory(factory, coro, name, context, options)
+        if context is not None:
+            if sys.version_info >= (3, 11):
+                options["context"] = context
+            else:
+                return context.run(asyncio.Task, coro, loop=self, name=name, **options)
+        task: asyncio.Task[T] = asyncio.Task(coro, loop=self, name=name, **options)  # type: ignore[arg-type]
+        if self._debug:
+            del task._source_traceback[-1]  # type: ignore[attr-defined]  # noqa: SLF001  # this line
+        return task
+
+    def _task_of_factory(
+        self, factory: TaskFactory, coro: Any, name: str | None, context: Context | None, options: dict[str, Any]
+    ) -> Any:
+        if sys.version_info >= (3, 13, 3):  # From then on the name is the factory's to set.
+            if context is not None:
+                options["context"] = context
+            return factory(self, coro, name=name, **options)
+        if context is not None:
+            options["context"] = context
+        task: Any = factory(self, coro, **options)
+        if name is not None:
+            task.set_name(name)
+        return task
+
+    def set_task_factory(self, factory: TaskFactory | None) -> None:
+        """Make tasks by `factory(loop, coro, **options)`; `None` restores the default.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.set_task_factory
+        """
+        if factory is not None and not callable(factory):
+            raise TypeError("task factory must be a callable or None")
+        self._task_factory = factory
+
+    def get_task_factory(self) -> Any:
+        """Return the task factory, or `None` while the default one is in use.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.get_task_factory
+        """
+        return self._task_factory
+
+    # Errors
+
+    def set_exception_handler(self, handler: ExceptionHandler | None) -> None:
+        """Call `handler(loop, context)` for every error of a callback; `None` restores the default.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.set_exception_handler
+        """
+        if handler is not None and not callable(handler):
+            raise TypeError(f"A callable object or None is expected, got {handler!r}")
+        self._exception_handler = handler
+
+    def get_exception_handler(self) -> Any:
+        """Return the exception handler, or `None` while the default one is in use.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.get_exception_handler
+        """
+        return self._exception_handler
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Report `context` to the exception handler, in the context of the task, future or handle that it names.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_exception_handler
+        """
+        handler = self._exception_handler
+        try:
+            if handler is None:
+                self.default_exception_handler(context)
+                return
+            where = context_of(context)
+            if where is None:
+                handler(self, context)
+            else:
+                # A copy: what failed may be to enter a context that is entered already.
+                where.copy().run(handler, self, context)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            if handler is None:
+                logger.exception("Exception in default exception handler")
+                return
+            try:
+                self.default_exception_handler(
+                    {"message": "Unhandled error in exception handler", "exception": exc, "context": context}
+                )
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException:
+                logger.exception("Exception in default exception handler while handling an unexpected error")
+
+    def default_exception_handler(self, context: dict[str, Any]) -> None:
+        """Log `context` as an error, to the logger `asyncio`, with the traceback of its `exception`.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.default_exception_handler
+        """
+        lines = [context.get("message") or "Unhandled exception in event loop"]
+        for key in sorted(context):
+            value = context[key]
+            if key in {"message", "exception"}:
+                continue
+            if key == "source_traceback":
+                stack = "".join(traceback.format_list(value)).rstrip()
+                lines.append(f"Object created at (most recent call last):\n{stack}")
+            elif key == "handle_traceback":
+                stack = "".join(traceback.format_list(value)).rstrip()
+                lines.append(f"Handle created at (most recent call last):\n{stack}")
+            else:
+                lines.append(f"{key}: {value!r}")
+        exc = context.get("exception")
+        logger.error("\n".join(lines), exc_info=exc if isinstance(exc, BaseException) else None)
+
+    # Debug mode
+
+    def get_debug(self) -> bool:
+        """Whether the debug mode is on: `PYTHONASYNCIODEBUG`, Python's development mode, or `set_debug`.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.get_debug
+        """
+        return self._debug
+
+    def set_debug(self, enabled: bool) -> None:
+        """Turn the debug mode on or off.
+
+        In it, callbacks that take longer than `slow_callback_duration` seconds are logged, calls in another thread
+        raise `RuntimeError`, and what is reported says where it was made.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.set_debug
+        """
+        self._debug = enabled
+        self._new_handle: Callable[..., Handle] = DebugHandle if enabled else Handle
+        self._new_timer_handle: Callable[..., TimerHandle] = DebugTimerHandle if enabled else TimerHandle
+
+    # Asynchronous generators
+
+    def _asyncgen_begun(self, generator: AsyncGenerator[Any, Any]) -> None:
+        if self._asyncgens_shut_down:
+            warnings.warn(
+                f"asynchronous generator {generator!r} was scheduled after loop.shutdown_asyncgens() call",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+        self._asyncgens.add(generator)
+
+    def _asyncgen_dropped(self, generator: AsyncGenerator[Any, Any]) -> None:
+        self._asyncgens.discard(generator)
+        if self._core.alive:
+            self.call_soon_threadsafe(self.create_task, generator.aclose())
+
+    async def shutdown_asyncgens(self) -> None:
+        """Close all asynchronous generators that have been begun and not ended.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.shutdown_asyncgens
+        """
+        self._asyncgens_shut_down = True
+        generators = list(self._asyncgens)
+        self._asyncgens.clear()
+        results = await asyncio.gather(*(each.aclose() for each in generators), return_exceptions=True)
+        for generator, result in zip(generators, results, strict=True):
+            if isinstance(result, Exception):
+                self.call_exception_handler(
+                    {
+                        "message": f"an error occurred during closing of asynchronous generator {generator!r}",
+                        "exception": result,
+                        "asyncgen": generator,
+                    }
+                )
+
+    # What only an owner may do
+
+    def is_running(self) -> bool:
+        """Whether the event loop is open: it then runs all the time.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.is_running
+        """
+        return self._core.alive
+
+    def is_closed(self) -> bool:
+        """Whether the block of `open_event_loop` has been left.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.is_closed
+        """
+        return self._closed
+
+    def run_forever(self) -> NoReturn:
+        """Raise `RuntimeError`: the event loop runs already, or is closed."""
+        self._refuse_to_run()
+
+    def run_until_complete(self, future: Any) -> NoReturn:
+        """Raise `RuntimeError`: the event loop runs already, or is closed. Await `future` instead."""
+        if iscoroutine(future):
+            future.close()  # That it was never awaited is no further news.
+        self._refuse_to_run()
+
+    def _refuse_to_run(self) -> NoReturn:
+        if self._closed:
+            raise self._core.not_open()
+        raise RuntimeError("This event loop is already running")
+
+    def stop(self) -> None:
+        """Raise `RuntimeError`: the event loop ends with the block of `open_event_loop`."""
+        raise RuntimeError("Cannot stop an event loop of open_event_loop(): it ends when its block is left")
+
+    def close(self) -> None:
+        """Raise `RuntimeError`: the event loop ends with the block of `open_event_loop`. Does nothing after that."""
+        if not self._closed:
+            raise RuntimeError("Cannot close a running event loop")
+
+    def _close(self) -> None:
+        """End, after everything has been waited for."""
+        core = self._core
+        self._remove_signal_handlers()
+        self._remove_readers()
+        with core.handing_over:
+            core.open = core.alive = False
+        self._closed = True
+        core.ready.clear()
+        core.timers.clear()
+
+    def __repr__(self) -> str:
+        return f"<EventLoop running={self.is_running()} closed={self._closed} debug={self._debug}>"
+
+
+def check_callback(callback: object, method: str) -> None:
+    """Raise asyncio's `TypeError` for what `method` cannot call."""
+    if iscoroutine(callback) or iscoroutinefunction(callback):
+        raise TypeError(f"coroutines cannot be used with {method}()")
+    if not callable(callback):
+        raise TypeError(f"a callable object was expected by {method}(), got {callback!r}")
+
+
+def context_of(report: dict[str, Any]) -> Context | None:
+    """Return the context of what a report is about, if it has one."""
+    for name in ("task", "future", "handle"):
+        get_context = getattr(report.get(name), "get_context", None)
+        if get_context is not None:
+            context: Context | None = get_context()
+            return context
+    return None

@@ -1,0 +1,192 @@
+"""Opening an event loop, and ending it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+import anyio.lowlevel
+
+from ._core import LoopCore
+from ._crossing import TaskCancelled, outcome_in_backend, run_to_asyncio
+from ._sides import current_loop, running_loop
+
+if TYPE_CHECKING:
+    from ._loop import EventLoop
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+T = TypeVar("T")
+
+# How often what is ready is run at the end, for callbacks that schedule callbacks.
+ROUNDS_AT_THE_END = 100
+
+
+def open_event_loop() -> AbstractAsyncContextManager[asyncio.AbstractEventLoop]:
+    """Open an asyncio event loop for the block, and return it: `async with open_event_loop() as loop:`.
+
+    On trio it is ours, and runs beside trio's tasks; `to_asyncio` hands asyncio code over to it. On asyncio and uvloop,
+    and in asyncio code, it is the running event loop, and nothing is wrapped.
+
+    When the block is left, all asyncio tasks are cancelled and waited for, servers and transports are closed, and
+    asynchronous generators and threads are ended, as `asyncio.run` does. A task that does not end holds this up. If the
+    block is left by an exception or a cancellation, transports are aborted; every `connection_lost` is called.
+
+    What the block raises comes out as itself. `KeyboardInterrupt` and `SystemExit` of a callback or task end the block
+    by a cancellation, and are raised when everything has ended.
+
+    Raises `RuntimeError` where neither an event loop nor trio runs.
+
+    Source: https://docs.python.org/3/library/asyncio-runner.html
+    """
+    return Opening()
+
+
+def run_asyncio(
+    async_function: Callable[..., Awaitable[T]],
+    *args: Any,
+    backend: str = "trio",
+    backend_options: dict[str, Any] | None = None,
+) -> T:
+    """Run `async_function(*args)`, which is asyncio code, on `backend`, and return its result.
+
+    As `asyncio.run(async_function(*args))`, on any backend of AnyIO's: `backend` and `backend_options` are those of
+    `anyio.run`. Ctrl-C cancels the task of the function and raises `KeyboardInterrupt` when it has ended.
+
+    Raises whatever the function raises, `asyncio.CancelledError` when its task is cancelled, `RuntimeError` when an
+    event loop is running in this thread, and `LookupError` when the backend is not installed.
+
+    Source: https://docs.python.org/3/library/asyncio-runner.html#asyncio.run
+    """
+
+    async def main() -> T:
+        async with open_event_loop():
+            return await run_to_asyncio(async_function, args)
+
+    try:
+        return anyio.run(main, backend=backend, backend_options=backend_options)
+    except TaskCancelled:
+        raise asyncio.CancelledError from None
+
+
+class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | None"]):
+    """What `open_event_loop` returns."""
+
+    _loop: EventLoop | None = None
+
+    async def __aenter__(self) -> asyncio.AbstractEventLoop:
+        running = running_loop()
+        if running is not None:
+            return running
+        await anyio.lowlevel.checkpoint_if_cancelled()  # Raises where nothing runs.
+        # Here, because they import trio.
+        from .. import _trio
+        from ._loop import EventLoop
+
+        _trio.protect(LoopCore.turn, LoopCore.call, Opening.__aenter__, Opening.__aexit__)
+        self._scope = _trio.Scope()
+        loop = EventLoop(_trio)
+        loop._core.end = self._scope.cancel  # noqa: SLF001
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._scope)
+            self._inside = await stack.enter_async_context(AsyncExitStack())
+            await loop._open(self._inside)  # noqa: SLF001
+            stack.pop_all()
+        self._loop = loop
+        self._token = current_loop.set(loop)
+        return loop
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        loop = self._loop
+        if loop is None:
+            return None
+        core = loop._core  # noqa: SLF001
+        current_loop.reset(self._token)
+        outcome = exc
+        try:
+            cancellation = await loop._spawner.finish(end, loop, exc is not None)  # noqa: SLF001
+            try:
+                await self._inside.aclose()
+                if exc is None and cancellation is not None:
+                    cancellation()
+            except BaseException as error:
+                # The block's own comes before a cancellation, which comes again.
+                if exc is None or not isinstance(error, anyio.get_cancelled_exc_class()):
+                    outcome = only_one(error)
+            try:
+                suppressed = self._scope.__exit__(outcome and type(outcome), outcome, outcome and outcome.__traceback__)
+            finally:
+                if core.leaving is not None:
+                    raise core.leaving
+            if outcome is None or outcome is exc or suppressed:
+                return suppressed
+            raise outcome
+        finally:
+            outcome = None  # Its traceback has this frame: no cycle.
+
+
+def only_one(exc: BaseException) -> BaseException:
+    """Return the exception that is alone in groups of groups."""
+    while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
+        exc = exc.exceptions[0]
+    return exc
+
+
+async def end(loop: EventLoop, flushing: AbstractContextManager[object], aborting: bool) -> None:
+    """End everything in order; `flushing` is a scope that may be cancelled while transports are flushed."""
+    core = loop._core  # noqa: SLF001
+    await outcome_in_backend(loop, cancel_tasks, (loop,))
+    if not aborting:
+        with flushing:
+            core.call(core.close_all)
+            await core.until_empty()
+    await abort_transports(loop)
+    await outcome_in_backend(loop, wind_up, (loop,))
+    await abort_transports(loop)  # What that has opened.
+    for _ in range(ROUNDS_AT_THE_END):
+        if not core.ready:
+            break
+        core.call(bool)
+    loop._close()  # noqa: SLF001
+
+
+async def abort_transports(loop: EventLoop) -> None:
+    """Abort servers and transports, and wait for every `connection_lost`."""
+    core = loop._core  # noqa: SLF001
+    core.call(core.abort_transports)
+    await core.until_empty()
+
+
+async def wind_up(loop: EventLoop) -> None:
+    """End what is left, in asyncio's order."""
+    await cancel_tasks(loop)
+    await loop.shutdown_asyncgens()
+    await loop.shutdown_default_executor()
+    await cancel_tasks(loop)
+
+
+async def cancel_tasks(loop: EventLoop) -> None:
+    """Cancel all other tasks, and wait for their end."""
+    tasks = asyncio.all_tasks(loop) - {asyncio.current_task(loop)}
+    if not tasks:
+        return
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for task in tasks:
+        if not task.cancelled() and task.exception() is not None:
+            loop.call_exception_handler(
+                {
+                    "message": "unhandled exception during the end of the event loop",
+                    "exception": task.exception(),
+                    "task": task,
+                }
+            )
