@@ -161,6 +161,10 @@ class Load(NamedTuple):
 
 
 class Bench:
+    #: What the servers and the tasks are.
+    servers = HERE / "servers.py"
+    tasks = HERE / "tasks.py"
+
     def __init__(self, folder: Path, seconds: float) -> None:
         self.seconds = seconds
         self.load = str(folder / "load")
@@ -194,7 +198,7 @@ class Bench:
     @contextmanager
     def server(self, peer: str, kind: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
         with subprocess.Popen(
-            [sys.executable, str(HERE / "servers.py"), peer, kind],
+            [sys.executable, str(self.servers), peer, kind],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment,
             preexec_fn=pin(SERVER_CPU),
         ) as process:  # fmt: skip
@@ -207,12 +211,15 @@ class Bench:
             finally:
                 process.kill()
 
+    def load_environment(self, workload: Workload) -> dict[str, str]:
+        return {"LOAD_IDLE": str(workload.idle)}
+
     def run_load(self, workload: Workload, port: int, pid: int) -> Load:
         command = self.command
         if workload.mode == "tls" and not self.with_tls:
             command = [sys.executable, str(HERE / "load.py")]
         arguments = [workload.mode, str(port), str(workload.connections), str(workload.size), str(self.seconds)]
-        environment = {**self.environment, "LOAD_IDLE": str(workload.idle)}
+        environment = {**self.environment, **self.load_environment(workload)}
         memory = resident(pid)
         with subprocess.Popen(
             [*command, *arguments],
@@ -260,7 +267,7 @@ class Bench:
             self.note("memory of an idle connection, KiB", peer, load.idle / KIB)
 
     def measure_task(self, task: Task, peer: str) -> None:
-        command = [sys.executable, str(HERE / "tasks.py"), peer, task.kind]
+        command = [sys.executable, str(self.tasks), peer, task.kind]
         if task.kind != "connect":
             port = None
         else:

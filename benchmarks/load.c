@@ -8,6 +8,8 @@
  *   load tls   PORT CONNECTIONS SIZE SECONDS     echo over TLS
  *   load udp   PORT CONNECTIONS SIZE SECONDS     echo over UDP, a socket for each "connection"
  *   load conn  PORT CONNECTIONS SIZE SECONDS     connect, one echo, close
+ *   load talk  PORT CONNECTIONS SIZE SECONDS     send the file LOAD_REQUEST, receive SIZE bytes; on each connection the
+ *                                                file LOAD_OPENING first, if given, answered by LOAD_OPENING_SIZE bytes
  *   load serve 0    0           SIZE SECONDS     accept and close what comes; prints its port first
  *
  * Prints the number of answers and the seconds it took. Has to be faster than any server that it measures: a slower
@@ -45,8 +47,9 @@ struct connection {
 #endif
 };
 
-static char *payload, *answer;
-static size_t size;
+static char *payload, *answer, *opening;
+static size_t size; /* of a request */
+static size_t answer_size, opening_size, opening_answer_size;
 static int mode_udp, mode_conn, poller;
 static struct sockaddr_in server;
 static unsigned long answers;
@@ -66,6 +69,15 @@ static char *allocate_pages(size_t count) {
     void *pages = mmap(NULL, count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (pages == MAP_FAILED) fail("mmap");
     return pages;
+}
+
+static char *read_file(const char *path, size_t *length) {
+    FILE *file = fopen(path, "rb");
+    if (!file) fail(path);
+    char *content = allocate_pages(1 << 18);
+    *length = fread(content, 1, 1 << 18, file);
+    fclose(file);
+    return content;
 }
 
 static double now(void) {
@@ -91,6 +103,10 @@ static void open_connection(struct connection *c) {
         setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
     }
     if (connect(c->fd, (struct sockaddr *)&server, sizeof server)) fail("connect");
+    if (opening) {
+        if (send(c->fd, opening, opening_size, MSG_NOSIGNAL) != (long)opening_size) fail("send");
+        if (recv(c->fd, answer, opening_answer_size, MSG_WAITALL) != (long)opening_answer_size) fail("recv");
+    }
 #ifdef WITH_TLS
     if (context) {
         c->ssl = SSL_new(context);
@@ -140,7 +156,8 @@ static void request(struct connection *c) {
 }
 
 static void start(struct connection *c) {
-    c->to_send = c->to_receive = size;
+    c->to_send = size;
+    c->to_receive = answer_size;
     request(c);
 }
 
@@ -207,9 +224,16 @@ int main(int argc, char **argv) {
     server.sin_port = htons(atoi(argv[2]));
     server.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     int count = atoi(argv[3]);
-    size = atol(argv[4]);
+    size = answer_size = atol(argv[4]);
     double seconds = atof(argv[5]);
     payload = allocate_pages(size + 1);
+    if (!strcmp(argv[1], "talk")) {
+        payload = read_file(getenv("LOAD_REQUEST"), &size);
+        if (getenv("LOAD_OPENING")) {
+            opening = read_file(getenv("LOAD_OPENING"), &opening_size);
+            opening_answer_size = atol(getenv("LOAD_OPENING_SIZE"));
+        }
+    }
     answer = allocate_pages(1 << 18);
     if (!strcmp(argv[1], "serve")) {
         serve(seconds);

@@ -10,6 +10,7 @@ import ssl
 import struct
 import sys
 import time
+from pathlib import Path
 
 HOST = "127.0.0.1"
 RESET = struct.pack("ii", 1, 0)
@@ -30,18 +31,21 @@ class Connection:
         if load.mode == "conn":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         sock.connect((HOST, load.port))
+        if load.opening:
+            sock.sendall(load.opening)
+            sock.recv(load.opening_size, socket.MSG_WAITALL)
         self.sock = load.context.wrap_socket(sock) if load.context else sock
         self.sock.setblocking(False)
         load.selector.register(self.sock, selectors.EVENT_READ, self)
 
     def start(self) -> None:
-        self.to_send = self.to_receive = self.load.size
+        self.to_send, self.to_receive = len(self.load.payload), self.load.size
         self.request()
 
     def request(self) -> None:
         while self.to_send:
             try:
-                self.to_send -= self.sock.send(self.load.payload[: self.to_send])
+                self.to_send -= self.sock.send(self.load.payload[len(self.load.payload) - self.to_send :])
             except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 break
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.to_send else 0)
@@ -76,6 +80,12 @@ class Load:
     def __init__(self, mode: str, port: int, connections: int, size: int, seconds: float) -> None:
         self.mode, self.port, self.size, self.seconds = mode, port, size, seconds
         self.payload = bytes(size)
+        self.opening = b""
+        if mode == "talk":
+            self.payload = Path(os.environ["LOAD_REQUEST"]).read_bytes()
+            if "LOAD_OPENING" in os.environ:
+                self.opening = Path(os.environ["LOAD_OPENING"]).read_bytes()
+                self.opening_size = int(os.environ["LOAD_OPENING_SIZE"])
         self.answers = 0
         self.stopping = False
         self.context: ssl.SSLContext | None = None

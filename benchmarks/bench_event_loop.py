@@ -1,0 +1,191 @@
+"""Measure what asyncio programs cost on our event loop on trio, beside asyncio, uvloop, trio-asyncio and others.
+
+    python benchmarks/bench_event_loop.py                              all of it
+    python benchmarks/bench_event_loop.py --only uvicorn --rounds 1 --bursts 4
+    python benchmarks/bench_event_loop.py --peers asyncio --peers ours
+
+Measured as bench_transports.py does: each server in a process and on a processor of its own, its processor time for
+each request, bursts to one server after the other while all of them live; the figures are medians, and so are the
+ratios, of what two neighbours give. Small tasks are measured inside one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench_transports import HERE, Bench, Load, Results, Task, Workload, circumstances, reported
+from report import ratio
+
+PEERS = ("asyncio", "uvloop", "ours/trio", "trio-asyncio")
+OURS = "ours/trio"
+CONNECTIONS = 16
+#: Seconds without a byte after which an answer is over.
+QUIET = 0.2
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+#: A binary frame of 64 bytes, masked with zeros.
+FRAME = b"\x82" + bytes([0x80 | 64]) + bytes(4) + bytes(64)
+LINE = b"x" * 127 + b"\n"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured, and what is hoped for."""
+
+    name: str
+    kind: str
+    #: Ours at most, for each peer that there is a target for.
+    targets: dict[str, float]
+    peers: tuple[str, ...] = PEERS
+    request: bytes = b""
+    opening: bytes = b""
+    #: Ours at most, in microseconds.
+    limit: float | None = None
+
+
+ROWS = [
+    Row("uvicorn, httptools", "uvicorn httptools", {"asyncio": 0.95, "uvloop": 1.25, "trio-asyncio": 0.2}, request=GET),
+    Row("uvicorn, h11", "uvicorn h11", {"asyncio": 1.0, "uvloop": 1.2, "trio-asyncio": 0.4}, request=GET),
+    Row("aiohttp web", "aiohttp", {"asyncio": 1.0, "uvloop": 1.2, "trio-asyncio": 0.4}, request=GET),
+    Row(
+        "websockets echo", "websockets", {"asyncio": 1.0, "uvloop": 1.2, "trio-asyncio": 0.2},
+        request=FRAME, opening=UPGRADE,
+    ),
+    Row("line echo by streams", "lines", {"asyncio": 1.0, "uvloop": 1.4, "trio-asyncio": 0.2}, request=LINE),
+    Row("a task and a future each", "tasks", {"asyncio": 0.95, "trio-asyncio": 0.2}, request=LINE),
+    Row(
+        "a bare protocol", "protocol", {"plain group": 1.05, "trio-asyncio": 0.2}, (*PEERS, "plain group"),
+        request=LINE,
+    ),
+    Row(
+        "ASGI on trio", "uvicorn httptools", {"hypercorn": 1 / 15, "anycorn": 1 / 18}, (OURS, "hypercorn", "anycorn"),
+        request=GET,
+    ),
+    Row(
+        "ASGI of trio's", "uvicorn, application on trio", {"hypercorn": 1 / 6}, (OURS, "hypercorn", "anycorn"),
+        request=GET, limit=100.0,
+    ),
+    *(Row(name, name, {"asyncio": 0.9}) for name in ("call_soon", "sleep(0)", "future", "timer")),
+    Row("create_task", "create_task", {"asyncio": 1.0}),
+    Row("to_asyncio.run", "to_asyncio.run", {}, (OURS, "trio-asyncio"), limit=10.0),
+    Row("from_asyncio.run", "from_asyncio.run", {}, (OURS, "trio-asyncio"), limit=50.0),
+]  # fmt: skip
+
+
+class EventLoopBench(Bench):
+    servers = HERE / "event_loop_servers.py"
+    tasks = HERE / "event_loop_tasks.py"
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        super().__init__(folder, seconds)
+        self.folder = folder
+        self.talk: dict[str, str] = {}
+        #: How many bytes the server at a port answers: to the opening, and to a request.
+        self.answers: dict[int, tuple[int, int]] = {}
+
+    def measure_row(self, row: Row, peers: list[str], bursts: int) -> None:
+        self.row = row
+        self.answers.clear()
+        self.talk = {"LOAD_REQUEST": str(self.write("request", row.request))}
+        if row.opening:
+            self.talk["LOAD_OPENING"] = str(self.write("opening", row.opening))
+        if row.request:
+            self.measure(Workload(row.name, row.kind, "talk", CONNECTIONS, 0, tuple(peers)), peers, bursts)
+            return
+        for _ in range(bursts):
+            for peer in peers:
+                with reported(f"{row.name}: {peer}"):
+                    self.measure_task(Task(row.name, row.kind), peer)
+
+    def write(self, name: str, content: bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(content)
+        return path
+
+    def load_environment(self, workload: Workload) -> dict[str, str]:
+        return self.talk
+
+    def run_load(self, workload: Workload, port: int, pid: int) -> Load:
+        if port not in self.answers:
+            self.answers[port] = answer_sizes(port, self.row)
+        opening_size, size = self.answers[port]
+        self.talk["LOAD_OPENING_SIZE"] = str(opening_size)
+        return super().run_load(replace(workload, size=size), port, pid)
+
+
+def answer_sizes(port: int, row: Row) -> tuple[int, int]:
+    """Ask a server once: each says the same thing with other headers."""
+
+    def ask(message: bytes) -> int:
+        sock.sendall(message)
+        size = 0
+        while True:
+            try:
+                size += len(sock.recv(1 << 16))
+            except TimeoutError:
+                return size
+
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.settimeout(QUIET)
+        return ask(row.opening) if row.opening else 0, ask(row.request)
+
+
+def report(rows: list[Row], results: Results) -> None:
+    """Print the medians, and each ratio that has a target."""
+    peers = list(dict.fromkeys(peer for row in rows for peer in row.peers))
+    print(f"{'microseconds':28}" + "".join(f"{peer:>14}" for peer in peers) + "   ours to others (target)")
+    for row in rows:
+        measured = results.get(f"{row.name} (used)") or results.get(row.name) or {}
+        if OURS not in measured:
+            continue
+        cells = [f"{statistics.median(measured[peer]):14.2f}" if peer in measured else " " * 14 for peer in peers]
+        said = []
+        for peer, target in row.targets.items():
+            value = ratio(measured, OURS, peer)
+            if value is not None:
+                said.append(f"{peer} {value:.2f} ({'ok' if value <= target else 'MISSED'}, {target:.2f})")
+        if row.limit is not None:
+            met = statistics.median(measured[OURS]) <= row.limit
+            said.append(f"({'ok' if met else 'MISSED'}, {row.limit:.0f} µs)")
+        print(f"{row.name:28}" + "".join(cells) + "   " + ", ".join(said))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bursts", type=int, default=6, help="to each server in each round")
+    parser.add_argument("--seconds", type=float, default=0.12, help="of each burst")
+    parser.add_argument("--only", action="append", default=[], help="part of a row's name")
+    parser.add_argument("--peers", action="append", default=[], help="part of a peer's name")
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    options = parser.parse_args()
+
+    def wanted(name: str, parts: list[str]) -> bool:
+        return not parts or any(part in name for part in parts)
+
+    rows = [row for row in ROWS if wanted(row.name, options.only)]
+    with tempfile.TemporaryDirectory() as folder:
+        bench = EventLoopBench(Path(folder), options.seconds)
+        for number in range(options.rounds):
+            print(f"round {number + 1} of {options.rounds}".ljust(100), file=sys.stderr)
+            for row in rows:
+                bench.measure_row(row, [peer for peer in row.peers if wanted(peer, options.peers)], options.bursts)
+    if options.json is not None:
+        document = {**circumstances(options), "results": bench.results, "own": bench.own}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    report(rows, bench.results)
+
+
+if __name__ == "__main__":
+    main()
