@@ -157,8 +157,8 @@ class Readers(asyncio.AbstractEventLoop):
             return True
         try:
             self._poller.set_interest(watch, watch.interest & ~event)
-        except OSError:  # It has been closed.
-            self._drop(watch)
+        except OSError:  # It has been closed: nothing will be reported, but the other callback can be removed, too.
+            self._poller.set_interest(watch, 0)
         return True
 
     def _callbacks_of(self, fd: FileDescriptorLike) -> Callbacks | None:
