@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from support import BACKENDS, GUARD, ORACLE
 
-import transports_anyio
+from transports_anyio import run_asyncio
 from transports_anyio._event_loop._signals import Signals
 from transports_anyio._event_loop._sock_methods import SockMethods
 from transports_anyio._event_loop._threads import Threads
@@ -49,7 +49,7 @@ class Runner:
 
         if self.name in BACKENDS:
             name, options = BACKENDS[self.name]
-            return transports_anyio.run_asyncio(guarded, backend=name, backend_options=options)
+            return run_asyncio(guarded, backend=name, backend_options=options)
         loop = MixedLoop() if self.name == MIXINS else asyncio.SelectorEventLoop()
         try:
             asyncio.set_event_loop(loop)
@@ -73,6 +73,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "asyncio" in backends:
         # Where Python versions differ, the newest behaviour is right: older ones are no oracle.
         names[:0] = [ORACLE, MIXINS] if sys.version_info >= (3, 13) else [MIXINS]
+    left_out = getattr(metafunc.module, "LEFT_OUT", [])
+    names = [name for name in names if name not in left_out]
     metafunc.parametrize("run", names, indirect=True)
 
 
