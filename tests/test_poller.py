@@ -275,7 +275,7 @@ async def test_hundreds_of_descriptors(anyio_backend: Any, make: Any) -> None:
 async def test_the_transports_work_over_every_poller(
     stack: Stack, poller: str, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transports_anyio._group, "make_poller", POLLERS[poller])
+    monkeypatch.setattr(transports_anyio._core, "make_poller", POLLERS[poller])
     data = pattern(4 << 20)
     fired: list[int] = []
     async with stack.open() as group:
@@ -308,7 +308,7 @@ async def test_p6_input_does_not_end_a_writer_over_any_poller(
     anyio_backend: Any, poller: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Most systems tell a hang-up as input, and have to be asked which of the two it is."""
-    monkeypatch.setattr(transports_anyio._group, "make_poller", POLLERS[poller])
+    monkeypatch.setattr(transports_anyio._core, "make_poller", POLLERS[poller])
     with pair() as (a, b):
         async with TransportGroup() as group:
             transport, protocol = await group.connect_write_pipe(Recorder, a)
@@ -368,7 +368,7 @@ async def test_a_socket_closed_behind_our_back_breaks_no_ones_end(
     anyio_backend: Any, poller: str, how: str, buffered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own connection ends as well as it can; all the others end as they would have, and so does the block."""
-    monkeypatch.setattr(transports_anyio._group, "make_poller", POLLERS[poller])
+    monkeypatch.setattr(transports_anyio._core, "make_poller", POLLERS[poller])
     protocols = [Recorder() for _ in range(4)]
     caught: list[BaseException] = []
     with listening() as listener, ExitStack() as closing, anyio.move_on_after(GUARD) as scope:
@@ -403,7 +403,7 @@ def test_an_interrupt_in_a_callback_with_full_buffers(
     anyio_backend: Any, poller: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No more turns are taken, and the connections still let go of what they wait for, one direction at a time."""
-    monkeypatch.setattr(transports_anyio._group, "make_poller", POLLERS[poller])
+    monkeypatch.setattr(transports_anyio._core, "make_poller", POLLERS[poller])
     protocols = [Recorder() for _ in range(3)]
 
     def interrupt() -> None:

@@ -53,6 +53,9 @@ def in_another_thread(name: str, instead: str) -> RuntimeError:
 class Core:
     """What a group owns, and its turn. `TransportGroup` enters and leaves it."""
 
+    #: Whether a turn goes on for what callbacks have scheduled, too, or only while there is input or output.
+    goes_on = False
+
     # Both once the group is entered.
     dispatch: Callable[[], int]
     task_group: TaskGroup
@@ -121,7 +124,12 @@ class Core:
             # What came in meanwhile can be had for one system call, where another wait costs a round through the
             # backend; but tasks want their turn too, and a new one its first: it may be about to call `start_tls`, and
             # what comes in is the handshake then.
-            if not (count or ready) or served >= SERVED_IN_A_TURN or self.tasks_started or monotonic() >= until:
+            if (
+                not (count or (ready and self.goes_on))
+                or served >= SERVED_IN_A_TURN
+                or self.tasks_started
+                or monotonic() >= until
+            ):
                 break
         if ready or self.tasks_started:
             return -inf

@@ -173,7 +173,7 @@ def make_poller() -> Poller:
         poller = WaitingListPoller(readiness)
     else:
         poller = LoopPoller(readiness, loop)
-    if loop is None and running is not None and running.name == "trio":
+    if getattr(running, "name", None) == "trio":
         from ._trio import current_time
 
         poller.time = current_time  # Not AnyIO's: whatever calls, it is this clock.

@@ -112,7 +112,7 @@ class Timers:
         """How many timers are pending."""
         return len(self.heap) - self._cancelled
 
-    def push(self, when: float, handle: TimerHandle) -> Entry:
+    def push(self, when: float, handle: Callable[[], object]) -> Entry:
         """Add `handle`, and return what `cancel` takes."""
         self._submitted += 1
         entry = [when, self._submitted, handle]
@@ -140,7 +140,7 @@ class Timers:
             self._cancelled -= 1
         return cast("float", heap[0][0]) if heap else inf
 
-    def take_due(self, now: float) -> list[TimerHandle]:
+    def take_due(self, now: float) -> list[Callable[[], object]]:
         """Take out every timer that is due at `now`."""
         due = []
         while self.next_deadline() <= now:

@@ -44,6 +44,8 @@ class LoopDoor(Door):
 class LoopCore(Core):
     """What an event loop owns, and its turn."""
 
+    goes_on = True  # A task takes several steps for most things, and a round through the backend costs more than those.
+
     def __init__(self, loop: EventLoop) -> None:
         super().__init__(loop)
         self._loop = loop
@@ -108,7 +110,7 @@ class LoopCore(Core):
                     poller.wait_until(self.timers.next_deadline())
 
     def _run_on(self) -> None:
-        """Run what is ready, and go on with a turn if that makes something ready: then I/O has to have its turn, too."""
+        """Run what is ready. If that makes something ready, go on as a turn does, in which I/O has its turn, too."""
         if self.ready:
             self._run_ready()
             if self.ready:

@@ -83,7 +83,7 @@ async def run_to_asyncio(async_function: Callable[..., Awaitable[T]], args: tupl
 
 async def outcome_in_backend(loop: EventLoop, async_function: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:
     """Run an asyncio task, and return its result in backend code."""
-    task = loop._core.call(start_task, loop, async_function, args, asyncio_context())  # noqa: SLF001
+    task: asyncio.Task[T] = loop._core.call(start_task, loop, async_function, args, asyncio_context())  # noqa: SLF001
     try:
         cancellation = None
         if not task.done():
@@ -106,7 +106,7 @@ async def outcome_in_asyncio(task: asyncio.Task[T]) -> T:
     """Return the result of a task in another task of the same event loop."""
     try:
         cancellation = await wait_in_asyncio(task, task.cancel)
-        result = result_of(task, cancellation and partial(raise_, cancellation))
+        result = result_of(task, None if cancellation is None else partial(raise_, cancellation))
         if cancellation is not None:
             cancel_again(cancellation)
         return result

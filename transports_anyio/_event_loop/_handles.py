@@ -21,6 +21,8 @@ class Handle(asyncio.Handle):
 
     __slots__ = ()
 
+    # asyncio's, which its annotations leave out.
+    _callback: Any
     _context: Context
 
     def __init__(
@@ -74,6 +76,7 @@ class TimerHandle(asyncio.TimerHandle):
 
     __slots__ = ("_entry", "_timers")
 
+    _callback: Any
     _context: Context
 
     def __init__(
@@ -120,7 +123,7 @@ def run_timed(handle: Handle | TimerHandle) -> None:
             logger.warning("Executing %s took %.3f seconds", described(handle), duration)
 
 
-def described(handle: asyncio.Handle) -> str:
+def described(handle: Handle | TimerHandle) -> str:
     """Return the task whose step `handle` is, or else the handle, as asyncio does."""
     task = getattr(handle._callback, "__self__", None)  # noqa: SLF001
     return repr(task if isinstance(task, asyncio.Task) else handle)

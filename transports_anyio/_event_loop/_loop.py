@@ -118,7 +118,9 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         """
         return self._core.live_poller().time()
 
-    def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> asyncio.Handle:
+    def call_soon(  # type: ignore[override]  # typeshed binds the types of the arguments to the callback's
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
         """Call `callback(*args)` in the next event loop iteration, in `context` or a copy of the caller's.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_soon
@@ -136,7 +138,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             poller.wake()  # type: ignore[union-attr]
         return handle
 
-    def call_soon_threadsafe(
+    def call_soon_threadsafe(  # type: ignore[override]  # as `call_soon`
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
         """Call `callback(*args)` in the next event loop iteration, as `call_soon` does, from any thread.
@@ -155,7 +157,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         poller.wake_threadsafe()
         return handle
 
-    def call_later(
+    def call_later(  # type: ignore[override]  # as `call_soon`
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
         """Call `callback(*args)` after `delay` seconds, in `context` or a copy of the caller's.
@@ -166,7 +168,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             raise TypeError("delay must not be None")
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
-    def call_at(
+    def call_at(  # type: ignore[override]  # as `call_soon`
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
         """Call `callback(*args)` at `when`, in seconds of `time`, otherwise as `call_later` does.
@@ -210,7 +212,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         """
         return asyncio.Future(loop=self)
 
-    def create_task(  # type: ignore[override]  # typeshed's parameters depend on the version of Python
+    def create_task(
         self,
         coro: Generator[Any, None, T] | Coroutine[Any, Any, T],
         *,
@@ -226,13 +228,14 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             raise self._core.not_open()
         factory = self._task_factory
         if factory is not None:
-            return self._task_of_factory(factory, coro, name, context, options)
+            made: asyncio.Task[T] = self._task_of_factory(factory, coro, name, context, options)
+            return made
         if context is not None:
             if sys.version_info >= (3, 11):
                 options["context"] = context
             else:
-                return context.run(asyncio.Task, coro, loop=self, name=name, **options)
-        task: asyncio.Task[T] = asyncio.Task(coro, loop=self, name=name, **options)  # type: ignore[arg-type]
+                return context.run(partial(asyncio.Task, coro, loop=self, name=name, **options))
+        task: asyncio.Task[T] = asyncio.Task(coro, loop=self, name=name, **options)
         if self._debug:
             del task._source_traceback[-1]  # type: ignore[attr-defined]  # noqa: SLF001  # this line
         return task

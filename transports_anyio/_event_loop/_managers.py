@@ -79,7 +79,7 @@ class AsyncioContextManager(AbstractAsyncContextManager[T, "bool | None"]):
         try:
             suppressed = result_of(self._task, cancellation)
         except BaseException as error:
-            if exc is not None and (cancelled and self._task.cancelled() or exc in (error, error.__cause__)):
+            if exc is not None and ((cancelled and self._task.cancelled()) or exc in (error, error.__cause__)):
                 exc.__traceback__ = traceback  # Without the lines of the asyncio task.
                 return False
             raise

@@ -29,7 +29,7 @@ ROUNDS_AT_THE_END = 100
 
 
 def open_event_loop() -> AbstractAsyncContextManager[asyncio.AbstractEventLoop]:
-    """Open an asyncio event loop for the block, and return it: `async with open_event_loop() as loop:`.
+    """Return a context manager that opens an asyncio event loop for its block.
 
     On trio it is ours, and runs beside trio's tasks; `to_asyncio` hands asyncio code over to it. On asyncio and uvloop,
     and in asyncio code, it is the running event loop, and nothing is wrapped.
@@ -122,7 +122,10 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
                 if exc is None or not isinstance(error, anyio.get_cancelled_exc_class()):
                     outcome = only_one(error)
             try:
-                suppressed = self._scope.__exit__(outcome and type(outcome), outcome, outcome and outcome.__traceback__)
+                if outcome is None:
+                    suppressed = self._scope.__exit__(None, None, None)
+                else:
+                    suppressed = self._scope.__exit__(type(outcome), outcome, outcome.__traceback__)
             finally:
                 if core.leaving is not None:
                     raise core.leaving

@@ -16,10 +16,13 @@ library: Any
 try:
     # trio says so here, and our own event loop, too: in trio's guest mode there is a running event loop that backend
     # code has nothing to do with.
-    from sniffio import current_async_library_cvar as library_variable, thread_local as library
+    from sniffio import current_async_library_cvar, thread_local as library
 except ImportError:  # Then there is no trio.
     library = SimpleNamespace(name=None)
-    library_variable = ContextVar("current_async_library_cvar", default=None)
+    current_async_library_cvar = ContextVar("current_async_library_cvar", default=None)
+
+#: Where `anyio.run` says which backend runs.
+library_variable: ContextVar[str | None] = current_async_library_cvar
 
 #: The event loop that `open_event_loop` has made for backend code.
 current_loop: ContextVar[EventLoop] = ContextVar("transports_anyio.current_event_loop")
