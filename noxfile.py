@@ -19,7 +19,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
-nox.options.sessions = ["lint", "types", "docs", "package", "tour", "tests", "tests_oldest_anyio"]
+nox.options.sessions = ["lint", "types", "docs", "package", "tour", "tests", "tests_oldest_anyio", "ecosystem"]
 
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
@@ -66,6 +66,9 @@ put_pyenv_interpreters_first()
 
 #: The newest Python that is there, on which coverage is measured, and the tests that take long are run.
 NEWEST_PYTHON = next((python for python in reversed(PYTHONS) if shutil.which(f"python{python}")), None)
+
+#: The newest Python that is there and for which the libraries of `ecosystem` have their wheels.
+ECOSYSTEM_PYTHON = next((python for python in ("3.13", "3.12", "3.11") if shutil.which(f"python{python}")), None)
 
 #: For pytest: without the tests that take long.
 NOT_EXHAUSTIVE = ("-m", "not exhaustive")
@@ -141,6 +144,13 @@ def tests_oldest_anyio(session: nox.Session) -> None:
     """Run the tests with the oldest AnyIO that we support, on its two backends."""
     backends = install_with_backends(session, *group("test"), oldest("anyio"))
     run_tests(session, [backend for backend in backends if backend != "uvloop"], *NOT_EXHAUSTIVE)
+
+
+@nox.session(python=ECOSYSTEM_PYTHON)
+def ecosystem(session: nox.Session) -> None:
+    """Run other people's programs, unmodified, in the event loop on every backend, with real peers."""
+    session.install("--editable", ".", *group("ecosystem"), *EXTRAS["trio"], *EXTRAS["uvloop"])
+    session.run("pytest", "ecosystem", *session.posargs)
 
 
 @nox.session(python=NEWEST_PYTHON)
