@@ -138,8 +138,14 @@ class Core:
     def _run_ready(self) -> None:
         """Run what is ready now; what it schedules waits for the next turn, so that I/O gets its turn."""
         ready = self.ready
+        callback = None
         for _ in range(len(ready)):
-            self._run_callback(ready.popleft())
+            callback = ready.popleft()
+            try:
+                callback()
+            except BaseException as exc:
+                self._callback_failed(callback, exc)
+        del callback  # The traceback of an exception that a task keeps has this frame behind it: no cycle.
 
     def _run_due(self) -> None:
         """Run the timers that are due; what I/O has scheduled before them waits for the next turn, as in asyncio."""

@@ -128,3 +128,5 @@ class Spawner:
             settle(exc, None)
         else:
             settle(asyncio.CancelledError() if scope.cancelled_caught else None, result)
+        finally:
+            del settle, args  # What was raised has this frame, and has been passed to `settle`: no cycle.

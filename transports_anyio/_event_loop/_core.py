@@ -96,10 +96,10 @@ class LoopCore(Core):
         poller = self.live_poller()
         waiting, poller.waiting = poller.waiting, False
         try:
-            result = function(*args)
-            self._run_on()
-            return result
+            return function(*args)
         finally:
+            del function, args  # The traceback of an exception that a task keeps has this frame behind it: no cycle.
+            self._run_on()
             self._running = False
             self._leave(before)
             if waiting:

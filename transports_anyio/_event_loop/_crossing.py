@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import anyio
 import anyio.lowlevel
 
+from ._mistakes import advise
 from ._sides import current_loop, library_variable, loop_of_backend_code, running_loop
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ async def run_to_asyncio(async_function: Callable[..., Awaitable[T]], args: tupl
     if running is not None:
         await anyio.lowlevel.checkpoint_if_cancelled()
         name = getattr(async_function, "__qualname__", None)
-        task = running.create_task(call_and_await(async_function, args), name=name)
-        return await outcome_in_asyncio(task)
+        return await outcome_in_asyncio(running.create_task(call_and_await(async_function, args), name=name))
     loop = loop_of_backend_code("to_asyncio.run")
     trio = loop._trio  # noqa: SLF001
     await trio.checkpoint_if_cancelled()
@@ -95,8 +95,12 @@ async def outcome_in_backend(loop: EventLoop, async_function: Callable[..., Awai
 
 def result_of(task: asyncio.Task[T], cancellation: Callable[[], NoReturn] | None) -> T:
     """Return the result of a task that has ended, after it was cancelled if there is a `cancellation` to raise."""
-    if not task.cancelled():
-        return task.result()
+    try:
+        if not task.cancelled():
+            advise(task.exception())
+            return task.result()
+    finally:
+        del task  # Its exception has this frame: no cycle.
     if cancellation is not None:
         cancellation()
     raise TaskCancelled
@@ -233,15 +237,18 @@ async def settle_in_asyncio(
     failure: BaseException | None = None
     try:
         with answer.scope:
-            result = await async_function(*args)
+            result = await call_and_await(async_function, args)
     except BaseException as exc:
         failure = exc
     else:
         if answer.scope.cancelled_caught:
             failure = asyncio.CancelledError()
-    answer.settle(failure, result)
-    if isinstance(failure, (KeyboardInterrupt, SystemExit)):
-        raise failure
+    try:
+        answer.settle(failure, result)
+        if isinstance(failure, (KeyboardInterrupt, SystemExit)):
+            raise failure
+    finally:
+        del answer, failure  # Its traceback has this frame: no cycle.
 
 
 def run_sync_from_asyncio(function: Callable[..., T], args: tuple[Any, ...]) -> T:

@@ -44,6 +44,7 @@ class Handle(asyncio.Handle):
         """Run the callback, unless it was cancelled; the caller reports what it raises."""
         if not self._cancelled:
             self._context.run(self._callback, *self._args)
+        del self  # The traceback of an exception that a task keeps has this frame behind it: no cycle.
 
 
 class ThreadSafeHandle(Handle):
@@ -104,6 +105,7 @@ class TimerHandle(asyncio.TimerHandle):
         """Run the callback, unless it was cancelled; the caller reports what it raises."""
         if not self._cancelled:
             self._context.run(self._callback, *self._args)
+        del self  # The traceback of an exception that a task keeps has this frame behind it: no cycle.
 
     def cancel(self) -> None:
         """Do not run the callback. Does nothing if it has run, or was cancelled before."""

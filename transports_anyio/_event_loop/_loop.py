@@ -32,6 +32,7 @@ from ._core import LoopCore
 from ._crossing import Answer, with_loop
 from ._handles import DebugHandle, DebugTimerHandle, Handle, ThreadSafeHandle, TimerHandle
 from ._logger import logger
+from ._mistakes import advise
 from ._readers import Readers
 from ._signals import Signals
 from ._sock_methods import SockMethods
@@ -294,6 +295,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_exception_handler
         """
         handler = self._exception_handler
+        advise(context.get("exception"))
         try:
             if handler is None:
                 self.default_exception_handler(context)

@@ -76,13 +76,16 @@ class AsyncioContextManager(AbstractAsyncContextManager[T, "bool | None"]):
                 self._loop._core.call(self._leaving.set_result, failure)  # noqa: SLF001
         # It has been cancelled once already if the block has.
         cancellation = await self._wait_for(self._task, nothing if cancelled else self._task.cancel)
+        task_cancelled = self._task.cancelled()
         try:
             suppressed = result_of(self._task, cancellation)
         except BaseException as error:
-            if exc is not None and ((cancelled and self._task.cancelled()) or exc in (error, error.__cause__)):
+            if exc is not None and ((cancelled and task_cancelled) or exc is error or exc is error.__cause__):
                 exc.__traceback__ = traceback  # Without the lines of the asyncio task.
                 return False
             raise
+        finally:
+            del self._task  # Its exception has this frame: no cycle.
         if not cancelled:
             self._cancel_again(cancellation)
         return suppressed and not cancelled

@@ -14,6 +14,7 @@ import anyio.lowlevel
 
 from ._core import LoopCore
 from ._crossing import TaskCancelled, outcome_in_backend, run_to_asyncio
+from ._mistakes import advise
 from ._sides import current_loop, running_loop
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
         if loop is None:
             return None
         core = loop._core  # noqa: SLF001
+        advise(exc)
         current_loop.reset(self._token)
         outcome = exc
         try:

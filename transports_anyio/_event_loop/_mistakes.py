@@ -1,0 +1,36 @@
+"""What is awaited on the wrong side: the errors that asyncio and trio raise for it, and which function to use."""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+BACKEND_AWAITED_BY_ASYNCIO = (
+    "This asyncio task has awaited something of the backend's: await it with "
+    "transports_anyio.from_asyncio.run(async_function, *args)."
+)
+ASYNCIO_AWAITED_BY_BACKEND = (
+    "This backend code has awaited something of asyncio's: await it with "
+    "transports_anyio.to_asyncio.run(async_function, *args)."
+)
+
+#: How the messages of asyncio and trio begin, and what to say.
+ADVICE = {
+    RuntimeError: ("Task got bad yield: ", BACKEND_AWAITED_BY_ASYNCIO),
+    TypeError: ("trio.run received unrecognized yield message ", ASYNCIO_AWAITED_BY_BACKEND),
+}
+
+
+def advise(exc: BaseException | None) -> None:
+    """Add to the message of such an error, in groups, too, which function to use."""
+    if isinstance(exc, BaseExceptionGroup):
+        for each in exc.exceptions:
+            advise(each)
+        return
+    beginning, advice = ADVICE.get(type(exc), ("", ""))  # type: ignore[arg-type]
+    if advice and exc is not None and exc.args:
+        message = exc.args[0]
+        if isinstance(message, str) and message.startswith(beginning) and not message.endswith(advice):
+            exc.args = (f"{message}. {advice}", *exc.args[1:])
