@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SERVED_IN_A_TURN = 64
 LENGTH_OF_A_TURN = 0.002
 
+T = TypeVar("T")
 ProtocolT = TypeVar("ProtocolT")
 ChannelT = TypeVar("ChannelT", bound="Channel | DatagramChannel")
 TransportT = TypeVar("TransportT", bound=Owned)
@@ -81,6 +82,17 @@ class Core:
     def leaves(self, exc: BaseException) -> bool:
         """Whether `exc`, raised in the user's code, ends the group instead of being reported."""
         return leaves_through_the_group(exc)
+
+    # A group on asyncio, uvloop or trio calls everything from tasks and callbacks of that backend. The event loop runs
+    # asyncio code on trio, and has other answers.
+
+    def as_backend(self, function: Callable[..., T], *args: Any) -> T:
+        """Return `function(*args)`, which needs the backend: it starts a task, for example."""
+        return function(*args)
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Return `function(*args)`, which calls the user's code, from a task of ours."""
+        return function(*args)
 
     async def enter(self, stack: AsyncExitStack) -> None:
         """Open the poller and take turns in a task of its own, until `stack` is left."""

@@ -18,9 +18,15 @@ import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from ._readiness import READ, WRITE, ReadinessList, Watch, selected
+from ._waiters import Event
 
 # What is due within so many seconds is due: no sum of two times is more exact than that (asyncio's figure on Linux).
 RESOLUTION = 1e-9
+
+
+def call(function: Callable[..., object], *args: object) -> None:
+    """Call `function(*args)`."""
+    function(*args)
 
 
 class Turns(Protocol):
@@ -54,6 +60,8 @@ class Poller(ABC):
         self.time: Callable[[], float] = anyio.current_time
         #: Whether a `wake` is needed for the next turn.
         self.waiting = False
+        #: Calls what needs the backend: asyncio code may be running, on trio, when an interest changes.
+        self.as_backend: Callable[..., object] = call
 
     def claim(self, watch: Watch) -> None:
         """Let a descriptor belong to `watch`, until `release`."""
@@ -224,7 +232,7 @@ class TaskPoller(WaitingPoller):
         self.watches = {}
         self._waiting: dict[int, _Tasks] = {}
         self._due: list[tuple[_Tasks, int, object]] = []
-        self._something = anyio.Event()
+        self._something = Event()
         self._tasks: TaskGroup | None = None
         self.dispatch = self._dispatch
         super().__init__()
@@ -242,9 +250,9 @@ class TaskPoller(WaitingPoller):
             # a cancelled task would have run. What is left of the interest gets a new task.
             tasks.marks.clear()
             try:
-                anyio.notify_closing(descriptor)
+                self.as_backend(anyio.notify_closing, descriptor)
             except OSError:  # Somebody has closed it behind our back. The other direction may wait as well.
-                anyio.notify_closing(descriptor)
+                self.as_backend(anyio.notify_closing, descriptor)
         if interest:
             self._start(tasks)
         else:
@@ -266,7 +274,7 @@ class TaskPoller(WaitingPoller):
         for event in (READ, WRITE):
             if event & selected(tasks.watch.interest) and event not in tasks.marks:
                 tasks.marks[event] = mark = object()
-                self._tasks.start_soon(self._wait_for, tasks, event, mark)
+                self.as_backend(self._tasks.start_soon, self._wait_for, tasks, event, mark)
 
     async def _wait_for(self, tasks: _Tasks, event: int, mark: object) -> None:
         if tasks.marks.get(event) is not mark:
@@ -285,7 +293,7 @@ class TaskPoller(WaitingPoller):
 
     def _dispatch(self) -> int:
         due, self._due = self._due, []
-        self._something = anyio.Event()
+        self._something = Event()
         for tasks, event, mark in due:
             if tasks.marks.get(event) is mark:
                 del tasks.marks[event]

@@ -53,6 +53,7 @@ class AnyIOChannel:
 
     __slots__ = (
         "_aborted",
+        "_clock",
         "_closing",
         "_offered",
         "_read_ready",
@@ -69,8 +70,9 @@ class AnyIOChannel:
     can_receive = True
     can_send = True
 
-    def __init__(self, resource: AsyncResource) -> None:
+    def __init__(self, resource: AsyncResource, clock: Callable[[], float]) -> None:
         self._resource = resource
+        self._clock = clock  # The backend's.
         self._reading: anyio.Event | bool = False  # An event while the receiving task waits to be let go.
         self._writing: anyio.Event | bool = False
         self._received: Any = None  # What no one has taken yet: data, or an `OSError`.
@@ -78,7 +80,7 @@ class AnyIOChannel:
         self._sent: int | Exception = 0
         self._closing = False
         self._aborted = False
-        self._scope = anyio.CancelScope()
+        self._scope: anyio.CancelScope | None = None  # Around the tasks, which make it: it is the backend's.
 
     def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         self._read_ready = read_ready
@@ -118,10 +120,14 @@ class AnyIOChannel:
     def close(self, *, aborted: bool) -> None:
         self._closing = True
         self._aborted = aborted
-        if self._says_farewell() and not aborted:
-            self._scope.deadline = anyio.current_time() + CLOSE_TIMEOUT  # `_send` ends the task after it, or this does.
+        if self._scope is not None:
+            self._end(self._scope)
+
+    def _end(self, scope: anyio.CancelScope) -> None:
+        if self._says_farewell() and not self._aborted:
+            scope.deadline = self._clock() + CLOSE_TIMEOUT  # `_send` ends the task after it, or this does.
         else:
-            self._scope.cancel()
+            scope.cancel()
 
     def _says_farewell(self) -> bool:
         """Whether the sending task has yet to send the last thing, which an orderly end waits for."""
@@ -148,7 +154,9 @@ class AnyIOChannel:
     async def run(self, report: Callable[[Exception], None]) -> None:
         """Receive and send until `close`; then close the AnyIO object, and `report` that it fails in its own way."""
         try:
-            with self._scope:
+            with anyio.CancelScope() as self._scope:
+                if self._closing:  # Before this task had its turn.
+                    self._end(self._scope)
                 async with anyio.create_task_group() as tasks:
                     if self.can_receive:
                         tasks.start_soon(self._receive)
@@ -219,5 +227,5 @@ class AnyIOChannel:
                     self._write_ready()
             else:  # The end of the stream, which nobody waits for.
                 self._writing = False
-            if self._closing:  # That was the farewell, whether it has worked or not.
+            if self._closing and self._scope is not None:  # That was the farewell, whether it has worked or not.
                 self._scope.cancel()

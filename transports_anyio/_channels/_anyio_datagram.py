@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Any
 
 from anyio.abc import ConnectedUDPSocket, ConnectedUNIXDatagramSocket, SocketAttribute, UDPSocket, UNIXDatagramSocket
@@ -19,12 +20,12 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
 
     __slots__ = ("_connected", "_socket", "remote_address")
 
-    def __init__(self, datagram_socket: AnyDatagramSocket) -> None:
+    def __init__(self, datagram_socket: AnyDatagramSocket, clock: Callable[[], float]) -> None:
         if not isinstance(
             datagram_socket, (UDPSocket, ConnectedUDPSocket, UNIXDatagramSocket, ConnectedUNIXDatagramSocket)
         ):
             raise TypeError(f"one of AnyIO's datagram sockets was expected, got {datagram_socket!r}")
-        super().__init__(datagram_socket)
+        super().__init__(datagram_socket, clock)
         self._socket: Any = datagram_socket
         self._connected = isinstance(datagram_socket, (ConnectedUDPSocket, ConnectedUNIXDatagramSocket))
         self.remote_address = datagram_socket.extra(SocketAttribute.remote_address) if self._connected else None

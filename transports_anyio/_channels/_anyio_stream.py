@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -29,8 +29,8 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
 
     __slots__ = ("can_receive", "can_send", "can_write_eof", "is_two_way", "stream")
 
-    def __init__(self, stream: AnyByteStream) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: AnyByteStream, clock: Callable[[], float]) -> None:
+        super().__init__(stream, clock)
         self.stream: Any = stream
         self.can_receive = isinstance(stream, ByteReceiveStream)
         self.can_send = isinstance(stream, ByteSendStream)

@@ -7,6 +7,7 @@ import signal as signals
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from math import inf
 from typing import Any, cast
 
 import anyio
@@ -17,6 +18,7 @@ import anyio.to_thread
 from .._errors import logger
 from .._poller import Poller
 from .._readiness import READ, Watch
+from .._waiters import Event
 
 # What asyncio says of a child that somebody else has reaped.
 UNKNOWN_STATUS = 255
@@ -111,14 +113,19 @@ class PopenChild(Child):
     thread to be had, it is looked at now and then.
     """
 
-    def __init__(self, poller: Poller, popen: subprocess.Popen[Any]) -> None:
+    def __init__(
+        self, poller: Poller, popen: subprocess.Popen[Any], call: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """`call` calls what tells of the end, from a task."""
+        self._call = call
         self.handle = popen
         self.pid = popen.pid
         self._popen = popen
         self._poller = poller
         self._watch: Watch | None = None
         self._exited: Exited | None = None
-        self._waiting: anyio.CancelScope | None = None
+        self._waiting: anyio.CancelScope | None = None  # Around the task, which makes it: it is the backend's.
+        self._waited_for = True
         self.needs_task = False
         self._reaped_by_popen = False  # By another thread, when it has yet to tell.
         try:
@@ -130,9 +137,6 @@ class PopenChild(Child):
 
     def _wait_in_thread(self, why: Exception) -> None:
         logger.debug("a thread waits for process %s: %r", self.pid, why)
-        # It waits as long as the child is watched, whatever is cancelled: a task that is shielded may still need to
-        # know, as it does with a descriptor.
-        self._waiting = anyio.CancelScope(shield=True)
         self.needs_task = True
 
     def watch(self, exited: Exited) -> None:
@@ -147,10 +151,13 @@ class PopenChild(Child):
 
     async def run(self, report: Callable[[Exception], None]) -> None:
         """Wait in a thread. A child that is reaped elsewhere ends the wait as well."""
-        assert self._waiting is not None
         wait = self._wait_without_reaping if hasattr(os, "waitid") else self._popen.wait
         pause = 0.001
-        with self._waiting:
+        # It waits as long as the child is watched, whatever is cancelled: a task that is shielded may still need to
+        # know, as it does with a descriptor.
+        with anyio.CancelScope(shield=True) as self._waiting:
+            if not self._waited_for:  # The child was killed before this task had its turn.
+                self._waiting.cancel()
             try:
                 # Children must not take the threads of everybody else, and a thread ends with its child.
                 await anyio.to_thread.run_sync(wait, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
@@ -160,7 +167,7 @@ class PopenChild(Child):
             while not self.has_ended():  # noqa: ASYNC110  # nobody tells
                 # Or else another thread has reaped it through `popen`, and is about to say so.
                 await anyio.sleep(pause)
-            self._tell()
+            self._call(self._tell)
 
     def _tell(self) -> None:
         if self.has_ended() and self._exited is not None:
@@ -226,6 +233,7 @@ class PopenChild(Child):
 
     def kill_for_good(self) -> int | None:
         self._exited = None
+        self._waited_for = False
         if self._waiting is not None:
             self._waiting.cancel()
         try:
@@ -263,15 +271,16 @@ class PopenChild(Child):
 class AnyIOChild(Child):
     """A child that AnyIO has made."""
 
-    def __init__(self, process: anyio.abc.Process) -> None:
+    def __init__(self, process: anyio.abc.Process, clock: Callable[[], float]) -> None:
+        self._clock = clock  # The backend's.
         self.handle = process
         self.pid = process.pid
         self._process = process
         self._exited: Exited | None = None
         self.needs_task = True
-        # It lasts as long as the process: whatever is cancelled, the process is reaped.
-        self._waiting = anyio.CancelScope(shield=True)
-        self._let_go = anyio.Event()
+        self._waiting: anyio.CancelScope | None = None  # Around the task, which makes it: it is the backend's.
+        self._deadline = inf  # Of the scope.
+        self._let_go = Event()
         # Anybody may implement AnyIO's interface, for a process that is no child of ours.
         self._is_ours = is_child(self.pid)
 
@@ -279,7 +288,8 @@ class AnyIOChild(Child):
         self._exited = exited
 
     async def run(self, report: Callable[[Exception], None]) -> None:
-        with self._waiting:
+        # It lasts as long as the process: whatever is cancelled, the process is reaped.
+        with anyio.CancelScope(shield=True, deadline=self._deadline) as self._waiting:
             await self._process.wait()
             self.returncode = self._process.returncode
             if self._exited is not None:
@@ -325,11 +335,16 @@ class AnyIOChild(Child):
             except ProcessLookupError:
                 pass  # It has ended; the task is about to learn it.
             except PermissionError:
-                self._waiting.cancel()
+                self._end_at(-inf)
                 return None
             status = KILLED  # The task reaps it; nothing else can have happened to it.
         elif self._process.returncode is None and not is_child(self.pid):
             # A thread of the backend's has reaped it, and is about to say so (asyncio before 3.12); or a stranger has,
             # of which the backend may never hear (uvloop).
-            self._waiting.deadline = anyio.current_time() + TIME_TO_HEAR
+            self._end_at(self._clock() + TIME_TO_HEAR)
         return status
+
+    def _end_at(self, deadline: float) -> None:
+        self._deadline = deadline
+        if self._waiting is not None:
+            self._waiting.deadline = deadline

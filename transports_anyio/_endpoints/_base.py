@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Coroutine
-from functools import wraps
+from functools import partial, wraps
 from inspect import iscoroutinefunction, signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -97,7 +97,8 @@ class Endpoints:
         in_use.add(id(resource))
 
         def report(exc: Exception) -> None:
-            self._core.group.call_exception_handler({"message": f"Closing {name} failed", "exception": exc})
+            context = {"message": f"Closing {name} failed", "exception": exc}
+            self._core.call(self._core.group.call_exception_handler, context)
 
         async def use() -> None:
             try:
@@ -105,7 +106,7 @@ class Endpoints:
             finally:
                 in_use.discard(id(resource))
 
-        self._core.task_group.start_soon(use, name=f"transports_anyio: {name}")
+        self._core.as_backend(partial(self._core.task_group.start_soon, use, name=f"transports_anyio: {name}"))
 
     def _require_unused(self, *resources: object) -> None:
         """Raise `RuntimeError` for an AnyIO object that a transport uses, of whichever group."""

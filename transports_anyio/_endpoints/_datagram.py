@@ -99,7 +99,7 @@ class DatagramEndpoints(Endpoints):
         await anyio.lowlevel.checkpoint()
         self._core.require_open()
         self._require_unused(datagram_socket)
-        channel = AnyIODatagramChannel(datagram_socket)
+        channel = AnyIODatagramChannel(datagram_socket, self._core.live_poller().time)
         make = partial(DatagramTransport, address=channel.remote_address)
         transport, protocol = self._core.make_transport(make, protocol_factory, channel)
         self._run_for(datagram_socket, channel.run)

@@ -136,8 +136,9 @@ class ProcessEndpoints(Endpoints):
         self._require_unused(process, *streams.values())
         door = self._core.door()
         protocol = door.make_protocol(protocol_factory)
-        channels = {fd: AnyIOStreamChannel(stream) for fd, stream in streams.items()}
-        return self._start_child(door, protocol, AnyIOChild(process), channels)
+        clock = self._core.live_poller().time
+        channels = {fd: AnyIOStreamChannel(stream, clock) for fd, stream in streams.items()}
+        return self._start_child(door, protocol, AnyIOChild(process, clock), channels)
 
     async def _spawn(
         self, protocol_factory: Callable[[], ProtocolT], args: Any, **options: Any
@@ -149,7 +150,7 @@ class ProcessEndpoints(Endpoints):
         door = self._core.door()
         protocol = door.make_protocol(protocol_factory)
         popen = start_program(args, options)
-        child = PopenChild(poller, popen)
+        child = PopenChild(poller, popen, self._core.call)
         channels: dict[int, Channel] = {}
         try:
             for fd, pipe in enumerate((popen.stdin, popen.stdout, popen.stderr)):

@@ -64,7 +64,7 @@ class StreamEndpoints(Endpoints):
         )
         if not isinstance(stream, (ByteReceiveStream, ByteSendStream)):
             raise TypeError(f"a ByteStream, ByteReceiveStream or ByteSendStream was expected, got {stream!r}")
-        plain = AnyIOStreamChannel(stream)
+        plain = AnyIOStreamChannel(stream, self._core.live_poller().time)
         if tls is not None and not plain.is_two_way:
             raise TypeError(f"TLS takes a stream of both directions, got {stream!r}")
         await anyio.lowlevel.checkpoint()

@@ -28,17 +28,21 @@ T = TypeVar("T")
 class LoopDoor(Door):
     """The way from a connection into asyncio code, which knows no group."""
 
-    __slots__ = ()
+    __slots__ = ("_core",)
 
-    def __init__(self, group: Any, call_soon: Callable[..., None], leaves: Callable[[BaseException], bool]) -> None:
-        self.group = group
-        self.call_soon = call_soon
-        self.leaves = leaves
+    def __init__(self, core: LoopCore) -> None:
+        self._core = core
+        self.group = core.group
+        self.call_soon = core.call_internal
+        self.leaves = core.leaves
         self.context = copy_context()
         self.run = self.context.run
 
     def call_in_place(self, callback: Callable[..., object], *args: object) -> None:
-        callback(*args)
+        if _get_running_loop() is self.group:
+            callback(*args)
+        else:  # Backend code calls a method of the transport.
+            self._core.call(callback, *args)
 
 
 class LoopCore(Core):
@@ -73,6 +77,8 @@ class LoopCore(Core):
 
     def as_backend(self, function: Callable[..., T], *args: Any) -> T:
         """Return `function(*args)`, called by asyncio code, as backend code."""
+        if not self._running:
+            return function(*args)
         before = (_get_running_loop(), library.name, sys.get_asyncgen_hooks())
         self._leave(self._outside)
         try:
@@ -173,7 +179,7 @@ class LoopCore(Core):
     # What a group does in another way
 
     def door(self) -> Door:
-        return LoopDoor(self.group, self.call_internal, self.leaves)
+        return LoopDoor(self)
 
     def context_for(self, callback: object, given: Context | None) -> Context:
         return copy_context() if given is None else given

@@ -21,9 +21,15 @@ class Handle(asyncio.Handle):
 
     __slots__ = ()
 
-    # asyncio's, which its annotations leave out.
+    # Instead of an attribute of each: it is cancelled when its callback is gone.
+    _repr = None
+    _source_traceback = None
     _callback: Any
     _context: Context
+
+    @property
+    def _cancelled(self) -> bool:  # type: ignore[override]  # asyncio sets it, in what is overridden here
+        return self._callback is None
 
     def __init__(
         self,
@@ -36,15 +42,19 @@ class Handle(asyncio.Handle):
         self._args = args
         self._loop = loop
         self._context = copy_context() if context is None else context
-        self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
+
+    def cancel(self) -> None:
+        """Do not run the callback. Does nothing if it has run, or was cancelled before."""
+        self._callback = None
+        self._args = ()
 
     def __call__(self) -> None:
         """Run the callback, unless it was cancelled; the caller reports what it raises."""
-        if not self._cancelled:
-            self._context.run(self._callback, *self._args)
-        del self  # The traceback of an exception that a task keeps has this frame behind it: no cycle.
+        args = self._args  # First: another thread that cancels takes the callback away before them.
+        callback = self._callback
+        if callback is not None:
+            self._context.run(callback, *args)
+        del self, callback, args  # The traceback of an exception that a task keeps has this frame behind it: no cycle.
 
 
 class ThreadSafeHandle(Handle):
@@ -77,8 +87,16 @@ class TimerHandle(asyncio.TimerHandle):
 
     __slots__ = ("_entry", "_timers")
 
+    # As for `Handle`.
+    _repr = None
+    _source_traceback = None
+    _scheduled = True
     _callback: Any
     _context: Context
+
+    @property
+    def _cancelled(self) -> bool:  # type: ignore[override]  # asyncio sets it, in what is overridden here
+        return self._callback is None
 
     def __init__(
         self,
@@ -93,28 +111,27 @@ class TimerHandle(asyncio.TimerHandle):
         self._args = args
         self._loop = loop
         self._context = copy_context() if context is None else context
-        self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
         self._when = when
-        self._scheduled = True
         self._timers = timers
         self._entry = timers.push(when, self)
 
+    def cancel(self) -> None:
+        """Do not run the callback. Does nothing if it has run, or was cancelled before."""
+        self._callback = None
+        self._args = ()
+        self._timers.cancel(self._entry)
+
     def __call__(self) -> None:
         """Run the callback, unless it was cancelled; the caller reports what it raises."""
-        if not self._cancelled:
+        if self._callback is not None:
             self._context.run(self._callback, *self._args)
         del self  # The traceback of an exception that a task keeps has this frame behind it: no cycle.
 
-    def cancel(self) -> None:
-        """Do not run the callback. Does nothing if it has run, or was cancelled before."""
-        self._timers.cancel(self._entry)
-        asyncio.Handle.cancel(self)
 
-
-def run_timed(handle: Handle | TimerHandle) -> None:
-    """Run the callback of `handle`, and log a warning if that takes too long."""
+def run_timed(handle: DebugHandle | DebugTimerHandle) -> None:
+    """Run the callback of `handle`, unless it was cancelled, and log a warning if that takes too long."""
+    if handle.cancelled():
+        return
     loop = handle._loop  # noqa: SLF001
     start = loop.time()
     try:
@@ -125,16 +142,20 @@ def run_timed(handle: Handle | TimerHandle) -> None:
             logger.warning("Executing %s took %.3f seconds", described(handle), duration)
 
 
-def described(handle: Handle | TimerHandle) -> str:
+def described(handle: DebugHandle | DebugTimerHandle) -> str:
     """Return the task whose step `handle` is, or else the handle, as asyncio does."""
     task = getattr(handle._callback, "__self__", None)  # noqa: SLF001
     return repr(task if isinstance(task, asyncio.Task) else handle)
 
 
-class DebugHandle(ThreadSafeHandle):
-    """A callback that knows where it was made, and whose duration is looked at."""
+class DebugHandle(asyncio.Handle):
+    """A callback that knows where it was made, and whose duration is looked at. Another thread may cancel it."""
 
-    __slots__ = ()
+    __slots__ = ("_lock",)
+
+    _callback: Any
+    _context: Context
+    _loop: Any
 
     def __init__(
         self,
@@ -143,19 +164,26 @@ class DebugHandle(ThreadSafeHandle):
         loop: asyncio.AbstractEventLoop,
         context: Context | None,
     ) -> None:
-        asyncio.Handle.__init__(self, callback, args, loop, context)
+        super().__init__(callback, args, loop, context)
         self._lock = RLock()
+
+    def cancel(self) -> None:
+        with self._lock:
+            super().cancel()
 
     def __call__(self) -> None:
         with self._lock:
-            if not self._cancelled:
-                run_timed(self)
+            run_timed(self)
 
 
-class DebugTimerHandle(TimerHandle):
+class DebugTimerHandle(asyncio.TimerHandle):
     """A callback at a time that knows where it was made, and whose duration is looked at."""
 
-    __slots__ = ()
+    __slots__ = ("_entry", "_timers")
+
+    _callback: Any
+    _context: Context
+    _loop: Any
 
     def __init__(
         self,
@@ -166,11 +194,14 @@ class DebugTimerHandle(TimerHandle):
         context: Context | None,
         timers: Timers,
     ) -> None:
-        asyncio.TimerHandle.__init__(self, when, callback, args, loop, context)
+        super().__init__(when, callback, args, loop, context)
         self._scheduled = True
         self._timers = timers
         self._entry = timers.push(when, self)
 
+    def cancel(self) -> None:
+        self._timers.cancel(self._entry)
+        super().cancel()
+
     def __call__(self) -> None:
-        if not self._cancelled:
-            run_timed(self)
+        run_timed(self)

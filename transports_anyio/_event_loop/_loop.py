@@ -68,11 +68,13 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
 
     _called_as = "loop.{}"
 
+    _poller: Poller  # Since it was opened.
+
     def __init__(self, backend: ModuleType) -> None:
         self._core: LoopCore = LoopCore(self)
         self._trio = backend
         self._spawner: Any = backend.Spawner()
-        self._ready = self._core.ready
+        self._append = self._core.ready.append
         self._timers = self._core.timers
         super().__init__()
         self._closed = False
@@ -87,18 +89,15 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             bool(sys.flags.dev_mode or (not sys.flags.ignore_environment and os.environ.get("PYTHONASYNCIODEBUG")))
         )
 
-    @property
-    def _poller(self) -> Poller:
-        return self._core.live_poller()
-
     async def _open(self, stack: AsyncExitStack) -> None:
         """Begin to run, until `stack` is left."""
         core = self._core
         await core.enter(stack)
         await self._spawner.enter(stack)
         core.opened()
-        poller = core.live_poller()
+        self._poller = poller = core.live_poller()
         poller.loop = self
+        poller.as_backend = core.as_backend
         self.time = poller.time  # type: ignore[method-assign]  # without the cost of a call
         core.call(anyio.get_cancelled_exc_class)  # Loads AnyIO's asyncio backend, which takes long, not in a turn.
 
@@ -126,17 +125,13 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_soon
         """
-        core = self._core
-        if not core.alive:
-            raise core.not_open()
-        if self._debug:
-            self._check_thread()
-            check_callback(callback, "call_soon")
+        if self._checks:
+            self._check(callback, "call_soon")
         handle = self._new_handle(callback, args, self, context)
-        self._ready.append(handle)
-        poller = core.poller
-        if poller.waiting:  # type: ignore[union-attr]  # it is alive
-            poller.wake()  # type: ignore[union-attr]
+        self._append(handle)
+        poller = self._poller
+        if poller.waiting:
+            poller.wake()
         return handle
 
     def call_soon_threadsafe(  # type: ignore[override]  # as `call_soon`
@@ -154,7 +149,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         handle = (DebugHandle if self._debug else ThreadSafeHandle)(callback, args, self, context)
         with core.handing_over:
             poller = core.require_alive("call_soon_threadsafe")
-            self._ready.append(handle)
+            self._append(handle)
         poller.wake_threadsafe()
         return handle
 
@@ -178,17 +173,13 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         """
         if when is None:
             raise TypeError("when cannot be None")
-        core = self._core
-        if not core.alive:
-            raise core.not_open()
-        if self._debug:
-            self._check_thread()
-            check_callback(callback, "call_at")
+        if self._checks:
+            self._check(callback, "call_at")
         timers = self._timers
         handle = self._new_timer_handle(when, callback, args, self, context, timers)
-        poller = core.poller
-        if poller.waiting and timers.next_deadline() == when:  # type: ignore[union-attr]  # it is alive
-            poller.wait_until(when)  # type: ignore[union-attr]
+        poller = self._poller
+        if poller.waiting and timers.next_deadline() == when:
+            poller.wait_until(when)
         return handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
@@ -200,9 +191,13 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     def _run_handle(self, handle: Any) -> None:
         self._core.run_callback(handle)
 
-    def _check_thread(self) -> None:
+    def _check(self, callback: object, method: str) -> None:
+        """Raise `RuntimeError` and `TypeError` for what cannot be scheduled: when closed, and in debug mode."""
+        if not self._core.alive:
+            raise self._core.not_open()
         if get_ident() != self._core.thread:
             raise RuntimeError("Non-thread-safe operation invoked on an event loop other than the current one")
+        check_callback(callback, method)
 
     # Futures and tasks
 
@@ -360,8 +355,9 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.set_debug
         """
         self._debug = enabled
-        self._new_handle: Callable[..., Handle] = DebugHandle if enabled else Handle
-        self._new_timer_handle: Callable[..., TimerHandle] = DebugTimerHandle if enabled else TimerHandle
+        self._checks = enabled or self._closed  # In one, for the calls that are made most often.
+        self._new_handle: type[Handle | DebugHandle] = DebugHandle if enabled else Handle
+        self._new_timer_handle: type[TimerHandle | DebugTimerHandle] = DebugTimerHandle if enabled else TimerHandle
 
     # Asynchronous generators
 
@@ -446,7 +442,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         self._remove_readers()
         with core.handing_over:
             core.open = core.alive = False
-        self._closed = True
+        self._closed = self._checks = True
         core.ready.clear()
         core.timers.clear()
 
