@@ -27,7 +27,7 @@ PEERS = ("asyncio", "uvloop", "ours/trio", "trio-asyncio")
 OURS = "ours/trio"
 CONNECTIONS = 16
 #: Seconds without a byte after which an answer is over.
-QUIET = 0.2
+QUIET = 0.5
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 UPGRADE = (

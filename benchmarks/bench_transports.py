@@ -236,6 +236,7 @@ class Bench:
             load.stdin.write("\n")
             load.stdin.flush()
             answers = int(load.stdout.readline().split()[0])
+            assert answers, "no answer came"
             spent = processor_time(pid) - before
             user, system = (now - then for now, then in zip(clock_ticks(pid), ticks, strict=True))
         wait_until_quiet(pid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
@@ -22,6 +23,10 @@ HEADERS = [(b"content-type", b"text/plain"), (b"content-length", str(len(BODY)).
 
 async def hello(scope: Any, receive: Receive, send: Send) -> None:
     """An ASGI application that needs no library."""
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            await send({"type": f"{message['type']}.complete"})
     await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
     await send({"type": "http.response.body", "body": BODY})
 
@@ -30,7 +35,7 @@ async def hello_from_trio(scope: Any, receive: Receive, send: Send) -> None:
     """An ASGI application that needs trio."""
     import trio
 
-    with trio.fail_after(10):
+    with trio.fail_after(10 if scope["type"] == "http" else math.inf):
         await trio.lowlevel.checkpoint()
         await hello(scope, receive, send)
 
