@@ -14,9 +14,8 @@ from contextlib import asynccontextmanager
 import anyio
 import anyio.lowlevel
 import pytest
-from support import GUARD, BaseExceptionGroup, turns, until
+from support import GUARD, turns, until
 
-import transports_anyio
 from transports_anyio import from_asyncio, open_event_loop, to_asyncio
 
 if sys.version_info < (3, 11):
@@ -25,7 +24,7 @@ if sys.version_info < (3, 11):
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
 
-class Mistake(Exception):
+class MistakeError(Exception):
     pass
 
 
@@ -74,7 +73,7 @@ async def test_many_tasks_of_the_backend_use_the_loop_at_once(anyio_backend):
 
 
 async def test_an_exception_is_the_same_object(anyio_backend):
-    mistake = Mistake()
+    mistake = MistakeError()
 
     async def fail(*, wait):
         if wait:
@@ -83,13 +82,13 @@ async def test_an_exception_is_the_same_object(anyio_backend):
 
     async with open_event_loop():
         for wait in (False, True):
-            with pytest.raises(Mistake) as caught:
+            with pytest.raises(MistakeError) as caught:
                 await to_asyncio.run(lambda wait=wait: fail(wait=wait))
             assert caught.value is mistake
 
 
 async def test_a_group_of_exceptions_is_the_same_object(anyio_backend):
-    group = ExceptionGroup("several", [Mistake(), ValueError()])
+    group = ExceptionGroup("several", [MistakeError(), ValueError()])
 
     async def fail():
         raise group
@@ -173,10 +172,10 @@ async def test_something_else_that_is_raised_after_a_cancellation(anyio_backend)
         try:
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
-            raise Mistake from None
+            raise MistakeError from None
 
     async with open_event_loop():
-        with pytest.raises(Mistake), anyio.move_on_after(0.01):
+        with pytest.raises(MistakeError), anyio.move_on_after(0.01):
             await to_asyncio.run(fail)
 
 
@@ -248,13 +247,13 @@ async def test_run_sync_calls_at_once_with_the_loop_running(anyio_backend):
 
 
 async def test_run_sync_raises_the_same_object(anyio_backend):
-    mistake = Mistake()
+    mistake = MistakeError()
 
     def fail():
         raise mistake
 
     async with open_event_loop():
-        with pytest.raises(Mistake) as caught:
+        with pytest.raises(MistakeError) as caught:
             to_asyncio.run_sync(fail)
         assert caught.value is mistake
 
@@ -305,15 +304,15 @@ async def test_a_context_manager_is_entered_and_left_in_one_task(anyio_backend):
 
 async def test_a_context_manager_sees_what_the_block_raises(anyio_backend):
     events = []
-    mistake = Mistake()
+    mistake = MistakeError()
     async with open_event_loop():
-        with pytest.raises(Mistake) as caught:
+        with pytest.raises(MistakeError) as caught:
             async with to_asyncio.wrap_async_context_manager(manager(events)):
                 raise mistake
         assert caught.value is mistake
-        async with to_asyncio.wrap_async_context_manager(manager(events, suppress=Mistake)):
+        async with to_asyncio.wrap_async_context_manager(manager(events, suppress=MistakeError)):
             raise mistake
-    assert events == ["entered", "left", "entered", "Mistake()", "left"]
+    assert events == ["entered", "left", "entered", "MistakeError()", "left"]
 
 
 async def test_a_context_manager_whose_block_is_cancelled(anyio_backend):
@@ -330,11 +329,11 @@ async def test_a_context_manager_that_fails_to_enter(anyio_backend):
     @asynccontextmanager
     async def failing():
         await asyncio.sleep(0)
-        raise Mistake
+        raise MistakeError
         yield
 
     async with open_event_loop():
-        with pytest.raises(Mistake):
+        with pytest.raises(MistakeError):
             async with to_asyncio.wrap_async_context_manager(failing()):
                 raise AssertionError("not reached")
 
@@ -343,10 +342,10 @@ async def test_a_context_manager_that_fails_to_leave(anyio_backend):
     @asynccontextmanager
     async def failing():
         yield
-        raise Mistake
+        raise MistakeError
 
     async with open_event_loop():
-        with pytest.raises(Mistake):
+        with pytest.raises(MistakeError):
             async with to_asyncio.wrap_async_context_manager(failing()):
                 pass
 
@@ -428,16 +427,16 @@ async def test_a_backend_function_goes_back_to_asyncio(anyio_backend):
 
 
 async def test_a_backend_functions_exception_is_the_same_object(anyio_backend):
-    mistake = Mistake()
+    mistake = MistakeError()
 
     async def fail():
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         raise mistake
 
     async def ask():
         try:
             await from_asyncio.run(fail)
-        except Mistake as exc:
+        except MistakeError as exc:
             return exc
 
     async with open_event_loop():
@@ -549,10 +548,10 @@ async def test_a_backend_function_that_raises_something_else_when_it_is_cancelle
         try:
             await anyio.sleep(3600)
         except BaseException:
-            raise Mistake from None
+            raise MistakeError from None
 
     async def ask():
-        with pytest.raises(Mistake):
+        with pytest.raises(MistakeError):
             await asyncio.wait_for(from_asyncio.run(fail), 0.01)
 
     async with open_event_loop():
@@ -590,12 +589,12 @@ async def test_run_sync_from_asyncio_calls_as_backend_code(anyio_backend):
         loop = asyncio.get_running_loop()
         assert abs(from_asyncio.run_sync(look) - loop.time()) < GUARD
         assert asyncio.get_running_loop() is loop
-        mistake = Mistake()
+        mistake = MistakeError()
 
         def fail():
             raise mistake
 
-        with pytest.raises(Mistake) as caught:
+        with pytest.raises(MistakeError) as caught:
             from_asyncio.run_sync(fail)
         assert caught.value is mistake
         assert asyncio.get_running_loop() is loop
@@ -723,11 +722,11 @@ async def test_a_failed_crossing_leaves_no_cycle(anyio_backend):
     alive = weakref.ref(thing)
 
     async def fail(thing):
-        raise Mistake
+        raise MistakeError
 
     async def fail_in_backend(thing):
-        await anyio.sleep(0)
-        raise Mistake
+        await anyio.lowlevel.checkpoint()
+        raise MistakeError
 
     async def ask(thing):
         await from_asyncio.run(fail_in_backend, thing)
@@ -739,13 +738,10 @@ async def test_a_failed_crossing_leaves_no_cycle(anyio_backend):
             for function in (fail, ask):
                 try:
                     await to_asyncio.run(function, thing)
-                except Mistake:
+                except MistakeError:
                     pass
             del thing
             await turns()
             assert alive() is None
         finally:
             gc.enable()
-
-
-__all__ = ["BaseExceptionGroup", "transports_anyio"]

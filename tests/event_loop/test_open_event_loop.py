@@ -1,0 +1,630 @@
+"""How an event loop is opened, and how it ends: each row of what must happen then, on every backend."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from contextlib import asynccontextmanager
+
+import anyio
+import anyio.lowlevel
+import pytest
+from support import BaseExceptionGroup, Recorder, turns, until
+
+from transports_anyio import TransportGroup, current_group, from_asyncio, open_event_loop, run_asyncio, to_asyncio
+
+
+class MistakeError(Exception):
+    pass
+
+
+def only_trio(anyio_backend) -> None:
+    if anyio_backend[0] != "trio":
+        pytest.skip("there the running event loop is yielded, and goes on")
+
+
+@asynccontextmanager
+async def reported(loop):
+    """What the exception handler is given; the test runner has one of its own on asyncio."""
+    reports = []
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: reports.append(context))
+    try:
+        yield reports
+    finally:
+        loop.set_exception_handler(before)
+
+
+async def start(function, *args):
+    """Start an asyncio task and return it."""
+    return to_asyncio.run_sync(lambda: asyncio.get_running_loop().create_task(function(*args)))
+
+
+# -- opening
+
+
+async def test_it_is_an_asyncio_event_loop(anyio_backend):
+    async with open_event_loop() as loop:
+        assert isinstance(loop, asyncio.AbstractEventLoop)
+        assert loop.is_running()
+        assert not loop.is_closed()
+        assert to_asyncio.run_sync(asyncio.get_running_loop) is loop
+    if anyio_backend[0] == "trio":
+        assert loop.is_closed()
+        assert not loop.is_running()
+
+
+async def test_on_asyncio_it_is_the_running_one(anyio_backend):
+    async with open_event_loop() as loop:
+        if anyio_backend[0] == "trio":
+            with pytest.raises(RuntimeError):
+                asyncio.get_running_loop()
+        else:
+            assert loop is asyncio.get_running_loop()
+
+
+async def test_inside_asyncio_code_it_is_the_running_one(anyio_backend):
+    async def inside(loop):
+        async with open_event_loop() as running:
+            assert running is loop
+        assert not loop.is_closed()
+
+    async with open_event_loop() as loop:
+        await to_asyncio.run(inside, loop)
+
+
+async def test_inside_backend_code_of_asyncio_code_it_is_another_one(anyio_backend):
+    """It ends with its own block."""
+
+    async def inside(outer):
+        async with open_event_loop() as loop:
+            result = await to_asyncio.run(asyncio.sleep, 0.001, 5)
+            different = loop is not outer
+        return result, different
+
+    async def ask(loop):
+        return await from_asyncio.run(inside, loop)
+
+    async with open_event_loop() as loop:
+        assert await to_asyncio.run(ask, loop) == (5, anyio_backend[0] == "trio")
+        assert await to_asyncio.run(asyncio.sleep, 0, 6) == 6
+
+
+async def test_two_event_loops_in_one_run(anyio_backend):
+    only_trio(anyio_backend)
+    found = []
+
+    async def use(number):
+        async with open_event_loop() as loop:
+            found.append(loop)
+            for _ in range(20):
+                assert await to_asyncio.run(asyncio.sleep, 0.001, number) == number
+                assert to_asyncio.run_sync(asyncio.get_running_loop) is loop
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(use, 1)
+        tasks.start_soon(use, 2)
+    assert found[0] is not found[1]
+
+
+async def test_one_event_loop_inside_another(anyio_backend):
+    only_trio(anyio_backend)
+    async with open_event_loop() as outer:
+        async with open_event_loop() as inner:
+            assert to_asyncio.run_sync(asyncio.get_running_loop) is inner
+        assert to_asyncio.run_sync(asyncio.get_running_loop) is outer
+        assert await to_asyncio.run(asyncio.sleep, 0.001, 5) == 5
+
+
+async def test_no_group_is_current_in_asyncio_code(anyio_backend):
+    def look():
+        with pytest.raises(RuntimeError, match="no transport group is current"):
+            current_group()
+
+    async with open_event_loop() as loop:
+        to_asyncio.run_sync(look)
+
+        async def connect():
+            server = await loop.create_server(lambda: Recorder(on_connection_made=lambda *_: look()), "127.0.0.1", 0)
+            address = server.sockets[0].getsockname()
+            transport, protocol = await loop.create_connection(
+                lambda: Recorder(on_connection_lost=lambda *_: look()), *address[:2]
+            )
+            transport.close()
+            await protocol.wait_for("connection_lost")
+            server.close()
+
+        await to_asyncio.run(connect)
+
+
+async def test_a_group_in_asyncio_code(anyio_backend):
+    """Its poller is a reader of the event loop."""
+
+    async def use():
+        echo = Recorder(on_data_received=lambda self, data: self.transport.write(data))
+        async with TransportGroup() as group:
+            server = await group.create_server(lambda: echo, "127.0.0.1", 0)
+            transport, protocol = await group.create_connection(Recorder, *server.sockets[0].getsockname()[:2])
+            transport.write(b"hello")
+            assert await protocol.wait_received(5) == b"hello"
+            called = asyncio.Event()
+            group.call_later(0.01, called.set)
+            await called.wait()
+            transport.close()
+            server.close()
+
+    async with open_event_loop():
+        await to_asyncio.run(use)
+
+
+async def test_a_group_beside_it(anyio_backend):
+    """Backend code's group, whose transports asyncio code may write to."""
+    async with TransportGroup() as group, open_event_loop():
+        server = await group.create_server(
+            lambda: Recorder(on_data_received=lambda self, data: self.transport.write(data)), "127.0.0.1", 0
+        )
+        transport, protocol = await group.create_connection(Recorder, *server.sockets[0].getsockname()[:2])
+
+        async def write():
+            transport.write(b"hello")
+            task_done = asyncio.Event()
+
+            async def work():
+                task_done.set()
+
+            group.start_soon(work) if anyio_backend[0] != "trio" else None
+            transport.set_write_buffer_limits(0)
+            await asyncio.sleep(0)
+
+        await to_asyncio.run(write)
+        assert await protocol.wait_received(5) == b"hello"
+        to_asyncio.run_sync(transport.close)
+        await protocol.wait_for("connection_lost")
+
+
+# -- the end
+
+
+async def test_tasks_are_cancelled_and_waited_for(anyio_backend):
+    only_trio(anyio_backend)
+    events = []
+
+    async def work():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.001)
+            events.append("cleaned up")
+
+    async with open_event_loop():
+        task = await start(work)
+    assert events == ["cleaned up"]
+    assert task.cancelled()
+
+
+async def test_cancelled_from_outside(anyio_backend):
+    only_trio(anyio_backend)
+    events = []
+    protocols = []
+
+    async def work():
+        loop = asyncio.get_running_loop()
+
+        def lost(self, exc):
+            assert asyncio.get_running_loop() is loop
+            events.append("lost")
+
+        def factory():
+            protocol = Recorder(on_connection_lost=lost)
+            protocols.append(protocol)
+            return protocol
+
+        server = await loop.create_server(factory, "127.0.0.1", 0)
+        await loop.create_connection(factory, *server.sockets[0].getsockname()[:2])
+        await until_made(2)
+        begun.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.001)
+            events.append("cleaned up")
+
+    async def until_made(count):
+        while sum(protocol.state == "open" for protocol in protocols) < count:
+            await asyncio.sleep(0.001)
+
+    begun = threading.Event()
+    with anyio.CancelScope() as scope:
+        async with open_event_loop():
+            await start(work)
+            await until(begun.is_set)
+            scope.cancel()
+            await anyio.sleep(3600)
+    assert scope.cancelled_caught
+    assert events == ["cleaned up", "lost", "lost"]
+
+
+async def test_what_is_written_is_flushed_when_the_block_ends(anyio_backend):
+    only_trio(anyio_backend)
+    data = bytes(3_000_000)
+    received = bytearray()
+    async with TransportGroup() as group:
+        server = await group.create_server(
+            lambda: Recorder(on_data_received=lambda _, data: received.extend(data)), "127.0.0.1", 0
+        )
+        async with open_event_loop() as loop:
+
+            async def send():
+                transport, _ = await loop.create_connection(asyncio.Protocol, *server.sockets[0].getsockname()[:2])
+                transport.write(data)
+
+            await to_asyncio.run(send)
+        await until(lambda: len(received) == len(data))
+
+
+async def test_a_cancellation_ends_the_flush(anyio_backend):
+    only_trio(anyio_backend)
+    lost = []
+    async with TransportGroup() as group:
+        server = await group.create_server(
+            lambda: Recorder(on_connection_made=lambda _, transport: transport.pause_reading()), "127.0.0.1", 0
+        )
+        with anyio.move_on_after(0.05) as scope:
+            async with open_event_loop() as loop:
+
+                async def send():
+                    transport, _ = await loop.create_connection(
+                        lambda: Recorder(on_connection_lost=lambda _, exc: lost.append(exc)),
+                        *server.sockets[0].getsockname()[:2],
+                    )
+                    transport.write(bytes(30_000_000))
+
+                await to_asyncio.run(send)
+        assert scope.cancelled_caught
+        assert lost == [None]
+        for transport in tuple(group._core.transports):
+            transport.abort()
+
+
+async def test_what_the_block_raises_comes_out_as_itself(anyio_backend):
+    mistake = MistakeError()
+    for error in (mistake, BaseExceptionGroup("group", [mistake])):
+        with pytest.raises(type(error)) as caught:
+            async with open_event_loop():
+                await to_asyncio.run(asyncio.sleep, 0)
+                raise error
+        assert caught.value is error
+
+
+async def test_the_order_at_the_end(anyio_backend):
+    only_trio(anyio_backend)
+    order = []
+
+    async def generate():
+        try:
+            yield 1
+        finally:
+            order.append("generator")
+
+    async def work():
+        loop = asyncio.get_running_loop()
+        generator = generate()
+        keep.append(generator)
+        await generator.asend(None)
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+        address = server.sockets[0].getsockname()[:2]
+
+        async def late():
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                order.append("started by connection_lost")
+
+        def lost(*_):
+            order.append("connection_lost")
+            keep.append(loop.create_task(late()))
+            loop.call_soon(loop.call_soon, order.append, "callback")
+
+        await loop.create_connection(lambda: Recorder(on_connection_lost=lost), *address)
+        loop.run_in_executor(None, str)
+        loop.add_signal_handler(signal.SIGUSR1, str)
+        try:
+            begun.set()
+            await asyncio.sleep(3600)
+        finally:
+            order.append("task")
+
+    import signal
+
+    keep: list[object] = []
+    begun = threading.Event()
+    before = signal.getsignal(signal.SIGUSR1)
+    async with open_event_loop() as loop:
+        await start(work)
+        await until(begun.is_set)
+    assert order[:2] == ["task", "connection_lost"]
+    assert order.index("started by connection_lost") < order.index("generator")
+    assert "callback" in order
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert loop.is_closed()
+    for call in (loop.call_soon, loop.call_soon_threadsafe):
+        with pytest.raises(RuntimeError, match="Event loop is closed"):
+            call(str)
+    with pytest.raises(RuntimeError, match="Event loop is closed"):
+        loop.call_later(0, str)
+    with pytest.raises(RuntimeError, match="Event loop is closed"):
+        loop.run_until_complete(None)
+    coroutine = asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="Event loop is closed"):
+        loop.create_task(coroutine)
+    coroutine.close()
+    loop.close()
+
+
+async def test_a_callback_that_schedules_itself_for_ever_does_not_hold_the_end_up(anyio_backend):
+    only_trio(anyio_backend)
+    async with open_event_loop() as loop:
+
+        def again():
+            loop.call_soon(again)
+
+        to_asyncio.run_sync(again)
+        await turns()
+
+
+async def test_a_task_that_fails_when_it_is_cancelled_is_reported(anyio_backend):
+    only_trio(anyio_backend)
+    reports = []
+
+    async def fail():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            raise MistakeError
+
+    async with open_event_loop() as loop:
+        loop.set_exception_handler(lambda _, context: reports.append(context))
+        await start(fail)
+        await to_asyncio.run(asyncio.sleep, 0)
+    assert [type(report["exception"]) for report in reports] == [MistakeError]
+
+
+# -- errors
+
+
+async def test_a_callback_that_fails_goes_to_the_exception_handler(anyio_backend):
+    async with open_event_loop() as loop, reported(loop) as reports:
+
+        def fail(exc):
+            raise exc
+
+        for error in (MistakeError(), asyncio.CancelledError()):
+            to_asyncio.run_sync(loop.call_soon, fail, error)
+        to_asyncio.run_sync(loop.call_later, 0, fail, MistakeError())
+        await until(lambda: len(reports) >= 2)
+        await until(lambda: len([r for r in reports if isinstance(r["exception"], MistakeError)]) == 2)
+        assert all("handle" in report for report in reports)
+
+
+async def test_a_protocol_that_raises_a_cancelled_error_is_reported(anyio_backend):
+    async with open_event_loop() as loop, reported(loop) as reports:
+
+        def fail(*_):
+            raise asyncio.CancelledError
+
+        async def connect():
+            server = await loop.create_server(lambda: Recorder(on_data_received=fail), "127.0.0.1", 0)
+            transport, protocol = await loop.create_connection(Recorder, *server.sockets[0].getsockname()[:2])
+            transport.write(b"x")
+            await protocol.wait_for("connection_lost")
+            server.close()
+
+        await to_asyncio.run(connect)
+        assert [type(report["exception"]) for report in reports] == [asyncio.CancelledError]
+
+
+async def test_a_background_task_that_fails_is_logged_by_asyncio(anyio_backend, caplog):
+    async def fail():
+        raise MistakeError
+
+    async with open_event_loop() as loop, reported(loop):
+        loop.set_exception_handler(None)
+        with caplog.at_level(logging.ERROR, "asyncio"):
+            await start(fail)
+            await until(lambda: caplog.records)
+        assert caplog.records[0].name == "asyncio"
+        assert "Task exception was never retrieved" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("where", ["callback", "timer", "task", "protocol", "reader", "signal"])
+def test_what_ends_the_program_is_raised_as_itself_after_the_clean_ups(request, kind, where):
+    backends = request.config.getoption("--backend") or ["asyncio", "uvloop", "trio"]
+    for backend in backends:
+        # What uvloop does is its own, and asyncio itself leaves transports and readers open.
+        if backend == "trio" or (backend == "asyncio" and where in {"callback", "task"}):
+            ends_the_program(kind, where, backend)
+
+
+def ends_the_program(kind, where, backend):
+    import signal
+    import socket
+
+    events = []
+    error = kind(3)
+
+    async def main():
+        loop = asyncio.get_running_loop()
+
+        def fail(*_):
+            raise error
+
+        async def work():
+            fail()
+
+        ours, theirs = socket.socketpair()
+        try:
+            match where:
+                case "callback":
+                    loop.call_soon(fail)
+                case "timer":
+                    loop.call_later(0, fail)
+                case "task":
+                    keep = loop.create_task(work())
+                    events.append(keep)
+                case "protocol":
+                    theirs.send(b"x")
+                    await loop.create_connection(lambda: Recorder(on_data_received=fail), sock=ours)
+                case "reader":
+                    theirs.send(b"x")
+                    ours.setblocking(False)
+                    loop.add_reader(ours, fail)
+                case "signal":
+                    loop.add_signal_handler(signal.SIGUSR1, fail)
+                    signal.raise_signal(signal.SIGUSR1)
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                await asyncio.sleep(0.001)
+                events.append("cleaned up")
+        finally:
+            if where == "reader":
+                loop.remove_reader(ours)
+            if where != "protocol":
+                ours.close()
+            theirs.close()
+
+    name, options = {
+        "asyncio": ("asyncio", {"use_uvloop": False}),
+        "uvloop": ("asyncio", {"use_uvloop": True}),
+        "trio": ("trio", {}),
+    }[backend]
+    if backend != "asyncio":
+        pytest.importorskip(backend)
+    with pytest.raises(kind) as caught:
+        run_asyncio(main, backend=name, backend_options=options)
+    if backend == "trio":
+        assert caught.value is error
+        assert events[-1] == "cleaned up"
+
+
+async def test_an_exception_handler_that_raises_is_logged(anyio_backend, caplog):
+    only_trio(anyio_backend)
+
+    def fail(*_):
+        raise MistakeError
+
+    async with open_event_loop() as loop:
+        loop.set_exception_handler(fail)
+        with caplog.at_level(logging.ERROR, "asyncio"):
+            to_asyncio.run_sync(loop.call_soon, fail)
+            await until(lambda: caplog.records)
+    assert "Unhandled error in exception handler" in caplog.text
+
+
+# -- run_asyncio
+
+
+def run_everywhere(request):
+    names = request.config.getoption("--backend") or ["asyncio", "uvloop", "trio"]
+    for name in names:
+        if name != "asyncio":
+            pytest.importorskip(name)
+        yield ("trio", {}) if name == "trio" else ("asyncio", {"use_uvloop": name == "uvloop"})
+
+
+def test_run_asyncio_returns_and_raises_what_the_function_does(request):
+    async def work(value):
+        await asyncio.sleep(0.001)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    for backend, options in run_everywhere(request):
+        assert run_asyncio(work, 5, backend=backend, backend_options=options) == 5
+        error = MistakeError()
+        with pytest.raises(MistakeError) as caught:
+            run_asyncio(work, error, backend=backend, backend_options=options)
+        assert caught.value is error
+
+
+def test_run_asyncio_of_a_task_that_is_cancelled(request):
+    async def cancelled():
+        asyncio.current_task().cancel()
+        await asyncio.sleep(0)
+
+    for backend, options in run_everywhere(request):
+        with pytest.raises(asyncio.CancelledError):
+            run_asyncio(cancelled, backend=backend, backend_options=options)
+
+
+def test_run_asyncio_uses_trio_unless_told_otherwise():
+    pytest.importorskip("trio")
+
+    async def look():
+        import trio
+
+        return from_asyncio.run_sync(trio.lowlevel.in_trio_run)
+
+    assert run_asyncio(look)
+
+
+def test_run_asyncio_with_a_mock_clock():
+    trio_testing = pytest.importorskip("trio.testing")
+
+    async def sleep():
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        await asyncio.sleep(3600)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), 3600)
+        return loop.time() - start
+
+    clock = trio_testing.MockClock(autojump_threshold=0)
+    assert 7200 <= run_asyncio(sleep, backend_options={"clock": clock}) < 7201
+
+
+def test_in_guest_mode_the_event_loop_of_the_host_is_not_ours():
+    """trio's tasks run in callbacks of the host's event loop, and an event loop of ours runs beside it."""
+    trio = pytest.importorskip("trio")
+
+    async def in_trio():
+        async with open_event_loop() as loop:
+            assert await to_asyncio.run(asyncio.sleep, 0.001, 5) == 5
+            assert to_asyncio.run_sync(asyncio.get_running_loop) is loop
+            host = asyncio.get_running_loop()
+            assert host is not loop
+
+            async def connect():
+                server = await asyncio.start_server(lambda r, w: w.close(), "127.0.0.1", 0)
+                reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+                assert await reader.read() == b""
+                writer.close()
+                server.close()
+                assert asyncio.get_running_loop() is loop
+
+            await to_asyncio.run(connect)
+            assert asyncio.get_running_loop() is host
+        return loop
+
+    async def host():
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+        trio.lowlevel.start_guest_run(
+            in_trio,
+            run_sync_soon_threadsafe=loop.call_soon_threadsafe,
+            done_callback=ended.set_result,
+            host_uses_signal_set_wakeup_fd=True,
+        )
+        outcome = await ended
+        return outcome.unwrap()
+
+    loop = asyncio.run(host())
+    assert loop.is_closed()
+
+
+def test_where_neither_an_event_loop_nor_trio_runs():
+    coroutine = open_event_loop().__aenter__()
+    with pytest.raises(RuntimeError):
+        coroutine.send(None)
