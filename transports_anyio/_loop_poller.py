@@ -174,8 +174,8 @@ def make_poller() -> Poller:
     else:
         poller = LoopPoller(readiness, loop)
     if getattr(running, "name", None) == "trio":
-        from ._trio import current_time
+        from ._trio import clock
 
-        poller.time = current_time  # Not AnyIO's: whatever calls, it is this clock.
+        poller.time = clock()  # Not AnyIO's: whatever calls, it is this clock.
     poller.loop = loop
     return poller
