@@ -1,0 +1,112 @@
+"""Ctrl-C at random moments, from another process, loses no callback and no clean-up."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROUNDS = 12
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_ctrl_c_at_random_moments():
+    pytest.importorskip("trio")
+    moments = random.Random(1)
+    program = [sys.executable, "-u", str(Path(__file__).with_name("interrupted_program.py"))]
+    for _ in range(ROUNDS):
+        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            assert process.stdout.readline() == "running\n"
+            time.sleep(moments.uniform(0, 0.05))
+            os.kill(process.pid, signal.SIGINT)
+            output, _ = process.communicate(timeout=30)
+        assert output.splitlines() == [
+            "KeyboardInterrupt",
+            "callbacks lost: 0",
+            "connections lost: 2 of 2",
+            "scopes open: 0",
+            "cleaned up: 1",
+        ], output
+        assert process.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@pytest.mark.parametrize("where", ["body", "task", "callback"])
+def test_ctrl_c_ends_the_block_as_itself(where):
+    """In backend code, in an asyncio task and in a callback: everything is cleaned up."""
+    trio = pytest.importorskip("trio")
+    import asyncio
+
+    from transports_anyio import open_event_loop, to_asyncio
+
+    events = []
+
+    async def background():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.001)
+            events.append("background")
+
+    async def foreground():
+        loop = asyncio.get_running_loop()
+        try:
+            if where == "callback":
+                loop.call_soon(signal.raise_signal, signal.SIGINT)
+            elif where == "task":
+                signal.raise_signal(signal.SIGINT)
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.001)
+            events.append("foreground")
+
+    async def main():
+        async with open_event_loop() as loop:
+            keep = to_asyncio.run_sync(lambda: loop.create_task(background()))
+            await to_asyncio.run(asyncio.sleep, 0)
+            try:
+                if where == "body":
+                    signal.raise_signal(signal.SIGINT)
+                    await trio.sleep(3600)
+                await to_asyncio.run(foreground)
+            finally:
+                events.append("body")
+        del keep
+
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(main)
+    assert events == (["body", "background"] if where == "body" else ["foreground", "body", "background"])
+
+
+def test_a_second_ctrl_c_while_the_event_loop_ends_breaks_nothing():
+    trio = pytest.importorskip("trio")
+    import asyncio
+
+    from transports_anyio import open_event_loop, to_asyncio
+
+    events = []
+
+    async def stubborn():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.sleep(0.01)
+            events.append("cleaned up")
+
+    async def main():
+        async with open_event_loop() as loop:
+            keep = to_asyncio.run_sync(lambda: loop.create_task(stubborn()))
+            await to_asyncio.run(asyncio.sleep, 0)
+            signal.raise_signal(signal.SIGINT)
+        del keep
+
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(main)
+    assert events == ["cleaned up"]
