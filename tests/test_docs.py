@@ -17,7 +17,7 @@ PARAMETERS = {
 
 
 def all_tests() -> set[str]:
-    return {name for file in TESTS.glob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
+    return {name for file in TESTS.rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
 
 
 def named_tests(text: str) -> list[str]:

@@ -137,6 +137,30 @@ async def test_readiness_is_told_in_every_batch_until_it_is_over(anyio_backend: 
             poller.set_interest(watch, 0)
 
 
+class MustBeWatched(Watch):
+    ready_if_refused = False
+
+
+@pytest.mark.parametrize("kind", ["made here", "waiting", "selector"])
+async def test_a_descriptor_that_has_to_be_watched_and_cannot(anyio_backend: Any, kind: str) -> None:
+    async with running(POLLERS[kind]) as (poller, _):
+        with pair() as (a, _b):
+            watch = MustBeWatched(a.fileno())
+            watch.read_ready = watch.write_ready = lambda: None
+            poller.claim(watch)
+            poller.set_interest(watch, READ)
+        with pytest.raises(OSError):  # It is closed.
+            poller.set_interest(watch, READ | WRITE)
+        assert watch.interest == READ
+        poller.release(watch)
+        assert watch.interest == 0
+        poller.claim(watch)
+        with pytest.raises(OSError):
+            poller.set_interest(watch, WRITE)
+        assert not poller.is_ready
+        poller.release(watch)
+
+
 async def test_both_directions_and_changes_of_the_interest(anyio_backend: Any, make: Any) -> None:
     told: list[int] = []
     with pair() as (a, b):

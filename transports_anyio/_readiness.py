@@ -144,7 +144,8 @@ class SelectorList(ReadinessList):
         self._selector.modify(descriptor, selected(interest))
 
     def remove(self, descriptor: int) -> None:
-        self._selector.unregister(descriptor)
+        with suppress(KeyError):  # `modify` takes out what it cannot change.
+            self._selector.unregister(descriptor)
 
     def take(self) -> int:
         watches = self.watches
