@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import ssl
+from asyncio import AbstractEventLoop
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,10 @@ from transports_anyio import (
     TransportGroup,
     WriteTransport,
     current_group,
+    from_asyncio,
+    open_event_loop,
+    run_asyncio,
+    to_asyncio,
 )
 from transports_anyio.testing import BufferedRecorder, DatagramRecorder, Recorder, SubprocessRecorder, memory_connection
 
@@ -136,3 +142,23 @@ async def types_of_what_comes_back(stream: ByteStream, udp: UDPSocket, process: 
         assert_type(recorders, tuple[tuple[Transport, Recorder], tuple[Transport, BufferedRecorder]])
         assert_type(DatagramRecorder(Replying()).received, list[tuple[bytes, Any]])
         assert_type(SubprocessRecorder(Child()).received, dict[int, bytearray])
+
+
+async def length(text: str) -> int:
+    return len(text)
+
+
+async def crossings(manager: AbstractAsyncContextManager[int, bool | None]) -> None:
+    async with open_event_loop() as loop:
+        assert_type(loop, AbstractEventLoop)
+        assert_type(await to_asyncio.run(length, "text"), int)
+        assert_type(to_asyncio.run_sync(len, "text"), int)
+        async with to_asyncio.wrap_async_context_manager(manager) as value:
+            assert_type(value, int)
+    assert_type(await from_asyncio.run(length, "text"), int)
+    assert_type(from_asyncio.run_sync(len, "text"), int)
+
+
+def whole_programs() -> None:
+    assert_type(run_asyncio(length, "text"), int)
+    run_asyncio(length, "text", backend="asyncio", backend_options={"use_uvloop": True})
