@@ -25,7 +25,8 @@ nox.options.error_on_missing_interpreters = False
 
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
-PYTHONS = nox.project.python_versions(PYPROJECT)
+# Newer releases of nox name free-threaded builds too, of several versions. One is enough.
+PYTHONS = [python for python in nox.project.python_versions(PYPROJECT) if not python.endswith("t")]
 if any("Free Threading" in classifier for classifier in PYPROJECT["project"]["classifiers"]):
     PYTHONS.append(f"{PYTHONS[-1]}t")
 DEPENDENCIES = PYPROJECT["project"]["dependencies"]
