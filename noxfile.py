@@ -229,6 +229,8 @@ def types(session: nox.Session) -> None:
     session.install("--editable", ".", *group("test", "types"))
     sources = [name for name in ("transports_anyio", "examples", "tests/typing") if any(ROOT.glob(f"{name}/*.py"))]
     session.run("mypy", *sources)
+    for platform in ("darwin", "win32"):
+        session.run("mypy", "--platform", platform, "transports_anyio")
     session.run("pyright", *sources)
 
 

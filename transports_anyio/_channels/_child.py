@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal as signals
 import subprocess
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, cast
@@ -39,13 +40,17 @@ def peek(pid: int, *, wait: bool = False) -> int | None:
     `None` while it runs, unless it is waited for. Raises `ChildProcessError` when it has been reaped, or never was a
     child of ours.
     """
+    if sys.platform == "win32":
+        raise NotImplementedError
+    assert hasattr(os, "waitid")
     options = os.WEXITED | os.WNOWAIT | (0 if wait else os.WNOHANG)
     while True:
         found = os.waitid(os.P_PID, pid, options)
         if found is None:
             return None
         if found.si_code != os.CLD_STOPPED:
-            return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+            status: int = found.si_status
+            return status if found.si_code == os.CLD_EXITED else -status
         # macOS finds those that are stopped, too, as newer asyncio knows: this takes the news of it away.
         os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
 
@@ -122,7 +127,7 @@ class PopenChild(Child):
         self.needs_task = False
         self._reaped_by_popen = False  # By another thread, when it has yet to tell.
         try:
-            self._watch = Watch(os.pidfd_open(popen.pid))
+            self._watch = Watch(os.pidfd_open(popen.pid))  # type: ignore[attr-defined,unused-ignore]
             poller.claim(self._watch)
         except (AttributeError, OSError) as exc:
             # Not this platform or this Python, a kernel or a sandbox without it, or no descriptors left.
@@ -203,7 +208,7 @@ class PopenChild(Child):
         return True
 
     def send_signal(self, signal: int) -> None:
-        if self._watch is not None:
+        if sys.platform == "linux" and self._watch is not None:
             # It means this child for ever, whoever has its number; and nobody is reaped on the way.
             try:
                 signals.pidfd_send_signal(self._watch.descriptor, signal)
@@ -222,6 +227,8 @@ class PopenChild(Child):
             self._popen.send_signal(signal)
 
     def kill(self) -> None:
+        if sys.platform == "win32":
+            raise NotImplementedError
         self.send_signal(signals.SIGKILL)
 
     def kill_for_good(self) -> int | None:

@@ -21,6 +21,8 @@ from ._socket import GATHER_LIMIT
 if sys.platform == "linux":
     import fcntl
 
+# What type checkers miss on Windows is ignored in this module: `require_pipes` comes first.
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
@@ -87,8 +89,8 @@ class PipeChannel(Polled, Channel):
         self.can_notice_hangup = stat.S_ISSOCK(mode) or (
             stat.S_ISFIFO(mode) and not sys.platform.startswith(("darwin", "aix"))
         )
-        self._blocking = os.get_blocking(descriptor)
-        os.set_blocking(descriptor, False)
+        self._blocking = os.get_blocking(descriptor)  # type: ignore[attr-defined,unused-ignore]
+        os.set_blocking(descriptor, False)  # type: ignore[attr-defined,unused-ignore]
         self._file = status.st_dev, status.st_ino
         open_channels.setdefault(self._file, []).append(self)
 
@@ -99,19 +101,19 @@ class PipeChannel(Polled, Channel):
         return os.read(self.descriptor, SYSTEM_SIZE)
 
     def receive_into(self, buffer: Buffer) -> int:
-        return os.readv(self.descriptor, [buffer])
+        return os.readv(self.descriptor, [buffer])  # type: ignore[attr-defined,no-any-return,unused-ignore]
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
         return os.write(self.descriptor, data)
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
-        return os.writev(self.descriptor, list(islice(chunks, GATHER_LIMIT)))
+        return os.writev(self.descriptor, list(islice(chunks, GATHER_LIMIT)))  # type: ignore[attr-defined,no-any-return,unused-ignore]
 
     def send_eof(self) -> None:
         raise NotImplementedError  # The end of a pipe is its close.
 
     def has_hung_up(self) -> bool:
-        poll = select.poll()
+        poll = select.poll()  # type: ignore[attr-defined,unused-ignore]
         # Asks for nothing but hang-ups and errors; that the other end of a TCP socket has gone is half a hang-up.
         poll.register(self.descriptor, getattr(select, "POLLRDHUP", 0))
         return bool(poll.poll(0))
@@ -144,7 +146,7 @@ class PipeChannel(Polled, Channel):
             return -1
 
     def _block(self, others: list[PipeChannel]) -> None:
-        os.set_blocking(self.descriptor, True)
+        os.set_blocking(self.descriptor, True)  # type: ignore[attr-defined,unused-ignore]
         # The two ends of a pipe are one file, opened twice. Whether it is the same opening, only a try tells.
         for channel in others:
             if channel.takes_over_blocking():
@@ -153,8 +155,8 @@ class PipeChannel(Polled, Channel):
     def takes_over_blocking(self) -> bool:
         """Whether the open file has just become blocking: it is made non-blocking, and blocking again by `close`."""
         with suppress(OSError):  # Closed by somebody else.
-            if os.get_blocking(self.descriptor):
-                os.set_blocking(self.descriptor, False)
+            if os.get_blocking(self.descriptor):  # type: ignore[attr-defined,unused-ignore]
+                os.set_blocking(self.descriptor, False)  # type: ignore[attr-defined,unused-ignore]
                 self._blocking = True
                 return True
         return False

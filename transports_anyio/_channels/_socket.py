@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,10 +30,10 @@ BULK_ENDS = 16 * 1024
 JOINED_AT_ONCE = 64 * 1024
 
 # The most buffers that one `sendmsg` takes (POSIX `IOV_MAX`); 16 is the least that POSIX allows.
-try:
-    GATHER_LIMIT = os.sysconf("SC_IOV_MAX")
-except (AttributeError, OSError, ValueError):
-    GATHER_LIMIT = 16
+GATHER_LIMIT = 16
+if sys.platform != "win32":
+    with suppress(OSError, ValueError):
+        GATHER_LIMIT = os.sysconf("SC_IOV_MAX")
 
 
 class SocketView:
@@ -179,20 +181,22 @@ class SocketChannel(Polled, Channel):
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
         try:
-            gather = self._socket.sendmsg
+            gather = self._socket.sendmsg  # type: ignore[attr-defined,unused-ignore]
         except AttributeError:  # Windows.
             return self.send(joined(chunks, JOINED_AT_ONCE))
-        return gather(islice(chunks, GATHER_LIMIT))
+        count: int = gather(islice(chunks, GATHER_LIMIT))
+        return count
 
     def send_file(self, descriptor: int, offset: int, count: int) -> int:
         if not hasattr(os, "sendfile"):
             raise OSError(errno.ENOSYS, "os.sendfile() is not available")
         try:
-            return os.sendfile(self.descriptor, descriptor, offset, count)
+            sent: int = os.sendfile(self.descriptor, descriptor, offset, count)
         except OSError as exc:
             if exc.errno == errno.ENOTCONN:  # What macOS says of a connection that has broken.
                 raise ConnectionResetError(exc.errno, exc.strerror) from exc
             raise
+        return sent
 
     def send_eof(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)

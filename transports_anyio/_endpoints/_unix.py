@@ -129,10 +129,10 @@ class UNIXEndpoints(Endpoints):
 
 def unix_family() -> int:
     """Return `AF_UNIX`; raise `NotImplementedError` where there is none."""
-    try:
-        return socket.AF_UNIX
-    except AttributeError:
-        raise NotImplementedError("this platform has no UNIX domain sockets") from None
+    if not hasattr(socket, "AF_UNIX"):
+        raise NotImplementedError("this platform has no UNIX domain sockets")
+    family: int = socket.AF_UNIX
+    return family
 
 
 def bound(path: str | bytes) -> socket.socket:
