@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 from anyio.abc import SocketAttribute
-from network import a_link_local_address, names, needs_ipv6
+from network import AF_UNIX, a_link_local_address, names, needs_ipv6, needs_unix
 from support import (
     GUARD,
     HOST,
@@ -875,10 +875,10 @@ async def test_an_address_that_is_none_is_fatal(stack: Stack) -> None:
         ({"local_addr": ("localhost", 0, 0)}, TypeError),
         ({"remote_addr": "nowhere"}, TypeError),
         ({"local_addr": (HOST, 0), "remote_addr": ("::1", 9)}, ValueError),
-        ({"family": socket.AF_UNIX, "local_addr": (HOST, 0)}, TypeError),
+        pytest.param({"family": AF_UNIX, "local_addr": (HOST, 0)}, TypeError, marks=needs_unix),
         ({"local_addr": ("192.0.2.1", 0)}, OSError),
         ({"local_addr": ("no such host.invalid", 0)}, socket.gaierror),
-        ({"family": socket.AF_UNIX, "remote_addr": "/nonexistent/socket"}, FileNotFoundError),
+        pytest.param({"family": AF_UNIX, "remote_addr": "/nonexistent/socket"}, FileNotFoundError, marks=needs_unix),
     ],
 )
 async def test_arguments_that_do_not_work(stack: Stack, options: Any, error: type[Exception]) -> None:
