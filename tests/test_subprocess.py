@@ -403,6 +403,65 @@ async def test_what_cannot_be_run_raises_and_leaves_nothing(stack: Stack, args: 
             await group.subprocess_exec(Child, *args, **options)
 
 
+#: What can be no name of a program, or of none that there is: the error is `Popen`'s.
+ODD_PROGRAMS = [
+    "",
+    " ",
+    "true ",
+    "\n",
+    ".",
+    "..",
+    "/",
+    "./",
+    "true/",
+    "/bin/",
+    "\0",
+    "tr\0ue",
+    "\ud800",
+    "\udcff",
+    "x" * 5000,
+    b"",
+    b".",
+    b"tr\0ue",
+    Path(),
+    Path("/bin"),
+    None,
+    1,
+    True,
+    1.5,
+    [],
+    ["true"],
+    object,
+    bytearray(b"true"),
+]
+
+
+@pytest.mark.parametrize("args", [(), ("",)], ids=["alone", "with an argument"])
+@pytest.mark.parametrize("program", ODD_PROGRAMS, ids=lambda program: ascii(program)[:12])
+async def test_p13_an_odd_program_raises_what_popen_raises(stack: Stack, program: Any, args: Any) -> None:
+    with pytest.raises(Exception) as expected, subprocess.Popen([program, *args]):
+        pass
+    async with stack.open() as group:
+        protocol = Child()
+        with pytest.raises(type(expected.value)) as caught:
+            await group.subprocess_exec(lambda: protocol, program, *args)
+    assert str(caught.value) == str(expected.value)
+    assert protocol.calls == []
+
+
+async def test_p13_a_directory_is_passed_over(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "first" / "program").mkdir(parents=True)
+    (tmp_path / "second").mkdir()
+    script = tmp_path / "second" / "program"
+    script.write_text("#!/bin/sh\nexit 5\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/first{os.pathsep}{tmp_path}/second")
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.exec("program")
+        await child.end()
+        assert transport.get_returncode() == 5
+
+
 # -- the end -------------------------------------------------------------------------------------------------
 
 
