@@ -23,7 +23,7 @@ import pytest
 import trustme
 from anyio.abc import ByteStream, SocketAttribute, UNIXSocketStream
 from anyio.streams.stapled import StapledByteStream
-from anyio.streams.tls import TLSStream
+from anyio.streams.tls import TLSAttribute, TLSStream
 from support import GUARD, Peer, Recorder, collect_contexts, listening, turns
 from test_connect_stream import MemoryReceiver, MemorySender
 
@@ -149,7 +149,7 @@ async def tls_over_tcp(authority: trustme.CA) -> AsyncIterator[tuple[TLSStream, 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(lambda: handshake(ours, hostname="localhost", ssl_context=client))
         tasks.start_soon(lambda: handshake(theirs, server_side=True, ssl_context=server))
-    a, b = sorted(made, key=lambda each: bool(each._ssl_object.server_side))
+    a, b = sorted(made, key=lambda each: each.extra(TLSAttribute.server_side))
     try:
         yield a, b
     finally:

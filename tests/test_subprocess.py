@@ -584,6 +584,97 @@ async def test_p2_a_grandchild_that_keeps_the_pipes_does_not_hide_the_exit(stack
         os.kill(int(child.output[1]), signal.SIGKILL)
 
 
+#: Starts a grandchild that has all three pipes, never reads, and outlives its parent.
+WITH_GRANDCHILD = """
+import subprocess, sys, time
+print(subprocess.Popen(["sleep", "1000"]).pid, flush=True)
+"""
+
+
+@contextlib.asynccontextmanager
+async def with_grandchild(group: Any, kind: str, program: str) -> AsyncIterator[tuple[Any, Child]]:
+    """A child whose grandchild keeps its pipes, with more written to it than the pipe holds."""
+    command = [sys.executable, "-c", WITH_GRANDCHILD + program]
+    child = Child()
+    if kind == "program":
+        transport, _ = await group.subprocess_exec(lambda: child, *command)
+    else:
+        transport, _ = await group.connect_process(lambda: child, await anyio.open_process(command))
+    try:
+        await until(lambda: child.output[1].endswith(b"\n"))
+        transport.get_pipe_transport(0).write(bytes(4 << 20))
+        yield transport, child
+    finally:
+        os.kill(int(child.output[1]), signal.SIGKILL)  # Raises unless the grandchild has kept the pipes until now.
+
+
+@pytest.mark.ours_only("asyncio waits for the grandchild")
+@pytest.mark.parametrize("when", ["closed while it runs", "closed after its end", "closed in process_exited"])
+@pytest.mark.parametrize("kind", ["program", "AnyIO process"])
+async def test_p12_a_grandchild_that_keeps_the_input_is_not_waited_for(stack: Stack, kind: str, when: str) -> None:
+    program = "time.sleep(1000)" if when == "closed while it runs" else ""
+    descriptors = own_descriptors()
+    async with stack.open() as group, with_grandchild(group, kind, program) as (transport, child):
+        contexts = collect_contexts(group)
+        if when == "closed in process_exited":
+            child.process_exited = lambda: (Child.process_exited(child), transport.close())  # type: ignore[assignment, func-returns-value, method-assign]
+        elif when == "closed after its end":
+            with anyio.fail_after(GUARD):
+                await child.exited.wait()
+            await turns(10)
+            assert "connection_lost" not in child.names()
+            transport.close()
+        else:
+            transport.close()
+        await child.end()
+        assert child.names().count("pipe_connection_lost") == 3
+        assert contexts == []
+    # asyncio and uvloop keep the pipe of an AnyIO process until the grandchild has gone: AnyIO only closes it.
+    await until(lambda: own_descriptors() == descriptors)
+
+
+@pytest.mark.parametrize("how", ["normally", "by a cancellation"])
+@pytest.mark.parametrize("kind", ["program", "AnyIO process"])
+@pytest.mark.parametrize("program", ["time.sleep(1000)", ""], ids=["child runs", "child has ended"])
+async def test_p12_leaving_the_block_does_not_wait_for_a_grandchild(
+    anyio_backend: Any, program: str, kind: str, how: str
+) -> None:
+    descriptors = own_descriptors()
+    async with contextlib.AsyncExitStack() as grandchildren:
+        with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
+            async with TransportGroup() as group:
+                _, child = await grandchildren.enter_async_context(with_grandchild(group, kind, program))
+                if not program:
+                    await child.exited.wait()
+                if how != "normally":
+                    scope.cancel()
+                    await anyio.sleep_forever()
+        assert child.names()[-1] == "connection_lost"
+        if kind == "program":
+            assert own_descriptors() == descriptors
+    await until(lambda: own_descriptors() == descriptors)
+
+
+async def test_p12_a_grandchild_receives_what_was_written_before_the_close(stack: Stack, tmp_path: Path) -> None:
+    """Nothing is dropped before `close`: a grandchild that reads gets it all, as on asyncio."""
+    result = tmp_path / "result"
+    program = f"""
+import os
+if not os.fork():
+    import pathlib, sys
+    data = sys.stdin.buffer.read()
+    pathlib.Path({str(result)!r}).write_text(str(len(data)))
+"""
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.python(program)
+        with anyio.fail_after(GUARD):
+            await child.exited.wait()
+        transport.get_pipe_transport(0).write(bytes(4 << 20))
+        transport.get_pipe_transport(0).write_eof()
+        await child.end()
+        assert result.read_text() == str(4 << 20)
+
+
 @pytest.mark.exhaustive
 async def test_p5_a_child_that_ends_at_once(stack: Stack) -> None:
     async with stack.open() as group:
