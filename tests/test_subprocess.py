@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import errno
+import itertools
 import os
 import random
 import resource
@@ -25,9 +26,21 @@ import anyio
 import anyio.abc
 import pytest
 from network import run_main
-from support import GUARD, Recorder, Stack, collect_contexts, leaves, open_descriptors, pattern, turns, until
+from support import (
+    GUARD,
+    Recorder,
+    Stack,
+    capture_log,
+    collect_contexts,
+    leaves,
+    open_descriptors,
+    pattern,
+    turns,
+    until,
+)
 
 from transports_anyio import TransportGroup, current_group
+from transports_anyio._channels import _child
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -1090,6 +1103,121 @@ async def test_leaving_by_an_exception_reaps_before_the_block_is_left(
         assert child.names()[-1] == "connection_lost"
         assert child.names().count("process_exited") == 1
         assert gone(child.transport.get_pid())
+
+
+#: Becomes the tracer of a process and never looks at it: when that is killed it does not end for its parent.
+TRACER = """
+import ctypes, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+PTRACE_SEIZE = 0x4206
+print(libc.ptrace(PTRACE_SEIZE, int(sys.argv[1]), None, None), flush=True)
+time.sleep(1000)
+"""
+
+
+@contextlib.contextmanager
+def traced(pid: int) -> Iterator[None]:
+    """Keep the end of a process from its parent until the block is left."""
+    command = [sys.executable, "-c", TRACER, str(pid)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as tracer:
+        try:
+            assert tracer.stdout is not None
+            answer = tracer.stdout.readline()
+            if answer != b"0\n":
+                pytest.skip(f"no process may be traced here: {answer!r}")
+            yield
+        finally:
+            tracer.kill()
+
+
+needs_tracer = pytest.mark.skipif(sys.platform != "linux", reason="knows how to trace on Linux")
+
+
+@needs_tracer
+@pytest.mark.parametrize("missing", [(), ("pidfd_open",), ("pidfd_open", "waitid")])
+@pytest.mark.parametrize("kind", ["program", "AnyIO process"])
+async def test_p14_a_child_that_does_not_end_when_it_is_killed(
+    anyio_backend: Any, kind: str, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other tasks run on, and the block is left after a time."""
+    if kind == "AnyIO process":
+        if missing:
+            pytest.skip("AnyIO's own to wait for")
+        if anyio_backend != ("asyncio", {"use_uvloop": True}):
+            pytest.skip("asyncio and trio wait in the event loop for what the descriptor says has ended")
+        process = await anyio.open_process(["cat"])
+    for name in missing:
+        monkeypatch.delattr(os, name)
+    monkeypatch.setattr(_child, "TIME_TO_END", 1.0)
+    child = Child()
+    ticks: list[float] = []
+    left: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            ticks.append(anyio.current_time())
+            await anyio.sleep(0.01)
+
+    async def lives_in_a_group(scope: anyio.CancelScope) -> None:
+        with scope:
+            async with TransportGroup() as group:
+                if kind == "program":
+                    await group.subprocess_exec(lambda: child, "cat")
+                else:
+                    await group.connect_process(lambda: child, process)
+                await anyio.sleep_forever()
+        left.append(anyio.current_time())
+
+    with capture_log(Stack("")) as records:
+        async with contextlib.AsyncExitStack() as tracers, anyio.create_task_group() as tasks:
+            scope = anyio.CancelScope()
+            tasks.start_soon(lives_in_a_group, scope)
+            await until(lambda: child.transport)
+            pid = child.transport.get_pid()
+            tracers.enter_context(traced(pid))
+            tasks.start_soon(tick)
+            begin = anyio.current_time()
+            scope.cancel()
+            await child.end()
+            assert anyio.current_time() - begin < 0.5  # `connection_lost` waits for nothing
+            await until(lambda: left)
+            assert 0.9 < left[0] - begin < GUARD
+            # A single second in which nothing else had run would show as a gap.
+            assert max(after - before for before, after in itertools.pairwise(ticks)) < 0.5
+            tasks.cancel_scope.cancel()
+    assert child.transport.get_returncode() == -signal.SIGKILL
+    assert [record.getMessage() for record in records] == [
+        f"process {pid} was killed and still runs after 1.0 seconds: it is left to the system"
+    ]
+    if kind == "program":
+        assert child.transport.get_extra_info("subprocess").wait() == -signal.SIGKILL
+    else:
+        with anyio.fail_after(GUARD):
+            assert await process.wait() == -signal.SIGKILL
+        await process.aclose()
+
+
+@needs_tracer
+@pytest.mark.ours_only("asyncio waits in its event loop, and nothing else runs")
+@pytest.mark.parametrize("missing", [(), ("pidfd_open",), ("pidfd_open", "waitid")])
+async def test_p14_a_child_whose_end_is_held_back_by_a_tracer_takes_no_time(
+    stack: Stack, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptor is ready, and there is nothing to reap yet."""
+    for name in missing:
+        monkeypatch.delattr(os, name)
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.exec("cat")
+        with traced(transport.get_pid()):
+            transport.get_pipe_transport(0).close()
+            await until(lambda: ("pipe_connection_lost", 1) in child.calls)
+            begin = time.process_time()
+            await anyio.sleep(0.5)
+            assert time.process_time() - begin < 0.05
+            assert not child.exited.is_set()
+        await child.end()
+        assert transport.get_returncode() == 0
 
 
 async def test_p1_cancelled_at_every_checkpoint(anyio_backend: Any) -> None:

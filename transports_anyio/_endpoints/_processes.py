@@ -149,7 +149,7 @@ class ProcessEndpoints(Endpoints):
         door = self._core.door()
         protocol = door.make_protocol(protocol_factory)
         popen = start_program(args, options)
-        child = PopenChild(poller, popen)
+        child = PopenChild(poller, popen, self._core.task_group.start_soon)
         channels: dict[int, Channel] = {}
         try:
             for fd, pipe in enumerate((popen.stdin, popen.stdout, popen.stderr)):
@@ -161,8 +161,13 @@ class ProcessEndpoints(Endpoints):
                 channel.close(aborted=True)
             for pipe in filter(None, (popen.stdin, popen.stdout, popen.stderr)):
                 pipe.close()
+            await child.reaped()
             raise
-        return self._start_child(door, protocol, child, channels)
+        try:
+            return self._start_child(door, protocol, child, channels)
+        except BaseException:
+            await child.reaped()
+            raise
 
     def _start_child(
         self,
