@@ -1934,6 +1934,98 @@ async def test_a_grandchild_that_keeps_the_outputs_of_an_anyio_process(anyio_bac
         os.kill(int(child.output[1]), signal.SIGKILL)
 
 
+#: Writes much to one of its outputs, whether anybody reads it or not, and then says so on the other.
+WRITES_ON = """
+import os, sys
+fd = int(sys.argv[1])
+try:
+    for _ in range(64):
+        os.write(fd, bytes(65536))
+except BrokenPipeError:
+    pass
+os.write(3 - fd, b"written")
+assert sys.stdin.buffer.read() == b"input"
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+@pytest.mark.parametrize("fd", [1, 2])
+@pytest.mark.parametrize("kind", ["program", "AnyIO process"])
+async def test_a2_a_child_does_not_block_on_an_output_that_is_closed(
+    anyio_backend: Any, kind: str, fd: int, end: str
+) -> None:
+    """The other pipes go on."""
+    descriptors = own_descriptors()
+    async with TransportGroup() as group:
+        contexts = collect_contexts(group)
+        command = [sys.executable, "-c", WRITES_ON, str(fd)]
+        if kind == "program":
+            transport, child = await group.subprocess_exec(Child, *command)
+        else:
+            transport, child = await group.connect_process(Child, await anyio.open_process(command))
+        await until(lambda: child.output[fd])
+        getattr(transport.get_pipe_transport(fd), end)()
+        received = len(child.output[fd])
+        await until(lambda: child.output[3 - fd] == b"written")
+        transport.get_pipe_transport(0).write(b"input")
+        transport.get_pipe_transport(0).write_eof()
+        await child.end()
+        assert transport.get_returncode() == 7
+        assert len(child.output[fd]) == received  # nothing is told after `close`
+        assert contexts == []
+    assert own_descriptors() == descriptors
+
+
+async def test_a2_writing_to_a_closed_output(anyio_backend: Any) -> None:
+    """A signal ends the child where AnyIO can close one descriptor alone, which is not on asyncio and uvloop."""
+    async with TransportGroup() as group:
+        for process in None, await anyio.open_process(["yes"]):
+            if process is None:
+                transport, child = await group.subprocess_exec(Child, "yes")
+            else:
+                transport, child = await group.connect_process(Child, process)
+            await until(lambda child=child: child.output[1])
+            transport.get_pipe_transport(1).close()
+            if process is not None and anyio_backend[0] == "asyncio":
+                with anyio.move_on_after(0.1):
+                    await child.exited.wait()
+                assert not child.exited.is_set()
+                transport.close()
+                await child.end()
+                assert transport.get_returncode() == -signal.SIGKILL
+            else:
+                with anyio.fail_after(GUARD):
+                    await child.exited.wait()
+                transport.close()
+                await child.end()
+                assert transport.get_returncode() == -signal.SIGPIPE
+
+
+@pytest.mark.skipif(ANYIO < (4, 15), reason="AnyIO of before 4.15 leaves them to the garbage collector on asyncio")
+@pytest.mark.parametrize("how", ["normally", "cancellation"])
+async def test_a2_a_grandchild_that_keeps_a_closed_output(anyio_backend: Any, how: str) -> None:
+    """What is discarded has no end: the end of the child is enough."""
+    descriptors = own_descriptors()
+    with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
+        async with TransportGroup() as group:
+            process = await anyio.open_process(["sh", "-c", "sleep 1000 & echo $!; exit 4"])
+            transport, child = await group.connect_process(Child, process)
+            await until(lambda: child.exited.is_set() and child.output[1].endswith(b"\n"))
+            transport.get_pipe_transport(1).close()
+            transport.get_pipe_transport(2).close()
+            await child.end()
+            await turns(10)
+            if how == "cancellation":
+                scope.cancel()
+                await anyio.sleep_forever()
+    try:
+        assert own_descriptors() == descriptors
+        assert transport.get_returncode() == 4
+    finally:
+        os.kill(int(child.output[1]), signal.SIGKILL)
+
+
 async def test_cancelling_the_group_reaps_an_anyio_process(anyio_backend: Any) -> None:
     child = Child()
     with anyio.CancelScope() as scope:

@@ -11,6 +11,7 @@ from anyio.abc import AsyncResource, ByteReceiveStream, ByteSendStream, SocketAt
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
+from .._errors import logger
 from ._anyio import AnyIOChannel, typed_attributes
 from ._contract import Channel, joined
 from ._socket import SocketView
@@ -112,3 +113,22 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
 
     def _ends(self, received: bytes | OSError) -> bool:
         return not received or isinstance(received, OSError)
+
+
+class DiscardingChannel(AnyIOStreamChannel):
+    """Moves the output of a process of AnyIO's on asyncio, where closing the stream does not close its descriptor.
+
+    AnyIO closes it with the process. Until then, or until the end of the stream, what comes is received and dropped, or
+    else the process would block as soon as the pipe is full.
+    """
+
+    __slots__ = ()
+
+    async def _close_resource(self) -> None:
+        try:
+            while await self._receive_next():
+                pass
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
+            logger.debug("discarding from %r: %r", self.stream, exc)
+        finally:
+            await super()._close_resource()

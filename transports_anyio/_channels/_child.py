@@ -7,7 +7,7 @@ import signal as signals
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from math import inf
 from typing import Any, cast
 
@@ -29,8 +29,8 @@ KILLED = -9
 # How often, in seconds, to look whether a child has ended that neither a descriptor nor a thread waits for.
 PAUSE_WITHOUT_THREAD = 0.05
 
-# How long, in seconds, a child may take to end that was killed. Hardly any takes a millisecond; but nothing bounds it (a
-# system call that hangs in a driver, a tracer that is stopped).
+# How long, in seconds, a child may take to end that was killed. Hardly any takes a millisecond; but nothing bounds it
+# (a system call that hangs in a driver, a tracer that is stopped).
 TIME_TO_END = 5.0
 
 LEFT_ALONE = "process %s was killed and still runs after %s seconds: it is left to the system"
@@ -42,7 +42,7 @@ TIME_TO_SAY = 0.1
 TIME_TO_HEAR = 1.0
 
 Exited = Callable[[int], None]
-StartTask = Callable[[Callable[[], Awaitable[None]]], None]
+StartTask = Callable[[Callable[[], Coroutine[Any, Any, None]]], object]
 
 
 def peek(pid: int, *, wait: bool = False) -> int | None:
