@@ -6,7 +6,8 @@ Every worker has a listening socket of its own on the same port (`reuse_port`). 
 of them; a worker that ends takes only its own clients along. Other systems share the port too, but may give all the
 connections to one socket: FreeBSD has SO_REUSEPORT_LB for it, macOS has nothing.
 
-No worker outlives its supervisor, even one that is killed: its standard input is a pipe from there, which then ends.
+No worker outlives its supervisor, not even one that is killed: its standard input is a pipe from the supervisor, and
+ends with it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Worker(Echo):
 
 
 class Supervisor(Protocol):
-    """The pipe from the supervisor, which says nothing on it: all there is to notice is that it has gone."""
+    """Ends the work when the pipe from the supervisor ends; nothing is ever sent on it."""
 
     def __init__(self, work: anyio.CancelScope) -> None:
         self.work = work
@@ -62,7 +63,7 @@ def supervise(host: str, port: int, backend: str, count: int) -> None:
         print(f"echoing on {host}:{port} with {count} workers; Ctrl-C ends it", flush=True)
         command = [sys.executable, __file__, "--backend", backend, "--host", host, "--port", str(port), "--work"]
         # In sessions of their own, so that Ctrl-C comes here alone, and each worker is told once. However this process
-        # ends, the system closes its ends of the pipes, which no other process has.
+        # ends, the system closes its ends of the pipes; no other process has them.
         workers = [
             subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603 -- ourselves
             for _ in range(count)
@@ -77,7 +78,7 @@ def supervise(host: str, port: int, backend: str, count: int) -> None:
             for worker in workers:
                 worker.send_signal(signal.SIGINT)
             for worker in workers:
-                worker.wait()
+                worker.communicate()  # Closes the pipe, and waits.
 
 
 if __name__ == "__main__":

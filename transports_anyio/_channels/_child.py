@@ -35,8 +35,8 @@ TIME_TO_END = 5.0
 
 LEFT_ALONE = "process %s was killed and still runs after %s seconds: it is left to the system"
 
-# How long, in seconds, another thread may take to say how the child has ended that it has reaped.
-TIME_TO_SAY = 0.1
+# How long, in seconds, another thread may take to set the status of a child that it has reaped.
+TIME_TO_SET_STATUS = 0.1
 
 # How long, in seconds, a backend may take to hear of the end of a child that is reaped already.
 TIME_TO_HEAR = 1.0
@@ -271,7 +271,7 @@ class PopenChild(Child):
                     self._reap_later()
                     return KILLED  # Nothing else can have happened to it.
         except ProcessLookupError:
-            # Somebody else has reaped it in this very moment; another thread may have yet to tell.
+            # It was reaped elsewhere in this very moment: by another thread, perhaps, which has yet to set the status.
             if not self.has_ended():
                 self.returncode = self._wait_for_another_thread()
         except PermissionError:
@@ -282,7 +282,7 @@ class PopenChild(Child):
 
     def _wait_for_another_thread(self) -> int:
         try:
-            return self._popen.wait(TIME_TO_SAY)
+            return self._popen.wait(TIME_TO_SET_STATUS)
         except subprocess.TimeoutExpired:
             return UNKNOWN_STATUS
 
