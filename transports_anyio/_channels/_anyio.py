@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeGuard
 
 import anyio
+from anyio import TypedAttributeProvider
 from anyio.abc import AsyncResource
 
 from .._errors import described, logger
@@ -42,6 +43,27 @@ def as_os_error(exc: Exception) -> OSError:
         error = OSError(errno.EIO, f"the stream failed: {described(exc)}")
     error.__cause__ = exc
     return error
+
+
+def typed_attributes(resource: TypedAttributeProvider, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of the typed attributes that are `wanted` and available, by name.
+
+    Never raises: an object that is closed, or whose peer has reset the connection, may not know its attributes any more
+    (AnyIO raises `OSError` on asyncio, `AttributeError` on uvloop). Its next receive reports what has happened to it.
+    """
+    try:
+        available = resource.extra_attributes
+    except Exception as exc:
+        logger.debug("the typed attributes of a %s cannot be read: %r", type(resource).__qualname__, exc)
+        return {}
+    values: dict[str, Any] = {}
+    for name, attribute in wanted.items():
+        if attribute in available:
+            try:
+                values[name] = available[attribute]()
+            except Exception as exc:
+                logger.debug("%s of a %s cannot be read: %r", name, type(resource).__qualname__, exc)
+    return values
 
 
 class AnyIOChannel:

@@ -7,17 +7,24 @@ from typing import Any
 
 from anyio.abc import ConnectedUDPSocket, ConnectedUNIXDatagramSocket, SocketAttribute, UDPSocket, UNIXDatagramSocket
 
-from ._anyio import AnyIOChannel, as_os_error
+from ._anyio import AnyIOChannel, as_os_error, typed_attributes
 from ._datagram import ChannelEnded, DatagramChannel
 from ._socket import SocketView
 
 AnyDatagramSocket = UDPSocket | ConnectedUDPSocket | UNIXDatagramSocket | ConnectedUNIXDatagramSocket
 
+# Extra info of a transport, by the typed attribute of the socket.
+EXTRA_INFO: dict[str, Any] = {
+    "socket": SocketAttribute.raw_socket,
+    "sockname": SocketAttribute.local_address,
+    "peername": SocketAttribute.remote_address,
+}
+
 
 class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
     """Moves the datagrams of one of AnyIO's sockets."""
 
-    __slots__ = ("_connected", "_socket", "remote_address")
+    __slots__ = ("_connected", "_info", "_socket", "remote_address")
 
     def __init__(self, datagram_socket: AnyDatagramSocket) -> None:
         if not isinstance(
@@ -27,7 +34,10 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         super().__init__(datagram_socket)
         self._socket: Any = datagram_socket
         self._connected = isinstance(datagram_socket, (ConnectedUDPSocket, ConnectedUNIXDatagramSocket))
-        self.remote_address = datagram_socket.extra(SocketAttribute.remote_address) if self._connected else None
+        self._info: dict[str, Any] = dict.fromkeys(EXTRA_INFO) | typed_attributes(datagram_socket, EXTRA_INFO)
+        if not self._connected:
+            self._info["peername"] = None
+        self.remote_address = self._info["peername"]
 
     def receive(self) -> tuple[bytes, Any]:
         datagram: tuple[bytes, Any] | ChannelEnded = self._take_received()
@@ -43,11 +53,10 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         raise BlockingIOError
 
     def extra_info(self) -> dict[str, Any]:
-        return {
-            "socket": SocketView(self._socket.extra(SocketAttribute.raw_socket)),
-            "sockname": self._socket.extra(SocketAttribute.local_address),
-            "peername": self.remote_address,
-        }
+        info = dict(self._info)
+        if info["socket"] is not None:
+            info["socket"] = SocketView(info["socket"])
+        return info
 
     async def _receive_next(self) -> tuple[bytes, Any] | ChannelEnded:
         try:

@@ -89,7 +89,8 @@ class DatagramEndpoints(Endpoints):
         `datagram_socket` is a `UDPSocket`, `ConnectedUDPSocket`, `UNIXDatagramSocket` or `ConnectedUNIXDatagramSocket`;
         the transport owns it from now on and closes it. Addresses are AnyIO's: an IPv6 one has host and port only, its
         scope behind the host. On asyncio AnyIO keeps to itself what goes wrong with a UDP datagram (the peer refuses
-        it, or it is too large); on trio, and for UNIX sockets, `error_received` is told.
+        it, or it is too large); on trio, and for UNIX sockets, `error_received` is told. A socket that is closed
+        already is no error of the call: `connection_lost` gets a `ConnectionAbortedError`.
 
         Raises `RuntimeError` when the group is not open and when another transport uses the socket, `TypeError` for
         anything else than such a socket, and whatever `protocol_factory` raises; the socket is then left to the caller.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.lowlevel
 from anyio.abc import Process
 
-from .._channels._anyio_stream import AnyIOStreamChannel
+from .._channels._anyio_stream import AnyIOStreamChannel, DiscardingChannel
 from .._channels._child import AnyIOChild, PopenChild
 from .._channels._contract import Channel
 from .._channels._pipe import ChildPipeChannel, require_pipes
@@ -116,7 +116,12 @@ class ProcessEndpoints(Endpoints):
         """Give an AnyIO process a protocol and return `(transport, protocol)`.
 
         The transport owns the process and its streams from now on, and waits for its end. The extra info `subprocess`
-        is `process`. On asyncio, AnyIO of before 4.15 leaves the descriptors of outputs that a grandchild keeps open to
+        is `process`. One that has ended already is no error of the call.
+
+        On asyncio and uvloop AnyIO closes the descriptors of the outputs together, with the process: after a transport
+        of one output is closed, what the process still writes there is received and dropped, and it gets no `SIGPIPE`.
+        Input that a grandchild never reads keeps its descriptor open there, too, until the grandchild has gone; and
+        AnyIO of before 4.15 leaves the descriptors of outputs that a grandchild keeps open to
         the garbage collector.
 
         Raises `RuntimeError` when the group is not open and when another transport uses the process or one of its
@@ -131,12 +136,13 @@ class ProcessEndpoints(Endpoints):
                 "subprocess_exec() start the program"
             )
         await anyio.lowlevel.checkpoint()
-        self._core.require_open()
+        poller = self._core.require_open()
         streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
         self._require_unused(process, *streams.values())
         door = self._core.door()
         protocol = door.make_protocol(protocol_factory)
-        channels = {fd: AnyIOStreamChannel(stream) for fd, stream in streams.items()}
+        output = AnyIOStreamChannel if poller.loop is None else DiscardingChannel
+        channels = {fd: (output if fd else AnyIOStreamChannel)(stream) for fd, stream in streams.items()}
         return self._start_child(door, protocol, AnyIOChild(process), channels)
 
     async def _spawn(
@@ -149,7 +155,7 @@ class ProcessEndpoints(Endpoints):
         door = self._core.door()
         protocol = door.make_protocol(protocol_factory)
         popen = start_program(args, options)
-        child = PopenChild(poller, popen)
+        child = PopenChild(poller, popen, self._core.task_group.start_soon)
         channels: dict[int, Channel] = {}
         try:
             for fd, pipe in enumerate((popen.stdin, popen.stdout, popen.stderr)):
@@ -161,8 +167,13 @@ class ProcessEndpoints(Endpoints):
                 channel.close(aborted=True)
             for pipe in filter(None, (popen.stdin, popen.stdout, popen.stderr)):
                 pipe.close()
+            await child.reaped()
             raise
-        return self._start_child(door, protocol, child, channels)
+        try:
+            return self._start_child(door, protocol, child, channels)
+        except BaseException:
+            await child.reaped()
+            raise
 
     def _start_child(
         self,

@@ -45,12 +45,16 @@ class WritePipeTransport(StreamTransport):
 
     def _read_ready(self) -> None:
         if self._channel.has_hung_up():
-            error = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-            self._lose(error if self._buffer.size else None, aborted=True)
+            self.reader_gone()
         else:
             # Input, which a descriptor that can do both may get, and nobody here wants. Where the system cannot tell it
             # from a hang-up it would be reported for ever; that the reader has gone shows at the next write.
             self._channel.set_reading(False)
+
+    def reader_gone(self) -> None:
+        """Drop what is buffered and end, with a `BrokenPipeError` if anything was: its reader has gone."""
+        error = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        self._lose(error if self._buffer.size else None, aborted=True)
 
     def resume_reading(self) -> None:
         """Do nothing: there is nothing to read, and no pause may end the watch for the reader's hang-up."""

@@ -137,7 +137,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._closed
 
     def close(self) -> None:
-        """Close the pipes, standard input after what is buffered, and kill the process if it still runs."""
+        """Close the pipes, standard input after what is buffered, and kill the process if it still runs.
+
+        What is still buffered for standard input when the process has ended is dropped.
+        """
         if self._closed:
             return
         logger.debug("%r: closing", self)
@@ -148,6 +151,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self.kill()
         except (ProcessLookupError, PermissionError):
             pass  # It has ended already, or runs as somebody else.
+        self._drop_input()
 
     def abort(self) -> None:
         """Kill the process, wait for its end, and drop what is buffered: the end of the group, which is final."""
@@ -213,10 +217,20 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         stdin = self._pipes.get(0)
         if isinstance(stdin, WritePipeTransport) and not stdin.can_notice_hangup:
             stdin.close()  # Nothing else would ever end it.
+        self._drop_input()
         try:
             self.tell("process_exited")
         finally:
             self._finish()
+
+    def _drop_input(self) -> None:
+        """Drop what is buffered for the process, once it has ended and the transport is closed.
+
+        Only a grandchild that has inherited the pipe could receive it, and a grandchild need never read.
+        """
+        stdin = self._pipes.get(0)
+        if self._closed and self._returncode is not None and isinstance(stdin, WritePipeTransport):
+            stdin.reader_gone()
 
     def _finish(self) -> None:
         if self._returncode is not None and not self._open_pipes:
