@@ -9,7 +9,7 @@ from anyio.abc import ConnectedUDPSocket, ConnectedUNIXDatagramSocket, SocketAtt
 
 from ._anyio import AnyIOChannel, as_os_error
 from ._datagram import ChannelEnded, DatagramChannel
-from ._socket import SocketView
+from ._socket import transport_socket
 
 AnyDatagramSocket = UDPSocket | ConnectedUDPSocket | UNIXDatagramSocket | ConnectedUNIXDatagramSocket
 
@@ -44,7 +44,7 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
 
     def extra_info(self) -> dict[str, Any]:
         return {
-            "socket": SocketView(self._socket.extra(SocketAttribute.raw_socket)),
+            "socket": transport_socket(self._socket.extra(SocketAttribute.raw_socket)),
             "sockname": self._socket.extra(SocketAttribute.local_address),
             "peername": self.remote_address,
         }

@@ -13,7 +13,7 @@ from anyio.streams.tls import TLSAttribute
 
 from ._anyio import AnyIOChannel
 from ._contract import Channel, joined
-from ._socket import SocketView
+from ._socket import transport_socket
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -89,7 +89,7 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
             if attribute in self.stream.extra_attributes:
                 info[name] = self.stream.extra(attribute)
         if "socket" in info:
-            info["socket"] = SocketView(info["socket"])
+            info["socket"] = transport_socket(info["socket"])
         return info
 
     async def _receive_next(self) -> bytes:

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import sys
+from asyncio.trsock import TransportSocket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
@@ -36,67 +37,18 @@ if sys.platform != "win32":
         GATHER_LIMIT = os.sysconf("SC_IOV_MAX")
 
 
-class SocketView:
-    """A socket to look at: options, names and `fileno`, but nothing that reads, writes or closes it."""
+def transport_socket(sock: Any) -> TransportSocket:
+    """Return what users see of a transport's socket: all of asyncio's functions on it, and none that receives or sends.
 
-    __slots__ = ("_socket",)
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-
-    @property
-    def family(self) -> int:
-        return self._socket.family
-
-    @property
-    def type(self) -> int:
-        return self._socket.type
-
-    @property
-    def proto(self) -> int:
-        return self._socket.proto
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def get_inheritable(self) -> bool:
-        return self._socket.get_inheritable()
-
-    def getsockname(self) -> Any:
-        return self._socket.getsockname()
-
-    def getpeername(self) -> Any:
-        return self._socket.getpeername()
-
-    def getsockopt(self, *args: int) -> int | bytes:
-        return self._socket.getsockopt(*args)
-
-    def setsockopt(self, *args: Any) -> None:
-        self._socket.setsockopt(*args)
-
-    def gettimeout(self) -> float | None:
-        return self._socket.gettimeout()
-
-    def settimeout(self, value: float | None) -> None:
-        """Accept 0 and nothing else: the socket stays non-blocking."""
-        if value != 0:
-            msg = f"the socket of a transport stays non-blocking: expected 0, got {value!r}"
-            raise ValueError(msg)
-
-    def setblocking(self, flag: bool) -> None:
-        """Accept `False` and nothing else: the socket stays non-blocking."""
-        if flag:
-            msg = "the socket of a transport stays non-blocking"
-            raise ValueError(msg)
-
-    def __repr__(self) -> str:
-        return f"<SocketView of {self._socket!r}>"
+    AnyIO may have one of an asyncio transport already.
+    """
+    return sock if isinstance(sock, TransportSocket) else TransportSocket(sock)
 
 
 def describe_socket(sock: socket.socket, peername: Any = None) -> dict[str, Any]:
     """Return the extra info of every transport over a socket; `peername` is its peer's, where that is known already."""
     return {
-        "socket": SocketView(sock),
+        "socket": TransportSocket(sock),
         "sockname": name_or_none(sock.getsockname),
         "peername": name_or_none(sock.getpeername) if peername is None else peername,
     }
