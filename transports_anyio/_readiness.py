@@ -42,6 +42,9 @@ class Watch:
         self.descriptor: int = descriptor
         self.interest: int = 0  # A mask of `READ`, `WRITE` and `HANGUP`, which only a poller changes.
 
+    def error_ready(self) -> None:
+        """Take what keeps an error condition up although reading and writing do not meet it: see `take_error_queue`."""
+
     def tell(self, mask: int) -> None:
         """Call whom it concerns that the descriptor is ready for what is in `mask`."""
         # The interest is looked at again for each half: a callback of this batch may have changed it.
@@ -171,6 +174,8 @@ if sys.platform == "linux":
     READABLE = ~select.EPOLLOUT
     WRITABLE = ~select.EPOLLIN
 
+    ERROR: int = select.EPOLLERR
+
     # The most that one call reports. The rest comes first the next time.
     BATCH_SIZE = 256
 
@@ -208,6 +213,9 @@ if sys.platform == "linux":
                     watch.read_ready()
                 if events & WRITABLE and watch.interest & WRITE:
                     watch.write_ready()
+                # After them: what they met has ended the connection, and it waits for nothing more.
+                if events & ERROR and watch.interest:
+                    watch.error_ready()
             if self.always_ready:
                 self.tell_always_ready()
             return len(batch)

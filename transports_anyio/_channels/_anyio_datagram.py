@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import errno
+from operator import index
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 from anyio.abc import ConnectedUDPSocket, ConnectedUNIXDatagramSocket, SocketAttribute, UDPSocket, UNIXDatagramSocket
 
 from ._anyio import AnyIOChannel, as_os_error
-from ._datagram import ChannelEnded, DatagramChannel
+from ._datagram import ChannelEnded, DatagramChannel, rest_after, truncated
 from ._socket import transport_socket
 
+# The highest port there is, of UDP as of TCP.
+HIGHEST_PORT = 65535
+
 AnyDatagramSocket = UDPSocket | ConnectedUDPSocket | UNIXDatagramSocket | ConnectedUNIXDatagramSocket
+
+
+# How much AnyIO receives of a datagram, in bytes, and without a word about the rest.
+DATAGRAM_SIZE = 65536
 
 
 class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
     """Moves the datagrams of one of AnyIO's sockets."""
 
-    __slots__ = ("_connected", "_socket", "remote_address")
+    __slots__ = ("_connected", "_is_unix", "_raw_socket", "_socket", "remote_address")
 
     def __init__(self, datagram_socket: AnyDatagramSocket) -> None:
         if not isinstance(
@@ -26,8 +36,11 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
             raise TypeError(f"one of AnyIO's datagram sockets was expected, got {datagram_socket!r}")
         super().__init__(datagram_socket)
         self._socket: Any = datagram_socket
+        self._raw_socket: Any = datagram_socket.extra(SocketAttribute.raw_socket)
         self._connected = isinstance(datagram_socket, (ConnectedUDPSocket, ConnectedUNIXDatagramSocket))
-        self.remote_address = datagram_socket.extra(SocketAttribute.remote_address) if self._connected else None
+        self._is_unix = isinstance(datagram_socket, (UNIXDatagramSocket, ConnectedUNIXDatagramSocket))
+        # What AnyIO does not call connected may be so all the same: it was made from a socket that was.
+        self.remote_address = datagram_socket.extra(SocketAttribute.remote_address, None)
 
     def receive(self) -> tuple[bytes, Any]:
         datagram: tuple[bytes, Any] | ChannelEnded = self._take_received()
@@ -39,12 +52,26 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         if self._take_sent():
             return  # The datagram that is offered again has gone.
         if self._offered is None:
+            if self.remote_address is None:
+                self._check_address(address)
             self._offered = (bytes(data), address)
         raise BlockingIOError
 
+    def _check_address(self, address: Any) -> None:
+        """Raise what a socket raises for what cannot be an address: on asyncio AnyIO's own would end with it."""
+        if self._is_unix:
+            if not isinstance(address, (str, bytes)):
+                raise TypeError(f"the path of a UNIX socket was expected, got {address!r}")
+            return
+        if not (isinstance(address, tuple) and len(address) == 2 and isinstance(address[0], str)):
+            raise TypeError(f"a host and a port were expected, got {address!r}")
+        port = index(address[1])
+        if not 0 <= port <= HIGHEST_PORT:
+            raise OverflowError(f"port must be 0-{HIGHEST_PORT}, got {port}")
+
     def extra_info(self) -> dict[str, Any]:
         return {
-            "socket": transport_socket(self._socket.extra(SocketAttribute.raw_socket)),
+            "socket": transport_socket(self._raw_socket),
             "sockname": self._socket.extra(SocketAttribute.local_address),
             "peername": self.remote_address,
         }
@@ -58,20 +85,39 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
                 raise  # It concerns one datagram: nobody listened at the peer's port, say.
             # It would be the same the next time, and perhaps at once: another task receives from the socket, say.
             return ChannelEnded(as_os_error(exc))
-        return (received, self.remote_address) if self._connected else received
+        datagram: tuple[bytes, Any] = (received, self.remote_address) if self._connected else received
+        if len(datagram[0]) >= DATAGRAM_SIZE:
+            raise truncated(DATAGRAM_SIZE)
+        return datagram
 
     async def _send_offered(self, offered: tuple[bytes, Any]) -> int:
         data, address = offered
-        if self._connected:
+        if self._is_unix and not self._connected:
+            await self._send_to_unix(data, address)
+        elif self._connected:
             await self._socket.send(data)
-        elif isinstance(address, tuple):
-            await self._socket.sendto(data, *address)
         else:
-            await self._socket.sendto(data, address)
+            await self._socket.sendto(data, *address)
         return 1  # One datagram, which may be empty.
 
+    async def _send_to_unix(self, data: bytes, address: Any) -> None:
+        # AnyIO's own method would not rest: Linux reports the socket as writable while its receiver has no room.
+        await anyio.lowlevel.checkpoint()
+        count = 0
+        while True:
+            try:
+                if self.remote_address is None:
+                    self._raw_socket.sendto(data, address)
+                else:
+                    self._raw_socket.send(data)  # The peer may have no name.
+            except BlockingIOError:
+                count += 1
+                await anyio.sleep(rest_after(count))
+            else:
+                return
+
     def _send_failure(self, exc: Exception) -> Exception:
-        # An address that is none, as from a bare socket: it is the caller's mistake, and no matter of the network.
+        # What cannot be an address, as from a bare socket: it is the caller's mistake, and no matter of the network.
         return exc if isinstance(exc, (TypeError, ValueError, OverflowError)) else super()._send_failure(exc)
 
     def _ends(self, received: Any) -> bool:

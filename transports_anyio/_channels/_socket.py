@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 import sys
 from asyncio.trsock import TransportSocket
 from collections.abc import Callable, Iterable
@@ -36,6 +37,16 @@ if sys.platform != "win32":
     with suppress(OSError, ValueError):
         GATHER_LIMIT = os.sysconf("SC_IOV_MAX")
 
+# What `take_error_queue` looks for in a control message, by level and type: IP_RECVERR and IPV6_RECVERR of
+# <linux/in.h> and <linux/in6.h>, with the first two fields of `struct sock_extended_err` of <linux/errqueue.h>, whose
+# origins 2 and 3 are ICMP and ICMPv6.
+EXTENDED_ERRORS = {(socket.IPPROTO_IP, 11), (socket.IPPROTO_IPV6, 25)}
+EXTENDED_ERROR = struct.Struct("=IB")
+NETWORK_ORIGINS = {2, 3}
+
+# Room for the control messages of one entry, in bytes: timestamps come beside the error.
+ERROR_MESSAGE_SIZE = 512
+
 
 def transport_socket(sock: Any) -> TransportSocket:
     """Return what users see of a transport's socket: all of asyncio's functions on it, and none that receives or sends.
@@ -59,6 +70,32 @@ def name_or_none(look_up: Callable[[], Any]) -> Any:
         return look_up()
     except OSError:
         return None  # As asyncio: there is no peer, or it has already gone (ENOTCONN).
+
+
+def take_error_queue(sock: socket.socket) -> list[OSError] | None:
+    """Empty the system's error queue of `sock`. Return the network errors in it, `None` when it was empty.
+
+    Linux reports a socket as ready as long as something is in this queue, and the queue takes room from what arrives.
+    No other call empties it. `IP_RECVERR` puts network errors there; `SO_TIMESTAMPING` and `MSG_ZEROCOPY` put
+    notifications there, which are dropped.
+
+    Source: https://man7.org/linux/man-pages/man7/ip.7.html, https://man7.org/linux/man-pages/man2/recv.2.html
+    """
+    if sys.platform != "linux":
+        return None
+    errors: list[OSError] = []
+    count = 0
+    while True:
+        try:
+            _, messages, _, _ = sock.recvmsg(0, ERROR_MESSAGE_SIZE, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+        except OSError:  # It is empty, or the socket has none.
+            return errors if count else None
+        count += 1
+        for level, kind, data in messages:
+            if (level, kind) in EXTENDED_ERRORS and len(data) >= EXTENDED_ERROR.size:
+                code, origin = EXTENDED_ERROR.unpack_from(data)
+                if origin in NETWORK_ORIGINS:  # A local error has been raised by the call that met it.
+                    errors.append(OSError(code, os.strerror(code)))
 
 
 def is_tcp(sock: socket.socket) -> bool:
@@ -152,6 +189,10 @@ class SocketChannel(Polled, Channel):
 
     def send_eof(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
+
+    def error_ready(self) -> None:
+        # What concerns a connection is raised by its next call: the queue of a stream has notifications only.
+        take_error_queue(self._socket)
 
     def close(self, *, aborted: bool) -> None:
         self._poller.release(self)
