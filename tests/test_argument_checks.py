@@ -287,7 +287,7 @@ async def ended(transport: Any, protocol: Any) -> None:
         for mistake in mistakes
     ],
 )
-async def test_the_first_mistake_is_raised(stack: Stack, function: str, mistake: Mistake) -> None:
+async def test_s12_the_first_mistake_is_raised(stack: Stack, function: str, mistake: Mistake) -> None:
     async with stack.open() as group:
         contexts = collect_contexts(group)
         for options, only_ours in together(function, mistake):

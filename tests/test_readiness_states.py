@@ -540,6 +540,39 @@ async def test_d11_notifications_for_a_connection_that_waits_to_write(
             await peer.receive_all()
 
 
+@pytest.mark.parametrize("direction", ["read", "write", "both"])
+async def test_d11_notifications_for_a_socket_that_is_a_pipe(
+    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    with reports(monkeypatch) as counts, bound(backlog=1) as listener:
+        sock = socket.create_connection(listener.getsockname())
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, SENT_BY_SOFTWARE)
+        with Peer(listener.accept()[0]) as peer:
+            async with TransportGroup() as group:
+                protocols = {name: Recorder() for name in ("read", "write") if direction in (name, "both")}
+                for name, protocol in protocols.items():
+                    await getattr(group, f"connect_{name}_pipe")(lambda protocol=protocol: protocol, sock)
+                for _ in range(3):
+                    if "write" in protocols:
+                        protocols["write"].transport.write(b"stamped")
+                    else:
+                        sock.send(b"stamped")
+                    await turns()
+                assert await peer.receive_exactly(21) == b"stamped" * 3
+                await anyio.sleep(IDLE)
+                counts.clear()
+                await anyio.sleep(IDLE)
+                assert len(counts) <= MOST
+                for protocol in protocols.values():
+                    assert protocol.names == ["connection_made"]
+                if "read" in protocols:
+                    await peer.send(b"hello")
+                    await protocols["read"].wait_received(5)
+                peer.close()
+                for protocol in protocols.values():
+                    await protocol.wait_for("connection_lost")
+
+
 async def test_an_error_of_a_connection_is_not_lost_with_the_queue(stack: Stack) -> None:
     """A reset and a notification at a time."""
     async with stack.open() as group, connected(group) as (transport, protocol, peer):

@@ -42,8 +42,12 @@ class Watch:
         self.descriptor: int = descriptor
         self.interest: int = 0  # A mask of `READ`, `WRITE` and `HANGUP`, which only a poller changes.
 
-    def error_ready(self) -> None:
-        """Take what keeps an error condition up although reading and writing do not meet it: see `take_error_queue`."""
+    def error_ready(self) -> bool:
+        """Take what reading and writing do not meet, and what would be reported for ever: see `take_error_queue`.
+
+        Return whether there was anything. If the connection has an error besides, that is reported again.
+        """
+        return False
 
     def tell(self, mask: int) -> None:
         """Call whom it concerns that the descriptor is ready for what is in `mask`."""
@@ -208,14 +212,13 @@ if sys.platform == "linux":
                 watch = watches.get(descriptor)  # None after a callback of this batch has closed it.
                 if watch is None:
                     continue
+                if events & ERROR and watch.error_ready():
+                    events &= ~ERROR  # noqa: PLW2901  # another name would cost every event an assignment
                 # As `Watch.tell`, without the cost of a call.
                 if events & READABLE and watch.interest & INPUT:
                     watch.read_ready()
                 if events & WRITABLE and watch.interest & WRITE:
                     watch.write_ready()
-                # After them: what they met has ended the connection, and it waits for nothing more.
-                if events & ERROR and watch.interest:
-                    watch.error_ready()
             if self.always_ready:
                 self.tell_always_ready()
             return len(batch)

@@ -190,9 +190,9 @@ class SocketChannel(Polled, Channel):
     def send_eof(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
 
-    def error_ready(self) -> None:
+    def error_ready(self) -> bool:
         # What concerns a connection is raised by its next call: the queue of a stream has notifications only.
-        take_error_queue(self._socket)
+        return take_error_queue(self._socket) is not None
 
     def close(self, *, aborted: bool) -> None:
         self._poller.release(self)
