@@ -1020,7 +1020,7 @@ async def test_an_address_that_is_missing(stack: Stack, kind: str, tmp_path: Pat
 @pytest.mark.ours_only("asyncio ends the endpoint")
 @pytest.mark.parametrize("kind", ["unix", "adopted unix", "anyio unix"])
 async def test_d8_a_sender_without_a_name_is_answered(stack: Stack, kind: str, tmp_path: Path) -> None:
-    """It cannot be sent to, which concerns nobody else."""
+    """It cannot be sent to, which does not concern the other peers."""
     async with stack.open() as group, Endpoints(group) as endpoints:
         contexts = collect_contexts(group)
         transport, protocol, own = await make_endpoint(endpoints, kind, tmp_path)

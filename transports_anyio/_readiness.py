@@ -43,7 +43,7 @@ class Watch:
         self.interest: int = 0  # A mask of `READ`, `WRITE` and `HANGUP`, which only a poller changes.
 
     def error_ready(self) -> bool:
-        """Take what reading and writing do not meet, and what would be reported for ever: see `take_error_queue`.
+        """Take what keeps the descriptor ready and is met by neither reading nor writing: see `take_error_queue`.
 
         Return whether there was anything. If the connection has an error besides, that is reported again.
         """

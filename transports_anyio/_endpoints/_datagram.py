@@ -117,7 +117,7 @@ class DatagramEndpoints(Endpoints):
 
 def check_datagram_socket(sock: socket.socket, **others: Any) -> None:
     """Raise asyncio's `ValueError` for a socket that is no datagram socket, or comes with what is for a new one."""
-    # A `SOCK_SEQPACKET` has connections, whose end would be received as an empty datagram, for ever.
+    # A `SOCK_SEQPACKET` has connections, whose end would be received as an empty datagram again and again.
     if sock.type in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
         raise ValueError(f"A datagram socket was expected, got {sock!r}")
     problems = ", ".join(f"{name}={value}" for name, value in others.items() if value)
