@@ -13,6 +13,7 @@ from asyncio import (
     Transport,
     WriteTransport,
 )
+from asyncio.trsock import TransportSocket
 
 from ._group import TransportGroup, current_group
 from ._scheduling import Handle, TimerHandle
@@ -35,6 +36,7 @@ __all__ = [
     "TimerHandle",
     "Transport",
     "TransportGroup",
+    "TransportSocket",
     "WriteTransport",
     "current_group",
 ]

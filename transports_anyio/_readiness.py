@@ -42,6 +42,13 @@ class Watch:
         self.descriptor: int = descriptor
         self.interest: int = 0  # A mask of `READ`, `WRITE` and `HANGUP`, which only a poller changes.
 
+    def error_ready(self) -> bool:
+        """Take what keeps the descriptor ready and is met by neither reading nor writing: see `take_error_queue`.
+
+        Return whether there was anything. If the connection has an error besides, that is reported again.
+        """
+        return False
+
     def tell(self, mask: int) -> None:
         """Call whom it concerns that the descriptor is ready for what is in `mask`."""
         # The interest is looked at again for each half: a callback of this batch may have changed it.
@@ -171,6 +178,8 @@ if sys.platform == "linux":
     READABLE = ~select.EPOLLOUT
     WRITABLE = ~select.EPOLLIN
 
+    ERROR: int = select.EPOLLERR
+
     # The most that one call reports. The rest comes first the next time.
     BATCH_SIZE = 256
 
@@ -203,6 +212,8 @@ if sys.platform == "linux":
                 watch = watches.get(descriptor)  # None after a callback of this batch has closed it.
                 if watch is None:
                     continue
+                if events & ERROR and watch.error_ready():
+                    events &= ~ERROR  # noqa: PLW2901  # another name would cost every event an assignment
                 # As `Watch.tell`, without the cost of a call.
                 if events & READABLE and watch.interest & INPUT:
                     watch.read_ready()

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from asyncio.trsock import TransportSocket
 from collections.abc import Callable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 
-from ._channels._socket import SocketChannel, SocketView, is_tcp, name_or_none, set_nodelay
+from ._channels._socket import SocketChannel, is_tcp, name_or_none, set_nodelay
 from ._channels._tls import TLSChannel
 from ._errors import leaves_through_the_group, logger
 from ._owned import PendingHandshake
@@ -96,9 +97,9 @@ class Server(asyncio.AbstractServer):
             raise
 
     @property
-    def sockets(self) -> tuple[SocketView, ...]:
+    def sockets(self) -> tuple[TransportSocket, ...]:
         """The listening sockets, to look at; none once the server is closed."""
-        return () if self._closed else tuple(SocketView(sock) for sock in self._sockets)
+        return () if self._closed else tuple(TransportSocket(sock) for sock in self._sockets)
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         """Return the event loop that runs the server, on asyncio and uvloop.
@@ -240,7 +241,9 @@ class Server(asyncio.AbstractServer):
             self._core.call_later(RETRY_DELAY, self._try_again, listener)
         else:
             message = "socket.accept() failed: this socket accepts no more connections"
-        self._core.group.call_exception_handler({"message": message, "exception": exc, "socket": SocketView(listener)})
+        self._core.group.call_exception_handler(
+            {"message": message, "exception": exc, "socket": TransportSocket(listener)}
+        )
 
     def _try_again(self, listener: socket.socket) -> None:
         try:

@@ -14,7 +14,7 @@ from anyio.streams.tls import TLSAttribute, TLSStream
 from .._errors import logger
 from ._anyio import AnyIOChannel, typed_attributes
 from ._contract import Channel, joined
-from ._socket import SocketView
+from ._socket import transport_socket
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -48,7 +48,7 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
         self.is_two_way = self.can_receive and self.can_send
         self._info = typed_attributes(stream, EXTRA_INFO)
         if "socket" in self._info:
-            self._info["socket"] = SocketView(self._info["socket"])
+            self._info["socket"] = transport_socket(self._info["socket"])
         is_tls = "ssl_object" in self._info or isinstance(stream, TLSStream)  # Which may not know its attributes.
         self.can_write_eof = hasattr(stream, "send_eof") and not is_tls
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import stat
 import sys
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from .._readiness import HANGUP, READ
 from ._contract import Channel
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE
-from ._socket import GATHER_LIMIT
+from ._socket import GATHER_LIMIT, take_error_queue
 
 if sys.platform == "linux":
     import fcntl
@@ -111,6 +112,9 @@ class PipeChannel(Polled, Channel):
 
     def send_eof(self) -> None:
         raise NotImplementedError  # The end of a pipe is its close.
+
+    def error_ready(self) -> bool:
+        return isinstance(self._pipe, socket.socket) and take_error_queue(self._pipe) is not None
 
     def has_hung_up(self) -> bool:
         poll = select.poll()  # type: ignore[attr-defined,unused-ignore]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 import sys
+from asyncio.trsock import TransportSocket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
@@ -35,68 +37,29 @@ if sys.platform != "win32":
     with suppress(OSError, ValueError):
         GATHER_LIMIT = os.sysconf("SC_IOV_MAX")
 
+# What `take_error_queue` looks for in a control message, by level and type: IP_RECVERR and IPV6_RECVERR of
+# <linux/in.h> and <linux/in6.h>, with the first two fields of `struct sock_extended_err` of <linux/errqueue.h>, whose
+# origins 2 and 3 are ICMP and ICMPv6.
+EXTENDED_ERRORS = {(socket.IPPROTO_IP, 11), (socket.IPPROTO_IPV6, 25)}
+EXTENDED_ERROR = struct.Struct("=IB")
+NETWORK_ORIGINS = {2, 3}
 
-class SocketView:
-    """A socket to look at: options, names and `fileno`, but nothing that reads, writes or closes it."""
+# Room for the control messages of one entry, in bytes: timestamps come beside the error.
+ERROR_MESSAGE_SIZE = 512
 
-    __slots__ = ("_socket",)
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
+def transport_socket(sock: Any) -> TransportSocket:
+    """Return what users see of a transport's socket: all of asyncio's functions on it, and none that receives or sends.
 
-    @property
-    def family(self) -> int:
-        return self._socket.family
-
-    @property
-    def type(self) -> int:
-        return self._socket.type
-
-    @property
-    def proto(self) -> int:
-        return self._socket.proto
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def get_inheritable(self) -> bool:
-        return self._socket.get_inheritable()
-
-    def getsockname(self) -> Any:
-        return self._socket.getsockname()
-
-    def getpeername(self) -> Any:
-        return self._socket.getpeername()
-
-    def getsockopt(self, *args: int) -> int | bytes:
-        return self._socket.getsockopt(*args)
-
-    def setsockopt(self, *args: Any) -> None:
-        self._socket.setsockopt(*args)
-
-    def gettimeout(self) -> float | None:
-        return self._socket.gettimeout()
-
-    def settimeout(self, value: float | None) -> None:
-        """Accept 0 and nothing else: the socket stays non-blocking."""
-        if value != 0:
-            msg = f"the socket of a transport stays non-blocking: expected 0, got {value!r}"
-            raise ValueError(msg)
-
-    def setblocking(self, flag: bool) -> None:
-        """Accept `False` and nothing else: the socket stays non-blocking."""
-        if flag:
-            msg = "the socket of a transport stays non-blocking"
-            raise ValueError(msg)
-
-    def __repr__(self) -> str:
-        return f"<SocketView of {self._socket!r}>"
+    AnyIO may have one of an asyncio transport already.
+    """
+    return sock if isinstance(sock, TransportSocket) else TransportSocket(sock)
 
 
 def describe_socket(sock: socket.socket, peername: Any = None) -> dict[str, Any]:
     """Return the extra info of every transport over a socket; `peername` is its peer's, where that is known already."""
     return {
-        "socket": SocketView(sock),
+        "socket": TransportSocket(sock),
         "sockname": name_or_none(sock.getsockname),
         "peername": name_or_none(sock.getpeername) if peername is None else peername,
     }
@@ -107,6 +70,32 @@ def name_or_none(look_up: Callable[[], Any]) -> Any:
         return look_up()
     except OSError:
         return None  # As asyncio: there is no peer, or it has already gone (ENOTCONN).
+
+
+def take_error_queue(sock: socket.socket) -> list[OSError] | None:
+    """Empty the system's error queue of `sock`. Return the network errors in it, `None` when it was empty.
+
+    Linux reports a socket as ready as long as something is in this queue, and the queue takes room from what arrives.
+    No other call empties it. `IP_RECVERR` puts network errors there; `SO_TIMESTAMPING` and `MSG_ZEROCOPY` put
+    notifications there, which are dropped.
+
+    Source: https://man7.org/linux/man-pages/man7/ip.7.html, https://man7.org/linux/man-pages/man2/recv.2.html
+    """
+    if sys.platform != "linux":
+        return None
+    errors: list[OSError] = []
+    count = 0
+    while True:
+        try:
+            _, messages, _, _ = sock.recvmsg(0, ERROR_MESSAGE_SIZE, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+        except OSError:  # It is empty, or the socket has none.
+            return errors if count else None
+        count += 1
+        for level, kind, data in messages:
+            if (level, kind) in EXTENDED_ERRORS and len(data) >= EXTENDED_ERROR.size:
+                code, origin = EXTENDED_ERROR.unpack_from(data)
+                if origin in NETWORK_ORIGINS:  # A local error has been raised by the call that met it.
+                    errors.append(OSError(code, os.strerror(code)))
 
 
 def is_tcp(sock: socket.socket) -> bool:
@@ -200,6 +189,10 @@ class SocketChannel(Polled, Channel):
 
     def send_eof(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
+
+    def error_ready(self) -> bool:
+        # What concerns a connection is raised by its next call: the queue of a stream has notifications only.
+        return take_error_queue(self._socket) is not None
 
     def close(self, *, aborted: bool) -> None:
         self._poller.release(self)

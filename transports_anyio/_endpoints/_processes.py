@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 #: asyncio takes these for the sake of `subprocess.Popen`'s signature, with one value only: pipes carry bytes.
 ONLY_VALUES: dict[str, Any] = {
     "universal_newlines": False,
+    "shell": False,  # Or true, for `subprocess_shell`.
     "bufsize": 0,
     "text": False,
     "encoding": None,
@@ -40,9 +41,10 @@ def check_options(options: dict[str, Any], *, shell: bool) -> None:
     """Raise asyncio's `ValueError` for an option that it refuses, and take it out if it has the right value."""
     if not options:
         return
-    for name, value in {**ONLY_VALUES, "shell": shell}.items():
+    for name, only in ONLY_VALUES.items():
         if name not in options:
             continue
+        value = shell if name == "shell" else only
         given = options.pop(name)
         # What is true or false may be so by any object; a size is 0.
         wrong = bool(given) != value if isinstance(value, bool) else given != value

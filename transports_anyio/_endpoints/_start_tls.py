@@ -10,7 +10,7 @@ from .._channels._tls import TLSChannel
 from .._transports._stream import StreamTransport
 from .._waiters import Event
 from ._base import Endpoints
-from ._tls import upgrade_options
+from ._tls import require_context, upgrade_options
 
 if TYPE_CHECKING:
     from asyncio import BaseTransport, Transport
@@ -59,6 +59,9 @@ class StartTLSEndpoint(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
         """
+        require_context(sslcontext)
+        if not isinstance(transport, StreamTransport):
+            raise TypeError(f"transport {transport!r} is not supported by start_tls()")
         options = upgrade_options(
             sslcontext,
             server_side=server_side,
@@ -66,8 +69,6 @@ class StartTLSEndpoint(Endpoints):
             handshake_timeout=ssl_handshake_timeout,
             shutdown_timeout=ssl_shutdown_timeout,
         )
-        if not isinstance(transport, StreamTransport):
-            raise TypeError(f"transport {transport!r} is not supported by start_tls()")
         if not isinstance(received, (bytes, bytearray, memoryview)):
             raise TypeError(f"received must be a bytes-like object, not {type(received).__name__!r}")
         if not transport.belongs_to(self):
