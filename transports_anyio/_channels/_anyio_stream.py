@@ -27,7 +27,7 @@ CHUNK_SIZE = 64 * 1024
 class AnyIOStreamChannel(AnyIOChannel, Channel):
     """Moves the bytes of an AnyIO stream."""
 
-    __slots__ = ("can_receive", "can_send", "can_write_eof", "is_two_way", "stream")
+    __slots__ = ("can_receive", "can_send", "can_write_eof", "drops_after_close", "is_two_way", "stream")
 
     def __init__(self, stream: AnyByteStream) -> None:
         super().__init__(stream)
@@ -35,7 +35,8 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
         self.can_receive = isinstance(stream, ByteReceiveStream)
         self.can_send = isinstance(stream, ByteSendStream)
         self.is_two_way = self.can_receive and self.can_send
-        self.can_write_eof = hasattr(stream, "send_eof") and TLSAttribute.ssl_object not in stream.extra_attributes
+        self.drops_after_close = TLSAttribute.ssl_object in stream.extra_attributes
+        self.can_write_eof = hasattr(stream, "send_eof") and not self.drops_after_close
 
     def receive(self) -> bytes:
         return bytes(self._take_received())

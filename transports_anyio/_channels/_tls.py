@@ -87,6 +87,7 @@ class TLSChannel(Channel):
     )
 
     can_write_eof = False
+    drops_after_close = True
 
     def __init__(
         self, inner: Channel, options: TLSOptions, scheduler: Scheduler, *, unsent: bytes = b"", received: bytes = b""
@@ -159,8 +160,13 @@ class TLSChannel(Channel):
 
     def _update_interest(self) -> None:
         wire = self._wire
-        self._inner.set_reading((self._reading and wire.may_receive()) or self._write_needs_read)
-        self._inner.set_writing(bool(wire.unsent) or (self._writing and not self._write_needs_read))
+        try:
+            self._inner.set_reading((self._reading and wire.may_receive()) or self._write_needs_read)
+            self._inner.set_writing(bool(wire.unsent) or (self._writing and not self._write_needs_read))
+        except OSError as exc:  # The system watches as many descriptors as it may: do not ask again.
+            self._reading = self._writing = False
+            self._fail(exc)
+            raise
 
     def _read_again(self) -> None:
         """Have what is in memory read in the next turn: no selector knows of it."""

@@ -7,12 +7,13 @@ Callbacks of a protocol, in order: `connection_made [datagram_received | error_r
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._channels._datagram import ChannelEnded
 from .._errors import lacks, leaves_through_the_group, logger
-from ._base import ChannelTransport
+from ._base import SPARE_FRAMES, ChannelTransport
 from ._flow_control import DatagramBuffer, as_bytes_view
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
                 self._lose(exc.error, aborted=True)
                 return
             except Exception as exc:
-                self._fatal(exc, "read")
+                self._broken(exc, "read")
                 return
             self._bytes_received += len(data)
             try:
@@ -134,22 +135,27 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
         if self._lost:
             self._drop_write()
             return
-        if not self._buffer.datagrams:
-            try:
-                self._channel.send(data, addr)
-            except (BlockingIOError, InterruptedError):
-                self._channel.set_writing(True)
-            except OSError as exc:
-                self._tell_error(exc)
-                return
-            except Exception as exc:
-                self._fatal(exc, "write")
-                return
-            else:
-                self._bytes_sent += len(data)
-                return
-        self._buffer.append(bytes(data), addr)
-        self._update_flow()
+        # Where others wait the copy comes first: if there is no memory for it, nothing has happened.
+        copy = bytes(data) if self._buffer.datagrams else None
+        try:
+            if copy is None:
+                try:
+                    self._channel.send(data, addr)
+                except (BlockingIOError, InterruptedError):
+                    self._channel.set_writing(True)
+                    copy = bytes(data)
+                else:
+                    self._bytes_sent += len(data)
+                    return
+            self._buffer.append(copy, addr)
+            self._update_flow()
+        except OSError as exc:
+            self._tell_error(exc)
+        except BaseException as exc:
+            # A channel that could not send at once may have taken the datagram.
+            if isinstance(exc, RecursionError):
+                sys.setrecursionlimit(sys.getrecursionlimit() + SPARE_FRAMES)
+            self._write_failed(exc, "write")
 
     def _write_ready(self) -> None:
         waiting = self._buffer.datagrams
@@ -166,7 +172,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
                     return  # `error_received` has aborted.
                 break  # The rest in the next turn.
             except Exception as exc:
-                self._fatal(exc, "write")
+                self._broken(exc, "write")
                 return
             self._bytes_sent += len(data)
             self._buffer.take()
@@ -177,6 +183,6 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
             if self._closing:
                 self._lose(None)
 
-    def _fatal(self, exc: Exception, doing: str) -> None:
+    def _broken(self, exc: Exception, doing: str) -> None:
         self._lose(exc, aborted=True)
         self._door.report(f"Fatal {doing} error on datagram transport", exc, self, self._protocol)
