@@ -202,7 +202,7 @@ class ChannelTransport(asyncio.BaseTransport):
     def _drop_write(self) -> None:
         self._writes_after_loss += 1
         if self._writes_after_loss >= LOST_WRITES_BEFORE_WARNING:
-            logger.warning("%r: the connection is lost, the data written to it is dropped", self)
+            logger.warning("%r: the connection is closed or lost, the data written to it is dropped", self)
 
     def _write_failed(self, exc: BaseException, doing: str) -> None:
         """End the connection: it is not known how much was sent.

@@ -234,8 +234,9 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data`, as much as possible at once, and buffer the rest.
 
-        The caller may change the buffer afterwards. After the connection is lost the data is dropped, with a
-        warning in the log from the fifth time on.
+        The caller may change the buffer afterwards. After the connection is lost the data is dropped, over TLS and
+        pipes after `close` already, with a warning in the log from the fifth time on. An error while sending ends the
+        connection; `connection_lost` gets it. A `MemoryError` is raised if nothing of `data` has been taken.
 
         Raises `TypeError` for anything that is not bytes-like; `RuntimeError` after `write_eof`, while `sendfile` is
         under way, and once `start_tls` has returned a new transport; `NotImplementedError` on an end that only reads.
