@@ -11,7 +11,7 @@ import anyio.lowlevel
 from anyio.abc import ConnectedUDPSocket, ConnectedUNIXDatagramSocket, SocketAttribute, UDPSocket, UNIXDatagramSocket
 
 from ._anyio import AnyIOChannel, as_os_error, typed_attributes
-from ._datagram import ChannelEnded, DatagramChannel, rest_after, truncated
+from ._datagram import ADDRESS_ERRORS, ChannelEnded, DatagramChannel, rest_after, truncated
 from ._socket import transport_socket
 
 # The highest port there is, of UDP as of TCP.
@@ -43,7 +43,6 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
             raise TypeError(f"one of AnyIO's datagram sockets was expected, got {datagram_socket!r}")
         super().__init__(datagram_socket)
         self._socket: Any = datagram_socket
-        self._raw_socket: Any = datagram_socket.extra(SocketAttribute.raw_socket)
         self._connected = isinstance(datagram_socket, (ConnectedUDPSocket, ConnectedUNIXDatagramSocket))
         self._is_unix = isinstance(datagram_socket, (UNIXDatagramSocket, ConnectedUNIXDatagramSocket))
         self._info: dict[str, Any] = dict.fromkeys(EXTRA_INFO) | typed_attributes(datagram_socket, EXTRA_INFO)
@@ -124,8 +123,7 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
                 return
 
     def _send_failure(self, exc: Exception) -> Exception:
-        # What cannot be an address, as from a bare socket: it is the caller's mistake, and no matter of the network.
-        return exc if isinstance(exc, (TypeError, ValueError, OverflowError)) else super()._send_failure(exc)
+        return exc if isinstance(exc, ADDRESS_ERRORS) else super()._send_failure(exc)
 
     def _ends(self, received: Any) -> bool:
         return isinstance(received, ChannelEnded)

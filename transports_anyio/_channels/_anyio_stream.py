@@ -38,7 +38,15 @@ EXTRA_INFO: dict[str, Any] = {
 class AnyIOStreamChannel(AnyIOChannel, Channel):
     """Moves the bytes of an AnyIO stream."""
 
-    __slots__ = ("_info", "can_receive", "can_send", "can_write_eof", "is_two_way", "stream")
+    __slots__ = (
+        "_info",
+        "can_receive",
+        "can_send",
+        "can_write_eof",
+        "drops_after_close",
+        "is_two_way",
+        "stream",
+    )
 
     def __init__(self, stream: AnyByteStream) -> None:
         super().__init__(stream)
@@ -49,8 +57,9 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
         self._info = typed_attributes(stream, EXTRA_INFO)
         if "socket" in self._info:
             self._info["socket"] = transport_socket(self._info["socket"])
-        is_tls = "ssl_object" in self._info or isinstance(stream, TLSStream)  # Which may not know its attributes.
-        self.can_write_eof = hasattr(stream, "send_eof") and not is_tls
+        # A TLS stream that has ended may not know its attributes.
+        self.drops_after_close = "ssl_object" in self._info or isinstance(stream, TLSStream)
+        self.can_write_eof = hasattr(stream, "send_eof") and not self.drops_after_close
 
     def receive(self) -> bytes:
         return bytes(self._take_received())

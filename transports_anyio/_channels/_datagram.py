@@ -42,6 +42,10 @@ def truncated(most: int) -> OSError:
     return OSError(errno.EMSGSIZE, f"a datagram was dropped that is longer than the {most} bytes that are received")
 
 
+# What a socket raises for an object that cannot be an address: the caller's mistake, and not the network's.
+ADDRESS_ERRORS = (TypeError, ValueError, OverflowError)
+
+
 class ChannelEnded(Exception):  # noqa: N818  # the end of a channel need not be an error
     """The channel will never move anything again; the cause is the `OSError` to tell of."""
 

@@ -68,6 +68,7 @@ class PipeChannel(Polled, Channel):
 
     is_two_way = False
     can_write_eof = False
+    drops_after_close = True
 
     #: Which descriptors are left open.
     outliving = STANDARD_STREAMS

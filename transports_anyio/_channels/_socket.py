@@ -14,7 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .._poller import Poller
-from ._contract import Channel, joined
+from ._contract import Channel, FileError, joined
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE, buffers
 
@@ -43,6 +43,24 @@ if sys.platform != "win32":
 EXTENDED_ERRORS = {(socket.IPPROTO_IP, 11), (socket.IPPROTO_IPV6, 25)}
 EXTENDED_ERROR = struct.Struct("=IB")
 NETWORK_ORIGINS = {2, 3}
+# Errors of `os.sendfile` that are the socket's and not the file's: "not now", and what ends a connection, by ICMP for
+# example (tcp(7), ip(7)). The socket reports that once.
+OF_A_CONNECTION = (BlockingIOError, InterruptedError, ConnectionError, TimeoutError)
+ERRNOS_OF_A_CONNECTION = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EHOSTDOWN",
+        "EHOSTUNREACH",
+        "ENETDOWN",
+        "ENETRESET",
+        "ENETUNREACH",
+        "ENOBUFS",
+        "ENOPROTOOPT",
+        "EPROTO",
+    )
+    if hasattr(errno, name)
+)
+
 
 # Room for the control messages of one entry, in bytes: timestamps come beside the error.
 ERROR_MESSAGE_SIZE = 512
@@ -178,13 +196,15 @@ class SocketChannel(Polled, Channel):
 
     def send_file(self, descriptor: int, offset: int, count: int) -> int:
         if not hasattr(os, "sendfile"):
-            raise OSError(errno.ENOSYS, "os.sendfile() is not available")
+            raise FileError(OSError(errno.ENOSYS, "os.sendfile() is not available"))
         try:
             sent: int = os.sendfile(self.descriptor, descriptor, offset, count)
         except OSError as exc:
             if exc.errno == errno.ENOTCONN:  # What macOS says of a connection that has broken.
                 raise ConnectionResetError(exc.errno, exc.strerror) from exc
-            raise
+            if isinstance(exc, OF_A_CONNECTION) or exc.errno in ERRNOS_OF_A_CONNECTION:
+                raise
+            raise FileError(exc) from exc
         return sent
 
     def send_eof(self) -> None:

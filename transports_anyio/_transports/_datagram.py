@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .._channels._datagram import ChannelEnded, rest_after
+from .._channels._datagram import ADDRESS_ERRORS, ChannelEnded, rest_after
 from .._errors import lacks, leaves_through_the_group, logger
 from .._readiness import READ, WRITE
-from ._base import ChannelTransport
+from ._base import SPARE_FRAMES, ChannelTransport
 from ._flow_control import DatagramBuffer, as_bytes_view
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
                 self._lose(exc.error, aborted=True)
                 return
             except Exception as exc:
-                self._fatal(exc, "read")
+                self._broken(exc, "read")
                 return
             self._bytes_received += len(data)
             try:
@@ -166,22 +167,29 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
         if self._lost:
             self._drop_write()
             return
-        if not self._buffer.datagrams:
-            try:
-                self._channel.send(data, addr)
-            except (BlockingIOError, InterruptedError):
-                self._channel.set_writing(True)
-            except OSError as exc:
-                self._tell_error(exc)
-                return
-            except Exception as exc:
-                self._refuse(exc, addr)
-                return
-            else:
-                self._bytes_sent += len(data)
-                return
-        self._buffer.append(bytes(data), addr)
-        self._update_flow()
+        # Where others wait the copy comes first: if there is no memory for it, nothing has happened.
+        copy = bytes(data) if self._buffer.datagrams else None
+        try:
+            if copy is None:
+                try:
+                    self._channel.send(data, addr)
+                except (BlockingIOError, InterruptedError):
+                    self._channel.set_writing(True)
+                    copy = bytes(data)
+                else:
+                    self._bytes_sent += len(data)
+                    return
+            self._buffer.append(copy, addr)
+            self._update_flow()
+        except OSError as exc:
+            self._tell_error(exc)
+        except ADDRESS_ERRORS as exc:
+            self._refuse(exc, addr)
+        except BaseException as exc:
+            # A channel that could not send at once may have taken the datagram.
+            if isinstance(exc, RecursionError):
+                sys.setrecursionlimit(sys.getrecursionlimit() + SPARE_FRAMES)
+            self._write_failed(exc, "write")
 
     def _is_remote(self, addr: Any) -> bool:
         """Whether `addr` is the remote address without its IPv6 flow information and scope."""
@@ -208,10 +216,13 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
                 self._buffer.take()
                 self._tell_error(exc, from_channel=True)
                 break  # The rest in the next turn.
-            except Exception as exc:
+            except ADDRESS_ERRORS as exc:
                 self._buffer.take()
                 self._refuse(exc, addr, from_channel=True)
                 break
+            except Exception as exc:
+                self._broken(exc, "write")
+                return
             self._bytes_sent += len(data)
             self._buffer.take()
         if self._lost:
@@ -235,6 +246,6 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
             message = f"A datagram to {addr!r} was dropped: the transport cannot send to this address"
             self._door.report(message, exc, self, self._protocol)
 
-    def _fatal(self, exc: Exception, doing: str) -> None:
+    def _broken(self, exc: Exception, doing: str) -> None:
         self._lose(exc, aborted=True)
         self._door.report(f"Fatal {doing} error on datagram transport", exc, self, self._protocol)

@@ -63,12 +63,6 @@ class WritePipeTransport(StreamTransport):
         # A writing end never reads: that needs no pause.
         return [part for part in super()._describe() if part != "reading paused"]
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self._closing and isinstance(data, (bytes, bytearray, memoryview)):
-            self._drop_write()
-        else:
-            super().write(data)
-
     def can_write_eof(self) -> bool:
         """Whether `write_eof` is supported: always."""
         return True

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._channels._child import KILLED
+from .._door import check_given_protocol
 from .._errors import failed_callback, leaves_through_the_group, logger
 from ._pipe import WritePipeTransport
 
@@ -33,10 +34,10 @@ class PipeProtocol(asyncio.Protocol):
         self._child.tell_in_place("pipe_data_received", self._fd, data)
 
     def pause_writing(self) -> None:
-        self._child.tell_in_place("pause_writing")
+        self._child.flow("pause_writing")
 
     def resume_writing(self) -> None:
-        self._child.tell_in_place("resume_writing")
+        self._child.flow("resume_writing")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._child.pipe_lost(self._fd, exc)
@@ -59,9 +60,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         "_failure",
         "_on_lost",
         "_open_pipes",
+        "_paused_protocol",
         "_pipes",
         "_protocol",
         "_returncode",
+        "_writing_paused",
     )
 
     def __init__(self, door: Door, child: Child, protocol: Any, on_lost: Callable[[SubprocessTransport], None]) -> None:
@@ -73,6 +76,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._open_pipes = 0
         self._returncode: int | None = None
         self._closed = False
+        self._writing_paused = False
+        self._paused_protocol: Any = None  # As in the other transports.
         self._failure: BaseException | None = None  # What a callback has raised: `connection_lost` gets it.
 
     def start(self, pipes: dict[int, StreamTransport]) -> None:
@@ -95,8 +100,15 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._child.handle if name == "subprocess" else default
 
     def set_protocol(self, protocol: Any) -> None:
-        """Give every later callback to `protocol`."""
+        """Give every later callback to `protocol`.
+
+        If writing is paused, its `pause_writing` is called, soon, and `resume_writing` as ever. Raises `TypeError` for
+        what can never be a protocol, such as a protocol class.
+        """
+        check_given_protocol(protocol, "set_protocol")
         self._protocol = protocol
+        if self._pause_is_news:
+            self._door.call_soon(self._tell_of_pause)
 
     def get_protocol(self) -> Any:
         """Return the current protocol; `None` after its `connection_lost`, as asyncio."""
@@ -172,9 +184,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             waiting += more_waiting
         return received, sent, waiting
 
-    def has_paused_writing(self) -> bool:
-        """Whether the protocol has been told to pause writing."""
-        return any(pipe.has_paused_writing() for pipe in self._pipes.values())
+    def is_writing_paused(self) -> bool:
+        """Whether writing is paused: `pause_writing` has come, or is about to, and `resume_writing` will follow."""
+        return self._writing_paused
 
     # The protocol
 
@@ -191,6 +203,24 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._door.call_in_place(getattr(self._protocol, name), *args)
         except BaseException as exc:
             self._failed(name, exc)
+
+    def flow(self, name: str) -> None:
+        """Pass `pause_writing` or `resume_writing` on, to a protocol that may have been set in between."""
+        if name == "resume_writing" and self._pause_is_news:
+            self._paused_protocol = self._protocol
+            self.tell_in_place("pause_writing")
+        self._writing_paused = name == "pause_writing"
+        self._paused_protocol = self._protocol if self._writing_paused else None
+        self.tell_in_place(name)
+
+    @property
+    def _pause_is_news(self) -> bool:
+        return self._writing_paused and self._paused_protocol is not self._protocol
+
+    def _tell_of_pause(self) -> None:
+        if self._pause_is_news and self._protocol is not None:
+            self._paused_protocol = self._protocol
+            self.tell("pause_writing")
 
     def _failed(self, name: str, exc: BaseException) -> None:
         if self._failure is None and isinstance(exc, Exception):
@@ -242,7 +272,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         try:
             self.tell("connection_lost", self._failure)
         finally:
-            self._failure = self._protocol = None  # No cycles: it most likely keeps the transport.
+            self._failure = self._protocol = self._paused_protocol = (
+                None  # No cycles: it most likely keeps the transport.
+            )
             self._child.let_go()
             self._on_lost(self)
 
