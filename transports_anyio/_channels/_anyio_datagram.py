@@ -70,7 +70,7 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
             await self._socket.sendto(data, address)
         return 1  # One datagram, which may be empty.
 
-    def _send_failure(self, exc: Exception) -> Exception:
+    def _send_failure(self, exc: BaseException) -> Exception:
         # An address that is none, as from a bare socket: it is the caller's mistake, and no matter of the network.
         return exc if isinstance(exc, (TypeError, ValueError, OverflowError)) else super()._send_failure(exc)
 

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .._errors import failed_callback, leaves_through_the_group, logger
+from .._errors import failed_callback, leaves_through_the_group, log_debug, logger
 from ._flow_control import DatagramBuffer, WriteBuffer, limits
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class ChannelTransport(asyncio.BaseTransport):
     def _update_flow(self, *, from_channel: bool = False) -> None:
         name = self._buffer.crossed()
         if name is not None:
-            logger.debug("%r: %s()", self, name)
+            log_debug(self._door.group, "%r: %s()", self, name)
             self._call_protocol(name, from_channel=from_channel)
 
     def _call_protocol(self, name: str, *args: Any, from_channel: bool) -> None:
@@ -173,9 +173,9 @@ class ChannelTransport(asyncio.BaseTransport):
         if self._lost:
             return
         if exc is not None:
-            logger.debug("%r: lost by %r", self, exc)
+            log_debug(self._door.group, "%r: lost by %r", self, exc)
         else:
-            logger.debug("%r: %s", self, "aborted" if aborted else "lost, all is flushed")
+            log_debug(self._door.group, "%r: %s", self, "aborted" if aborted else "lost, all is flushed")
         self._lost = self._closing = True
         # Before all that may be interrupted: nobody else will do it.
         self._door.call_soon(self._connection_lost, exc, aborted)

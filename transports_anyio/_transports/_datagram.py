@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._channels._datagram import ChannelEnded
-from .._errors import lacks, leaves_through_the_group, logger
+from .._errors import lacks, leaves_through_the_group, log_debug
 from ._base import ChannelTransport
 from ._flow_control import DatagramBuffer, as_bytes_view
 
@@ -54,7 +54,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
 
     def start(self) -> None:
         """Tell the protocol of its endpoint, then begin to receive; raises `OSError` when that is not possible."""
-        logger.debug("%r: connection made, with a %s", self, type(self._protocol).__qualname__)
+        log_debug(self._door.group, "%r: connection made, with a %s", self, type(self._protocol).__qualname__)
         try:
             self._call(self._protocol.connection_made, self)
         except BaseException as exc:
@@ -75,7 +75,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
         """Receive no more, send what is buffered, then end with `connection_lost(None)`."""
         if self._closing:
             return
-        logger.debug("%r: closing", self)
+        log_debug(self._door.group, "%r: closing", self)
         self._closing = True
         self._channel.set_reading(False)
         if not self._buffer.datagrams:
@@ -94,7 +94,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
             except ChannelEnded as exc:
                 self._lose(exc.error, aborted=True)
                 return
-            except Exception as exc:
+            except BaseException as exc:
                 self._fatal(exc, "read")
                 return
             self._bytes_received += len(data)
@@ -142,7 +142,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
             except OSError as exc:
                 self._tell_error(exc)
                 return
-            except Exception as exc:
+            except BaseException as exc:
                 self._fatal(exc, "write")
                 return
             else:
@@ -165,7 +165,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
                 if self._lost:
                     return  # `error_received` has aborted.
                 break  # The rest in the next turn.
-            except Exception as exc:
+            except BaseException as exc:
                 self._fatal(exc, "write")
                 return
             self._bytes_sent += len(data)
@@ -177,6 +177,8 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
             if self._closing:
                 self._lose(None)
 
-    def _fatal(self, exc: Exception, doing: str) -> None:
+    def _fatal(self, exc: BaseException, doing: str) -> None:
+        if leaves_through_the_group(exc):
+            raise exc
         self._lose(exc, aborted=True)
         self._door.report(f"Fatal {doing} error on datagram transport", exc, self, self._protocol)
