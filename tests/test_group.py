@@ -623,8 +623,23 @@ async def test_g3_what_a_task_is_refused_is_logged(anyio_backend: Any) -> None:
     assert "create_connection(): the group is not open any more" in record.getMessage()
 
 
-async def test_g3_another_groups_refusal_is_a_failure(anyio_backend: Any) -> None:
-    """A task that calls a group which has been left makes a mistake: it is told."""
+async def test_g3_a_task_that_connects_in_a_task_group_of_its_own(anyio_backend: Any) -> None:
+    done: list[int] = []
+
+    async def connect() -> None:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(2):
+                tasks.start_soon(group.create_connection, Recorder, HOST, 1)
+            done.append(1)
+
+    async with TransportGroup() as group:
+        group.call_soon(group.start_soon, connect)
+    assert done == [1]
+
+
+@pytest.mark.parametrize("leaving", [False, True])
+async def test_g3_another_groups_refusal_is_a_failure(anyio_backend: Any, leaving: bool) -> None:
+    """A task that calls a group which has been left makes a mistake."""
     async with TransportGroup() as old:
         pass
 
@@ -634,8 +649,21 @@ async def test_g3_another_groups_refusal_is_a_failure(anyio_backend: Any) -> Non
     with raises_inside(RuntimeError) as caught:
         async with TransportGroup() as group:
             group.start_soon(connect)
-            await anyio.sleep_forever()
+            if not leaving:
+                await anyio.sleep_forever()
     assert len(caught) == 1
+
+
+async def test_g3_a_task_that_fails_beside_a_refusal(anyio_backend: Any) -> None:
+    async def fail() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(group.create_connection, Recorder, HOST, 1)
+            raise BoomError
+
+    with pytest.raises(BaseException) as caught:
+        async with TransportGroup() as group:
+            group.call_soon(group.start_soon, fail)
+    assert BoomError in {type(leaf) for leaf in leaves(caught.value)}
 
 
 async def test_g3_a_handshake_that_the_end_of_the_block_breaks_off(

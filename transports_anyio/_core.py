@@ -17,7 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._door import Door, GivenContext, Group, current
-from ._errors import ExceptionContext, NotOpenError, described, leaves_through_the_group, logger
+from ._errors import ExceptionContext, NotOpenError, described, is_refusal, leaves_through_the_group, logger
 from ._owned import Owned
 from ._poller import RESOLUTION, Poller
 from ._readiness import Failed, Watch
@@ -208,11 +208,13 @@ class Core:
         call = f"{name}(): " if name else ""
         if self.poller is None:
             return NotOpenError(
-                f"{call}the group is not open yet: enter it first, with `async with TransportGroup() as group:`"
+                f"{call}the group is not open yet: enter it first, with `async with TransportGroup() as group:`",
+                self.group,
             )
         return NotOpenError(
             f"{call}the group is not open any more: do this before its `async with` block is left, or in a new "
-            "TransportGroup"
+            "TransportGroup",
+            self.group,
         )
 
     def live_poller(self, name: str = "") -> Poller:
@@ -309,9 +311,9 @@ class Core:
     async def _run_task(self, coroutine: Coroutine[Any, Any, object]) -> None:
         try:
             await coroutine
-        except NotOpenError as exc:
-            if self.open:
-                raise  # Another group's.
+        except Exception as exc:
+            if self.open or not is_refusal(exc, self.group):
+                raise
             # It wanted a new connection, say, when all are being closed: no failure of a block that is left normally.
             logger.info("%s has ended, for the group is being left: %s", described(coroutine), exc)
         finally:

@@ -7,9 +7,13 @@ May know: logging and AnyIO's cancellation.
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
     from ._door import Group
@@ -21,6 +25,17 @@ ExceptionContext: TypeAlias = "dict[str, Any]"
 
 class NotOpenError(RuntimeError):
     """Raised for a call that needs an open group, before or after that."""
+
+    def __init__(self, message: str, group: Group) -> None:
+        super().__init__(message)
+        self.group = group
+
+
+def is_refusal(exc: BaseException, group: Group) -> bool:
+    """Whether `exc` says that `group` is not open, alone or as the only kind in an exception group."""
+    if isinstance(exc, BaseExceptionGroup):
+        return all(is_refusal(each, group) for each in exc.exceptions)
+    return isinstance(exc, NotOpenError) and exc.group is group
 
 
 def leaves_through_the_group(exc: BaseException) -> bool:
