@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from contextvars import Context, Token, copy_context
+from contextvars import Context, copy_context
 from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -27,7 +27,7 @@ from ._endpoints._start_tls import StartTLSEndpoint
 from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
 from ._endpoints._unix import UNIXEndpoints
-from ._errors import ExceptionContext, leaves_through_the_group, logger
+from ._errors import ExceptionContext, leaves_through_the_group, log_debug, logger
 from ._loop_poller import make_poller
 from ._owned import PendingHandshake
 from ._scheduling import Handle, ThreadSafeHandle, TimerHandle
@@ -91,20 +91,24 @@ class TransportGroup(
             core.poller = poller = make_poller()
             stack.callback(poller.close)
             core.dispatch = poller.dispatch
-            turns = anyio.CancelScope(shield=True)
+            core.time = poller.time
+            core.receiving_tasks += poller.needs_tasks
+            stack.callback(self._left)
+            core.turns = turns = anyio.CancelScope(shield=True)
             core.task_group = await stack.enter_async_context(anyio.create_task_group())
             core.task_group.start_soon(self._take_turns, turns, name="transports_anyio: turns of a group")
-            stack.callback(turns.cancel)
-            stack.callback(self._left, current.set(self))
-            # Steps of their own, because trio lets a `KeyboardInterrupt` come between any two lines: what it keeps one
-            # of them from, the next one does.
+            # Twice, because trio lets a `KeyboardInterrupt` come between any two lines: what it keeps one of them from,
+            # the next one does. So for `abort_all`.
+            stack.callback(core.end_turns)
+            stack.callback(core.end_turns)
+            stack.callback(current.reset, current.set(self))
             stack.callback(core.abort_all)
             stack.callback(core.abort_all)
             stack.push_async_exit(self._leave)
             self._stack = stack.pop_all()
         core.thread = get_ident()
         core.open = core.alive = True
-        logger.debug("%r: entered", self)
+        log_debug(self, "%r: entered", self)
         return self
 
     async def __aexit__(
@@ -114,20 +118,36 @@ class TransportGroup(
 
     async def _take_turns(self, turns: anyio.CancelScope) -> None:
         with turns:
-            await self._core.live_poller().run(self._core)
+            core = self._core
+            try:
+                await core.live_poller().run(core)
+            finally:
+                # No wait of a task, shielded perhaps, may need another turn. What ends the group is known first.
+                if not turns.cancel_called:
+                    core.task_group.cancel_scope.cancel()
+                try:
+                    core.abort_all()
+                finally:
+                    core.end()
 
     async def _leave(self, _: type[BaseException] | None, exc: BaseException | None, __: TracebackType | None) -> None:
         self._core.open = False
         if exc is not None:
-            logger.debug("%r: leaving by %r, everything is aborted", self, exc)
+            log_debug(self, "%r: leaving by %r, everything is aborted", self, exc)
             return
-        logger.debug("%r: leaving, once everything is flushed and closed", self)
+        log_debug(self, "%r: leaving, once everything is flushed and closed", self)
         self._core.close_all()
         await self._core.until_empty()
 
-    def _left(self, token: Token[TransportGroup]) -> None:
-        logger.debug("%r: left", self)
-        current.reset(token)
+    def _left(self) -> None:
+        log_debug(self, "%r: left", self)
+
+    def is_closing(self) -> bool:
+        """Whether the block is being left, or has been: no more connections can be made.
+
+        For a protocol that connects again in `connection_lost`, say.
+        """
+        return self._core.poller is not None and not self._core.open
 
     async def wait_closed(self) -> None:
         """Wait until every transport of the group has closed, its `connection_lost` delivered."""

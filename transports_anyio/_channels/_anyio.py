@@ -12,7 +12,7 @@ import anyio
 from anyio import TypedAttributeProvider
 from anyio.abc import AsyncResource
 
-from .._errors import described, logger
+from .._errors import described, leaves_through_the_group, logger
 
 # How long, in seconds, a stream may take to close in an orderly way (a TLS stream waits for the peer's close_notify):
 # asyncio's default `ssl_shutdown_timeout`.
@@ -24,7 +24,7 @@ def is_failure(exc: BaseException | None) -> TypeGuard[OSError]:
     return isinstance(exc, OSError) and not isinstance(exc, (BlockingIOError, InterruptedError))
 
 
-def as_os_error(exc: Exception) -> OSError:
+def as_os_error(exc: BaseException) -> OSError:
     """Return what asyncio would say for an error of an AnyIO stream, with the cause attached."""
     if is_failure(exc):
         return exc
@@ -159,7 +159,7 @@ class AnyIOChannel:
     async def _send_offered(self, offered: Any) -> int:
         """Send what was offered, and return its size."""
 
-    def _send_failure(self, exc: Exception) -> Exception:
+    def _send_failure(self, exc: BaseException) -> Exception:
         """Return what the transport is told when nothing could be sent."""
         return as_os_error(exc)
 
@@ -201,7 +201,7 @@ class AnyIOChannel:
         except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
             # The connection has ended for the protocol; that the peer did not stay for the farewell is no news. A
             # forceful close, too, says so when a farewell was broken off before.
-            logger.debug("closing %r: %r", self._resource, exc)
+            logger.debug("closing %s: %s", described(self._resource), described(exc))
             return False
         return True
 
@@ -211,7 +211,9 @@ class AnyIOChannel:
             if self._received is None:
                 try:
                     self._received = await self._receive_next()
-                except Exception as exc:
+                except BaseException as exc:
+                    if leaves_through_the_group(exc):
+                        raise
                     self._received = as_os_error(exc)
             ended = self._ends(self._received)
             while self._received is not None:
@@ -233,7 +235,9 @@ class AnyIOChannel:
                 continue
             try:
                 self._sent = await self._send_offered(offered)
-            except Exception as exc:
+            except BaseException as exc:
+                if leaves_through_the_group(exc):
+                    raise
                 self._sent = self._send_failure(exc)
             self._offered = None
             if self._sent:

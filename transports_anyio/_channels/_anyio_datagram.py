@@ -122,7 +122,7 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
             else:
                 return
 
-    def _send_failure(self, exc: Exception) -> Exception:
+    def _send_failure(self, exc: BaseException) -> Exception:
         return exc if isinstance(exc, ADDRESS_ERRORS) else super()._send_failure(exc)
 
     def _ends(self, received: Any) -> bool:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from .._poller import Poller
@@ -42,6 +43,10 @@ BULK_PIPES = 64
 # Descriptors that outlive us: whoever writes to them later must not meet another file.
 STANDARD_STREAMS = range(3)
 
+
+# Groups in several threads share what follows, and may share a file: held while it is looked at and changed, and so
+# whether the file blocks. A signal handler that interrupts this may close a channel, too.
+shared = RLock()
 
 # The open channels on each file, by its device and inode: those that may have to agree on whether it blocks.
 open_channels: dict[tuple[int, int], list[PipeChannel]] = {}
@@ -91,10 +96,11 @@ class PipeChannel(Polled, Channel):
         self.can_notice_hangup = stat.S_ISSOCK(mode) or (
             stat.S_ISFIFO(mode) and not sys.platform.startswith(("darwin", "aix"))
         )
-        self._blocking = os.get_blocking(descriptor)  # type: ignore[attr-defined,unused-ignore]
-        os.set_blocking(descriptor, False)  # type: ignore[attr-defined,unused-ignore]
         self._file = status.st_dev, status.st_ino
-        open_channels.setdefault(self._file, []).append(self)
+        with shared:
+            self._blocking = os.get_blocking(descriptor)  # type: ignore[attr-defined,unused-ignore]
+            os.set_blocking(descriptor, False)  # type: ignore[attr-defined,unused-ignore]
+            open_channels.setdefault(self._file, []).append(self)
 
     def set_reading(self, reading: bool) -> None:
         self._set_interest(self.interest | self._input if reading else self.interest & ~self._input)
@@ -125,6 +131,10 @@ class PipeChannel(Polled, Channel):
 
     def close(self, *, aborted: bool) -> None:
         self._poller.release(self)
+        with shared:
+            self._leave_file()
+
+    def _leave_file(self) -> None:
         others = open_channels[self._file]
         others.remove(self)
         if not others:
@@ -201,7 +211,8 @@ class ChildPipeChannel(PipeChannel):
         super().set_writing(writing)
 
     def close(self, *, aborted: bool) -> None:
-        enlarged.discard(self)
+        with shared:
+            enlarged.discard(self)
         super().close(aborted=aborted)
 
     def _enlarge(self) -> int:
@@ -209,7 +220,8 @@ class ChildPipeChannel(PipeChannel):
         if self._capacity is None:
             self._capacity = SYSTEM_SIZE
             if sys.platform == "linux":
-                with suppress(OSError):  # An unprivileged user's pipes may be at their limit: then it stays as it is.
+                # An unprivileged user's pipes may be at their limit: then it stays as it is.
+                with suppress(OSError), shared:
                     self._capacity = fcntl.fcntl(self.descriptor, fcntl.F_GETPIPE_SZ)
                     if self._capacity == SYSTEM_SIZE and len(enlarged) < BULK_PIPES:
                         self._capacity = fcntl.fcntl(self.descriptor, fcntl.F_SETPIPE_SZ, BULK_SIZE)

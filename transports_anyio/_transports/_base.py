@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .._door import check_given_protocol
-from .._errors import failed_callback, leaves_through_the_group, logger
+from .._errors import failed_callback, leaves_through_the_group, log_debug, logger
 from ._flow_control import DatagramBuffer, WriteBuffer, limits
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class ChannelTransport(asyncio.BaseTransport):
 
     def _flow(self, name: str, *, from_channel: bool) -> None:
         self._paused_protocol = self._protocol if name == "pause_writing" else None
-        logger.debug("%r: %s()", self, name)
+        log_debug(self._door.group, "%r: %s()", self, name)
         self._call_protocol(name, from_channel=from_channel)
 
     @property
@@ -210,18 +210,15 @@ class ChannelTransport(asyncio.BaseTransport):
         For a `RecursionError` the caller has raised the recursion limit by `SPARE_FRAMES`, without calling a function.
         """
         if isinstance(exc, RecursionError):
-            self._door.call_soon(
-                take_spare_frames_back
-            )  # Not here: the limit cannot be lowered to where it is reached.
-        if isinstance(exc, Exception):
-            self._broken(exc, doing)
-        else:
+            # Not here: the limit cannot be lowered to where it is reached.
+            self._door.call_soon(take_spare_frames_back)
+        if leaves_through_the_group(exc):
             self._lose(None, aborted=True)
-            raise exc
+        self._broken(exc, doing)
 
     @abstractmethod
-    def _broken(self, exc: Exception, doing: str) -> None:
-        """End with `connection_lost(exc)`, and report what is not the connection's."""
+    def _broken(self, exc: BaseException, doing: str) -> None:
+        """Raise `exc` if it leaves through the group; else end with `connection_lost(exc)`, and report what is not the connection's."""
 
     # The end
 
@@ -238,9 +235,9 @@ class ChannelTransport(asyncio.BaseTransport):
         if self._lost:
             return
         if exc is not None:
-            logger.debug("%r: lost by %r", self, exc)
+            log_debug(self._door.group, "%r: lost by %r", self, exc)
         else:
-            logger.debug("%r: %s", self, "aborted" if aborted else "lost, all is flushed")
+            log_debug(self._door.group, "%r: %s", self, "aborted" if aborted else "lost, all is flushed")
         self._lost = self._closing = True
         # Before all that may be interrupted: nobody else will do it.
         self._door.call_soon(self._connection_lost, exc, aborted)

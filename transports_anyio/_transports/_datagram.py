@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._channels._datagram import ADDRESS_ERRORS, ChannelEnded, rest_after
-from .._errors import lacks, leaves_through_the_group, logger
+from .._errors import lacks, leaves_through_the_group, log_debug
 from .._readiness import READ, WRITE
 from ._base import SPARE_FRAMES, ChannelTransport
 from ._flow_control import DatagramBuffer, as_bytes_view
@@ -61,7 +61,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
 
     def start(self) -> None:
         """Tell the protocol of its endpoint, then begin to receive; raises `OSError` when that is not possible."""
-        logger.debug("%r: connection made, with a %s", self, type(self._protocol).__qualname__)
+        log_debug(self._door.group, "%r: connection made, with a %s", self, type(self._protocol).__qualname__)
         try:
             self._call(self._protocol.connection_made, self)
         except BaseException as exc:
@@ -82,7 +82,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
         """Receive no more, send what is buffered, then end with `connection_lost(None)`."""
         if self._closing:
             return
-        logger.debug("%r: closing", self)
+        log_debug(self._door.group, "%r: closing", self)
         self._closing = True
         self._channel.set_reading(False)
         if not self._buffer.datagrams:
@@ -108,7 +108,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
             except ChannelEnded as exc:
                 self._lose(exc.error, aborted=True)
                 return
-            except Exception as exc:
+            except BaseException as exc:
                 self._broken(exc, "read")
                 return
             self._bytes_received += len(data)
@@ -220,7 +220,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
                 self._buffer.take()
                 self._refuse(exc, addr, from_channel=True)
                 break
-            except Exception as exc:
+            except BaseException as exc:
                 self._broken(exc, "write")
                 return
             self._bytes_sent += len(data)
@@ -246,6 +246,8 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
             message = f"A datagram to {addr!r} was dropped: the transport cannot send to this address"
             self._door.report(message, exc, self, self._protocol)
 
-    def _broken(self, exc: Exception, doing: str) -> None:
+    def _broken(self, exc: BaseException, doing: str) -> None:
+        if leaves_through_the_group(exc):
+            raise exc
         self._lose(exc, aborted=True)
         self._door.report(f"Fatal {doing} error on datagram transport", exc, self, self._protocol)

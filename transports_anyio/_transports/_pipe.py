@@ -16,7 +16,7 @@ class ReadPipeTransport(StreamTransport):
 
     __slots__ = ()
 
-    def _broken(self, exc: Exception, doing: str) -> None:
+    def _broken(self, exc: BaseException, doing: str) -> None:
         super()._broken(exc, doing)
         # As asyncio: a terminal that has gone (EIO) is no error, anything else is. What cannot be waited for is raised.
         if doing == "read" and isinstance(exc, OSError) and exc.errno != errno.EIO:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.lowlevel
 
-from .._errors import logger
+from .._errors import leaves_through_the_group, log_debug, logger
 from .._waiters import Event
 from ._base import SPARE_FRAMES, ChannelTransport, nothing
 from ._flow_control import WriteBuffer, are_large, as_bytes_view, copied_rest
@@ -85,7 +85,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
     def start(self) -> None:
         """Tell the protocol of its connection, then begin to read; raises `OSError` when that is not possible."""
-        logger.debug("%r: connection made, with a %s", self, type(self._protocol).__qualname__)
+        log_debug(self._door.group, "%r: connection made, with a %s", self, type(self._protocol).__qualname__)
         try:
             self._call(self._protocol.connection_made, self)
         except BaseException as exc:
@@ -116,7 +116,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             self._successor.close()
         if self._closing:
             return
-        logger.debug("%r: closing", self)
+        log_debug(self._door.group, "%r: closing", self)
         self._closing = True
         self._writes_dropped = self._channel.drops_after_close
         if self._file is not None:
@@ -167,7 +167,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             data = self._channel.receive()
         except (BlockingIOError, InterruptedError):
             return
-        except Exception as exc:
+        except BaseException as exc:
             self._broken(exc, "read")
             return
         if not data:
@@ -201,7 +201,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         except OSError as exc:
             self._broken(exc, "read")
             return False
-        except Exception as exc:  # What cannot be received into: a read-only buffer, or one that is not contiguous.
+        except BaseException as exc:  # What cannot be received into: a read-only buffer, or one that is not contiguous.
             self._callback_failed(exc, "get_buffer")
             return False
         if not count:
@@ -214,7 +214,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         return False
 
     def _end_of_file(self) -> None:
-        logger.debug("%r: end of file received", self)
+        log_debug(self._door.group, "%r: end of file received", self)
         self._eof_received = True
         # An ended stream stays readable for ever, so it leaves the poller whatever the protocol answers.
         self._channel.set_reading(False)
@@ -369,7 +369,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             buffer.take(sent)
         except (BlockingIOError, InterruptedError):
             return
-        except Exception as exc:
+        except BaseException as exc:
             self._broken(exc, "write")
             return
         self._bytes_sent += sent
@@ -385,7 +385,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
                 self._send_eof()
 
     def _send_eof(self) -> None:
-        logger.debug("%r: end of file sent", self)
+        log_debug(self._door.group, "%r: end of file sent", self)
         try:
             self._channel.send_eof()
         except Exception as exc:
@@ -500,7 +500,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         if self._writing_refused or self._upgrading:
             self._refuse_writing("start_tls")
         channel = wrap(self._channel, b"".join(self._buffer.chunks))
-        logger.debug("%r: upgrading to TLS", self)
+        log_debug(self._door.group, "%r: upgrading to TLS", self)
         # A protocol that was paused stays so until the new transport has begun: the bytes still wait.
         self._buffer.clear()
         self._upgrading = True
@@ -565,7 +565,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         self._flushed = self._writes_dropped = True
         try:
             over = self._channel.finish(self._finished)
-        except Exception as exc:
+        except BaseException as exc:
             self._broken(exc, "close")
             return
         if over:
@@ -585,9 +585,11 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         else:
             self._lose(None)
 
-    def _broken(self, exc: Exception, doing: str) -> None:
+    def _broken(self, exc: BaseException, doing: str) -> None:
+        if leaves_through_the_group(exc):
+            raise exc
         # As asyncio: a connection that breaks is the protocol's business, and nothing else is.
-        logger.debug("%r: %s failed: %r", self, doing, exc)
+        log_debug(self._door.group, "%r: %s failed: %r", self, doing, exc)
         self._lose(exc, aborted=True)
         if not isinstance(exc, OSError):
             self._door.report(f"Fatal {doing} error on stream transport", exc, self, self._protocol)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._channels._child import KILLED
 from .._door import check_given_protocol
-from .._errors import failed_callback, leaves_through_the_group, logger
+from .._errors import failed_callback, leaves_through_the_group, log_debug
 from ._pipe import WritePipeTransport
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """Tell the protocol of its child, then begin to read from the pipes; its end is awaited from now on."""
         self._pipes = pipes
         self._open_pipes = len(pipes)
-        logger.debug("%r: spawned, with a %s", self, type(self._protocol).__qualname__)
+        log_debug(self._door.group, "%r: spawned, with a %s", self, type(self._protocol).__qualname__)
         # Before `connection_made`, which may raise what leaves through the group. The end is told in a later turn.
         self._child.watch(self._exited)
         try:
@@ -155,7 +155,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """
         if self._closed:
             return
-        logger.debug("%r: closing", self)
+        log_debug(self._door.group, "%r: closing", self)
         self._closed = True
         for pipe in self._pipes.values():
             pipe.close()
@@ -243,7 +243,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if self._returncode is not None:
             return  # `abort` came while the end was being told.
         self._returncode = returncode
-        logger.debug("%r: exited", self)
+        log_debug(self._door.group, "%r: exited", self)
         stdin = self._pipes.get(0)
         if isinstance(stdin, WritePipeTransport) and not stdin.can_notice_hangup:
             stdin.close()  # Nothing else would ever end it.
@@ -268,7 +268,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _connection_lost(self) -> None:
         self._closed = True
-        logger.debug("%r: lost", self)
+        log_debug(self._door.group, "%r: lost", self)
         try:
             self.tell("connection_lost", self._failure)
         finally:
