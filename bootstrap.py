@@ -1,7 +1,8 @@
 """Set everything up and run it, with nothing but Python 3.10 or newer.
 
     python3 bootstrap.py tour     # one echo protocol on every backend, side by side
-    python3 bootstrap.py tests    # every check that noxfile.py has
+    python3 bootstrap.py tests    # the tests on this Python, lint and types: a few minutes
+    python3 bootstrap.py checks   # everything else: all Pythons, oldest dependencies, documentation, packages
 
 Makes a virtual environment in `.venv`, installs nox in it and hands over to nox. The exit status is nox's.
 Further arguments go to nox: `python3 bootstrap.py tests -- -k flow_control`.
@@ -22,6 +23,7 @@ OLDEST_PYTHON = (3, 10)
 COMMANDS = {
     "tour": ["--session", "tour"],
     "tests": [],
+    "checks": ["--session", "checks"],
 }
 
 NO_PIP = """\

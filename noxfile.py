@@ -1,4 +1,4 @@
-"""Everything that is checked. Plain `nox` runs all of it, `nox -s tests-3.13 -- --backend trio` a part.
+"""Everything that is checked: `nox` runs what is quick, `nox -s checks` the rest.
 
 One list of Pythons: the classifiers in pyproject.toml. One list of backends: `BACKENDS`.
 """
@@ -8,23 +8,34 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
 import nox
 from nox.command import CommandFailed
+from packaging.requirements import Requirement
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
-nox.options.sessions = ["lint", "types", "docs", "package", "tour", "tests", "tests_oldest_anyio", "ecosystem"]
 
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml("pyproject.toml")
-PYTHONS = nox.project.python_versions(PYPROJECT)
+# Newer releases of nox name free-threaded builds too, of several versions. One is enough.
+PYTHONS = [python for python in nox.project.python_versions(PYPROJECT) if not python.endswith("t")]
+if any("Free Threading" in classifier for classifier in PYPROJECT["project"]["classifiers"]):
+    PYTHONS.append(f"{PYTHONS[-1]}t")
+DEPENDENCIES = PYPROJECT["project"]["dependencies"]
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+
+#: The Python that runs nox.
+PYTHON_AT_HAND = f"{sys.version_info.major}.{sys.version_info.minor}"
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    PYTHON_AT_HAND += "t"
 
 #: Each backend, and the extra that it needs.
 BACKENDS = {"asyncio": None, "uvloop": "uvloop", "trio": "trio"}
@@ -64,8 +75,10 @@ def put_pyenv_interpreters_first() -> None:
 
 put_pyenv_interpreters_first()
 
-#: The newest Python that is there, on which coverage is measured, and the tests that take long are run.
-NEWEST_PYTHON = next((python for python in reversed(PYTHONS) if shutil.which(f"python{python}")), None)
+#: The Pythons that are there. The newest with a GIL measures coverage and runs the tests that take long.
+INSTALLED = [python for python in PYTHONS if shutil.which(f"python{python}")]
+OLDEST_PYTHON = next(iter(INSTALLED), None)
+NEWEST_PYTHON = next((python for python in reversed(INSTALLED) if not python.endswith("t")), None)
 
 #: The newest Python that is there and for which the libraries of `ecosystem` have their wheels.
 ECOSYSTEM_PYTHON = next((python for python in ("3.13", "3.12", "3.11") if shutil.which(f"python{python}")), None)
@@ -73,17 +86,32 @@ ECOSYSTEM_PYTHON = next((python for python in ("3.13", "3.12", "3.11") if shutil
 #: For pytest: without the tests that take long.
 NOT_EXHAUSTIVE = ("-m", "not exhaustive")
 
+#: What plain `nox` runs, in a few minutes, and what it leaves to `nox -s checks`.
+QUICK = ["lint", "types", f"tests-{PYTHON_AT_HAND}"]
+CHECKS = [
+    "docs",
+    "package",
+    "tour",
+    "tests_oldest",
+    *(f"tests-{python}" for python in PYTHONS if python not in {PYTHON_AT_HAND, NEWEST_PYTHON}),
+    "coverage",
+    "ecosystem",
+]
+nox.options.sessions = QUICK
+
 
 def group(*names: str) -> tuple[str, ...]:
     return nox.project.dependency_groups(PYPROJECT, *names)
 
 
-def oldest(package: str) -> str:
-    """The oldest release of a run-time dependency that we support, as a requirement."""
-    (match,) = filter(
-        None, (re.match(rf"{package}\s*>=\s*([\d.]+)", each) for each in PYPROJECT["project"]["dependencies"])
-    )
-    return f"{package}=={match[1]}"
+def oldest(requirements: list[str]) -> list[str]:
+    """The oldest releases that these requirements allow, as requirements."""
+    pinned = []
+    for requirement in map(Requirement, requirements):
+        (lowest,) = (each.version for each in requirement.specifier if each.operator == ">=")
+        marker = f"; {requirement.marker}" if requirement.marker else ""
+        pinned.append(f"{requirement.name}=={lowest}{marker}")
+    return pinned
 
 
 def ask(session: nox.Session, program: str, *arguments: str) -> str:
@@ -127,23 +155,36 @@ def run_tests(session: nox.Session, backends: list[str], *pytest: str) -> None:
         session.error(f"tests failed on {', '.join(failed)}")
 
 
-@nox.session(python=PYTHONS)
+@nox.session(python=list(dict.fromkeys([*PYTHONS, PYTHON_AT_HAND])))
 def tests(session: nox.Session) -> None:
-    """Run the tests on every backend, on every Python that is there; on the newest of these, measure coverage."""
+    """Run the tests on every backend, without those that take long unless arguments ask for them."""
     backends = install_with_backends(session, *group("test"))
-    if session.python != NEWEST_PYTHON or session.posargs:
-        run_tests(session, backends, *(() if session.posargs else NOT_EXHAUSTIVE))
-        return
+    run_tests(session, backends, *(() if session.posargs else NOT_EXHAUSTIVE))
+
+
+@nox.session(python=NEWEST_PYTHON)
+def coverage(session: nox.Session) -> None:
+    """Run all tests, those that take long included, on every backend, and measure coverage."""
+    backends = install_with_backends(session, *group("test"))
     session.run("coverage", "erase")
     run_tests(session, backends, "--cov", "--cov-append", "--cov-report=")
     session.run("coverage", "report")
 
 
-@nox.session
-def tests_oldest_anyio(session: nox.Session) -> None:
-    """Run the tests with the oldest AnyIO that we support, on its two backends."""
-    backends = install_with_backends(session, *group("test"), oldest("anyio"))
-    run_tests(session, [backend for backend in backends if backend != "uvloop"], *NOT_EXHAUSTIVE)
+@nox.session(python=OLDEST_PYTHON)
+def tests_oldest(session: nox.Session) -> None:
+    """Run the tests with the oldest AnyIO, trio and uvloop that we support, all at once."""
+    extras = [requirement for extra in filter(None, BACKENDS.values()) for requirement in EXTRAS[extra]]
+    backends = install_with_backends(session, *group("test"))
+    session.install("--only-binary=uvloop", *oldest(DEPENDENCIES), *oldest(extras))
+    run_tests(session, backends, *NOT_EXHAUSTIVE)
+
+
+@nox.session(python=False)
+def checks(session: nox.Session) -> None:
+    """Everything that plain `nox` leaves out: docs, packages, tour, all Pythons, oldest dependencies, coverage."""
+    for name in CHECKS:
+        session.notify(name, posargs=())
 
 
 @nox.session(python=ECOSYSTEM_PYTHON)
@@ -164,12 +205,33 @@ def fuzz(session: nox.Session) -> None:
         session.run(*command, "--backend", backend, env={"TRANSPORTS_ANYIO_FUZZ": scripts})
 
 
+def check_news(session: nox.Session) -> None:
+    """Fail unless every news fragment reads as newsfragments/README.md asks."""
+    session.run("towncrier", "build", "--draft", "--version", "next", silent=True)
+    for fragment in sorted((ROOT / "newsfragments").glob("*.*.md")):
+        text = fragment.read_text(encoding="utf-8").strip()
+        if not re.fullmatch(r"(\d+|\+[\w-]+)\.(security|removed|changed|added|fixed)\.md", fragment.name):
+            session.error(f"{fragment.name}: a number or +word, and a type that newsfragments/README.md has")
+        if "\n\n" in text or not text.endswith("."):
+            session.error(f"{fragment.name}: one paragraph that ends with a full stop")
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and format."""
+    """Check style, format, spelling, news fragments and, in a checkout, what GitHub reads."""
     session.install(*group("lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("codespell", ".")
+    check_news(session)
+    if (ROOT / ".github").exists():
+        for schema, file in (
+            ("github-workflows", ".github/workflows/ci.yml"),
+            ("dependabot", ".github/dependabot.yml"),
+            ("readthedocs", ".readthedocs.yaml"),
+        ):
+            session.run("check-jsonschema", "--quiet", "--builtin-schema", f"vendor.{schema}", file)
+        session.run("zizmor", "--offline", "--quiet", ".github")
 
 
 @nox.session
@@ -178,6 +240,8 @@ def types(session: nox.Session) -> None:
     session.install("--editable", ".", *group("test", "types"))
     sources = [name for name in ("transports_anyio", "examples", "tests/typing") if any(ROOT.glob(f"{name}/*.py"))]
     session.run("mypy", *sources)
+    for platform in ("darwin", "win32"):
+        session.run("mypy", "--platform", platform, "transports_anyio")
     session.run("pyright", *sources)
 
 
@@ -202,7 +266,7 @@ def check_sdist(session: nox.Session, archive: Path) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Build wheel and sdist, and look at each as an empty environment has it; every public name has its type."""
+    """Build wheel and sdist, install each alone, check its types, and copy both into the folder given, if any."""
     session.install(*group("package"), *PYPROJECT["project"]["dependencies"])
     outside = Path(session.create_tmp()).resolve()
     built = outside / "dist"
@@ -223,6 +287,8 @@ def package(session: nox.Session) -> None:
             # With --verifytypes, pyright looks nowhere but into the environment that it runs in.
             session.install("--force-reinstall", "--no-deps", str(archive))
             session.run("pyright", "--verifytypes", "transports_anyio", "--ignoreexternal")
+    for folder in session.posargs:
+        shutil.copytree(built, folder, dirs_exist_ok=True)
 
 
 @nox.session

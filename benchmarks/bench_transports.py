@@ -3,8 +3,8 @@
     nox -s benchmarks                       all of it
     nox -s benchmarks -- --only 'tcp 1 KiB'   the workloads whose names contain this
     nox -s benchmarks -- --rounds 3 --bursts 10
-    nox -s benchmarks -- --only 'x 16' --update   measure these again, and keep the other figures of the file
-    nox -s benchmarks -- --only spawn --add       more of the same: keep all of the file's figures
+    nox -s benchmarks -- --only 'x 16' --update   measure these again, and keep the other lines of the summary
+    nox -s benchmarks -- --only spawn --add       more bursts, beside those that `results.json` has
 
 Each server runs in a process of its own, the load generator in another, each pinned to a processor. The figure is the
 server's processor time, user plus system, as the operating system accounts it, for each request; connecting is not in
@@ -15,7 +15,8 @@ alike: the result is the median of the bursts and their spread, and of ratios th
 What part of it the server spent in its own code, and not in the kernel, is noted beside it, as the kernel's clock
 samples it.
 
-Writes `results.json`; report.py makes the table and the chart of docs/performance.md from it.
+Writes each burst's figure to `results.json`, which is not kept in the repository, and a line for each workload to
+`summary.json`, which is. report.py makes the table and the chart of docs/performance.md from the summary.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import report
 import trustme
 
 HERE = Path(__file__).parent
@@ -331,10 +333,17 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="keep what the file has of others")
     parser.add_argument("--add", action="store_true", help="keep what the file has, of these too")
     options = parser.parse_args()
-    kept = json.loads(options.json.read_text()) if options.update or options.add else {}
-    for name, value in circumstances(options).items():
-        if kept and kept[name] != value:
-            parser.error(f"{options.json} was measured with {kept[name]}, not {value}: figures do not mix")
+    now = circumstances(options)
+    if options.add and not options.json.exists():
+        parser.error(f"there is no {options.json} to add to")
+    kept = json.loads(options.json.read_text()) if options.json.exists() and (options.update or options.add) else {}
+    summary: dict[str, report.Row] = {}
+    if options.update or options.add:
+        then, summary = report.read_summary()
+        for file, before in ((report.SUMMARY, then), (options.json, kept or now)):
+            for name, value in now.items():
+                if before[name] != value:
+                    parser.error(f"{file} was measured with {before[name]}, not {value}: figures do not mix")
 
     def wanted(name: str, parts: list[str]) -> bool:
         return not parts or any(part in name for part in parts)
@@ -359,8 +368,8 @@ def main() -> None:
                 if wanted(name, options.only) and wanted(peer, options.peers):
                     with reported(f"{name}: {peer}"):
                         measure(peer)
-            save(bench, kept, options)
-    report(bench.results)
+            save(bench, kept, summary, options)
+    print_medians(bench.results)
 
 
 def circumstances(options: argparse.Namespace) -> dict[str, Any]:
@@ -373,8 +382,8 @@ def circumstances(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def save(bench: Bench, kept: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write what is there so far, over what is kept of earlier runs."""
+def save(bench: Bench, kept: dict[str, Any], summary: dict[str, report.Row], options: argparse.Namespace) -> None:
+    """Write what is there so far, over what is kept of earlier runs; the summary only if it is wholly of one kind."""
     document = circumstances(options)
     for name, measured in (("results", bench.results), ("own", bench.own)):
         rows: Results = {row: dict(peers) for row, peers in kept.get(name, {}).items()}
@@ -384,9 +393,15 @@ def save(bench: Bench, kept: dict[str, Any], options: argparse.Namespace) -> Non
                 rows.setdefault(row, {})[peer] = before + values
         document[name] = rows
     options.json.write_text(json.dumps(document, indent=1) + "\n")
+    if options.update or options.add or not (options.only or options.peers):
+        merged = dict(summary)
+        new = {name: document["results"][name] for name in bench.results}
+        for name, row in report.summarise(new, document["own"]).items():
+            merged[name] = report.merge(summary[name], row) if name in summary else row
+        report.write_summary(circumstances(options), merged)
 
 
-def report(results: Results) -> None:
+def print_medians(results: Results) -> None:
     """Print the medians."""
     peers = [peer for peer in EVERYBODY if any(peer in row for row in results.values())]
     print(" " * 44 + "".join(f"{peer[-14:]:>16}" for peer in peers))

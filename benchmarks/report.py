@@ -1,20 +1,24 @@
-"""Make the table and the chart of docs/performance.md from `results.json`: `python benchmarks/report.py`."""
+"""Make docs/performance.svg and the table of docs/performance.md from `summary.json`: `python benchmarks/report.py`.
+
+With `--print` it prints all that the summary has instead: each workload's figures, ratios and targets, and what of the
+time is the server's own code.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import statistics
 from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
-
-Rows = dict[str, dict[str, list[float]]]
+from typing import Any, NamedTuple, TypedDict
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
+SUMMARY = HERE / "summary.json"
 
-#: Column, and the peers that a backend's row is compared with.
 PEERS = [
     "epoll", "asyncio", "ours/asyncio", "uvloop", "ours/uvloop", "trio", "trio-asyncio", "ours/trio",
     "anyio streams/asyncio", "anyio streams/trio",
@@ -37,57 +41,33 @@ COLOURS = {
     "asyncio": "#9aa5b1", "ours/asyncio": "#2563eb", "uvloop": "#b8a9c9", "ours/uvloop": "#7c3aed",
     "trio": "#c3b59b", "ours/trio": "#059669", "trio-asyncio": "#d9b8b0",
 }  # fmt: skip
-
-
-def median(values: list[float] | None) -> float | None:
-    return statistics.median(values) if values else None
-
-
-def spread(values: list[float]) -> str:
-    """How far apart the middle half of what was measured lies: half of it, in per cent of the median."""
-    if len(values) < 2 or not statistics.median(values):
-        return ""
-    first, middle, third = statistics.quantiles(values, n=4, method="inclusive")
-    return f"±{(third - first) / 2 / middle * 100:.0f} %"
-
-
-def grid(first: str, columns: list[str], rows: Iterable[tuple[str, list[str]]]) -> list[str]:
-    """A table in Markdown, without the rows that have nothing to show."""
-    lines = [f"| {first} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-    return lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows if any(cells)]
-
-
-def figures(row: dict[str, list[float]]) -> list[str]:
-    """The median of each peer."""
-    medians = (median(row.get(peer)) for peer in PEERS)
-    return ["" if value is None else f"{value:.1f}" for value in medians]
-
-
-def table(results: Rows) -> list[str]:
-    def cell(values: list[float] | None) -> str:
-        return f"{statistics.median(values):.3g} {spread(values)}".strip() if values else ""
-
-    return grid("workload", PEERS, ((name, [cell(row.get(peer)) for peer in PEERS]) for name, row in results.items()))
-
-
-def ratio(row: dict[str, list[float]], ours: str, other: str) -> float | None:
-    """The median of the ratios of what was measured one after the other."""
-    mine, theirs = row.get(ours), row.get(other)
-    if not mine or not theirs or not all(theirs):
-        return None
-    if len(mine) == len(theirs):
-        return statistics.median(one / another for one, another in zip(mine, theirs, strict=True))
-    return statistics.median(mine) / statistics.median(theirs)  # Something is missing somewhere.
-
-
-def ratios(results: Rows) -> list[str]:
-    def cells(row: dict[str, list[float]]) -> list[str]:
-        values = (ratio(row, ours, other) for _, ours, other in RATIOS)
-        return ["" if value is None else f"{value:.2f}" for value in values]
-
-    return grid("workload", [title for title, _, _ in RATIOS], ((name, cells(row)) for name, row in results.items()))
-
-
+#: The rows of the page's table, and what they are called there.
+TABLE = {
+    "tcp 1 KiB x 16 (used)": "TCP 1 KiB, 16 connections",
+    "tcp 1 KiB x 1 (used)": "TCP 1 KiB, 1 connection",
+    "tcp 1 KiB x 1, one processor (used)": "the same, client on the same processor",
+    "tcp 64 KiB x 16 (used)": "TCP 64 KiB, 16 connections",
+    "accept, echo, close (used)": "accept, echo, close",
+    "outgoing connection": "connect, close",
+    "tls 1 KiB x 16 (used)": "TLS 1 KiB, 16 connections",
+    "tls 256 KiB x 1 (used)": "TLS 256 KiB, 1 connection",
+    "udp 512 B (used)": "UDP 512 B",
+    "writelines 1000 x 100 B (used)": "`writelines`, 1,000 pieces of 100 B",
+    "spawn of true": "start a child and reap it",
+    "timer": "make and cancel a timer",
+    "memory of an idle connection, KiB": "memory of an idle connection, KiB",
+}
+#: Its columns: what they are called, and the peer whose cost ours is divided by, if it is one of ours.
+COLUMNS = [
+    ("asyncio", "asyncio", None),
+    ("ours on asyncio", "ours/asyncio", "asyncio"),
+    ("uvloop", "uvloop", None),
+    ("ours on uvloop", "ours/uvloop", "uvloop"),
+    ("trio", "trio", None),
+    ("AnyIO stream on trio", "anyio streams/trio", None),
+    ("trio-asyncio", "trio-asyncio", None),
+    ("ours on trio", "ours/trio", "trio"),
+]
 #: What was set out to be reached: the greatest ratio for each column of `RATIOS`.
 TARGETS: dict[str, tuple[float | None, ...]] = {
     "tcp 1 KiB x 16 (fresh)": (0.40, None, None, None),
@@ -111,50 +91,174 @@ TARGETS: dict[str, tuple[float | None, ...]] = {
     "timer": (1.2, 1.4, None, 0.20),
 }
 
+Raw = dict[str, dict[str, list[float]]]
 
-def targets(results: Rows) -> list[str]:
+
+class Figure(NamedTuple):
+    """What the bursts to one peer gave."""
+
+    median: float
+    spread: float
+    """Half of how far apart the middle half lies, in per cent of the median."""
+    count: int
+
+
+class Row(TypedDict):
+    """A workload."""
+
+    figures: dict[str, Figure]
+    ratios: dict[str, float]
+    """By our name: the median of the ratios of what was measured one after the other, by the other's name."""
+    own: dict[str, float]
+    """Microseconds in the server's own code."""
+
+
+# From what was measured to the summary
+
+
+def figure(values: list[float]) -> Figure:
+    middle = statistics.median(values)
+    spread = 0.0
+    if len(values) > 1 and middle:
+        first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+        spread = (third - first) / 2 / middle * 100
+    return Figure(significant(middle), round(spread), len(values))
+
+
+def significant(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def ratio(row: dict[str, list[float]], ours: str, other: str) -> float | None:
+    mine, theirs = row.get(ours), row.get(other)
+    if not mine or not theirs or not all(theirs):
+        return None
+    if len(mine) == len(theirs):
+        return statistics.median(one / another for one, another in zip(mine, theirs, strict=True))
+    return statistics.median(mine) / statistics.median(theirs)  # Something is missing somewhere.
+
+
+def summarise(results: Raw, own: Raw) -> dict[str, Row]:
+    rows: dict[str, Row] = {}
+    for name, row in results.items():
+        ratios = {f"{ours} : {other}": ratio(row, ours, other) for _, ours, other in RATIOS}
+        rows[name] = Row(
+            figures={peer: figure(values) for peer, values in row.items()},
+            ratios={pair: significant(value) for pair, value in ratios.items() if value is not None},
+            own={peer: significant(statistics.median(values)) for peer, values in own.get(name, {}).items()},
+        )
+    return rows
+
+
+def merge(before: Row, after: Row) -> Row:
+    """Return a row that some peers were measured again for. Ratios to the others are those of the medians."""
+    figures = before["figures"] | after["figures"]
+    ratios = before["ratios"] | after["ratios"]
+    for _, ours, other in RATIOS:
+        pair = f"{ours} : {other}"
+        if pair in ratios and pair not in after["ratios"] and {ours, other} & set(after["figures"]):
+            ratios[pair] = significant(figures[ours].median / figures[other].median)
+    return Row(figures=figures, ratios=ratios, own=before["own"] | after["own"])
+
+
+def write_summary(circumstances: dict[str, Any], rows: dict[str, Row]) -> None:
+    """Write the summary with a line for each workload, so that a change shows which of them it is about."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    head = json.dumps(circumstances, indent=0)[:-2]
+    SUMMARY.write_text(f'{head},\n"workloads": {{\n{lines}\n}}\n}}\n')
+
+
+def read_summary() -> tuple[dict[str, Any], dict[str, Row]]:
+    """Return the circumstances of the summary, and its rows."""
+    circumstances = json.loads(SUMMARY.read_text())
+    rows = circumstances.pop("workloads")
+    for row in rows.values():
+        row["figures"] = {peer: Figure(*values) for peer, values in row["figures"].items()}
+    return circumstances, rows
+
+
+# Tables and the chart
+
+
+def grid(first: str, columns: list[str], rows: Iterable[tuple[str, list[str]]]) -> list[str]:
+    """A table in Markdown, without the rows that have nothing to show."""
+    lines = [f"| {first} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    return lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows if any(cells)]
+
+
+def readable(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
+def table(rows: dict[str, Row]) -> list[str]:
+    """The page's table: microseconds, and for ours the ratio to the backend's own."""
+
+    def cell(row: Row, peer: str, other: str | None) -> str:
+        if peer not in row["figures"]:
+            return ""
+        text = readable(row["figures"][peer].median)
+        quotient = row["ratios"].get(f"{peer} : {other}")
+        return text if quotient is None else f"{text} ({quotient:.2f})"
+
+    chosen = ((title, rows[name]) for name, title in TABLE.items() if name in rows)
+    cells = ((title, [cell(row, peer, other) for _, peer, other in COLUMNS]) for title, row in chosen)
+    return grid("microseconds for", [column for column, _, _ in COLUMNS], cells)
+
+
+def all_figures(rows: dict[str, Row]) -> list[str]:
+    def cell(row: Row, peer: str) -> str:
+        if peer not in row["figures"]:
+            return ""
+        found = row["figures"][peer]
+        return f"{readable(found.median)} ±{found.spread} %"
+
+    return grid("workload", PEERS, ((name, [cell(row, peer) for peer in PEERS]) for name, row in rows.items()))
+
+
+def all_ratios(rows: dict[str, Row]) -> list[str]:
+    def cells(row: Row) -> list[str]:
+        values = (row["ratios"].get(f"{ours} : {other}") for _, ours, other in RATIOS)
+        return ["" if value is None else f"{value:.2f}" for value in values]
+
+    return grid("workload", [title for title, _, _ in RATIOS], ((name, cells(row)) for name, row in rows.items()))
+
+
+def targets(rows: dict[str, Row]) -> list[str]:
     """Each ratio beside its target; one that is missed is in bold, with the ratio of the bare loop."""
 
     def cells(name: str, limits: tuple[float | None, ...]) -> Iterator[str]:
-        row = results.get(name, {})
+        row = rows[name]
         for limit, (_, ours, other) in zip(limits, RATIOS, strict=True):
-            value = ratio(row, ours, other)
+            value = row["ratios"].get(f"{ours} : {other}")
             if limit is None or value is None:
                 yield ""
             elif value <= limit:
                 yield f"{value:.2f} of {limit:.2f}"
             else:
-                bare = ratio(row, "epoll", other)
                 digits = 2 if f"{value:.2f}" != f"{limit:.2f}" else 3  # A miss is not rounded away.
-                yield f"**{value:.{digits}f} of {limit:.2f}**" + (f" (bare loop {bare:.2f})" if bare else "")
+                bare = row["figures"].get("epoll")
+                least = f" (bare loop {bare.median / row['figures'][other].median:.2f})" if bare else ""
+                yield f"**{value:.{digits}f} of {limit:.2f}**{least}"
 
-    rows = ((name, list(cells(name, limits))) for name, limits in TARGETS.items())
-    return grid("workload", [title for title, _, _ in RATIOS], rows)
-
-
-def flat(results: Rows) -> list[str]:
-    """The cost of one echo by the number of open connections, and the bare loop's beside it."""
-    names = {"16": "tcp 1 KiB x 16 (used)", "256": "tcp 1 KiB x 256 (used)", "10,016": "10,000 idle connections (used)"}
-    return grid("open connections", PEERS, ((count, figures(results.get(name, {}))) for count, name in names.items()))
+    known = ((name, list(cells(name, limits))) for name, limits in TARGETS.items() if name in rows)
+    return grid("workload", [title for title, _, _ in RATIOS], known)
 
 
-def own_code(own: Rows) -> list[str]:
-    """What of a request's time is the server's own, for the rows that have a target."""
-    return grid("workload", PEERS, ((name, figures(own.get(name, {}))) for name in TARGETS))
+def own_code(rows: dict[str, Row]) -> list[str]:
+    def cells(row: Row) -> list[str]:
+        return [readable(row["own"][peer]) if peer in row["own"] else "" for peer in PEERS]
+
+    return grid("own code, microseconds", PEERS, ((name, cells(row)) for name, row in rows.items()))
 
 
-def repetitions(results: Rows) -> str:
-    counts = {len(values) for row in results.values() for values in row.values()}
-    return f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
-
-
-def chart(results: Rows) -> str:
+def chart(rows: dict[str, Row]) -> str:
     """Bars of microseconds for each request; the shorter, the better. Long ones are cut, with their number."""
     width, left, bar, gap = 760, 190, 12, 26
     parts, y = [], 20
     for name, title in CHART.items():
-        row = {peer: median(results.get(name, {}).get(peer)) for peer in COLOURS}
-        known = {peer: value for peer, value in row.items() if value}
+        figures = rows[name]["figures"] if name in rows else {}
+        known = {peer: figures[peer].median for peer in COLOURS if peer in figures}
         if not known:
             continue
         scale = (width - left - 120) / (3 * min(known.values()) * 2)
@@ -171,64 +275,40 @@ def chart(results: Rows) -> str:
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>", ""])
 
 
-def page(document: dict[str, Any]) -> str:
-    results = document["results"]
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    return "\n".join([
-        "# Performance",
-        "",
-        "Processor time of the server, user plus system as the operating system accounts it, in microseconds for",
-        "each request. Server and load generator run in a process of their own, each on a processor of its own; the",
-        "load generator is a C program that is faster than any server here. Bursts of load go to one server after the",
-        "other, while all of them live; the figures are medians, and the middle half of the bursts lies within the",
-        "per cents beside them. A server is measured *fresh*, before any connection has ended, and *used*, after some",
-        "have. *epoll* is a bare loop that receives and sends: the limit for Python.",
-        "",
-        f"{document['machine']}; {versions}; {repetitions(results)} bursts of {document['seconds']} s each.",
-        "Make it again with `nox -s benchmarks`; the raw figures are in `benchmarks/results.json`.",
-        "",
-        "![Microseconds for each request](performance.svg)",
-        "",
-        "## Targets",
-        "",
-        "The ratio to what the peer cost just before or after, the median of all such, and what it was to reach;",
-        "**bold** where it did not, with what the bare loop reaches: nothing written in Python can do with less.",
-        "",
-        *targets(results),
-        "",
-        (HERE / "notes.md").read_text().strip(),
-        "",
-        "## Where the time goes",
-        "",
-        "Microseconds of a request that the server spends in its own code and its libraries', as the kernel's clock",
-        "samples it; the rest is the kernel's, copying, waking up and handling packets.",
-        "",
-        *own_code(document["own"]),
-        "",
-        "## Many connections",
-        "",
-        "Microseconds for one echo of 1 KiB, by the number of connections that are open. 16 of them are busy; of 256,",
-        "all. The rows are not of the same time: what the peers beside ours cost tells how far these lie apart.",
-        "",
-        *flat(results),
-        "",
-        "## Ratios",
-        "",
-        "Ours to the peer, in neighbouring bursts: below 1 is cheaper.",
-        "",
-        *ratios(results),
-        "",
-        "## Figures",
-        "",
-        *table(results),
-        "",
-    ])  # fmt: skip
+def measured(circumstances: dict[str, Any], rows: dict[str, Row]) -> str:
+    counts = {found.count for row in rows.values() for found in row["figures"].values()}
+    versions = ", ".join(f"{name} {version}" for name, version in circumstances["versions"].items())
+    return (
+        f"Measured on: {circumstances['machine']}; {versions}; "
+        f"{min(counts)} to {max(counts)} bursts of {circumstances['seconds']} s."
+    )
+
+
+def update_page(page: str, circumstances: dict[str, Any], rows: dict[str, Row]) -> str:
+    """Put the table in the place of the one that is there, and the circumstances in place of theirs."""
+    made = {
+        r"(?:^\| .*\n)+": "\n".join([*table(rows), ""]),
+        r"^Measured on: .*\n": measured(circumstances, rows) + "\n",
+    }
+    for pattern, replacement in made.items():
+        page, count = re.subn(pattern, lambda _, text=replacement: text, page, flags=re.MULTILINE)
+        if count != 1:
+            raise ValueError(f"docs/performance.md should have one place for {pattern}, it has {count}")
+    return page
 
 
 def main() -> None:
-    document = json.loads((HERE / "results.json").read_text())
-    (DOCS / "performance.md").write_text(page(document))
-    (DOCS / "performance.svg").write_text(chart(document["results"]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", action="store_true", help="print all figures instead")
+    options = parser.parse_args()
+    circumstances, rows = read_summary()
+    if options.print:
+        tables = [table(rows), all_figures(rows), all_ratios(rows), targets(rows), own_code(rows)]
+        print("\n\n".join([measured(circumstances, rows), *("\n".join(lines) for lines in tables)]))
+        return
+    page = DOCS / "performance.md"
+    page.write_text(update_page(page.read_text(), circumstances, rows))
+    (DOCS / "performance.svg").write_text(chart(rows))
 
 
 if __name__ == "__main__":

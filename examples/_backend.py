@@ -24,7 +24,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options of both ends: where, and on which backend."""
+    """Return a parser with the options that all examples share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--backend", choices=list(BACKENDS), default="asyncio", help="what to run on")
     parser.add_argument("--host", default="127.0.0.1", help="address of the server")

@@ -1,9 +1,10 @@
-"""A chat server in which nobody has to wait for the slowest.
+"""A chat server that never waits for its slowest client.
 
     python examples/chat_server.py --backend trio
 
-Then `nc 127.0.0.1 8888`: the first line is your name, every other one goes to everybody. Whoever does not read what the
-others say has it kept for them up to a limit, and is then dropped: the room neither waits nor grows.
+Then `nc 127.0.0.1 8888`: the first line is your name, and each further line is sent to all members. The server
+buffers up to a limit for a member that does not read, and then drops the member. So no member waits for another, and
+memory stays bounded.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ MAX_NAME = 32
 
 @dataclass
 class Room:
-    """Who is here, and how many bytes wait at most for one of them."""
+    """The members, and how many bytes the server buffers for one of them at most."""
 
     limit: int = 256 * 1024
     members: dict[str, Visitor] = field(default_factory=dict)
 
     def tell(self, line: str) -> None:
-        """Say a line to everybody. It never waits: what a member cannot take yet is in the transport's buffer."""
+        """Send a line to all members. This never waits: the transport buffers what a member does not read yet."""
         data = line.encode() + b"\n"
         for member in tuple(self.members.values()):
             member.transport.write(data)
             if member.transport.get_write_buffer_size() > self.limit:
                 member.too_slow = True
-                member.transport.abort()  # Frees what waits; the others hear of it from `connection_lost`.
+                member.transport.abort()  # Frees the buffer; `connection_lost` tells the others.
 
 
 class Visitor(Protocol):
-    """Somebody with a name, or about to say it."""
+    """A connection: a member, or a client that has not sent its name yet."""
 
     transport: Transport
 
@@ -56,7 +57,7 @@ class Visitor(Protocol):
         for line in lines:
             if self.is_fine(line):
                 self.line_received(line.decode(errors="replace").strip())
-        self.is_fine(self.buffer)  # The last one is still to be completed.
+        self.is_fine(self.buffer)  # The start of the next line.
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.room.members.get(self.name) is self:
@@ -65,14 +66,14 @@ class Visitor(Protocol):
             self.room.tell(f"* {self.name} has left{why}")
 
     def pause_writing(self) -> None:
-        # Somebody who does not listen may not speak: nobody can make the answers to their own noise pile up.
+        # A client that does not read is not read: it cannot make the replies to its own lines pile up.
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
         self.transport.resume_reading()
 
     def is_fine(self, line: bytes) -> bool:
-        """Whether to listen to a line, or else this is the end."""
+        """Close, and return False, if the line is too long."""
         if len(line) > MAX_LINE and not self.transport.is_closing():
             self.send("* your line is too long")
             self.transport.close()
@@ -85,7 +86,7 @@ class Visitor(Protocol):
         elif not line.isalnum() or len(line) > MAX_NAME:
             self.send("* letters and digits only, please")
         elif line in self.room.members:
-            self.send("* somebody has that name")
+            self.send("* that name is taken")
         else:
             self.send("* here: " + (" ".join(sorted(self.room.members)) or "nobody"))
             self.name = line
@@ -106,7 +107,7 @@ async def main(host: str, port: int, limit: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = _backend.make_parser("Pass on to everybody what anybody says.")
-    parser.add_argument("--limit", type=int, default=Room.limit, help="bytes that wait at most for one visitor")
+    parser = _backend.make_parser("Send each line of a member to all members.")
+    parser.add_argument("--limit", type=int, default=Room.limit, help="bytes that are buffered for one member at most")
     options = parser.parse_args()
     _backend.run(options.backend, main, options.host, options.port, options.limit)

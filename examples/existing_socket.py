@@ -1,9 +1,9 @@
-"""Give a socket that exists already a protocol; asyncio's documentation has the same for `loop.create_connection`.
+"""Use a protocol on a socket that exists already; asyncio's documentation does the same with `loop.create_connection`.
 
     python examples/existing_socket.py --backend trio
 
-Both ends of a pair of sockets are here. One gets a transport, and with it an owner: the group closes it. The other
-stays a bare socket, and plays the part of a library, a parent process or systemd, which made the pair.
+The program has both ends of a socket pair. One gets a transport, so the group owns it and closes it. The other stays a
+bare socket. It stands for the peer: a library, a parent process or systemd, which made the pair.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup
 
 
 class OneMessage(Protocol):
-    """Wait for the first that comes, thank for it, and hang up."""
+    """Wait for one message, answer it, and close."""
 
     transport: Transport
 
@@ -39,7 +39,7 @@ class OneMessage(Protocol):
 
 
 async def converse(message: bytes) -> tuple[bytes, bytes]:
-    """Return what the protocol was told, and what came back."""
+    """Return what the protocol received, and what it answered."""
     ours, theirs = socket.socketpair()
     with theirs:
         async with TransportGroup() as group:
@@ -50,13 +50,13 @@ async def converse(message: bytes) -> tuple[bytes, bytes]:
 
 
 async def main(message: str) -> None:
-    told, answer = await converse(message.encode())
-    print(f"received  {told.decode()!r}")
+    received, answer = await converse(message.encode())
+    print(f"received  {received.decode()!r}")
     print(f"answered  {answer.decode()!r}")
 
 
 if __name__ == "__main__":
     parser = _backend.make_parser("Send a message through a socket that exists already.")
-    parser.add_argument("message", nargs="?", default="Hello, is anybody there?", help="what to send")
+    parser.add_argument("message", nargs="?", default="Hello, is this an echo?", help="what to send")
     options = parser.parse_args()
     _backend.run(options.backend, main, options.message)

@@ -2,7 +2,7 @@
 
     python examples/filter_file.py --backend trio access.log access.log.gz gzip -9
 
-The program gets no more than it takes, and is read from no faster than the result can be written.
+Data is written to the program only as fast as it reads, and read from it only as fast as the result can be written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PIECE = 256 * 1024
 
 
 class Filter(SubprocessProtocol):
-    """What a child tells, made into events that tasks can wait for."""
+    """Turn the callbacks of a child process into events that tasks can wait for."""
 
     stdin: WriteTransport
     stdout: ReadTransport

@@ -1,12 +1,12 @@
-"""A protocol over a stream that another library made: here AnyIO's, through a command and, if asked, through TLS.
+"""A protocol over a stream of another library: here AnyIO's, through a command and optionally through TLS.
 
     python examples/tcp_echo_server.py &
     python examples/foreign_stream.py --backend trio nc -N 127.0.0.1 8888
     python examples/foreign_stream.py --tls example.org nc example.org 443
 
 The command is what OpenSSH calls a ProxyCommand: its standard input and output are the connection. AnyIO makes one
-stream of the two pipes (`StapledByteStream`), and another one that encrypts it (`TLSStream`); `connect_stream` takes
-any `ByteStream`, whoever wrote it, and the protocol is the very one that talks TCP elsewhere.
+stream of the two pipes (`StapledByteStream`), and a second stream that encrypts it (`TLSStream`). `connect_stream`
+takes any `ByteStream`, and the protocol is the same one that other examples use over TCP.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transports_anyio import BaseTransport, Transport, TransportGroup
 
 
 class Line(Caller):
-    """Send one line and be content with one: a TLS stream cannot say by its end that there will be no more."""
+    """Send one line and wait for one line: a TLS stream has no half-close that would mark the end of a message."""
 
     transport: Transport
 
@@ -48,7 +48,7 @@ def as_stream(process: Process) -> ByteStream:
 
 
 async def ask(message: str, stream: ByteStream) -> str:
-    """Send a line over any stream of bytes, and return the line that comes back."""
+    """Send a line over any byte stream, and return the line that comes back."""
     async with TransportGroup() as group:
         _, line = await group.connect_stream(lambda: Line(message), stream)
         await line.finished.wait()
@@ -58,7 +58,7 @@ async def ask(message: str, stream: ByteStream) -> str:
 
 
 async def ask_through(command: list[str], message: str, context: ssl.SSLContext | None, name: str | None) -> str:
-    """Run a command, and ask over its pipes: in TLS, with the server called `name`, if there is a context."""
+    """Run a command, and ask over its pipes; with a context, over TLS to the server `name`."""
     async with await anyio.open_process(command, stderr=None) as process:
         stream = as_stream(process)
         if context is not None:
@@ -74,7 +74,7 @@ async def main(command: list[str], message: str, name: str | None) -> None:
 
 if __name__ == "__main__":
     parser = _backend.make_parser("Send a line through a command, and print the line that comes back.")
-    parser.add_argument("--message", default="Hello, is anybody there?", help="what to send")
+    parser.add_argument("--message", default="Hello, is this an echo?", help="what to send")
     parser.add_argument("--tls", metavar="NAME", help="speak TLS, with a server of this name")
     parser.add_argument("program", help="what connects")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")

@@ -1,4 +1,4 @@
-"""An HTTP/1.1 server on h11, which knows the protocol and leaves the bytes to us.
+"""An HTTP/1.1 server on h11, which implements the protocol and does no I/O.
 
     python examples/http_server.py --backend trio
 
@@ -7,9 +7,9 @@ Then open http://127.0.0.1:8888/ in a browser, or
     curl http://127.0.0.1:8888/bytes/1000000 | wc -c
     curl --data-binary @some_file http://127.0.0.1:8888/digest
 
-Connections are kept alive, requests may be pipelined, bodies may be chunked both ways. Nothing is kept in memory that
-can be passed on or left where it is: a body is taken from its generator only as fast as the client reads it, and a
-client is not read while its request is being answered.
+Connections are kept alive, requests may be pipelined, bodies may be chunked both ways. Memory stays bounded: the server
+takes a body from its generator only as fast as the client reads it, and does not read from a client while it answers
+one of its requests.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import h11
 
 from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup, current_group
 
-#: Bytes of a body that are sent before everybody else has a turn, however fast the client reads.
-BYTES_IN_A_TURN = 256 * 1024
-#: Seconds that a client has to take its last response and leave, once we have said that we will.
+#: Bytes of a body that are sent before other connections are served, however fast the client reads.
+BYTES_AT_ONCE = 256 * 1024
+#: Seconds that a client has to read its last response and close, once we have announced the end.
 LINGER = 2.0
 
 Headers: TypeAlias = "list[tuple[str, str]]"
@@ -74,7 +74,7 @@ AnswerT = TypeVar("AnswerT", bound="Response | Upload")
 
 
 class HTTP(Protocol):
-    """One connection. It reads a request, then answers it, then reads the next one; h11 keeps account of it."""
+    """One connection. It reads a request, answers it, then reads the next one; h11 holds the state."""
 
     transport: Transport
 
@@ -86,7 +86,7 @@ class HTTP(Protocol):
         self.is_head = False
         self.body: Iterator[bytes] | None = None  # Of the response that is being sent.
         self.paused = False
-        self.leaving = False  # Nothing more is answered; what still comes is thrown away.
+        self.leaving = False  # No more requests are answered; further data is dropped.
         self.ended = False  # The client sends no more.
         self.timer: Any = None
 
@@ -179,12 +179,12 @@ class HTTP(Protocol):
             if isinstance(self.answer, Upload):
                 self.send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
             else:
-                # Nobody wants the body. The client may send it nevertheless (RFC 9110, 10.1.1), and then nothing
-                # would show where the next request begins.
+                # The application does not want the body. The client may send it nevertheless (RFC 9110, 10.1.1), and
+                # then nothing would show where the next request begins.
                 self.respond(self.answer, [("Connection", "close")])
 
     def ask(self, function: Callable[..., AnswerT], *args: object) -> AnswerT | Response:
-        """Ask the application. What it raises is its own business, and the client gets an answer."""
+        """Call the application. If it raises, report the error and answer with status 500."""
         try:
             return function(*args)
         except Exception as exc:
@@ -192,7 +192,7 @@ class HTTP(Protocol):
             return Response.error(500)
 
     def refuse(self, status: int, reason: str = "") -> None:
-        """Answer an error and leave, because nothing that comes after it can be understood."""
+        """Answer with an error and close, because the data after it cannot be parsed."""
         self.expect_nothing()
         if self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self.respond(Response.error(status, reason), [("Connection", "close")])
@@ -215,10 +215,10 @@ class HTTP(Protocol):
             self.transport.write(data)
 
     def send_body(self) -> None:
-        """Send what the client takes; `resume_writing` or the next turn goes on."""
+        """Send what the client reads now; `resume_writing` or the next event loop iteration continues."""
         sent = 0
         while self.body is not None and not self.paused:
-            if sent >= BYTES_IN_A_TURN:
+            if sent >= BYTES_AT_ONCE:
                 current_group().call_soon(self.go_on)
                 return
             data = next(self.body, None)
@@ -242,10 +242,10 @@ class HTTP(Protocol):
             self.leave()
 
     def leave(self) -> None:
-        """Say that this is the end, and wait a while for the client's.
+        """Send an end of file, and wait a while for the client's.
 
-        To close at once with something unread would reset the connection, and with it what the client has not read yet
-        of our response (RFC 9112, 9.6).
+        Closing at once while data is unread would reset the connection, and the client could lose the rest of our
+        response (RFC 9112, 9.6).
         """
         self.leaving = True
         self.body = None
@@ -269,7 +269,7 @@ PAGE = """<!doctype html>
 
 
 class Digest(Upload):
-    """Says what has been uploaded, whatever its size."""
+    """Answers with the size and the SHA-256 of the upload."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -284,7 +284,7 @@ class Digest(Upload):
 
 
 def blocks(size: int) -> Iterator[bytes]:
-    """So many bytes, block by block."""
+    """Yield `size` bytes, block by block."""
     for start in range(0, size, len(BLOCK)):
         yield BLOCK[: size - start]
 

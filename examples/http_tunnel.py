@@ -1,10 +1,10 @@
-"""A protocol over a stream from another library: through an HTTP proxy, by a tunnel that httpcore opens.
+"""A protocol over a stream of another library: a tunnel through an HTTP proxy that httpcore opens.
 
     python examples/tcp_echo_server.py --port 8888 &
     python examples/http_tunnel.py --backend trio --proxy http://127.0.0.1:3128 --port 8888
 
-httpcore, the transport layer of httpx, asks the proxy for a tunnel (`CONNECT`, RFC 9110 section 9.3.6) and hands over
-its stream, which is not AnyIO's: `Tunnel` is what it takes to make it one, and so to put any protocol on it. Needs
+httpcore, the transport layer of httpx, asks the proxy for a tunnel (`CONNECT`, RFC 9110 section 9.3.6) and returns its
+own kind of stream. `Tunnel` makes an AnyIO stream of it, and then any protocol can use it. Needs
 `pip install httpcore`.
 """
 
@@ -80,6 +80,6 @@ async def main(proxy: str, host: str, port: int, message: str) -> None:
 if __name__ == "__main__":
     parser = _backend.make_parser("Send a line through an HTTP proxy, and print the line that comes back.")
     parser.add_argument("--proxy", default="http://127.0.0.1:3128", help="URL of the proxy")
-    parser.add_argument("--message", default="Hello, is anybody there?", help="what to send")
+    parser.add_argument("--message", default="Hello, is this an echo?", help="what to send")
     options = parser.parse_args()
     _backend.run(options.backend, main, options.proxy, options.host, options.port, options.message)

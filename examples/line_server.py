@@ -1,9 +1,9 @@
-"""A line server with time: a time-out for logging in, one for idling, and pings that keep a connection alive.
+"""A line server with timers: a login time-out, an idle time-out, and pings that keep a connection alive.
 
     python examples/line_server.py --backend trio
 
-Then `nc 127.0.0.1 8888`: say `login NAME`, then `say SOMETHING`, `who`, `pong` or `quit`. The protocol is a plain
-class; the group that it finds with `current_group()` is all it knows of the machinery, and no backend is in it.
+Then `nc 127.0.0.1 8888`: enter `login NAME`, then `say SOMETHING`, `who`, `pong` or `quit`. The protocol is a plain
+class. It finds its group with `current_group()`, and it does not depend on a backend.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import anyio
 from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup, current_group
 
 MAX_LINE = 1024
-#: Seconds that somebody has to read the last words, once we have said that this is the end.
+#: Seconds that a client has to read the last line before the connection is aborted.
 GRACE = 5.0
 
 
 @dataclass
 class Room:
-    """Who is here, the times that matter (seconds), and a way to wait in a task for something to happen."""
+    """The members, the time-outs in seconds, and an event for tasks that wait for a change."""
 
     login_timeout: float = 10
     idle_timeout: float = 60
@@ -45,8 +45,8 @@ class Line(Protocol):
         self.room = room
         self.name = ""
         self.buffer = b""
-        self.paused = False  # Does not read what we say.
-        #: What ends the connection if nothing happens: one timer, moved on by every line.
+        self.paused = False  # The client does not read what we send.
+        #: Ends an idle connection: one timer, which every line replaces.
         self.timeout: Any = None
         self.ping: Any = None
 
@@ -63,7 +63,7 @@ class Line(Protocol):
         for line in lines:
             if self.is_fine(line):
                 self.line_received(line.decode(errors="replace").strip())
-        self.is_fine(self.buffer)  # The last one is still to be completed.
+        self.is_fine(self.buffer)  # The start of the next line.
 
     def pause_writing(self) -> None:
         self.paused = True
@@ -74,7 +74,7 @@ class Line(Protocol):
         self.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.be_gone()
+        self.clean_up()
 
     # Time
 
@@ -100,7 +100,7 @@ class Line(Protocol):
             self.expect_within(self.room.idle_timeout, "you have been silent for too long")
             if word == "say":
                 for member in self.room.members.values():
-                    if not member.paused:  # Or else it would pile up. Whoever reads nothing is silent, too: see Time.
+                    if not member.paused:  # Its buffer would grow. A member that does not read times out as idle.
                         member.send(f"{self.name}: {rest}")
             elif word == "who":
                 self.send(" ".join(sorted(self.room.members)))
@@ -108,7 +108,7 @@ class Line(Protocol):
                 self.send("what?")
 
     def is_fine(self, line: bytes) -> bool:
-        """Whether to listen to a line, or else this is the end."""
+        """Close, and return False, if the line is too long."""
         if len(line) > MAX_LINE and not self.transport.is_closing():
             self.leave("your line is too long")
         return not self.transport.is_closing()
@@ -117,7 +117,7 @@ class Line(Protocol):
         if word != "login" or not name:
             self.send("login NAME, please")
         elif name in self.room.members:
-            self.send("somebody has that name")
+            self.send("that name is taken")
         else:
             self.name = name
             self.room.members[name] = self
@@ -130,13 +130,13 @@ class Line(Protocol):
         self.transport.write(line.encode() + b"\n")
 
     def leave(self, reason: str) -> None:
-        """Say why, and go. The words are flushed, which takes for ever if nobody reads them: hence the time-out."""
-        self.be_gone()
+        """Send the reason and close; abort after a time-out, for a client that does not read would delay the close."""
+        self.clean_up()
         self.send(reason)
         self.transport.close()
         self.timeout = current_group().call_later(GRACE, self.transport.abort)
 
-    def be_gone(self) -> None:
+    def clean_up(self) -> None:
         for timer in filter(None, (self.timeout, self.ping)):
             timer.cancel()
         if self.room.members.get(self.name) is self:
@@ -145,7 +145,7 @@ class Line(Protocol):
 
 
 async def report(room: Room) -> None:
-    """A task that waits for what the protocols signal."""
+    """Wait in a task for changes that the protocols signal."""
     while True:
         await room.changed.wait()
         print("here:", " ".join(sorted(room.members)) or "nobody", flush=True)
@@ -161,7 +161,7 @@ async def main(host: str, port: int, room: Room) -> None:
 
 
 if __name__ == "__main__":
-    parser = _backend.make_parser("Serve lines, and mind the time.")
+    parser = _backend.make_parser("Serve lines, with time-outs.")
     for name in ("login_timeout", "idle_timeout", "ping_interval"):
         default = getattr(Room, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default, help="seconds")

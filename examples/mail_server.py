@@ -5,8 +5,8 @@
 Then `openssl s_client -starttls smtp -connect 127.0.0.1:8888`, or Python's `smtplib`. The file has the certificate
 chain and its private key in PEM. Mail is taken over encrypted connections only, and printed.
 
-What an attacker on the way can do to STARTTLS is to send commands of their own just behind it, in the clear, in the
-hope that they are taken for the client's encrypted ones. Here nothing may come behind STARTTLS: it ends the connection.
+An attacker between client and server could add commands in the clear right after STARTTLS, and the server would take
+them for encrypted ones of the client. So this server ends the connection when data follows STARTTLS.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Mail(Protocol):
         self.forget()
 
     def forget(self) -> None:
-        """Know nothing of the client: the state at the beginning, and after the beginning of TLS (RFC 3207, 4.2)."""
+        """Reset what is known of the client: at the start, and after the TLS handshake (RFC 3207, 4.2)."""
         self.greeted = False
         self.message: Message | None = None
         self.receiving = False  # The content of the message.
@@ -65,7 +65,7 @@ class Mail(Protocol):
         self.expect_more()
 
     def data_received(self, data: bytes) -> None:
-        # Only both characters end a line: to take one of them for it is how messages are smuggled in.
+        # Only CR LF ends a line: accepting one of the two alone allows SMTP smuggling.
         *lines, self.buffer = (self.buffer + data).split(b"\r\n")
         for number, line in enumerate(lines, 1):
             if self.transport.is_closing():
@@ -112,7 +112,7 @@ class Mail(Protocol):
             self.reply("503 it is encrypted already")
         else:
             self.reply("220 go ahead")
-            # What comes from here on is the handshake, and the transport's business.
+            # The data that follows is the TLS handshake, so the protocol must not read it.
             self.transport.pause_reading()
             current_group().start_soon(self.encrypt)
 
@@ -230,7 +230,7 @@ def offers_of(offers: list[str]) -> list[str]:
 
 
 def path_of(rest: str, keyword: str) -> str | None:
-    """The address in `FROM:<address> SIZE=1000`; empty for the sender of a bounce, `None` if there is none."""
+    """The address in `FROM:<address> SIZE=1000`; empty for the sender of a bounce, `None` if it is missing."""
     if not rest.upper().startswith(keyword):
         return None
     path, end, _ = rest[len(keyword) :].strip().partition(">")

@@ -1,9 +1,9 @@
-"""Try a protocol out without a network: two of them, joined in memory.
+"""Try a protocol without a network: two protocols, connected in memory.
 
     python examples/memory_connection.py --backend trio --chunk-size 1
 
-`transports_anyio.testing.memory_connection` gives both ends real transports, with flow control, half-close and all, and
-cuts the stream where one likes. A protocol that counts on whole messages shows it at the first `--chunk-size 1`.
+`transports_anyio.testing.memory_connection` gives both ends real transports, with flow control and half-close, and can
+cut the stream into chunks of any size. A protocol that relies on whole messages fails at once with `--chunk-size 1`.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Netstrings(Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
-        start = 0  # Where the next string begins: what is done with is removed once, and not string by string.
+        start = 0  # Where the next string begins. The buffer is cut once, and not for each string.
         while not self.transport.is_closing():
             colon = self.buffer.find(b":", start, start + MAX_DIGITS + 1)
             digits = self.buffer[start : colon if colon >= 0 else start + MAX_DIGITS + 1]
             if colon < 0 and len(digits) <= MAX_DIGITS and (digits.isdigit() or not digits):
-                break  # More of the size has to come.
+                break  # The size is incomplete.
             if colon < 0 or not digits.isdigit() or int(digits) > MAX_SIZE:
                 self.transport.abort()
                 return
             end = colon + 1 + int(digits)
             if len(self.buffer) <= end:
-                break  # More of the string has to come.
+                break  # The string is incomplete.
             if self.buffer[end : end + 1] != b",":
                 self.transport.abort()
                 return
@@ -59,18 +59,18 @@ class Netstrings(Protocol):
         self.transport.write(b"%d:%s," % (len(string), string))
 
     def string_received(self, string: bytes) -> None:
-        """A whole string has come."""
+        """Handle a complete string."""
 
 
 class Reverser(Netstrings):
-    """Answers every string with its reverse."""
+    """Answer every string with its reverse."""
 
     def string_received(self, string: bytes) -> None:
         self.send(string[::-1])
 
 
 class Asker(Netstrings):
-    """Sends strings, and keeps the answers until there is one for each."""
+    """Send strings, collect the answers, and close when there is one for each."""
 
     def __init__(self, questions: list[bytes]) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ async def converse(questions: list[bytes], chunk_size: int | None) -> tuple[list
             group, lambda: Asker(questions), lambda: Recorder(Reverser()), chunk_size=chunk_size
         )
         await asker.finished.wait()
-    recorder.check()  # Every callback came in its order, `connection_lost` included.
+    recorder.check()  # The order of callbacks was legal, and `connection_lost` came.
     return asker.answers, recorder.count("data_received")
 
 

@@ -1,6 +1,6 @@
 """Send a message to tcp_echo_server.py and print what comes back, on the backend of your choice.
 
-python examples/tcp_echo_client.py --backend uvloop "is anybody there?"
+python examples/tcp_echo_client.py --backend uvloop "is this an echo?"
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup
 
 
 class Caller(Protocol):
-    """Send one message, say that there will be no more, and collect the answer until the server closes."""
+    """Send one message and an end of file, and collect the answer until the server closes."""
 
     def __init__(self, message: str) -> None:
         self.message = message
@@ -44,6 +44,6 @@ async def main(host: str, port: int, message: str) -> None:
 
 if __name__ == "__main__":
     parser = _backend.make_parser("Send a message over TCP and print the echo.")
-    parser.add_argument("message", nargs="?", default="Hello, is anybody there?", help="what to send")
+    parser.add_argument("message", nargs="?", default="Hello, is this an echo?", help="what to send")
     options = parser.parse_args()
     _backend.run(options.backend, main, options.host, options.port, options.message)

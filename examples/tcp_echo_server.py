@@ -1,4 +1,4 @@
-"""A TCP server that sends back whatever it is sent, on the backend of your choice.
+"""A TCP server that sends back what it receives, on the backend of your choice.
 
     python examples/tcp_echo_server.py --backend trio
 
@@ -13,7 +13,7 @@ from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup
 
 
 class Echo(Protocol):
-    """Send everything back, and read no faster than the peer takes it."""
+    """Send all data back, and read only as fast as the peer reads."""
 
     transport: Transport
 
@@ -30,11 +30,11 @@ class Echo(Protocol):
     def resume_writing(self) -> None:
         self.transport.resume_reading()
 
-    # No eof_received: when the peer has finished, what is left is sent and the connection closed.
+    # No eof_received: after the peer's end of file, the transport sends the rest and closes.
 
 
 class AnnouncedEcho(Echo):
-    """The same, and say who comes and goes."""
+    """The same, and print which clients come and go."""
 
     peer: object = None
 

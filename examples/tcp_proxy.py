@@ -1,10 +1,9 @@
-"""A TCP proxy that changes nothing: bytes, ends, resets and the pace of either side go through.
+"""A TCP proxy that passes on bytes, ends of file, resets and back-pressure in both directions.
 
     python examples/tcp_proxy.py --backend trio --port 8888 example.org 80
 
-Whoever sends faster than the other side reads is made to wait: `pause_writing` of one connection is `pause_reading`
-of the other, so that the kernel's window closes, all the way back to the sender. What waits here is bounded by the
-high-water mark and by what one receive brings.
+When one side sends faster than the other reads, `pause_writing` of one connection calls `pause_reading` of the other:
+the TCP window closes all the way back to the sender. The proxy buffers at most the high watermark and one receive.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup,
 
 
 class Side(Protocol):
-    """One of the two connections; what it receives belongs to the other."""
+    """One of the two connections; it passes what it receives to the other."""
 
     transport: Transport
     other: Side
 
     def __init__(self) -> None:
-        self.ended = False  # No more comes from the peer.
-        self.peak = 0  # How many bytes for the peer have waited at most when its pace was too slow.
+        self.ended = False  # The peer has sent its end of file.
+        self.peak = 0  # The most bytes that were buffered for the peer when writing was paused.
 
     def connection_made(self, transport: BaseTransport) -> None:
         assert isinstance(transport, Transport)
@@ -38,7 +37,7 @@ class Side(Protocol):
         self.ended = True
         if self.other.ended:
             self.other.transport.close()
-            return False  # Close this one too. Both flush what they still have.
+            return False  # Close this one too. Both flush their buffers.
         self.other.transport.write_eof()
         return True
 
@@ -56,16 +55,16 @@ class Side(Protocol):
             self.other.reset()
 
     def reset(self) -> None:
-        """End the connection so that the peer learns of a failure, and takes it for no orderly end."""
+        """Reset the connection, so that the peer sees a failure and not an orderly end."""
         if not self.transport.is_closing():
-            # With no time to linger, closing a socket sends a reset (SO_LINGER in tcp(7) and socket(7)).
+            # Closing a socket with a linger time of 0 sends a reset (SO_LINGER in tcp(7) and socket(7)).
             linger = struct.pack("ii", 1, 0)
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.transport.abort()
 
 
 class Upstream(Side):
-    """The connection that the proxy makes, for a client who waits."""
+    """The connection that the proxy makes to the server."""
 
     def __init__(self, client: Client) -> None:
         super().__init__()
@@ -74,14 +73,14 @@ class Upstream(Side):
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(transport)
         self.other.other = self
-        if self.other.transport.is_closing():  # Not everybody waits.
+        if self.other.transport.is_closing():  # The client has gone.
             self.transport.close()
         else:
             self.other.transport.resume_reading()
 
 
 class Client(Side):
-    """A connection that the proxy has accepted. It is not read before there is somebody to read for."""
+    """A connection that the proxy has accepted. Reading starts when the connection to the server is made."""
 
     def __init__(self, host: str, port: int) -> None:
         super().__init__()
@@ -115,7 +114,7 @@ async def main(host: str, port: int, to_host: str, to_port: int) -> None:
 
 if __name__ == "__main__":
     parser = _backend.make_parser("Pass TCP connections on to another server.")
-    parser.add_argument("to_host", help="address of the server behind")
-    parser.add_argument("to_port", type=int, help="port of the server behind")
+    parser.add_argument("to_host", help="address of the other server")
+    parser.add_argument("to_port", type=int, help="port of the other server")
     options = parser.parse_args()
     _backend.run(options.backend, main, options.host, options.port, options.to_host, options.to_port)

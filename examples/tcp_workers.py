@@ -5,6 +5,9 @@ python examples/tcp_workers.py --backend trio --workers 4
 Every worker has a listening socket of its own on the same port (`reuse_port`). Linux gives each new connection to one
 of them; a worker that ends takes only its own clients along. Other systems share the port too, but may give all the
 connections to one socket: FreeBSD has SO_REUSEPORT_LB for it, macOS has nothing.
+
+No worker outlives its supervisor, not even one that is killed: its standard input is a pipe from the supervisor, and
+ends with it.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ import subprocess
 import sys
 
 import _backend
+import anyio
 from tcp_echo_server import Echo
 
-from transports_anyio import BaseTransport, TransportGroup
+from transports_anyio import BaseTransport, Protocol, TransportGroup
 
 
 class Worker(Echo):
@@ -29,12 +33,24 @@ class Worker(Echo):
         print(f"worker {os.getpid()} serves {transport.get_extra_info('peername')}", flush=True)
 
 
+class Supervisor(Protocol):
+    """Ends the work when the pipe from the supervisor ends; nothing is ever sent on it."""
+
+    def __init__(self, work: anyio.CancelScope) -> None:
+        self.work = work
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.work.cancel()
+
+
 async def serve(host: str, port: int) -> None:
-    """What each worker does: it is an ordinary server but for `reuse_port`."""
-    async with TransportGroup() as group:
-        server = await group.create_server(Worker, host, port, reuse_port=True)
-        print(f"worker {os.getpid()} is ready", flush=True)
-        await server.serve_forever()
+    """What each worker does: it is an ordinary server but for `reuse_port`, and ends with its supervisor."""
+    with anyio.CancelScope() as work:
+        async with TransportGroup() as group:
+            await group.connect_read_pipe(lambda: Supervisor(work), sys.stdin)
+            server = await group.create_server(Worker, host, port, reuse_port=True)
+            print(f"worker {os.getpid()} is ready", flush=True)
+            await server.serve_forever()
 
 
 def supervise(host: str, port: int, backend: str, count: int) -> None:
@@ -46,8 +62,12 @@ def supervise(host: str, port: int, backend: str, count: int) -> None:
         port = reserved.getsockname()[1]
         print(f"echoing on {host}:{port} with {count} workers; Ctrl-C ends it", flush=True)
         command = [sys.executable, __file__, "--backend", backend, "--host", host, "--port", str(port), "--work"]
-        # In sessions of their own, so that Ctrl-C comes here alone, and each worker is told once.
-        workers = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]  # noqa: S603 -- ourselves
+        # In sessions of their own, so that Ctrl-C comes here alone, and each worker is told once. However this process
+        # ends, the system closes its ends of the pipes; no other process has them.
+        workers = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603 -- ourselves
+            for _ in range(count)
+        ]
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             os.wait()
@@ -58,7 +78,7 @@ def supervise(host: str, port: int, backend: str, count: int) -> None:
             for worker in workers:
                 worker.send_signal(signal.SIGINT)
             for worker in workers:
-                worker.wait()
+                worker.communicate()  # Closes the pipe, and waits.
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The tour: one echo protocol, served and visited on every backend, and what its callbacks saw, side by side.
+"""The tour: the callbacks of one echo server and its client on every backend, side by side.
 
-The first column is asyncio with its own transports; the others are transports_anyio. All of them have to be
-equal: then the exit status is 0, otherwise 1.
+The first column is asyncio with its own transports; the others are transports_anyio. The exit status is 0 if all
+columns are equal, otherwise 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 GREETING = b"hello!\n"
 #: More than the kernel takes at once, so that one write of it has to be buffered and pauses the writer.
 PAYLOAD = bytes(range(256)) * (16 * 2**20 // 256)
-#: Seconds after which a visit counts as hanging. It takes a fraction of one.
+#: Seconds after which a visit counts as hanging. It takes a fraction of a second.
 PATIENCE = 60
 
 ORACLE = "asyncio's own transports"
@@ -58,14 +58,14 @@ def describe(data: bytearray) -> str:
 
 
 class Recorder(Protocol):
-    """Note each callback, then pass it on to the protocol that this class is mixed into."""
+    """Record each callback, then call the same method of the protocol that this class is mixed into."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.finished = anyio.Event()
 
     def connection_made(self, transport: BaseTransport) -> None:
-        # The port is another one each time; only the address is compared.
+        # The port differs each time, so only the address is compared.
         peer = transport.get_extra_info("peername")
         what = f"{peer[0]}:*" if isinstance(transport, Transport) else repr(transport)
         self.calls.append(Call("connection_made", what))
@@ -98,7 +98,7 @@ class Recorder(Protocol):
 
 
 class Host(Recorder, Echo):
-    """The echo server of tcp_echo_server.py, line for line; here it may buffer all that the visitor sends."""
+    """The echo server of tcp_echo_server.py; here it may buffer all that the visitor sends."""
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(transport)
@@ -106,7 +106,7 @@ class Host(Recorder, Echo):
 
 
 class Guest(Protocol):
-    """Greet, push the payload, say that this was all, and only then take the echo."""
+    """Send a greeting and the payload, then an end of file, and only then read the echo."""
 
     transport: Transport
 
@@ -177,11 +177,11 @@ async def visit_group() -> dict[str, list[Call]]:
 
 
 def tour() -> dict[str, dict[str, list[Call]]]:
-    """What both ends saw, for each stack that can be had here."""
+    """Return the callbacks of both ends for each stack that is installed."""
     seen = {ORACLE: anyio.run(visit_asyncio, **BACKENDS["asyncio"])}
     for backend, arguments in BACKENDS.items():
         if importlib.util.find_spec(backend) is None:
-            print(f"{backend} is not installed and left out")
+            print(f"{backend} is not installed: skipped")
             continue
         seen[f"ours on {backend}"] = anyio.run(visit_group, **arguments)
     return seen

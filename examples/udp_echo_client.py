@@ -1,6 +1,6 @@
 """Send a datagram to udp_echo_server.py and print what comes back, on the backend of your choice.
 
-python examples/udp_echo_client.py --backend uvloop "is anybody there?"
+python examples/udp_echo_client.py --backend uvloop "is this an echo?"
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class EchoClient(DatagramProtocol):
         self.transport.close()
 
     def error_received(self, exc: Exception) -> None:
-        print(f"nobody there: {exc}")
+        print(f"no answer: {exc}")
         self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -46,6 +46,6 @@ async def main(host: str, port: int, message: str) -> None:
 
 if __name__ == "__main__":
     parser = _backend.make_parser("Send a datagram and print the echo.")
-    parser.add_argument("message", nargs="?", default="Hello, is anybody there?", help="what to send")
+    parser.add_argument("message", nargs="?", default="Hello, is this an echo?", help="what to send")
     options = parser.parse_args()
     _backend.run(options.backend, main, options.host, options.port, options.message)

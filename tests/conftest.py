@@ -23,6 +23,12 @@ import support
 import trustme
 from support import BACKENDS, ORACLE, Stack, open_descriptors
 
+if sys.platform == "win32":
+    # Of pipes, children, UNIX sockets and terminals, which are not to be had there.
+    collect_ignore = [
+        "test_adopted_sockets.py", "test_pipes.py", "test_subprocess.py", "test_tls_peers.py", "test_unix.py",
+    ]  # fmt: skip
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import resource
 import select
 import socket
 import sys
@@ -31,6 +30,9 @@ def has_ipv6() -> bool:
     return True
 
 
+#: The family of UNIX sockets; where there are none it has a number that means none, for tests that are skipped there.
+AF_UNIX = getattr(socket, "AF_UNIX", socket.AF_UNSPEC)
+needs_unix = pytest.mark.skipif(AF_UNIX == socket.AF_UNSPEC, reason="no UNIX sockets here")
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="IPv6 is not configured")
 
 
@@ -77,6 +79,7 @@ def black_hole(host: str, port: int = 0) -> Iterator[int]:
 @contextmanager
 def few_descriptors(more: int = 0) -> Iterator[Callable[[], None]]:
     """Let the process open only so many descriptors more; yields what lifts the limit early."""
+    resource = pytest.importorskip("resource", reason="no limits of descriptors here")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened: list[socket.socket] = []
 

@@ -470,7 +470,6 @@ TLS_AS_TCP = {
     "pause_writing_inside_write",
     "no_pause_below_the_limit",
     "lowering_the_limits_pauses",
-    "set_protocol_while_writing_is_paused",
     "the_other_end_goes_while_something_waits",
     "writing_in_pause_writing",
     "writing_in_resume_writing",
@@ -512,6 +511,7 @@ DIFFERENCES: dict[str, dict[str, Sequence[str]]] = {
         "write_after_a_close_that_flushed": SOCKETS,
         "writing_in_connection_lost_after_a_close_that_flushed": SOCKETS,
     },
+    "`set_protocol` while writing is paused": {"set_protocol_while_writing_is_paused": EVERYWHERE},
     "`write_eof` after a reset": {"write_eof_after_a_reset": RESETTING},
     "a buffer that its owner changes after `write`": {
         "a_buffer_that_changes_after_write": (*SOCKETS, "tls"),
@@ -555,7 +555,6 @@ DIFFERENCES: dict[str, dict[str, Sequence[str]]] = {
             "aborting_in_pause_writing",
             "closing_with_an_answer_in_data_received",
             "raising_in_data_received_drops_the_buffer",
-            "set_protocol_while_writing_is_paused",
             "the_other_end_goes_while_something_waits",
             "writing_in_connection_lost_after_a_close_that_flushed",
             "writing_in_pause_writing",

@@ -64,8 +64,10 @@ RECORDERS: list[Recorder | BufferedRecorder] = []
 
 
 def open_descriptors() -> dict[int, str]:
-    """Every open descriptor of this process, with what it refers to."""
-    found = {}
+    """Every open descriptor of this process, with what it refers to; on Windows nothing, where sockets have none."""
+    found: dict[int, str] = {}
+    if sys.platform == "win32":
+        return found
     directory = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
     for name in os.listdir(directory):
         fd = int(name)

@@ -87,7 +87,7 @@ async def test_names(stack: Stack) -> None:
             "": "* letters and digits only, please",
             "x y": "* letters and digits only, please",
             "x" * 33: "* letters and digits only, please",
-            "anna": "* somebody has that name",
+            "anna": "* that name is taken",
             "bert": "* here: anna",
         }.items():
             await guest.say(name)

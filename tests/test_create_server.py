@@ -499,6 +499,7 @@ async def test_s6_no_descriptor_for_a_connection(stack: Stack) -> None:
 @pytest.mark.parametrize("name", ["ENFILE", "ENOBUFS", "ENOMEM"])
 @pytest.mark.ours_only("asyncio reports it as often as the backlog is long")
 async def test_s6_a_system_that_is_out_of_something(stack: Stack, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transports_anyio._server.RETRY_DELAY", 0.01)
     failures = [OSError(getattr(errno, name), "as the system would")]
     accept = socket.socket.accept
 
@@ -599,6 +600,7 @@ async def test_s6_a_listener_that_cannot_be_watched_again(stack: Stack, monkeypa
                 sock.connect(*addresses(server))
                 await until(lambda: contexts)
                 monkeypatch.setattr(EpollList, "add", failing_once)
+                monkeypatch.setattr("transports_anyio._server.RETRY_DELAY", 0.01)  # The second time.
             peer = Peer(sock)
             await peer.send(b"at last")
             assert await peer.receive_exactly(7) == b"at last"

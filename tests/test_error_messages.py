@@ -17,6 +17,7 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
+from network import AF_UNIX, needs_unix
 from support import HOST, Peer, Recorder, Stack, collect_contexts, connected, listening, open_descriptors, until
 
 from transports_anyio import Protocol, SubprocessProtocol, TransportGroup
@@ -168,10 +169,11 @@ async def test_the_advice_is_good(anyio_backend: Any) -> None:
     [
         ({}, ValueError, "unexpected address family: give local_addr, remote_addr, a family or a sock"),
         ({"local_addr": HOST}, TypeError, f"2-tuple is expected, of host and port, got {HOST!r}"),
-        (
-            {"local_addr": (HOST, 0), "family": socket.AF_UNIX},
+        pytest.param(
+            {"local_addr": (HOST, 0), "family": AF_UNIX},
             TypeError,
             f"string is expected, the path of a UNIX socket, got {(HOST, 0)}",
+            marks=needs_unix,
         ),
         (
             {"local_addr": (HOST, 0), "remote_addr": ("::1", 9)},

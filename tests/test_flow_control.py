@@ -322,7 +322,7 @@ async def test_w4_close_flushes_through_any_number_of_partial_sends(stack: Stack
 
 @pytest.mark.ours_only("asyncio adds the whole buffer up for each write: minutes of quadratic work", before=(3, 14, 10))
 async def test_w5_many_small_writes_are_counted_right(stack: Stack) -> None:
-    count = 100_000
+    count = 2000 if stack.is_oracle else 100_000  # asyncio looks at the whole buffer for each write
     async with stack.open() as group, connected(group) as (transport, _, peer):
         written = fill(transport)
         size = transport.get_write_buffer_size()

@@ -15,6 +15,8 @@ import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from functools import partial
+from io import BytesIO
 from typing import Any, ClassVar
 
 import anyio
@@ -45,7 +47,7 @@ from support import (
     turns,
     until,
 )
-from tls_support import Certificates, TLSPeer
+from tls_support import NAME, Certificates, TLSPeer
 
 import transports_anyio._readiness
 from transports_anyio import Protocol, TransportGroup, current_group
@@ -288,6 +290,20 @@ async def test_a_callback_that_raises_while_the_block_is_left_normally(anyio_bac
         await until(lambda: received == [size])
 
 
+async def test_a_deadline_for_leaving_counts_from_where_it_is_set(anyio_backend: Any) -> None:
+    protocol = Recorder()
+    async with AsyncExitStack() as peers:
+        with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
+            async with TransportGroup() as group:
+                transport, _, _ = await peers.enter_async_context(connected(group, protocol, small=True))
+                fill(transport, 1 << 20)
+                await anyio.sleep(0.02)
+                assert not protocol.lost
+                scope.deadline = anyio.current_time() + 0.02
+        assert scope.cancelled_caught
+        assert protocol.lost_with is None
+
+
 # -- leaving by an exception or a cancellation ------------------------------------------------------------------------
 
 
@@ -422,33 +438,319 @@ async def test_connection_lost_that_raises_while_the_block_is_left(anyio_backend
 
 @either_way
 async def test_nothing_new_begins_while_the_block_is_left(anyio_backend: Any, how: str) -> None:
-    """`connection_lost` may call what it likes: what would open something is refused."""
+    """`connection_lost` may call what it likes: what would open something is refused, or cancelled already."""
     seen: list[Any] = []
 
     def reconnect(protocol: Recorder, exc: Any) -> None:
-        task = current_group().create_connection(Recorder, HOST, 1)
-        try:
-            task.send(None)
-        except RuntimeError as error:
-            seen.append(str(error))
-        finally:
-            task.close()
+        assert current_group().is_closing()
+        current_group().start_soon(connect)
         current_group().start_soon(never)
         current_group().call_later(0, seen.append, "a timer")
         other.write(b"x")
         other.close()
+
+    async def connect() -> None:
+        try:
+            await current_group().create_connection(Recorder, HOST, 1)
+        except BaseException as error:
+            seen.append(type(error))
+            raise
 
     async def never() -> None:
         await anyio.sleep_forever()
 
     async with AsyncExitStack() as peers:
         async with left_by(how) as leave, TransportGroup() as group:
+            assert not group.is_closing()
             other, _, _ = await peers.enter_async_context(connected(group))
             await peers.enter_async_context(connected(group, Recorder(on_connection_lost=reconnect)))
             await leave()
         await turns()  # Nothing comes later either.
-    (message,) = seen
-    assert "not open" in message
+        cancelled = anyio.get_cancelled_exc_class()
+    assert seen == [cancelled]
+    assert group.is_closing()
+
+
+async def serve_anew(group: TransportGroup, server: Any, sock: socket.socket) -> object:
+    await server.serve_forever()
+    return await group.create_connection(Recorder, HOST, 1)  # It may end in order, and what comes next be refused.
+
+
+#: What a task may call at the moment at which its group is left.
+CALLS: dict[str, Callable[[TransportGroup, Any, socket.socket], Awaitable[object]]] = {
+    **{name: lambda group, _, sock, call=call: call(group, sock) for name, call in ENDPOINTS.items()},
+    "start_serving": lambda group, server, _: server.start_serving(),
+    "serve_forever": serve_anew,
+}
+
+
+@either_way
+@pytest.mark.parametrize("name", CALLS)
+async def test_g2_a_task_sees_its_cancellation_and_no_error(anyio_backend: Any, how: str, name: str) -> None:
+    """It is about to run when the block is left, and what it calls needs an open group."""
+    outcomes: list[type[BaseException] | None] = []
+    waiting, go = anyio.Event(), anyio.Event()
+
+    async def work() -> None:
+        waiting.set()
+        await go.wait()
+        try:
+            await CALLS[name](group, server, ours)
+        except BaseException as error:
+            outcomes.append(type(error))
+            raise
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        async with left_by(how) as leave, TransportGroup() as group:
+            server = await group.create_server(Recorder, HOST, 0)
+            group.start_soon(work)
+            await waiting.wait()
+            go.set()
+            await leave()
+        assert outcomes == [anyio.get_cancelled_exc_class()]
+
+
+@either_way
+@pytest.mark.parametrize("when", ["connecting", "handshake"])
+async def test_g2_a_connection_under_way_is_cancelled(
+    anyio_backend: Any, how: str, when: str, certificate_authority: Any
+) -> None:
+    outcomes: list[type[BaseException] | None] = []
+
+    async def connect() -> None:
+        options = {"ssl": Certificates(certificate_authority).client(), "server_hostname": NAME}
+        try:
+            await group.create_connection(Recorder, *address, **(options if when == "handshake" else {}))
+        except BaseException as error:
+            outcomes.append(type(error))
+            raise
+
+    with listening() as listener:
+        address = listener.getsockname()
+        async with left_by(how) as leave, TransportGroup() as group:
+            group.start_soon(connect)
+            while when == "handshake" and not group.statistics().pending_handshakes:
+                await turns(1)
+            await leave()
+    assert outcomes == [anyio.get_cancelled_exc_class()]
+
+
+@either_way
+async def test_g2_a_task_cleans_up_with_the_groups_help(anyio_backend: Any, how: str) -> None:
+    """The callbacks and timers that a cancelled task waits for come; its group is there until it has ended."""
+    done: list[str] = []
+
+    async def work() -> None:
+        waiting.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True), anyio.fail_after(GUARD):
+                await wait_for(group.call_soon)
+                await wait_for(partial(group.call_later, 0.01))
+                await wait_for(group.start_soon)
+                done.append("cleaned up")
+
+    async def wait_for(scheduler: Callable[..., object]) -> None:
+        event = anyio.Event()
+
+        async def set_event() -> None:
+            event.set()
+
+        scheduler(set_event if scheduler == group.start_soon else event.set)
+        await event.wait()
+
+    waiting = anyio.Event()
+    async with left_by(how) as leave, TransportGroup() as group:
+        group.start_soon(work)
+        await waiting.wait()
+        await leave()
+    assert done == ["cleaned up"]
+
+
+# -- leaving normally while a protocol connects again -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asks_first", [False, True])
+@pytest.mark.parametrize("how", ["start_soon", "call_soon", "call_soon twice", "call_later", "TLS"])
+async def test_g3_a_protocol_that_connects_again_does_not_spoil_a_normal_end(
+    anyio_backend: Any, how: str, asks_first: bool, certificate_authority: Any
+) -> None:
+    certificates = Certificates(certificate_authority)
+    lost: list[bool] = []
+
+    def connect_again(protocol: Recorder, exc: BaseException | None) -> None:
+        lost.append(group.is_closing())
+        if asks_first and group.is_closing():
+            return
+        if how == "call_soon":
+            group.call_soon(group.start_soon, connect)
+        elif how == "call_soon twice":
+            group.call_soon(group.call_soon, group.start_soon, connect)
+        elif how == "call_later":
+            group.call_later(0, group.start_soon, connect)
+        else:
+            group.start_soon(connect)
+
+    async def connect() -> None:
+        options = {"ssl": certificates.client(), "server_hostname": NAME} if how == "TLS" else {}
+        await group.create_connection(lambda: Recorder(on_connection_lost=connect_again), *address, **options)
+
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group:
+            contexts = collect_contexts(group)
+            server = await group.create_server(Recorder, HOST, 0, ssl=certificates.server() if how == "TLS" else None)
+            (sock,) = server.sockets
+            address = sock.getsockname()
+            await connect()
+    assert lost == [True]
+    assert contexts == []
+
+
+async def test_g3_what_a_task_is_refused_is_logged(anyio_backend: Any) -> None:
+    stack = Stack(anyio_backend[0])
+
+    async def connect() -> None:
+        await group.create_connection(Recorder, HOST, 1)
+
+    with capture_log(stack) as records:
+        async with TransportGroup() as group:
+            group.call_soon(group.start_soon, connect)
+    (record,) = records
+    assert record.levelname == "INFO"
+    assert "connect" in record.getMessage()
+    assert "create_connection(): the group is not open any more" in record.getMessage()
+
+
+async def test_g3_a_task_that_connects_in_a_task_group_of_its_own(anyio_backend: Any) -> None:
+    done: list[int] = []
+
+    async def connect() -> None:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(2):
+                tasks.start_soon(group.create_connection, Recorder, HOST, 1)
+            done.append(1)
+
+    async with TransportGroup() as group:
+        group.call_soon(group.start_soon, connect)
+    assert done == [1]
+
+
+@pytest.mark.parametrize("leaving", [False, True])
+async def test_g3_another_groups_refusal_is_a_failure(anyio_backend: Any, leaving: bool) -> None:
+    """A task that calls a group which has been left makes a mistake."""
+    async with TransportGroup() as old:
+        pass
+
+    async def connect() -> None:
+        await old.create_connection(Recorder, HOST, 1)
+
+    with raises_inside(RuntimeError) as caught:
+        async with TransportGroup() as group:
+            group.start_soon(connect)
+            if not leaving:
+                await anyio.sleep_forever()
+    assert len(caught) == 1
+
+
+async def test_g3_a_task_that_fails_beside_a_refusal(anyio_backend: Any) -> None:
+    async def fail() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(group.create_connection, Recorder, HOST, 1)
+            raise BoomError
+
+    with pytest.raises(BaseException) as caught:
+        async with TransportGroup() as group:
+            group.call_soon(group.start_soon, fail)
+    assert BoomError in {type(leaf) for leaf in leaves(caught.value)}
+
+
+async def test_g3_a_handshake_that_the_end_of_the_block_breaks_off(
+    anyio_backend: Any, certificate_authority: Any
+) -> None:
+    """As a connection that is not made yet: the task has its `RuntimeError`, and the block ends normally."""
+    errors: list[BaseException] = []
+
+    async def connect() -> None:
+        options = {"ssl": Certificates(certificate_authority).client(), "server_hostname": NAME}
+        try:
+            await group.create_connection(Recorder, *listener.getsockname(), **options)
+        except RuntimeError as exc:
+            errors.append(exc)
+            raise
+
+    with listening() as listener, anyio.fail_after(GUARD):
+        async with TransportGroup() as group:
+            group.start_soon(connect)
+            while not group.statistics().pending_handshakes:
+                await turns(1)
+    (error,) = errors
+    assert "not open any more" in str(error)
+    errors.clear()
+
+
+# -- waiting while nothing runs any more ------------------------------------------------------------------------------
+
+
+#: What a task may wait for, shielded, when something leaves through the group: what it calls, and what that raises.
+WAITS: dict[str, Callable[[TransportGroup, Any, Any, Any], Awaitable[object]]] = {
+    "wait_closed of the group": lambda group, *_: group.wait_closed(),
+    "wait_closed of the server": lambda _, server, *__: server.wait_closed(),
+    "serve_forever": lambda _, server, *__: server.serve_forever(),
+    "sendfile": lambda group, _, transport, __: group.sendfile(transport, BytesIO(bytes(1 << 24))),
+    "start_tls": lambda group, _, transport, tls: group.start_tls(
+        transport, transport.get_protocol(), tls, server_hostname=NAME
+    ),
+    "handshake": lambda group, server, _, tls: group.create_connection(
+        Recorder, *server.sockets[0].getsockname(), ssl=tls, server_hostname=NAME
+    ),
+}
+
+
+@pytest.mark.parametrize("where", ["the block", "a task"])
+@pytest.mark.parametrize("name", WAITS)
+def test_g4_a_shielded_wait_ends_when_something_leaves_through_the_group(
+    anyio_backend: Any, name: str, where: str, certificate_authority: Any
+) -> None:
+    """What it waits for would come once the block is left, which waits for it."""
+    tls = Certificates(certificate_authority).client()
+    outcomes: list[object] = []
+    protocol, silent = Recorder(), Recorder()
+    error: Any = SystemExit if anyio_backend[0] == "trio" else asyncio.CancelledError
+
+    def leave() -> None:
+        raise error
+
+    async def wait(group: TransportGroup, server: Any, transport: Any) -> None:
+        with anyio.CancelScope(shield=True):
+            try:
+                with anyio.fail_after(GUARD):
+                    await WAITS[name](group, server, transport, tls)
+            except (OSError, RuntimeError) as exc:
+                assert not isinstance(exc, TimeoutError)
+            with pytest.raises(RuntimeError, match="not open"):
+                group.call_soon(leave)
+            outcomes.append("ended")
+
+    async def main() -> None:
+        with listening() as listener:
+            async with TransportGroup() as group:
+                server = await group.create_server(lambda: silent, HOST, 0)
+                transport, _ = await group.create_connection(lambda: protocol, *listener.getsockname())
+                group.call_later(0.05, leave)
+                if where == "a task":
+                    group.start_soon(wait, group, server, transport)
+                    await anyio.sleep_forever()
+                await wait(group, server, transport)
+
+    if error is SystemExit:
+        with raises_inside(SystemExit):
+            run(anyio_backend, main)
+    else:
+        run(anyio_backend, main)  # The cancellation ends with the group.
+    assert outcomes == ["ended"]
+    assert protocol.lost
 
 
 @pytest.mark.parametrize("side", ["connected", "accepted"])

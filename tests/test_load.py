@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ LEAST = 200
 @pytest.fixture
 def descriptors() -> Iterator[int]:
     """How many more descriptors there may be, with the limit as high as we may put it."""
+    resource = pytest.importorskip("resource", reason="no limits of descriptors here")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = hard if hard != resource.RLIM_INFINITY else 1 << 20
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,9 @@ from support import (
 )
 
 from transports_anyio import TransportGroup
+from transports_anyio._channels import _pipe
+from transports_anyio._poller import WaitingListPoller
+from transports_anyio._readiness import make_readiness_list
 
 pytestmark = pytest.mark.anyio
 
@@ -830,3 +834,94 @@ async def test_a_platform_that_cannot_wait_for_pipes(
             patch.setattr("transports_anyio._channels._pipe.sys", SimpleNamespace(platform="win32"))
             with pytest.raises(NotImplementedError, match="cannot wait for pipes"):
                 await getattr(group, name)(Recorder, "true")
+
+
+# -- groups in several threads ----------------------------------------------------------------------------------------
+
+
+#: How often each of two threads takes the terminal and gives it back.
+ROUNDS_IN_THREADS = 300
+
+
+def poller_of_a_thread() -> WaitingListPoller:
+    readiness = make_readiness_list()
+    assert readiness is not None
+    return WaitingListPoller(readiness)
+
+
+def test_g6_a_terminal_that_groups_in_two_threads_use(anyio_backend: Any) -> None:
+    """One gives the open file back as it was while the other takes it: the last of them makes it blocking again."""
+    name, options = anyio_backend
+    first, second = os.openpty()
+    failures: list[BaseException] = []
+    meet = threading.Barrier(2)
+
+    async def use() -> None:
+        async with TransportGroup() as group:
+            for _ in range(ROUNDS_IN_THREADS):
+                transport, protocol = await group.connect_read_pipe(Recorder, open(os.dup(second), "rb", 0))
+                assert not os.get_blocking(second)
+                transport.close()
+                await protocol.wait_for("connection_lost")
+
+    def run() -> None:
+        meet.wait(GUARD)
+        try:
+            anyio.run(use, backend=name, backend_options=options)
+        except BaseException as exc:
+            failures.append(exc)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        assert os.get_blocking(second)
+        assert _pipe.open_channels == {}
+    finally:
+        sys.setswitchinterval(before)
+        os.close(first)
+        os.close(second)
+
+
+def test_g6_what_groups_share_is_changed_by_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that closes a channel is stopped half-way: another one has to wait before it makes one."""
+    reader, writer = os.pipe()
+    half_way, go_on, made = threading.Event(), threading.Event(), threading.Event()
+    original = os.set_blocking
+
+    def set_blocking(descriptor: int, blocking: bool) -> None:
+        if blocking and threading.current_thread() is closing:
+            half_way.set()
+            assert go_on.wait(GUARD)
+        original(descriptor, blocking)
+
+    def make() -> None:
+        others.append(_pipe.PipeChannel(poller_of_a_thread(), open(os.dup(reader), "rb", 0), writing=False))
+        made.set()
+
+    others: list[Any] = []
+    poller = poller_of_a_thread()
+    channel = _pipe.PipeChannel(poller, open(reader, "rb", 0, closefd=False), writing=False)
+    monkeypatch.setattr(os, "set_blocking", set_blocking)
+    closing = threading.Thread(target=channel.close, kwargs={"aborted": True})
+    making = threading.Thread(target=make)
+    closing.start()
+    assert half_way.wait(GUARD)
+    making.start()
+    assert not made.wait(0.1)
+    go_on.set()
+    closing.join()
+    making.join()
+    monkeypatch.undo()
+    assert not os.get_blocking(reader)
+    others[0].close(aborted=True)
+    assert os.get_blocking(reader)
+    for each in (poller, others[0]._poller):
+        each.close()
+    os.close(reader)
+    os.close(writer)

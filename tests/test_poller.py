@@ -6,8 +6,10 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -34,7 +36,16 @@ import transports_anyio._group
 from transports_anyio import TransportGroup
 from transports_anyio._loop_poller import LoopPoller, make_poller
 from transports_anyio._poller import Poller, TaskPoller, WaitingListPoller
-from transports_anyio._readiness import READ, WRITE, SelectorList, Watch, make_readiness_list
+from transports_anyio._readiness import (
+    BATCH_SIZE,
+    READ,
+    WRITE,
+    EpollList,
+    ReadinessList,
+    SelectorList,
+    Watch,
+    make_readiness_list,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -48,10 +59,14 @@ class Turns:
         self.deadline = inf
         self.failure: Exception | None = None
         self.tasks_started = False
+        self.failures: list[tuple[Watch, BaseException]] = []
+
+    def failed(self, watch: Watch, exc: BaseException) -> None:
+        self.failures.append((watch, exc))
 
     def turn(self) -> float:
         self.count += 1
-        self.poller.dispatch()
+        self.poller.dispatch(self.failed)
         if self.deadline <= self.poller.time():
             self.deadline = inf
         if self.failure is not None:
@@ -68,6 +83,10 @@ def watch_of(
     if write is not None:
         watch.write_ready = write
     return watch
+
+
+def raise_failure(watch: Watch, exc: BaseException) -> None:
+    raise exc
 
 
 def waiting_poller() -> Poller:
@@ -291,6 +310,80 @@ async def test_hundreds_of_descriptors(anyio_backend: Any, make: Any) -> None:
         for a, b in pairs:
             a.close()
             b.close()
+
+
+@pytest.mark.parametrize("make", [EpollList, SelectorList])
+def test_g1_one_batch_has_all_that_is_ready(make: Callable[[], ReadinessList]) -> None:
+    readiness = make()
+    called: list[int] = []
+    with ExitStack() as exits:
+        exits.callback(readiness.close)
+        for number in range(BATCH_SIZE + 50):
+            ours, theirs = exits.enter_context(pair())
+            watch = Watch(ours.fileno())
+            watch.read_ready = partial(called.append, number)
+            readiness.watches[watch.descriptor] = watch
+            readiness.set_interest(watch, READ)
+            theirs.send(b"x")
+        assert readiness.take(raise_failure) == BATCH_SIZE + 50
+    assert sorted(called) == list(range(BATCH_SIZE + 50))
+
+
+@pytest.mark.ours_only("about our pollers")
+@pytest.mark.parametrize("poller", [name for name in POLLERS if name != "made here"])
+@pytest.mark.parametrize("where", ["a task", "a callback"])
+async def test_g1_data_comes_before_a_timer_over_every_poller(
+    stack: Stack, poller: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever notices that a descriptor is ready has had the time to do so before a timer that is due runs."""
+    monkeypatch.setattr(transports_anyio._core, "make_poller", POLLERS[poller])
+    outcomes: list[str] = []
+
+    def received(*_: Any) -> None:
+        timer.cancel()
+        outcomes.append("received")
+
+    async with stack.open() as group, connected(group, Recorder(on_data_received=received)) as (_, _, peer):
+
+        def hold_up() -> None:
+            nonlocal timer
+            timer = group.call_later(0.02, outcomes.append, "timed out")
+            peer.socket.send(b"in time")
+            time.sleep(0.05)
+
+        timer: Any = None
+        for _ in range(10):
+            outcomes.clear()
+            if where == "a task":
+                hold_up()
+            else:
+                group.call_soon(hold_up)
+            await until(lambda: outcomes)
+            assert outcomes == ["received"]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, MemoryError, GeneratorExit])
+async def test_g5_what_a_callback_raises_is_passed_on_and_the_others_are_called(
+    anyio_backend: Any, make: Any, error: type[BaseException]
+) -> None:
+    """It is called again, as long as its descriptor is ready."""
+
+    def fail() -> None:
+        raise error
+
+    called: list[int] = []
+    with pair() as (a, b), pair() as (c, d):
+        async with running(make) as (poller, owner):
+            failing = watch_of(poller, a, fail)
+            other = watch_of(poller, c, lambda: called.append(1))
+            b.send(b"x")
+            d.send(b"x")
+            poller.set_interest(failing, READ)
+            poller.set_interest(other, READ)
+            await until(lambda: len(owner.failures) > 1 and len(called) > 1)
+            poller.set_interest(failing, 0)
+            poller.set_interest(other, 0)
+    assert {(watch, type(exc)) for watch, exc in owner.failures} == {(failing, error)}
 
 
 @pytest.mark.ours_only("about our pollers")

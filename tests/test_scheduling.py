@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import gc
 import logging
+import operator
 import os
 import select
 import signal
@@ -15,6 +16,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -41,6 +44,7 @@ from support import (
 
 from transports_anyio import DatagramProtocol, SubprocessProtocol, TransportGroup, current_group
 from transports_anyio._core import SERVED_IN_A_TURN, Core
+from transports_anyio._readiness import BATCH_SIZE
 from transports_anyio._scheduling import Handle
 
 pytestmark = pytest.mark.anyio
@@ -282,6 +286,174 @@ async def test_a_timer_that_is_due_runs_before_what_input_has_scheduled(stack: S
     assert order == ["input", "timer", "scheduled"]
 
 
+#: More than epoll is first asked for.
+MANY = BATCH_SIZE + 50
+
+#: How long the program is held up, and after what part of it the time-outs fall due, in seconds.
+STALL = 0.1
+TIME_OUT = 0.03
+
+
+class Impatient(asyncio.Protocol, DatagramProtocol):
+    """Gives up after a time-out, unless something arrives before."""
+
+    timer: Any = None
+
+    def __init__(self, group: Any, outcomes: list[str], on_data: Callable[[], object] = lambda: None) -> None:
+        self.group = group
+        self.outcomes = outcomes
+        self.on_data = on_data
+
+    def arm(self) -> None:
+        self.timer = self.group.call_later(TIME_OUT, self.outcomes.append, "timed out")
+
+    def data_received(self, data: bytes) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        self.outcomes.append("received")
+        self.on_data()
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.data_received(data)
+
+
+async def connect_tcp(group: Any, factory: Any, exits: AsyncExitStack) -> Callable[[bytes], object]:
+    """Make a connection, and return what sends something to it at once; so do the next ones."""
+    _, _, peer = await exits.enter_async_context(connected(group, factory()))
+    return peer.socket.send
+
+
+async def connect_unix(group: Any, factory: Any, exits: AsyncExitStack) -> Callable[[bytes], object]:
+    ours, theirs = socket.socketpair()
+    exits.enter_context(theirs)
+    await group.connect_accepted_socket(factory, ours)
+    return theirs.send
+
+
+async def connect_udp(group: Any, factory: Any, exits: AsyncExitStack) -> Callable[[bytes], object]:
+    transport, _ = await group.create_datagram_endpoint(factory, local_addr=(HOST, 0))
+    exits.callback(transport.close)
+    sender = exits.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sender.connect(transport.get_extra_info("sockname"))
+    return sender.send
+
+
+async def connect_pipe(group: Any, factory: Any, exits: AsyncExitStack) -> Callable[[bytes], object]:
+    reader, writer = os.pipe()
+    exits.callback(os.close, writer)
+    await group.connect_read_pipe(factory, open(reader, "rb", 0))
+    return lambda data: os.write(writer, data)
+
+
+async def connect_anyio_stream(group: Any, factory: Any, exits: AsyncExitStack) -> Callable[[bytes], object]:
+    listener = exits.enter_context(socket.create_server((HOST, 0)))
+    stream = await anyio.connect_tcp(*listener.getsockname())
+    peer = exits.enter_context(listener.accept()[0])
+    await group.connect_stream(factory, stream)
+    await turns()  # Its task receives.
+    return peer.send
+
+
+async def connect_anyio_socket(group: Any, factory: Any, exits: AsyncExitStack) -> Callable[[bytes], object]:
+    sock = await anyio.create_udp_socket(family=socket.AF_INET, local_host=HOST)
+    await group.connect_datagram_socket(factory, sock)
+    sender = exits.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sender.connect(sock.extra(anyio.abc.SocketAttribute.local_address))
+    await turns()
+    return sender.send
+
+
+CONNECTIONS = {
+    "tcp": connect_tcp,
+    "unix": connect_unix,
+    "udp": connect_udp,
+    "pipe": connect_pipe,
+    "anyio stream": connect_anyio_stream,
+    "anyio datagram socket": connect_anyio_socket,
+}
+
+
+@pytest.mark.parametrize("held_up_in", ["a task", "a callback"])
+@pytest.mark.parametrize("kind", CONNECTIONS)
+async def test_g1_data_that_has_arrived_comes_before_a_timer(stack: Stack, kind: str, held_up_in: str) -> None:
+    if stack.is_oracle and kind.startswith("anyio"):
+        pytest.skip("asyncio has no such thing")
+    outcomes: list[str] = []
+    async with stack.open() as group, AsyncExitStack() as exits:
+        protocol = Impatient(group, outcomes)
+        send = await CONNECTIONS[kind](group, lambda: protocol, exits)
+
+        def hold_up() -> None:
+            protocol.arm()
+            send(b"in time")
+            time.sleep(STALL)
+
+        (hold_up if held_up_in == "a task" else partial(group.call_soon, hold_up))()
+        await until(lambda: outcomes)
+        await anyio.sleep(TIME_OUT)
+    assert outcomes == ["received"]
+
+
+async def test_g1_data_of_many_connections_comes_before_their_timers(stack: Stack) -> None:
+    """The program stands still: a slow callback, a signal that stops it, a computer that sleeps."""
+    outcomes: list[str] = []
+    made: list[Impatient] = []
+
+    def factory() -> Impatient:
+        made.append(Impatient(group, outcomes))
+        return made[-1]
+
+    async with stack.open() as group, AsyncExitStack() as exits:
+        sends = [await connect_unix(group, factory, exits) for _ in range(MANY)]
+        for protocol in made:
+            protocol.arm()
+        for send in sends:
+            send(b"in time")
+        time.sleep(STALL)  # noqa: ASYNC251  # everything stands still
+        await until(lambda: len(outcomes) >= MANY)
+    assert outcomes == ["received"] * MANY
+
+
+async def test_g1_a_slow_callback_of_a_connection_lets_no_timer_overtake_the_others(stack: Stack) -> None:
+    """What has arrived while it ran was there before any time-out that has passed is looked at."""
+    outcomes: list[str] = []
+
+    def hold_up() -> None:
+        for protocol in protocols:
+            protocol.arm()
+        for send in sends:
+            send(b"in time")
+        time.sleep(STALL)
+
+    async with stack.open() as group, AsyncExitStack() as exits:
+        slow = await connect_unix(group, lambda: Impatient(group, outcomes, hold_up), exits)
+        protocols = [Impatient(group, outcomes) for _ in range(3)]
+        sends = [await connect_unix(group, lambda each=each: each, exits) for each in protocols]
+        slow(b"now")
+        await until(lambda: len(outcomes) >= 4)
+    assert outcomes == ["received"] * 4
+
+
+@pytest.mark.parametrize("kind", CONNECTIONS)
+async def test_g1_a_flood_does_not_keep_a_timer_from_running(stack: Stack, kind: str) -> None:
+    """Each message brings the next one."""
+    if stack.is_oracle and kind.startswith("anyio"):
+        pytest.skip("asyncio has no such thing")
+    outcomes: list[str] = []
+    fired: list[int] = []
+    async with stack.open() as group, AsyncExitStack() as exits:
+
+        def again() -> None:
+            if not fired:
+                send(b"more")
+
+        send = await CONNECTIONS[kind](group, lambda: Impatient(group, outcomes, again), exits)
+        group.call_later(0.02, fired.append, 1)
+        send(b"first")
+        await until(lambda: fired)
+    assert "received" in outcomes
+
+
 async def test_timers_run_by_time(stack: Stack) -> None:
     order: list[int] = []
     async with stack.open() as group:
@@ -383,6 +555,43 @@ async def test_when_tells_the_time_of_a_timer(stack: Stack) -> None:
         timer = group.call_later(3600, print)
         assert before + 3600 <= timer.when() <= group.time() + 3600
         timer.cancel()
+
+
+async def test_g7_timers_compare_as_asyncios(stack: Stack) -> None:
+    """By time, and as equal when they do the same at the same time."""
+    calls: list[int] = []
+    async with stack.open() as group:
+        when = group.time() + 3600
+        first = group.call_at(when, calls.append, 1)
+        same = group.call_at(when, calls.append, 1)
+        another = group.call_at(when, calls.append, 2)
+        later = group.call_at(when + 1, calls.append, 1)
+        soon = group.call_soon(calls.append, 1)
+        assert first == same
+        assert hash(first) == hash(same) == hash(when)
+        assert first != another
+        assert first != later
+        assert first != soon
+        assert first != when
+        assert not first < another
+        assert not first <= another
+        assert first <= same
+        assert first >= same
+        assert first < later <= later
+        assert later > first
+        assert later >= same
+        assert max(later, first) is later
+        assert sorted([later, first]) == [first, later]
+        assert len({first, same, another, later}) == 3
+        for compare in (operator.lt, operator.le, operator.gt, operator.ge):
+            with pytest.raises(TypeError):
+                compare(first, when)
+        same.cancel()
+        assert first != same
+        first.cancel()
+        assert first == same
+        for handle in (another, later):
+            handle.cancel()
 
 
 async def test_cancelling_a_timer_after_it_ran_is_harmless(stack: Stack) -> None:

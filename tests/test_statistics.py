@@ -232,7 +232,8 @@ async def test_a_repr_tells_the_state(anyio_backend: Any) -> None:
     assert "closed" in repr(group)
 
 
-async def test_another_thread_may_look(anyio_backend: Any) -> None:
+@pytest.mark.parametrize("enough", [40, pytest.param(400, marks=pytest.mark.exhaustive)])
+async def test_another_thread_may_look(anyio_backend: Any, enough: int) -> None:
     """That of a monitor, say, while connections come and go."""
     over = threading.Event()
     looks = []
@@ -249,7 +250,7 @@ async def test_another_thread_may_look(anyio_backend: Any) -> None:
                 await memory_connection(group, Protocol, Protocol)
             group.start_soon(anyio.to_thread.run_sync, look)
             try:
-                while len(looks) < 400:
+                while len(looks) < enough:
                     (transport, _), _ = await memory_connection(group, Protocol, Protocol)
                     transport.close()
             finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import asyncio.trsock
 from typing import Any
 
 import anyio
@@ -45,6 +46,8 @@ async def test_asyncios_classes_are_re_exported(stack: Stack) -> None:
     ).split():
         assert getattr(transports_anyio, name) is getattr(asyncio, name)
         assert name in transports_anyio.__all__
+    assert transports_anyio.TransportSocket is asyncio.trsock.TransportSocket
+    assert "TransportSocket" in transports_anyio.__all__
 
 
 async def test_extra_info(stack: Stack) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import errno
+import itertools
 import os
 import random
 import resource
@@ -25,9 +26,21 @@ import anyio
 import anyio.abc
 import pytest
 from network import run_main
-from support import GUARD, Recorder, Stack, collect_contexts, leaves, open_descriptors, pattern, turns, until
+from support import (
+    GUARD,
+    Recorder,
+    Stack,
+    capture_log,
+    collect_contexts,
+    leaves,
+    open_descriptors,
+    pattern,
+    turns,
+    until,
+)
 
 from transports_anyio import TransportGroup, current_group
+from transports_anyio._channels import _child
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -403,6 +416,65 @@ async def test_what_cannot_be_run_raises_and_leaves_nothing(stack: Stack, args: 
             await group.subprocess_exec(Child, *args, **options)
 
 
+#: What can be no name of a program, or of none that there is: the error is `Popen`'s.
+ODD_PROGRAMS = [
+    "",
+    " ",
+    "true ",
+    "\n",
+    ".",
+    "..",
+    "/",
+    "./",
+    "true/",
+    "/bin/",
+    "\0",
+    "tr\0ue",
+    "\ud800",
+    "\udcff",
+    "x" * 5000,
+    b"",
+    b".",
+    b"tr\0ue",
+    Path(),
+    Path("/bin"),
+    None,
+    1,
+    True,
+    1.5,
+    [],
+    ["true"],
+    object,
+    bytearray(b"true"),
+]
+
+
+@pytest.mark.parametrize("args", [(), ("",)], ids=["alone", "with an argument"])
+@pytest.mark.parametrize("program", ODD_PROGRAMS, ids=lambda program: ascii(program)[:12])
+async def test_p13_an_odd_program_raises_what_popen_raises(stack: Stack, program: Any, args: Any) -> None:
+    with pytest.raises(Exception) as expected, subprocess.Popen([program, *args]):
+        pass
+    async with stack.open() as group:
+        protocol = Child()
+        with pytest.raises(type(expected.value)) as caught:
+            await group.subprocess_exec(lambda: protocol, program, *args)
+    assert str(caught.value) == str(expected.value)
+    assert protocol.calls == []
+
+
+async def test_p13_a_directory_is_passed_over(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "first" / "program").mkdir(parents=True)
+    (tmp_path / "second").mkdir()
+    script = tmp_path / "second" / "program"
+    script.write_text("#!/bin/sh\nexit 5\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/first{os.pathsep}{tmp_path}/second")
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.exec("program")
+        await child.end()
+        assert transport.get_returncode() == 5
+
+
 # -- the end -------------------------------------------------------------------------------------------------
 
 
@@ -523,6 +595,103 @@ async def test_p2_a_grandchild_that_keeps_the_pipes_does_not_hide_the_exit(stack
         transport.close()
         await child.end()
         os.kill(int(child.output[1]), signal.SIGKILL)
+
+
+#: Starts a grandchild that has all three pipes, never reads, and outlives its parent.
+WITH_GRANDCHILD = """
+import subprocess, sys, time
+print(subprocess.Popen(["sleep", "1000"]).pid, flush=True)
+"""
+
+
+@contextlib.asynccontextmanager
+async def with_grandchild(group: Any, kind: str, program: str) -> AsyncIterator[tuple[Any, Child]]:
+    """A child whose grandchild keeps its pipes, with more written to it than the pipe holds."""
+    command = [sys.executable, "-c", WITH_GRANDCHILD + program]
+    child = Child()
+    if kind == "program":
+        transport, _ = await group.subprocess_exec(lambda: child, *command)
+    else:
+        transport, _ = await group.connect_process(lambda: child, await anyio.open_process(command))
+    try:
+        await until(lambda: child.output[1].endswith(b"\n"))
+        transport.get_pipe_transport(0).write(bytes(4 << 20))
+        yield transport, child
+    finally:
+        os.kill(int(child.output[1]), signal.SIGKILL)  # Raises unless the grandchild has kept the pipes until now.
+
+
+@pytest.mark.ours_only("asyncio waits for the grandchild")
+@pytest.mark.parametrize("when", ["closed while it runs", "closed after its end", "closed in process_exited"])
+@pytest.mark.parametrize("kind", ["program", "AnyIO process"])
+async def test_p12_a_grandchild_that_keeps_the_input_is_not_waited_for(stack: Stack, kind: str, when: str) -> None:
+    program = "" if when == "closed after its end" else "time.sleep(1000)"
+    descriptors = own_descriptors()
+    async with stack.open() as group, with_grandchild(group, kind, program) as (transport, child):
+        contexts = collect_contexts(group)
+        if when == "closed in process_exited":
+
+            def close() -> None:
+                Child.process_exited(child)
+                transport.close()
+
+            child.process_exited = close  # type: ignore[method-assign]
+            transport.terminate()
+        elif when == "closed after its end":
+            with anyio.fail_after(GUARD):
+                await child.exited.wait()
+            await turns(10)
+            assert "connection_lost" not in child.names()
+            transport.close()
+        else:
+            transport.close()
+        await child.end()
+        assert child.names().count("pipe_connection_lost") == 3
+        assert contexts == []
+    # asyncio and uvloop keep the pipe of an AnyIO process until the grandchild has gone: AnyIO only closes it.
+    await until(lambda: own_descriptors() == descriptors)
+
+
+@pytest.mark.parametrize("how", ["normally", "by a cancellation"])
+@pytest.mark.parametrize("kind", ["program", "AnyIO process"])
+@pytest.mark.parametrize("program", ["time.sleep(1000)", ""], ids=["child runs", "child has ended"])
+async def test_p12_leaving_the_block_does_not_wait_for_a_grandchild(
+    anyio_backend: Any, program: str, kind: str, how: str
+) -> None:
+    descriptors = own_descriptors()
+    async with contextlib.AsyncExitStack() as grandchildren:
+        with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
+            async with TransportGroup() as group:
+                _, child = await grandchildren.enter_async_context(with_grandchild(group, kind, program))
+                if not program:
+                    await child.exited.wait()
+                if how != "normally":
+                    scope.cancel()
+                    await anyio.sleep_forever()
+        assert child.names()[-1] == "connection_lost"
+        if kind == "program":
+            assert own_descriptors() == descriptors
+    await until(lambda: own_descriptors() == descriptors)
+
+
+async def test_p12_a_grandchild_receives_what_was_written_before_the_close(stack: Stack, tmp_path: Path) -> None:
+    """Nothing is dropped before `close`: a grandchild that reads gets it all, as on asyncio."""
+    result = tmp_path / "result"
+    program = f"""
+import os
+if not os.fork():
+    import pathlib, sys
+    data = sys.stdin.buffer.read()
+    pathlib.Path({str(result)!r}).write_text(str(len(data)))
+"""
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.python(program)
+        with anyio.fail_after(GUARD):
+            await child.exited.wait()
+        transport.get_pipe_transport(0).write(bytes(4 << 20))
+        transport.get_pipe_transport(0).write_eof()
+        await child.end()
+        assert result.read_text() == str(4 << 20)
 
 
 @pytest.mark.exhaustive
@@ -940,6 +1109,121 @@ async def test_leaving_by_an_exception_reaps_before_the_block_is_left(
         assert child.names()[-1] == "connection_lost"
         assert child.names().count("process_exited") == 1
         assert gone(child.transport.get_pid())
+
+
+#: Becomes the tracer of a process and never looks at it: when that is killed it does not end for its parent.
+TRACER = """
+import ctypes, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+PTRACE_SEIZE = 0x4206
+print(libc.ptrace(PTRACE_SEIZE, int(sys.argv[1]), None, None), flush=True)
+time.sleep(1000)
+"""
+
+
+@contextlib.contextmanager
+def traced(pid: int) -> Iterator[None]:
+    """Keep the end of a process from its parent until the block is left."""
+    command = [sys.executable, "-c", TRACER, str(pid)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as tracer:
+        try:
+            assert tracer.stdout is not None
+            answer = tracer.stdout.readline()
+            if answer != b"0\n":
+                pytest.skip(f"no process may be traced here: {answer!r}")
+            yield
+        finally:
+            tracer.kill()
+
+
+needs_tracer = pytest.mark.skipif(sys.platform != "linux", reason="knows how to trace on Linux")
+
+
+@needs_tracer
+@pytest.mark.parametrize("missing", [(), ("pidfd_open",), ("pidfd_open", "waitid")])
+@pytest.mark.parametrize("kind", ["program", "AnyIO process"])
+async def test_p14_a_child_that_does_not_end_when_it_is_killed(
+    anyio_backend: Any, kind: str, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other tasks run on, and the block is left after a time."""
+    if kind == "AnyIO process":
+        if missing:
+            pytest.skip("AnyIO's own to wait for")
+        if anyio_backend != ("asyncio", {"use_uvloop": True}):
+            pytest.skip("asyncio and trio wait in the event loop for what the descriptor says has ended")
+        process = await anyio.open_process(["cat"])
+    for name in missing:
+        monkeypatch.delattr(os, name)
+    monkeypatch.setattr(_child, "TIME_TO_END", 1.0)
+    child = Child()
+    ticks: list[float] = []
+    left: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            ticks.append(anyio.current_time())
+            await anyio.sleep(0.01)
+
+    async def lives_in_a_group(scope: anyio.CancelScope) -> None:
+        with scope:
+            async with TransportGroup() as group:
+                if kind == "program":
+                    await group.subprocess_exec(lambda: child, "cat")
+                else:
+                    await group.connect_process(lambda: child, process)
+                await anyio.sleep_forever()
+        left.append(anyio.current_time())
+
+    with capture_log(Stack("")) as records:
+        async with contextlib.AsyncExitStack() as tracers, anyio.create_task_group() as tasks:
+            scope = anyio.CancelScope()
+            tasks.start_soon(lives_in_a_group, scope)
+            await until(lambda: child.transport)
+            pid = child.transport.get_pid()
+            tracers.enter_context(traced(pid))
+            tasks.start_soon(tick)
+            begin = anyio.current_time()
+            scope.cancel()
+            await child.end()
+            assert anyio.current_time() - begin < 0.5  # `connection_lost` waits for nothing
+            await until(lambda: left)
+            assert 0.9 < left[0] - begin < GUARD
+            # A single second in which nothing else had run would show as a gap.
+            assert max(after - before for before, after in itertools.pairwise(ticks)) < 0.5
+            tasks.cancel_scope.cancel()
+    assert child.transport.get_returncode() == -signal.SIGKILL
+    assert [record.getMessage() for record in records] == [
+        f"process {pid} was killed and still runs after 1.0 seconds: it is left to the system"
+    ]
+    if kind == "program":
+        assert child.transport.get_extra_info("subprocess").wait() == -signal.SIGKILL
+    else:
+        with anyio.fail_after(GUARD):
+            assert await process.wait() == -signal.SIGKILL
+        await process.aclose()
+
+
+@needs_tracer
+@pytest.mark.ours_only("asyncio waits in its event loop, and nothing else runs")
+@pytest.mark.parametrize("missing", [(), ("pidfd_open",), ("pidfd_open", "waitid")])
+async def test_p14_a_child_whose_end_is_held_back_by_a_tracer_takes_no_time(
+    stack: Stack, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptor is ready, and there is nothing to reap yet."""
+    for name in missing:
+        monkeypatch.delattr(os, name)
+    async with stack.open() as group, Children(group) as children:
+        transport, child = await children.exec("cat")
+        with traced(transport.get_pid()):
+            transport.get_pipe_transport(0).close()
+            await until(lambda: ("pipe_connection_lost", 1) in child.calls)
+            begin = time.process_time()
+            await anyio.sleep(0.5)
+            assert time.process_time() - begin < 0.05
+            assert not child.exited.is_set()
+        await child.end()
+        assert transport.get_returncode() == 0
 
 
 async def test_p1_cancelled_at_every_checkpoint(anyio_backend: Any) -> None:
@@ -1652,6 +1936,98 @@ async def test_a_grandchild_that_keeps_the_outputs_of_an_anyio_process(anyio_bac
         assert transport.get_returncode() == 4
         assert child.names()[-1] == "connection_lost"
         assert child.names().count("pipe_connection_lost") == 3
+    finally:
+        os.kill(int(child.output[1]), signal.SIGKILL)
+
+
+#: Writes much to one of its outputs, whether anybody reads it or not, and then says so on the other.
+WRITES_ON = """
+import os, sys
+fd = int(sys.argv[1])
+try:
+    for _ in range(64):
+        os.write(fd, bytes(65536))
+except BrokenPipeError:
+    pass
+os.write(3 - fd, b"written")
+assert sys.stdin.buffer.read() == b"input"
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+@pytest.mark.parametrize("fd", [1, 2])
+@pytest.mark.parametrize("kind", ["program", "AnyIO process"])
+async def test_a2_a_child_does_not_block_on_an_output_that_is_closed(
+    anyio_backend: Any, kind: str, fd: int, end: str
+) -> None:
+    """The other pipes go on."""
+    descriptors = own_descriptors()
+    async with TransportGroup() as group:
+        contexts = collect_contexts(group)
+        command = [sys.executable, "-c", WRITES_ON, str(fd)]
+        if kind == "program":
+            transport, child = await group.subprocess_exec(Child, *command)
+        else:
+            transport, child = await group.connect_process(Child, await anyio.open_process(command))
+        await until(lambda: child.output[fd])
+        getattr(transport.get_pipe_transport(fd), end)()
+        received = len(child.output[fd])
+        await until(lambda: child.output[3 - fd] == b"written")
+        transport.get_pipe_transport(0).write(b"input")
+        transport.get_pipe_transport(0).write_eof()
+        await child.end()
+        assert transport.get_returncode() == 7
+        assert len(child.output[fd]) == received  # nothing is told after `close`
+        assert contexts == []
+    assert own_descriptors() == descriptors
+
+
+async def test_a2_writing_to_a_closed_output(anyio_backend: Any) -> None:
+    """A signal ends the child where AnyIO can close one descriptor alone, which is not on asyncio and uvloop."""
+    async with TransportGroup() as group:
+        for process in None, await anyio.open_process(["yes"]):
+            if process is None:
+                transport, child = await group.subprocess_exec(Child, "yes")
+            else:
+                transport, child = await group.connect_process(Child, process)
+            await until(lambda child=child: child.output[1])
+            transport.get_pipe_transport(1).close()
+            if process is not None and anyio_backend[0] == "asyncio":
+                with anyio.move_on_after(0.1):
+                    await child.exited.wait()
+                assert not child.exited.is_set()
+                transport.close()
+                await child.end()
+                assert transport.get_returncode() == -signal.SIGKILL
+            else:
+                with anyio.fail_after(GUARD):
+                    await child.exited.wait()
+                transport.close()
+                await child.end()
+                assert transport.get_returncode() == -signal.SIGPIPE
+
+
+@pytest.mark.skipif(ANYIO < (4, 15), reason="AnyIO of before 4.15 leaves them to the garbage collector on asyncio")
+@pytest.mark.parametrize("how", ["normally", "cancellation"])
+async def test_a2_a_grandchild_that_keeps_a_closed_output(anyio_backend: Any, how: str) -> None:
+    """What is discarded has no end: the end of the child is enough."""
+    descriptors = own_descriptors()
+    with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
+        async with TransportGroup() as group:
+            process = await anyio.open_process(["sh", "-c", "sleep 1000 & echo $!; exit 4"])
+            transport, child = await group.connect_process(Child, process)
+            await until(lambda: child.exited.is_set() and child.output[1].endswith(b"\n"))
+            transport.get_pipe_transport(1).close()
+            transport.get_pipe_transport(2).close()
+            await child.end()
+            await turns(10)
+            if how == "cancellation":
+                scope.cancel()
+                await anyio.sleep_forever()
+    try:
+        assert own_descriptors() == descriptors
+        assert transport.get_returncode() == 4
     finally:
         os.kill(int(child.output[1]), signal.SIGKILL)
 

@@ -223,7 +223,7 @@ LOST: Any = ("connection_lost", None)
         (Recorder, [MADE, MADE, LOST], r"connection_made\(\) after"),
         (Recorder, [MADE, LOST, LOST], r"connection_lost\(\) after"),
         (Recorder, [MADE, ("eof_received",), ("data_received", b"x"), LOST], r"data_received\(\) after"),
-        (Recorder, [MADE, ("resume_writing",), LOST], r"resume_writing\(\) twice"),
+        (Recorder, [MADE, ("resume_writing",), LOST], r"resume_writing\(\) without pause_writing"),
         (Recorder, [MADE, ("pause_writing",), ("pause_writing",), LOST], r"pause_writing\(\) twice"),
         (Recorder, [MADE, LOST, ("pause_writing",)], r"pause_writing\(\) after"),
         (BufferedRecorder, [MADE, ("buffer_updated", 0), LOST], r"buffer_updated\(\) after"),

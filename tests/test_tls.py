@@ -916,6 +916,18 @@ async def test_t9_gone_without_close_notify_over_a_unix_socket(stack: Stack, cer
         assert protocol.lost_with is None
 
 
+async def test_an_end_of_file_without_close_notify_is_answered(stack: Stack, certificates: Certificates) -> None:
+    async with stack.open() as group, tls_client(group, certificates) as (_, protocol, peer):
+        peer.cut()
+        answer = await peer.receive_raw()
+        await protocol.wait_for("connection_lost")
+        assert protocol.names[-2:] == ["eof_received", "connection_lost"]
+        assert protocol.lost_with is None
+        # A record of its own; asyncio cuts the connection as well.
+        assert answer == b"" if stack.is_oracle else len(answer) > 0
+        assert await peer.receive_raw() == b""
+
+
 @pytest.mark.parametrize("size", [5, 100_000])
 async def test_client_that_speaks_and_leaves_at_once(
     stack: Stack, certificates: Certificates, recorder: type[Any], size: int

@@ -13,6 +13,7 @@ from asyncio import (
     Transport,
     WriteTransport,
 )
+from asyncio.trsock import TransportSocket
 
 from . import from_asyncio, to_asyncio
 from ._event_loop._opening import open_event_loop, run_asyncio
@@ -37,6 +38,7 @@ __all__ = [
     "TimerHandle",
     "Transport",
     "TransportGroup",
+    "TransportSocket",
     "WriteTransport",
     "current_group",
     "from_asyncio",

@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 from ._door import Door, GivenContext, Group, current
-from ._errors import ExceptionContext, leaves_through_the_group
+from ._errors import ExceptionContext, NotOpenError, described, is_refusal, leaves_through_the_group, logger
 from ._loop_poller import make_poller
 from ._owned import Owned
 from ._poller import RESOLUTION, Poller
+from ._readiness import Failed, Watch
 from ._scheduling import Handle, TimerHandle, Timers
 from ._waiters import Waiters
 
 if TYPE_CHECKING:
+    from anyio import CancelScope
     from anyio.abc import TaskGroup
 
     from ._channels._contract import Channel
@@ -36,6 +38,14 @@ if TYPE_CHECKING:
 # How many descriptors a turn serves, and for how many seconds it goes on, before it lets the tasks have theirs.
 SERVED_IN_A_TURN = 64
 LENGTH_OF_A_TURN = 0.002
+
+# How many rounds of the backend tasks get, before a timer runs, to receive what had arrived when it fell due. In the
+# first the backend may only ask the system; trio runs tasks in any order, so it takes a second until all have run; one
+# more is for an AnyIO stream over another one.
+ROUNDS_FOR_TASKS = 3
+
+# How often callbacks may go on handing over other callbacks when nothing else is left to wait for.
+LAST_TURNS = 100
 
 T = TypeVar("T")
 ProtocolT = TypeVar("ProtocolT")
@@ -58,8 +68,10 @@ class Core:
     goes_on = False
 
     # Both once the group is entered.
-    dispatch: Callable[[], int]
+    dispatch: Callable[[Failed], int]
+    time: Callable[[], float]
     task_group: TaskGroup
+    turns: CancelScope
 
     def __init__(self, group: Group) -> None:
         self.group: Group = group
@@ -70,6 +82,9 @@ class Core:
         self.servers: set[AbstractServer] = set()
         self.tasks_running: int = 0
         self.tasks_started: bool = False  # Since the turn began.
+        self.receiving_tasks: int = 0  # Tasks of ours that receive for a transport, or report what is ready.
+        self._rounds_for_tasks = 0  # That due timers have waited for them.
+        self._ending = False  # The turns go on only until the tasks of the user have ended.
         self.bytes_received: int = 0  # By transports that have ended; as sent.
         self.bytes_sent: int = 0
         self.changed: Waiters = Waiters()
@@ -99,19 +114,30 @@ class Core:
         self.poller = poller = make_poller()
         stack.callback(poller.close)
         self.dispatch = poller.dispatch
-        turns = anyio.CancelScope(shield=True)
+        self.time = poller.time
+        self.receiving_tasks += poller.needs_tasks
+        self.turns = anyio.CancelScope(shield=True)
         self.task_group = await stack.enter_async_context(anyio.create_task_group())
-        self.task_group.start_soon(self._take_turns, turns, name="transports_anyio: turns of a group")
-        stack.callback(turns.cancel)
+        self.task_group.start_soon(self._take_turns, name="transports_anyio: turns of a group")
+        # Twice, because trio lets a `KeyboardInterrupt` come between any two lines: what it keeps one of them from, the
+        # next one does.
+        stack.callback(self.end_turns)
+        stack.callback(self.end_turns)
 
     def opened(self) -> None:
         """Allow connections and callbacks from now on, in this thread."""
         self.thread = get_ident()
         self.open = self.alive = True
 
-    async def _take_turns(self, turns: anyio.CancelScope) -> None:
-        with turns:
-            await self.live_poller().run(self)
+    async def _take_turns(self) -> None:
+        with self.turns:
+            try:
+                await self.live_poller().run(self)
+            finally:
+                # No wait of a task, shielded perhaps, may need another turn. What ends the group is known first.
+                if not self.turns.cancel_called:
+                    self.task_group.cancel_scope.cancel()
+                self.call(self.finish)
 
     # The turn
 
@@ -121,6 +147,8 @@ class Core:
         That is asyncio's order. Return when the next turn is due: minus infinity for at once.
         """
         dispatch = self.dispatch
+        failed = self._descriptor_failed
+        time = self.time
         timers = self.timers
         ready = self.ready
         served = 0
@@ -129,9 +157,15 @@ class Core:
         while True:
             if ready:
                 self._run_ready()
-            count = dispatch()
-            if timers.heap:
-                self._run_due()
+            # Before the system is asked: what has arrived while callbacks ran comes before what fell due meanwhile.
+            now = time() + RESOLUTION if timers.heap else -inf
+            count = dispatch(failed)
+            if timers.heap and timers.next_deadline() <= now:
+                if self.receiving_tasks and self._rounds_for_tasks < ROUNDS_FOR_TASKS:
+                    self._rounds_for_tasks += 1
+                    return -inf
+                self._rounds_for_tasks = 0
+                self._run_due(now)
             served += count
             # What came in meanwhile can be had for one system call, where another wait costs a round through the
             # backend; but tasks want their turn too, and a new one its first: it may be about to call `start_tls`, and
@@ -143,6 +177,7 @@ class Core:
                 or monotonic() >= until
             ):
                 break
+        self._rounds_for_tasks = 0
         if ready or self.tasks_started:
             return -inf
         return timers.next_deadline() if timers.heap else inf
@@ -159,15 +194,10 @@ class Core:
                 self._callback_failed(callback, exc)
         del callback  # The traceback of an exception that a task keeps has this frame behind it: no cycle.
 
-    def _run_due(self) -> None:
-        """Run the timers that are due; what I/O has scheduled before them waits for the next turn, as in asyncio."""
-        timers = self.timers
-        deadline = timers.next_deadline()
-        if deadline != inf:
-            now = self.live_poller().time() + RESOLUTION
-            if deadline <= now:
-                for handle in timers.take_due(now):
-                    self._run_callback(handle)
+    def _run_due(self, now: float) -> None:
+        """Run the timers due at `now`; what I/O has scheduled before them waits for the next turn, as in asyncio."""
+        for handle in self.timers.take_due(now):
+            self._run_callback(handle)
 
     def _run_callback(self, callback: Callable[[], object]) -> None:
         try:
@@ -178,13 +208,25 @@ class Core:
     def _callback_failed(self, callback: Callable[[], object], exc: BaseException) -> None:
         if self.leaves(exc):
             raise exc
-        context: ExceptionContext = {"message": f"Exception in callback {callback!r}", "exception": exc}
+        context: ExceptionContext = {"message": f"Exception in callback {described(callback)}", "exception": exc}
         if isinstance(callback, Handle):
             context["handle"] = callback
             # A copy: what failed may be to enter a context that is entered already.
             callback.get_context().copy().run(self.group.call_exception_handler, context)
         else:
             self.group.call_exception_handler(context)
+
+    def _descriptor_failed(self, watch: Watch, exc: BaseException) -> None:
+        """Report what a callback of a descriptor raised; it is called again while the descriptor is ready."""
+        if self.leaves(exc):
+            raise exc
+        self.group.call_exception_handler(
+            {"message": f"Exception in callback of file descriptor {watch.descriptor}", "exception": exc}
+        )
+
+    def start_internal_task(self, async_function: Callable[[], Coroutine[Any, Any, None]], name: object = None) -> None:
+        """Start a task of ours."""
+        self.as_backend(partial(self.task_group.start_soon, async_function, name=name))
 
     # What waits for a turn
 
@@ -232,16 +274,18 @@ class Core:
 
     # When what can be asked for
 
-    def not_open(self, name: str = "") -> RuntimeError:
+    def not_open(self, name: str = "") -> NotOpenError:
         """Return what to raise for a call of `name` outside the group's life."""
         call = f"{name}(): " if name else ""
         if self.poller is None:
-            return RuntimeError(
-                f"{call}the group is not open yet: enter it first, with `async with TransportGroup() as group:`"
+            return NotOpenError(
+                f"{call}the group is not open yet: enter it first, with `async with TransportGroup() as group:`",
+                self.group,
             )
-        return RuntimeError(
+        return NotOpenError(
             f"{call}the group is not open any more: do this before its `async with` block is left, or in a new "
-            "TransportGroup"
+            "TransportGroup",
+            self.group,
         )
 
     def live_poller(self, name: str = "") -> Poller:
@@ -338,16 +382,29 @@ class Core:
     async def _run_task(self, coroutine: Coroutine[Any, Any, object]) -> None:
         try:
             await coroutine
+        except Exception as exc:
+            if self.open or not is_refusal(exc, self.group):
+                raise
+            # It wanted a new connection, say, when all are being closed: no failure of a block that is left normally.
+            logger.info("%s has ended, for the group is being left: %s", described(coroutine), exc)
         finally:
             self.tasks_running -= 1
             self.changed.notify()
+            if self._ending:
+                self.end_turns()
 
     # The end
 
     async def until_empty(self) -> None:
-        """Wait until no transport is left, and no task of the user's."""
-        while self.transports or self.tasks_running:
-            await self.changed.wait()
+        """Wait until no transport is left, no task of the user's, and no callback that may start one."""
+        turns = LAST_TURNS
+        while True:
+            while self.transports or self.tasks_running:
+                await self.changed.wait()
+            if not self.ready or not turns:
+                return
+            turns -= 1
+            self.call(self._run_ready)
 
     def close_all(self) -> None:
         """Close the servers and the transports."""
@@ -373,14 +430,44 @@ class Core:
                 self._run_ready()
             except BaseException as error:
                 leaving = leaving or error
+        try:
+            self._run_all_ready()
+        except BaseException as error:
+            leaving = leaving or error
+        self.timers.clear()  # Those that are pending never fire.
+        if leaving is not None:
+            raise leaving
+
+    def finish(self) -> None:
+        """Abort what is left, and take no more callbacks."""
+        try:
+            self.abort_all()
+        finally:
+            self.end()
+
+    def end_turns(self) -> None:
+        """Take turns only until the tasks of the user have ended: their cleaning up may still need some."""
+        self._ending = True
+        if not self.tasks_running:
+            self.turns.cancel()
+
+    def end(self) -> None:
+        """Take no more callbacks, for no turn comes any more; run those that were taken."""
         with self.handing_over:
             self.alive = False
-        for _ in range(len(self.ready)):  # What `call_soon` was given before the end; pending timers never fire.
+        try:
+            self._run_all_ready()
+        finally:
+            self.ready.clear()
+            self.timers.clear()
+
+    def _run_all_ready(self) -> None:
+        """Run what is ready now, all of it; raises the first thing that leaves through the group."""
+        leaving: BaseException | None = None
+        for _ in range(len(self.ready)):
             try:
                 self._run_callback(self.ready.popleft())
             except BaseException as error:
                 leaving = leaving or error
-        self.ready.clear()
-        self.timers.clear()
         if leaving is not None:
             raise leaving

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
 from inspect import iscoroutine, signature
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeGuard, TypeVar
+
+from ._errors import described
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,30 +50,59 @@ def call_with_current(group: Group, callback: Callable[P, T], /, *args: P.args, 
         current.reset(token)
 
 
-def check_protocol(protocol: object, factory: object) -> None:
+def check_made_protocol(protocol: object, factory: object) -> None:
     """Raise what asyncio raises, `AttributeError` or `TypeError`, for an object that can never be a protocol.
 
     Any object with the right methods is one. Which it needs beyond `connection_made` depends on what happens to its
-    connection, so a callback that is missing otherwise is told when it is due.
+    connection, so a callback that is missing otherwise is reported when it is due.
     """
     if not hasattr(protocol, "connection_made"):
-        what = repr(protocol)
-        if iscoroutine(protocol):
-            protocol.close()  # That nobody awaited it is no further news.
-            what = f"the coroutine {what}"
         raise AttributeError(
-            f"the protocol factory {factory!r} returned {what}, which has no connection_made(): let it return a "
-            "protocol, an object with asyncio's callbacks"
+            f"the protocol factory {factory!r} returned {discarded(protocol)}, which has no connection_made(): let it "
+            "return a protocol, an object with asyncio's callbacks"
         )
-    if isinstance(protocol, type):
-        try:
-            # A class whose callbacks are class methods is as good as any other object.
-            signature(protocol.connection_made).bind(None)  # type: ignore[attr-defined]
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"the protocol factory {factory!r} returned the class {protocol.__qualname__}: let it return an "
-                "instance, or give the class itself as the factory"
-            ) from None
+    if is_class_of_protocols(protocol, "connection_made"):
+        raise TypeError(
+            f"the protocol factory {factory!r} returned the class {protocol.__qualname__}: let it return an "
+            "instance, or give the class itself as the factory"
+        )
+
+
+def check_given_protocol(protocol: object, name: str) -> None:
+    """Raise `TypeError` for an object that can never be the protocol that the method or function `name` is given.
+
+    It comes to a connection that has been made, so that the callback it cannot do without is `connection_lost`.
+    """
+    if not hasattr(protocol, "connection_lost"):
+        raise TypeError(
+            f"{name}() takes a protocol, an object with asyncio's callbacks, got {discarded(protocol)}, which has no "
+            "connection_lost()"
+        )
+    if is_class_of_protocols(protocol, "connection_lost"):
+        raise TypeError(
+            f"{name}() takes a protocol, got the class {protocol.__qualname__}: give an instance, "
+            f"`{protocol.__name__}()`"
+        )
+
+
+def discarded(thing: object) -> str:
+    """Describe what is refused. A coroutine is closed: that it was never awaited needs no second warning."""
+    if not iscoroutine(thing):
+        return described(thing)
+    what = f"the coroutine {thing!r}"
+    thing.close()
+    return what
+
+
+def is_class_of_protocols(protocol: object, callback: str) -> TypeGuard[type]:
+    """Whether `protocol` is a class whose instances have the callback. Class methods make it as good as an object."""
+    if not isinstance(protocol, type):
+        return False
+    try:
+        signature(getattr(protocol, callback)).bind(None)
+    except (TypeError, ValueError):
+        return True
+    return False
 
 
 class Door:
@@ -97,7 +128,7 @@ class Door:
         Raises `AttributeError` or `TypeError` when it returns what can never be a protocol.
         """
         protocol: ProtocolT = self.run(factory)
-        check_protocol(protocol, factory)
+        check_made_protocol(protocol, factory)
         return protocol
 
     def call_in_place(self, callback: Callable[..., object], *args: object) -> None:

@@ -7,13 +7,35 @@ May know: logging and AnyIO's cancellation.
 from __future__ import annotations
 
 import logging
-from typing import Any, TypeAlias
+import sys
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+if TYPE_CHECKING:
+    from ._door import Group
 
 logger = logging.getLogger("transports_anyio")
 
 ExceptionContext: TypeAlias = "dict[str, Any]"
+
+
+class NotOpenError(RuntimeError):
+    """Raised for a call that needs an open group, before or after that."""
+
+    def __init__(self, message: str, group: Group) -> None:
+        super().__init__(message)
+        self.group = group
+
+
+def is_refusal(exc: BaseException, group: Group) -> bool:
+    """Whether `exc` says that `group` is not open, alone or as the only kind in an exception group."""
+    if isinstance(exc, BaseExceptionGroup):
+        return all(is_refusal(each, group) for each in exc.exceptions)
+    return isinstance(exc, NotOpenError) and exc.group is group
 
 
 def leaves_through_the_group(exc: BaseException) -> bool:
@@ -27,8 +49,20 @@ def described(thing: object) -> str:
     """Return `repr(thing)`, which is the user's code too: it may fail, and nothing else has to."""
     try:
         return repr(thing)
-    except Exception:
+    except BaseException as exc:
+        if leaves_through_the_group(exc):
+            raise
         return object.__repr__(thing)
+
+
+def log_debug(group: Group, message: str, *args: object) -> None:
+    """Log `message` at level DEBUG. What a `repr` or a handler raises is reported, and the caller goes on."""
+    try:
+        logger.debug(message, *args, stacklevel=2)
+    except BaseException as exc:
+        if leaves_through_the_group(exc):
+            raise
+        group.call_exception_handler({"message": "Exception while logging", "exception": exc})
 
 
 def lacks(protocol: object, name: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from contextvars import Context, Token, copy_context
+from contextvars import Context, copy_context
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -25,7 +25,7 @@ from ._endpoints._start_tls import StartTLSEndpoint
 from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
 from ._endpoints._unix import UNIXEndpoints
-from ._errors import ExceptionContext, leaves_through_the_group, logger
+from ._errors import ExceptionContext, leaves_through_the_group, log_debug, logger
 from ._owned import PendingHandshake
 from ._scheduling import Handle, ThreadSafeHandle, TimerHandle
 from ._statistics import GroupStatistics, describe_flow
@@ -85,16 +85,17 @@ class TransportGroup(
             msg = "a TransportGroup is entered once: make a new one"
             raise RuntimeError(msg)
         async with AsyncExitStack() as stack:
+            stack.callback(self._left)
             await core.enter(stack)
-            stack.callback(self._left, current.set(self))
-            # Steps of their own, because trio lets a `KeyboardInterrupt` come between any two lines: what it keeps one
-            # of them from, the next one does.
+            # Twice, because trio lets a `KeyboardInterrupt` come between any two lines: what it keeps one of them from,
+            # the next one does.
+            stack.callback(current.reset, current.set(self))
             stack.callback(core.abort_all)
             stack.callback(core.abort_all)
             stack.push_async_exit(self._leave)
             self._stack = stack.pop_all()
         core.opened()
-        logger.debug("%r: entered", self)
+        log_debug(self, "%r: entered", self)
         return self
 
     async def __aexit__(
@@ -105,15 +106,21 @@ class TransportGroup(
     async def _leave(self, _: type[BaseException] | None, exc: BaseException | None, __: TracebackType | None) -> None:
         self._core.open = False
         if exc is not None:
-            logger.debug("%r: leaving by %r, everything is aborted", self, exc)
+            log_debug(self, "%r: leaving by %r, everything is aborted", self, exc)
             return
-        logger.debug("%r: leaving, once everything is flushed and closed", self)
+        log_debug(self, "%r: leaving, once everything is flushed and closed", self)
         self._core.close_all()
         await self._core.until_empty()
 
-    def _left(self, token: Token[TransportGroup]) -> None:
-        logger.debug("%r: left", self)
-        current.reset(token)
+    def _left(self) -> None:
+        log_debug(self, "%r: left", self)
+
+    def is_closing(self) -> bool:
+        """Whether the block is being left, or has been: no more connections can be made.
+
+        For a protocol that connects again in `connection_lost`, say.
+        """
+        return self._core.poller is not None and not self._core.open
 
     async def wait_closed(self) -> None:
         """Wait until every transport of the group has closed, its `connection_lost` delivered."""

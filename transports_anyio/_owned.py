@@ -18,7 +18,7 @@ class Owned(Protocol):
     def close(self) -> None: ...
     def abort(self) -> None: ...
     def traffic(self) -> tuple[int, int, int]: ...
-    def has_paused_writing(self) -> bool: ...
+    def is_writing_paused(self) -> bool: ...
 
 
 class PendingHandshake:
@@ -51,7 +51,7 @@ class PendingHandshake:
     def traffic(self) -> tuple[int, int, int]:
         return 0, 0, 0  # Of the protocol's bytes there are none yet.
 
-    def has_paused_writing(self) -> bool:
+    def is_writing_paused(self) -> bool:
         return False
 
     def close(self) -> None:

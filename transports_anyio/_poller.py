@@ -17,7 +17,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from ._readiness import READ, WRITE, ReadinessList, Watch, selected
+from ._readiness import READ, WRITE, Failed, ReadinessList, Watch, selected
 from ._waiters import Event
 
 # What is due within so many seconds is due: no sum of two times is more exact than that (asyncio's figure on Linux).
@@ -46,8 +46,12 @@ class Turns(Protocol):
 class Poller(ABC):
     """Readiness of descriptors, taken in batches by `dispatch`, and the loop that gives its owner its turns."""
 
-    #: Calls everybody who is ready now, once, and returns how many that were.
-    dispatch: Callable[[], int]
+    #: Calls the callbacks of every descriptor that is ready now, once, and returns how many there were. What a callback
+    #: raises is passed to the argument.
+    dispatch: Callable[[Failed], int]
+
+    #: Whether tasks notice what is ready, so that `dispatch` does not know it before they have run.
+    needs_tasks = False
 
     #: Whom every descriptor belongs to: see `claim`.
     watches: dict[int, Watch]
@@ -228,6 +232,8 @@ class TaskPoller(WaitingPoller):
     a state, so nothing is missed in between. A task whose mark is no longer there has nothing to say.
     """
 
+    needs_tasks = True
+
     def __init__(self) -> None:
         self.watches = {}
         self._waiting: dict[int, _Tasks] = {}
@@ -291,13 +297,13 @@ class TaskPoller(WaitingPoller):
     async def _wait(self) -> None:
         await self._something.wait()
 
-    def _dispatch(self) -> int:
+    def _dispatch(self, failed: Failed) -> int:
         due, self._due = self._due, []
         self._something = Event()
         for tasks, event, mark in due:
             if tasks.marks.get(event) is mark:
                 del tasks.marks[event]
-                tasks.watch.tell(event)
+                tasks.watch.tell_or_fail(event, failed)
                 if self._waiting.get(tasks.watch.descriptor) is tasks:
                     self._start(tasks)
         return len(due)

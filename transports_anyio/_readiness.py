@@ -16,11 +16,15 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeAlias
 
 READ: int = selectors.EVENT_READ
 WRITE: int = selectors.EVENT_WRITE
 #: That the other end has hung up, and input does not matter. Where the system cannot tell these apart it is as `READ`.
 HANGUP: int = 4
+
+# What a batch calls with a watch and what one of its callbacks has raised; it returns, or raises to end the batch.
+Failed: TypeAlias = "Callable[[Watch, BaseException], None]"
 
 # What calls `read_ready`.
 INPUT = READ | HANGUP
@@ -45,6 +49,13 @@ class Watch:
         self.descriptor: int = descriptor
         self.interest: int = 0  # A mask of `READ`, `WRITE` and `HANGUP`, which only a poller changes.
 
+    def error_ready(self) -> bool:
+        """Take what keeps the descriptor ready and is met by neither reading nor writing: see `take_error_queue`.
+
+        Return whether there was anything. If the connection has an error besides, that is reported again.
+        """
+        return False
+
     def tell(self, mask: int) -> None:
         """Call whom it concerns that the descriptor is ready for what is in `mask`."""
         # The interest is looked at again for each half: a callback of this batch may have changed it.
@@ -52,6 +63,13 @@ class Watch:
             self.read_ready()
         if mask & self.interest & WRITE:
             self.write_ready()
+
+    def tell_or_fail(self, mask: int, failed: Failed) -> None:
+        """As `tell`; what a callback raises is passed to `failed`."""
+        try:
+            self.tell(mask)
+        except BaseException as exc:
+            failed(self, exc)
 
 
 def selected(interest: int) -> int:
@@ -110,13 +128,16 @@ class ReadinessList(ABC):
         watch.interest = interest
 
     @abstractmethod
-    def take(self) -> int:
-        """Call everybody who is ready now, once, and return how many the system has reported."""
+    def take(self, failed: Failed) -> int:
+        """Call the callbacks of every descriptor that is ready now, once; return how many the system has reported.
 
-    def tell_always_ready(self) -> None:
+        What a callback raises is passed to `failed`, and the others of the batch are still called.
+        """
+
+    def tell_always_ready(self, failed: Failed) -> None:
         """Call everybody whom the system does not report."""
         for watch in tuple(self.always_ready):
-            watch.tell(selected(watch.interest))
+            watch.tell_or_fail(selected(watch.interest), failed)
 
     @abstractmethod
     def close(self) -> None:
@@ -147,15 +168,15 @@ class SelectorList(ReadinessList):
         with suppress(KeyError):  # `modify` takes out what it cannot change.
             self._selector.unregister(descriptor)
 
-    def take(self) -> int:
+    def take(self, failed: Failed) -> int:
         watches = self.watches
-        batch = self._selector.select(0)
+        batch = self._selector.select(0)  # All that is ready.
         for key, mask in batch:
             watch = watches.get(key.fd)  # None after a callback of this batch has closed it.
             if watch is not None:
-                watch.tell(mask)
+                watch.tell_or_fail(mask, failed)
         if self.always_ready:
-            self.tell_always_ready()
+            self.tell_always_ready(failed)
         return len(batch)
 
     def close(self) -> None:
@@ -175,7 +196,9 @@ if sys.platform == "linux":
     READABLE = ~select.EPOLLOUT
     WRITABLE = ~select.EPOLLIN
 
-    # The most that one call reports. The rest comes first the next time.
+    ERROR: int = select.EPOLLERR
+
+    # How many descriptors a call is first asked for. It allocates memory for as many, so more only when they are ready.
     BATCH_SIZE = 256
 
     class EpollList(ReadinessList):
@@ -200,20 +223,28 @@ if sys.platform == "linux":
             except OSError:
                 pass  # Whoever has closed the descriptor behind our back has taken it out.
 
-        def take(self) -> int:
+        def take(self, failed: Failed) -> int:
             watches = self.watches
             batch = self._epoll.poll(0, BATCH_SIZE)
+            if len(batch) == BATCH_SIZE < len(watches):
+                # All that is ready belongs in one batch: timers come after it.
+                batch = self._epoll.poll(0, len(watches))
             for descriptor, events in batch:
                 watch = watches.get(descriptor)  # None after a callback of this batch has closed it.
                 if watch is None:
                     continue
-                # As `Watch.tell`, without the cost of a call.
-                if events & READABLE and watch.interest & INPUT:
-                    watch.read_ready()
-                if events & WRITABLE and watch.interest & WRITE:
-                    watch.write_ready()
+                try:
+                    if events & ERROR and watch.error_ready():
+                        events &= ~ERROR  # noqa: PLW2901  # another name would cost every event an assignment
+                    # As `Watch.tell`, without the cost of a call.
+                    if events & READABLE and watch.interest & INPUT:
+                        watch.read_ready()
+                    if events & WRITABLE and watch.interest & WRITE:
+                        watch.write_ready()
+                except BaseException as exc:
+                    failed(watch, exc)
             if self.always_ready:
-                self.tell_always_ready()
+                self.tell_always_ready(failed)
             return len(batch)
 
         def close(self) -> None:

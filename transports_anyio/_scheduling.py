@@ -181,5 +181,32 @@ class TimerHandle(Handle):
         self._args = ()
         self._timers.cancel(self._entry)
 
+    # As asyncio: by time; equal are two of the same time that do the same.
+
+    def __hash__(self) -> int:
+        return hash(self.when())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TimerHandle):
+            return NotImplemented
+        return (
+            self.when() == other.when()
+            and self._callback == other._callback
+            and self._args == other._args
+            and self.cancelled() == other.cancelled()
+        )
+
+    def __lt__(self, other: object) -> bool:
+        return self.when() < other.when() if isinstance(other, TimerHandle) else NotImplemented
+
+    def __le__(self, other: object) -> bool:
+        return self < other or self == other if isinstance(other, TimerHandle) else NotImplemented
+
+    def __gt__(self, other: object) -> bool:
+        return self.when() > other.when() if isinstance(other, TimerHandle) else NotImplemented
+
+    def __ge__(self, other: object) -> bool:
+        return self > other or self == other if isinstance(other, TimerHandle) else NotImplemented
+
     def _describe(self) -> str:
         return f"when={self.when():.3f} {super()._describe()}"

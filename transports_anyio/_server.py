@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from asyncio.trsock import TransportSocket
 from collections.abc import Callable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 
-from ._channels._socket import SocketChannel, SocketView, is_tcp, name_or_none, set_nodelay
+from ._channels._socket import SocketChannel, is_tcp, name_or_none, set_nodelay
 from ._channels._tls import TLSChannel
-from ._errors import logger
+from ._errors import log_debug, logger
 from ._owned import PendingHandshake
 from ._readiness import READ, Watch
 from ._sockets import address_error
@@ -44,6 +45,10 @@ CLIENT_LEFT = {
     errno.ECONNABORTED, errno.ECONNRESET, errno.EPROTO, errno.ENETDOWN, errno.ENOPROTOOPT, errno.EHOSTDOWN,
     errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH, errno.EPERM,
 }  # fmt: skip
+
+
+def peername_of(channel: Channel) -> Any:
+    return channel.extra_info().get("peername")
 
 
 class Server(asyncio.AbstractServer):
@@ -96,9 +101,9 @@ class Server(asyncio.AbstractServer):
             raise
 
     @property
-    def sockets(self) -> tuple[SocketView, ...]:
+    def sockets(self) -> tuple[TransportSocket, ...]:
         """The listening sockets, to look at; none once the server is closed."""
-        return () if self._closed else tuple(SocketView(sock) for sock in self._sockets)
+        return () if self._closed else tuple(TransportSocket(sock) for sock in self._sockets)
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         """Return the event loop that runs the server, on asyncio and uvloop.
@@ -120,6 +125,7 @@ class Server(asyncio.AbstractServer):
 
         Raises `RuntimeError` when closed, `OSError` when the system refuses (another socket listens on the address).
         """
+        await self._require_open("start_serving")
         self._listen()
         await anyio.lowlevel.checkpoint()
 
@@ -133,6 +139,7 @@ class Server(asyncio.AbstractServer):
         if self._serving_forever:
             msg = f"server {self!r} is already being awaited on serve_forever()"
             raise RuntimeError(msg)
+        await self._require_open("serve_forever")
         self._listen()
         self._serving_forever = True
         try:
@@ -149,7 +156,7 @@ class Server(asyncio.AbstractServer):
         """Stop listening. Connections that were accepted stay open. Does nothing when closed."""
         if self._closed:
             return
-        logger.debug("%r: closing", self)
+        log_debug(self._core.group, "%r: closing", self)
         self._addresses = self._names()
         self._closed = True
         self._serving = False
@@ -184,10 +191,16 @@ class Server(asyncio.AbstractServer):
         self.close()
         await self.wait_closed()
 
-    def _listen(self) -> None:
+    async def _require_open(self, name: str) -> None:
         if self._closed:
+            # A task of the group may get here before its cancellation, which explains the error.
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            if not self._core.open:
+                raise self._core.not_open(name)
             msg = f"server {self!r} is closed"
             raise RuntimeError(msg)
+
+    def _listen(self) -> None:
         if self._serving:
             return
         for sock in self._sockets:
@@ -196,7 +209,7 @@ class Server(asyncio.AbstractServer):
             except OSError as exc:
                 raise address_error("error while attempting to listen on address", sock.getsockname(), exc) from None
         self._serving = True
-        logger.debug("%r: listening", self)
+        log_debug(self._core.group, "%r: listening", self)
         try:
             for sock in self._sockets:
                 self._resume(sock)
@@ -230,17 +243,25 @@ class Server(asyncio.AbstractServer):
                     continue
                 self._accept_failed(listener, exc)
                 return
+            except BaseException as exc:  # No memory, for example.
+                if self._core.leaves(exc):
+                    raise
+                self._accept_failed(listener, exc)
+                return
             self._connect(sock, address)
 
-    def _accept_failed(self, listener: socket.socket, exc: OSError) -> None:
+    def _accept_failed(self, listener: socket.socket, exc: BaseException) -> None:
         # The listener would stay ready, and each turn fail again.
         self._pause(listener)
-        if exc.errno in EXHAUSTED:
-            message = f"socket.accept() out of system resource: trying again in {RETRY_DELAY:g} s"
+        if not isinstance(exc, OSError) or exc.errno in EXHAUSTED:
+            why = "out of system resource" if isinstance(exc, (OSError, MemoryError)) else "failed"
+            message = f"socket.accept() {why}: trying again in {RETRY_DELAY:g} s"
             self._core.call_later(RETRY_DELAY, self._try_again, listener)
         else:
             message = "socket.accept() failed: this socket accepts no more connections"
-        self._core.group.call_exception_handler({"message": message, "exception": exc, "socket": SocketView(listener)})
+        self._core.group.call_exception_handler(
+            {"message": message, "exception": exc, "socket": TransportSocket(listener)}
+        )
 
     def _try_again(self, listener: socket.socket) -> None:
         try:
@@ -249,8 +270,8 @@ class Server(asyncio.AbstractServer):
             self._accept_failed(listener, exc)
 
     def _connect(self, sock: socket.socket, peername: Any) -> None:
-        logger.debug("%r: accepted %r", self, peername)
         try:
+            log_debug(self._core.group, "%r: accepted %r", self, peername)
             sock.setblocking(False)
             if self._is_tcp:
                 set_nodelay(sock)
@@ -258,6 +279,12 @@ class Server(asyncio.AbstractServer):
         except OSError as exc:  # The client has gone already.
             logger.debug("an accepted connection ended before it began: %r", exc)
             sock.close()
+            return
+        except BaseException as exc:
+            sock.close()
+            if self._core.leaves(exc):
+                raise
+            self._report_lost_client(exc, peername)
             return
         if self._tls is None:
             self._begin(channel)
@@ -267,9 +294,11 @@ class Server(asyncio.AbstractServer):
     def _shake_hands(self, inner: SocketChannel, tls: TLSOptions) -> None:
         try:
             channel = TLSChannel(inner, tls, self._core)
-        except Exception as exc:
+        except BaseException as exc:
             inner.close(aborted=True)
-            self._report_lost_client(exc, inner)
+            if self._core.leaves(exc):
+                raise
+            self._report_lost_client(exc, peername_of(inner))
             return
         pending = PendingHandshake(channel, self._core.own, self._core.disown)
         self._connections.add(pending)
@@ -280,7 +309,7 @@ class Server(asyncio.AbstractServer):
             if failure is None:
                 self._context.copy().run(self._begin, channel)
             elif not pending.aborted:
-                self._report_lost_client(failure, inner)
+                self._report_lost_client(failure, peername_of(inner))
             self._changed.notify()
 
         pending.begin(over)
@@ -291,20 +320,20 @@ class Server(asyncio.AbstractServer):
         except BaseException as exc:
             if self._core.leaves(exc):
                 raise
-            self._report_lost_client(exc, channel)
+            self._report_lost_client(exc, peername_of(channel))
             return
         self._connections.add(transport)
         try:
             transport.start()
         except OSError as exc:
-            self._report_lost_client(exc, channel)
+            self._report_lost_client(exc, peername_of(channel))
 
-    def _report_lost_client(self, exc: BaseException, channel: Channel) -> None:
+    def _report_lost_client(self, exc: BaseException, peername: Any) -> None:
         self._core.group.call_exception_handler(
             {
                 "message": "Error on transport creation for incoming connection",
                 "exception": exc,
-                "peername": channel.extra_info().get("peername"),  # There is no transport to ask.
+                "peername": peername,  # There is no transport to ask.
             }
         )
 

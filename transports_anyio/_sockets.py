@@ -22,10 +22,14 @@ from ._errors import logger
 UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EWOULDBLOCK} - {errno.EAGAIN}
 
 
-def check_stream_socket(sock: socket.socket, family: int | None = None) -> None:
-    """Raise `TypeError` for a TLS socket, `ValueError` for one that is no stream socket (of `family`)."""
+def refuse_tls_socket(sock: object) -> None:
+    """Raise `TypeError` for a TLS socket, as which a transport could not use it without blocking."""
     if isinstance(sock, SSLSocket):
         raise TypeError("Socket cannot be of type SSLSocket")
+
+
+def check_stream_socket(sock: socket.socket, family: int | None = None) -> None:
+    """Raise `ValueError` for a socket that is no stream socket (of `family`)."""
     if sock.type != socket.SOCK_STREAM or family not in (None, sock.family):
         raise ValueError(f"A {'' if family is None else 'UNIX Domain '}Stream Socket was expected, got {sock!r}")
 

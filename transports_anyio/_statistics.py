@@ -39,7 +39,7 @@ def describe_flow(name: str, owned: Collection[Owned]) -> str:
     owned = tuple(owned)  # Whoever looks may be another thread.
     transports = [each for each in owned if not isinstance(each, PendingHandshake)]
     buffered = sum(transport.traffic()[2] for transport in transports)
-    paused = sum(transport.has_paused_writing() for transport in transports)
+    paused = sum(transport.is_writing_paused() for transport in transports)
     said = f"{name}={len(transports)} buffered={buffered}"
     if paused:
         said += f" paused={paused}"

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 import anyio
 
 from ._endpoints._memory import MemoryEndpoints
+from ._transports._stream import StreamTransport
 
 if TYPE_CHECKING:
     from ._endpoints._base import ProtocolT
@@ -70,7 +71,6 @@ class _Recorder(Generic[WrappedT]):
         #: Whether the last of `pause_writing` and `resume_writing` was the first.
         self.writing_paused: bool = False
         self._state = "new" if transport is None else "open"
-        self._took_over = transport is not None  # From one who may have been told to pause writing.
         self._counts: Counter[str] = Counter()  # Asked by those who wait, after every callback.
         self._under_way: list[str] = []
         self._changed: anyio.Event | None = None
@@ -168,9 +168,9 @@ class _Recorder(Generic[WrappedT]):
         self._flow("resume_writing", paused=False)
 
     def _flow(self, name: str, *, paused: bool) -> None:
-        if paused == self.writing_paused and not self._took_over:
-            self.violations.append(f"{name}() twice in a row: {self.names}")
-        self._took_over = False
+        if paused == self.writing_paused:
+            problem = "twice in a row" if name in self.names else "without pause_writing()"
+            self.violations.append(f"{name}() {problem}: {self.names}")
         self.writing_paused = paused
         self._pass_on(name)
 
@@ -190,6 +190,8 @@ class _StreamRecorder(_Recorder[WrappedT]):
         super().__init__(protocol, transport=transport)
         #: Every byte that came.
         self.received: bytearray = bytearray()
+        if isinstance(transport, StreamTransport) and transport.is_eof_received():
+            self._state = "ended"
 
     async def wait_received(self, size: int) -> bytes:
         """Wait until `size` bytes have come in all, and return every byte that has. As `wait_until`."""

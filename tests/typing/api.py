@@ -27,6 +27,7 @@ from transports_anyio import (
     TimerHandle,
     Transport,
     TransportGroup,
+    TransportSocket,
     WriteTransport,
     current_group,
     from_asyncio,
@@ -62,6 +63,7 @@ class Replying(DatagramProtocol):
 async def use(stream: ByteStream, udp: UDPSocket, sock: socket.socket) -> None:
     async with TransportGroup() as group:
         server: Server = await group.create_server(Filling, "localhost", 0)
+        assert_type(server.sockets, tuple[TransportSocket, ...])
         transport: Transport
         transport, counting = await group.create_connection(lambda: Counting(3), "localhost", 80)
         counting.count += 1  # the protocol keeps its own type

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeGuard
 
 import anyio
+from anyio import TypedAttributeProvider
 from anyio.abc import AsyncResource
 
-from .._errors import described, logger
+from .._errors import described, leaves_through_the_group, logger
 
 # How long, in seconds, a stream may take to close in an orderly way (a TLS stream waits for the peer's close_notify):
 # asyncio's default `ssl_shutdown_timeout`.
@@ -23,7 +24,7 @@ def is_failure(exc: BaseException | None) -> TypeGuard[OSError]:
     return isinstance(exc, OSError) and not isinstance(exc, (BlockingIOError, InterruptedError))
 
 
-def as_os_error(exc: Exception) -> OSError:
+def as_os_error(exc: BaseException) -> OSError:
     """Return what asyncio would say for an error of an AnyIO stream, with the cause attached."""
     if is_failure(exc):
         return exc
@@ -42,6 +43,27 @@ def as_os_error(exc: Exception) -> OSError:
         error = OSError(errno.EIO, f"the stream failed: {described(exc)}")
     error.__cause__ = exc
     return error
+
+
+def typed_attributes(resource: TypedAttributeProvider, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of the typed attributes that are `wanted` and available, by name.
+
+    Never raises: an object that is closed, or whose peer has reset the connection, may not know its attributes any more
+    (AnyIO raises `OSError` on asyncio, `AttributeError` on uvloop). Its next receive reports what has happened to it.
+    """
+    try:
+        available = resource.extra_attributes
+    except Exception as exc:
+        logger.debug("the typed attributes of a %s cannot be read: %r", type(resource).__qualname__, exc)
+        return {}
+    values: dict[str, Any] = {}
+    for name, attribute in wanted.items():
+        if attribute in available:
+            try:
+                values[name] = available[attribute]()
+            except Exception as exc:
+                logger.debug("%s of a %s cannot be read: %r", name, type(resource).__qualname__, exc)
+    return values
 
 
 class AnyIOChannel:
@@ -143,7 +165,7 @@ class AnyIOChannel:
     async def _send_offered(self, offered: Any) -> int:
         """Send what was offered, and return its size."""
 
-    def _send_failure(self, exc: Exception) -> Exception:
+    def _send_failure(self, exc: BaseException) -> Exception:
         """Return what the transport is told when nothing could be sent."""
         return as_os_error(exc)
 
@@ -187,7 +209,7 @@ class AnyIOChannel:
         except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
             # The connection has ended for the protocol; that the peer did not stay for the farewell is no news. A
             # forceful close, too, says so when a farewell was broken off before.
-            logger.debug("closing %r: %r", self._resource, exc)
+            logger.debug("closing %s: %s", described(self._resource), described(exc))
             return False
         return True
 
@@ -197,7 +219,9 @@ class AnyIOChannel:
             if self._received is None:
                 try:
                     self._received = await self._receive_next()
-                except Exception as exc:
+                except BaseException as exc:
+                    if leaves_through_the_group(exc):
+                        raise
                     self._received = as_os_error(exc)
             ended = self._ends(self._received)
             while self._received is not None:
@@ -219,7 +243,9 @@ class AnyIOChannel:
                 continue
             try:
                 self._sent = await self._send_offered(offered)
-            except Exception as exc:
+            except BaseException as exc:
+                if leaves_through_the_group(exc):
+                    raise
                 self._sent = self._send_failure(exc)
             self._offered = None
             if self._sent:

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from operator import index
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 from anyio.abc import ConnectedUDPSocket, ConnectedUNIXDatagramSocket, SocketAttribute, UDPSocket, UNIXDatagramSocket
 
-from ._anyio import AnyIOChannel, as_os_error
-from ._datagram import ChannelEnded, DatagramChannel
-from ._socket import SocketView
+from ._anyio import AnyIOChannel, as_os_error, typed_attributes
+from ._datagram import ADDRESS_ERRORS, ChannelEnded, DatagramChannel, rest_after, truncated
+from ._socket import transport_socket
+
+# The highest port there is, of UDP as of TCP.
+HIGHEST_PORT = 65535
 
 AnyDatagramSocket = UDPSocket | ConnectedUDPSocket | UNIXDatagramSocket | ConnectedUNIXDatagramSocket
+
+# Extra info of a transport, by the typed attribute of the socket.
+EXTRA_INFO: dict[str, Any] = {
+    "socket": SocketAttribute.raw_socket,
+    "sockname": SocketAttribute.local_address,
+    "peername": SocketAttribute.remote_address,
+}
+
+
+# How much AnyIO receives of a datagram, in bytes, and without a word about the rest.
+DATAGRAM_SIZE = 65536
 
 
 class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
     """Moves the datagrams of one of AnyIO's sockets."""
 
-    __slots__ = ("_connected", "_socket", "remote_address")
+    __slots__ = ("_connected", "_info", "_is_unix", "_raw_socket", "_socket", "remote_address")
 
     def __init__(self, datagram_socket: AnyDatagramSocket, clock: Callable[[], float]) -> None:
         if not isinstance(
@@ -28,7 +45,13 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         super().__init__(datagram_socket, clock)
         self._socket: Any = datagram_socket
         self._connected = isinstance(datagram_socket, (ConnectedUDPSocket, ConnectedUNIXDatagramSocket))
-        self.remote_address = datagram_socket.extra(SocketAttribute.remote_address) if self._connected else None
+        self._is_unix = isinstance(datagram_socket, (UNIXDatagramSocket, ConnectedUNIXDatagramSocket))
+        self._info: dict[str, Any] = dict.fromkeys(EXTRA_INFO) | typed_attributes(datagram_socket, EXTRA_INFO)
+        self._raw_socket: Any = self._info["socket"]
+        if self._raw_socket is not None:
+            self._info["socket"] = transport_socket(self._raw_socket)
+        # AnyIO may not call a socket connected that is so: one that was made from a connected socket.
+        self.remote_address = self._info["peername"]
 
     def receive(self) -> tuple[bytes, Any]:
         datagram: tuple[bytes, Any] | ChannelEnded = self._take_received()
@@ -40,15 +63,25 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         if self._take_sent():
             return  # The datagram that is offered again has gone.
         if self._offered is None:
+            if self.remote_address is None:
+                self._check_address(address)
             self._offered = (bytes(data), address)
         raise BlockingIOError
 
+    def _check_address(self, address: Any) -> None:
+        """Raise what a socket raises for what cannot be an address: on asyncio AnyIO's own would end with it."""
+        if self._is_unix:
+            if not isinstance(address, (str, bytes)):
+                raise TypeError(f"the path of a UNIX socket was expected, got {address!r}")
+            return
+        if not (isinstance(address, tuple) and len(address) == 2 and isinstance(address[0], str)):
+            raise TypeError(f"a host and a port were expected, got {address!r}")
+        port = index(address[1])
+        if not 0 <= port <= HIGHEST_PORT:
+            raise OverflowError(f"port must be 0-{HIGHEST_PORT}, got {port}")
+
     def extra_info(self) -> dict[str, Any]:
-        return {
-            "socket": SocketView(self._socket.extra(SocketAttribute.raw_socket)),
-            "sockname": self._socket.extra(SocketAttribute.local_address),
-            "peername": self.remote_address,
-        }
+        return dict(self._info)
 
     async def _receive_next(self) -> tuple[bytes, Any] | ChannelEnded:
         try:
@@ -59,21 +92,39 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
                 raise  # It concerns one datagram: nobody listened at the peer's port, say.
             # It would be the same the next time, and perhaps at once: another task receives from the socket, say.
             return ChannelEnded(as_os_error(exc))
-        return (received, self.remote_address) if self._connected else received
+        datagram: tuple[bytes, Any] = (received, self.remote_address) if self._connected else received
+        if len(datagram[0]) >= DATAGRAM_SIZE:
+            raise truncated(DATAGRAM_SIZE)
+        return datagram
 
     async def _send_offered(self, offered: tuple[bytes, Any]) -> int:
         data, address = offered
-        if self._connected:
+        if self._is_unix and not self._connected:
+            await self._send_to_unix(data, address)
+        elif self._connected:
             await self._socket.send(data)
-        elif isinstance(address, tuple):
-            await self._socket.sendto(data, *address)
         else:
-            await self._socket.sendto(data, address)
+            await self._socket.sendto(data, *address)
         return 1  # One datagram, which may be empty.
 
-    def _send_failure(self, exc: Exception) -> Exception:
-        # An address that is none, as from a bare socket: it is the caller's mistake, and no matter of the network.
-        return exc if isinstance(exc, (TypeError, ValueError, OverflowError)) else super()._send_failure(exc)
+    async def _send_to_unix(self, data: bytes, address: Any) -> None:
+        # AnyIO's own method would not rest: Linux reports the socket as writable while its receiver has no room.
+        await anyio.lowlevel.checkpoint()
+        count = 0
+        while True:
+            try:
+                if self.remote_address is None:
+                    self._raw_socket.sendto(data, address)
+                else:
+                    self._raw_socket.send(data)  # The peer may have no name.
+            except BlockingIOError:
+                count += 1
+                await anyio.sleep(rest_after(count))
+            else:
+                return
+
+    def _send_failure(self, exc: BaseException) -> Exception:
+        return exc if isinstance(exc, ADDRESS_ERRORS) else super()._send_failure(exc)
 
     def _ends(self, received: Any) -> bool:
         return isinstance(received, ChannelEnded)

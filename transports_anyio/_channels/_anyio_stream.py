@@ -9,11 +9,12 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import AsyncResource, ByteReceiveStream, ByteSendStream, SocketAttribute
 from anyio.streams.stapled import StapledByteStream
-from anyio.streams.tls import TLSAttribute
+from anyio.streams.tls import TLSAttribute, TLSStream
 
-from ._anyio import AnyIOChannel
+from .._errors import logger
+from ._anyio import AnyIOChannel, typed_attributes
 from ._contract import Channel, joined
-from ._socket import SocketView
+from ._socket import transport_socket
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -23,11 +24,29 @@ AnyByteStream = ByteReceiveStream | ByteSendStream
 # How much one turn may receive or send: enough for a large stream's throughput, little enough to take turns.
 CHUNK_SIZE = 64 * 1024
 
+# Extra info of a transport, by the typed attribute of the stream.
+EXTRA_INFO: dict[str, Any] = {
+    "peername": SocketAttribute.remote_address,
+    "sockname": SocketAttribute.local_address,
+    "socket": SocketAttribute.raw_socket,
+    "ssl_object": TLSAttribute.ssl_object,
+    "peercert": TLSAttribute.peer_certificate,
+    "cipher": TLSAttribute.cipher,
+}
+
 
 class AnyIOStreamChannel(AnyIOChannel, Channel):
     """Moves the bytes of an AnyIO stream."""
 
-    __slots__ = ("can_receive", "can_send", "can_write_eof", "is_two_way", "stream")
+    __slots__ = (
+        "_info",
+        "can_receive",
+        "can_send",
+        "can_write_eof",
+        "drops_after_close",
+        "is_two_way",
+        "stream",
+    )
 
     def __init__(self, stream: AnyByteStream, clock: Callable[[], float]) -> None:
         super().__init__(stream, clock)
@@ -35,7 +54,12 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
         self.can_receive = isinstance(stream, ByteReceiveStream)
         self.can_send = isinstance(stream, ByteSendStream)
         self.is_two_way = self.can_receive and self.can_send
-        self.can_write_eof = hasattr(stream, "send_eof") and TLSAttribute.ssl_object not in stream.extra_attributes
+        self._info = typed_attributes(stream, EXTRA_INFO)
+        if "socket" in self._info:
+            self._info["socket"] = transport_socket(self._info["socket"])
+        # A TLS stream that has ended may not know its attributes.
+        self.drops_after_close = "ssl_object" in self._info or isinstance(stream, TLSStream)
+        self.can_write_eof = hasattr(stream, "send_eof") and not self.drops_after_close
 
     def receive(self) -> bytes:
         return bytes(self._take_received())
@@ -77,20 +101,7 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
         return super()._parts()
 
     def extra_info(self) -> dict[str, Any]:
-        info: dict[str, Any] = {}
-        for name, attribute in (
-            ("peername", SocketAttribute.remote_address),
-            ("sockname", SocketAttribute.local_address),
-            ("socket", SocketAttribute.raw_socket),
-            ("ssl_object", TLSAttribute.ssl_object),
-            ("peercert", TLSAttribute.peer_certificate),
-            ("cipher", TLSAttribute.cipher),
-        ):
-            if attribute in self.stream.extra_attributes:
-                info[name] = self.stream.extra(attribute)
-        if "socket" in info:
-            info["socket"] = SocketView(info["socket"])
-        return info
+        return dict(self._info)
 
     async def _receive_next(self) -> bytes:
         try:
@@ -111,3 +122,22 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
 
     def _ends(self, received: bytes | OSError) -> bool:
         return not received or isinstance(received, OSError)
+
+
+class DiscardingChannel(AnyIOStreamChannel):
+    """Moves the output of a process of AnyIO's on asyncio, where closing the stream does not close its descriptor.
+
+    AnyIO closes it with the process. Until then, or until the end of the stream, what comes is received and dropped, or
+    else the process would block as soon as the pipe is full.
+    """
+
+    __slots__ = ()
+
+    async def _close_resource(self) -> None:
+        try:
+            while await self._receive_next():
+                pass
+        except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
+            logger.debug("discarding from %r: %r", self.stream, exc)
+        finally:
+            await super()._close_resource()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal as signals
 import subprocess
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from math import inf
 from typing import Any, cast
 
@@ -29,10 +30,20 @@ KILLED = -9
 # How often, in seconds, to look whether a child has ended that neither a descriptor nor a thread waits for.
 PAUSE_WITHOUT_THREAD = 0.05
 
+# How long, in seconds, a child may take to end that was killed. Hardly any takes a millisecond; but nothing bounds it
+# (a system call that hangs in a driver, a tracer that is stopped).
+TIME_TO_END = 5.0
+
+LEFT_ALONE = "process %s was killed and still runs after %s seconds: it is left to the system"
+
+# How long, in seconds, another thread may take to set the status of a child that it has reaped.
+TIME_TO_SET_STATUS = 0.1
+
 # How long, in seconds, a backend may take to hear of the end of a child that is reaped already.
 TIME_TO_HEAR = 1.0
 
 Exited = Callable[[int], None]
+StartTask = Callable[[Callable[[], Coroutine[Any, Any, None]]], object]
 
 
 def peek(pid: int, *, wait: bool = False) -> int | None:
@@ -41,13 +52,17 @@ def peek(pid: int, *, wait: bool = False) -> int | None:
     `None` while it runs, unless it is waited for. Raises `ChildProcessError` when it has been reaped, or never was a
     child of ours.
     """
+    if sys.platform == "win32":
+        raise NotImplementedError
+    assert hasattr(os, "waitid")
     options = os.WEXITED | os.WNOWAIT | (0 if wait else os.WNOHANG)
     while True:
         found = os.waitid(os.P_PID, pid, options)
         if found is None:
             return None
         if found.si_code != os.CLD_STOPPED:
-            return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+            status: int = found.si_status
+            return status if found.si_code == os.CLD_EXITED else -status
         # macOS finds those that are stopped, too, as newer asyncio knows: this takes the news of it away.
         os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
 
@@ -91,9 +106,10 @@ class Child(ABC):
 
     @abstractmethod
     def kill_for_good(self) -> int | None:
-        """Kill and reap the child, and return its return code; `exited` is not called any more.
+        """Kill the child and return its return code; `exited` is not called any more.
 
-        `None` when it may not be killed: it runs as somebody else.
+        It is reaped by a task, for which the group waits, `TIME_TO_END` at most. `None` when it may not be killed: it
+        runs as somebody else.
         """
 
     @abstractmethod
@@ -111,10 +127,16 @@ class PopenChild(Child):
     without reaping, where there is none. So its number cannot belong to a stranger before we know of its end. Where
     nothing waits without reaping either (no `os.waitid`: macOS before Python 3.13), the thread reaps. Where there is no
     thread to be had, it is looked at now and then.
+
+    `start_task` starts a task that the group waits for.
     """
 
     def __init__(
-        self, poller: Poller, popen: subprocess.Popen[Any], call: Callable[[Callable[[], None]], None]
+        self,
+        poller: Poller,
+        popen: subprocess.Popen[Any],
+        call: Callable[[Callable[[], None]], None],
+        start_task: StartTask,
     ) -> None:
         """`call` calls what tells of the end, from a task."""
         self._call = call
@@ -122,6 +144,8 @@ class PopenChild(Child):
         self.pid = popen.pid
         self._popen = popen
         self._poller = poller
+        self._start_task = start_task
+        self._killed = False  # For good, and not reaped yet when it was.
         self._watch: Watch | None = None
         self._exited: Exited | None = None
         self._waiting: anyio.CancelScope | None = None  # Around the task, which makes it: it is the backend's.
@@ -129,7 +153,7 @@ class PopenChild(Child):
         self.needs_task = False
         self._reaped_by_popen = False  # By another thread, when it has yet to tell.
         try:
-            self._watch = Watch(os.pidfd_open(popen.pid))
+            self._watch = Watch(os.pidfd_open(popen.pid))  # type: ignore[attr-defined,unused-ignore]
             poller.claim(self._watch)
         except (AttributeError, OSError) as exc:
             # Not this platform or this Python, a kernel or a sandbox without it, or no descriptors left.
@@ -142,14 +166,27 @@ class PopenChild(Child):
     def watch(self, exited: Exited) -> None:
         self._exited = exited
         if self._watch is not None:
-            self._watch.read_ready = self._tell
+            self._watch.read_ready = self._told
             try:
                 self._poller.set_interest(self._watch, READ)
             except OSError as exc:  # The list is full (ENOSPC, ENOMEM).
                 self._close()
                 self._wait_in_thread(exc)
 
+    def _told(self) -> None:
+        """The descriptor says that the child has ended."""
+        if self.has_ended():
+            self._tell()
+        else:
+            # A tracer has yet to look at it, and until then it is not for us to reap. The descriptor stays readable.
+            self._close()
+            self._wait_in_thread(BlockingIOError("its tracer holds its end back"))
+            self._start_task(self._run)
+
     async def run(self, report: Callable[[Exception], None]) -> None:
+        await self._run()
+
+    async def _run(self) -> None:
         """Wait in a thread. A child that is reaped elsewhere ends the wait as well."""
         wait = self._wait_without_reaping if hasattr(os, "waitid") else self._popen.wait
         pause = 0.001
@@ -210,7 +247,7 @@ class PopenChild(Child):
         return True
 
     def send_signal(self, signal: int) -> None:
-        if self._watch is not None:
+        if sys.platform == "linux" and self._watch is not None:
             # It means this child for ever, whoever has its number; and nobody is reaped on the way.
             try:
                 signals.pidfd_send_signal(self._watch.descriptor, signal)
@@ -229,6 +266,8 @@ class PopenChild(Child):
             self._popen.send_signal(signal)
 
     def kill(self) -> None:
+        if sys.platform == "win32":
+            raise NotImplementedError
         self.send_signal(signals.SIGKILL)
 
     def kill_for_good(self) -> int | None:
@@ -239,21 +278,42 @@ class PopenChild(Child):
         try:
             if not self.has_ended():
                 self.kill()
-                self._wait()
+                if not self.has_ended():
+                    self._reap_later()
+                    return KILLED  # Nothing else can have happened to it.
         except ProcessLookupError:
-            self._wait()  # Somebody else has reaped it in this very moment; another thread may have yet to tell.
+            # It was reaped elsewhere in this very moment: by another thread, perhaps, which has yet to set the status.
+            if not self.has_ended():
+                self.returncode = self._wait_for_another_thread()
         except PermissionError:
             return None
         finally:
             self._close()
         return self.returncode
 
-    def _wait(self) -> None:
-        """Wait for the end, and reap."""
-        if hasattr(os, "waitid"):
-            self._wait_without_reaping()
-        if not self.has_ended():
-            self.returncode = self._popen.wait()
+    def _wait_for_another_thread(self) -> int:
+        try:
+            return self._popen.wait(TIME_TO_SET_STATUS)
+        except subprocess.TimeoutExpired:
+            return UNKNOWN_STATUS
+
+    def _reap_later(self) -> None:
+        if not self._killed:
+            self._killed = True
+            self._start_task(self._reap_killed)
+
+    async def _reap_killed(self) -> None:
+        await self.reaped()
+        if self.returncode is None:
+            logger.warning(LEFT_ALONE, self.pid, TIME_TO_END)
+
+    async def reaped(self) -> None:
+        """Return when a child that was killed for good is reaped, or has not ended for `TIME_TO_END`."""
+        pause = 0.0005
+        with anyio.move_on_after(TIME_TO_END, shield=True):
+            while self._killed and not self.has_ended():  # nobody tells
+                await anyio.sleep(pause)
+                pause = min(2 * pause, PAUSE_WITHOUT_THREAD)
 
     def _wait_without_reaping(self) -> None:
         try:
@@ -291,6 +351,7 @@ class AnyIOChild(Child):
         # It lasts as long as the process: whatever is cancelled, the process is reaped.
         with anyio.CancelScope(shield=True, deadline=self._deadline) as self._waiting:
             await self._process.wait()
+            self._waiting.deadline = inf
             self.returncode = self._process.returncode
             if self._exited is not None:
                 assert self.returncode is not None
@@ -303,6 +364,8 @@ class AnyIOChild(Child):
             except Exception as exc:  # A user's own.
                 report(exc)
             await anyio.lowlevel.checkpoint()
+        if self._waiting.deadline != inf and self._status() is None:
+            logger.warning(LEFT_ALONE, self.pid, TIME_TO_END)
 
     def let_go(self) -> None:
         self._let_go.set()
@@ -337,6 +400,7 @@ class AnyIOChild(Child):
             except PermissionError:
                 self._end_at(-inf)
                 return None
+            self._end_at(self._clock() + TIME_TO_END)
             status = KILLED  # The task reaps it; nothing else can have happened to it.
         elif self._process.returncode is None and not is_child(self.pid):
             # A thread of the backend's has reaped it, and is about to say so (asyncio before 3.12); or a stranger has,

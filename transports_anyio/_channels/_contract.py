@@ -25,6 +25,14 @@ def joined(chunks: Iterable[bytes | memoryview], most: int) -> bytes | memoryvie
     return some[0] if len(some) == 1 else b"".join(some)
 
 
+class FileError(Exception):
+    """A file cannot be sent, and the connection is as before; the cause is the `OSError` that says why."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class Channel(ABC):
     """Moves bytes without blocking, and says when it could move more.
 
@@ -40,6 +48,8 @@ class Channel(ABC):
     can_write_eof = True
     can_send_file = False
     can_notice_hangup = False
+    #: Whether what is written after `close` is dropped even while what came before is flushed, as asyncio does it.
+    drops_after_close = False
 
     @abstractmethod
     def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
@@ -72,7 +82,7 @@ class Channel(ABC):
     def send_file(self, descriptor: int, offset: int, count: int) -> int:
         """Send up to `count` bytes of a file from `offset` on and return how many were taken, 0 at its end.
 
-        Only where `can_send_file`. A `ConnectionError` is the connection's, any other `OSError` may be the file's.
+        Only where `can_send_file`. An `OSError` is the connection's; `FileError` says that the file cannot be sent.
         """
         raise NotImplementedError
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import stat
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from .._poller import Poller
@@ -16,10 +18,12 @@ from .._readiness import HANGUP, READ
 from ._contract import Channel
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE
-from ._socket import GATHER_LIMIT
+from ._socket import GATHER_LIMIT, take_error_queue
 
 if sys.platform == "linux":
     import fcntl
+
+# What type checkers miss on Windows is ignored in this module: `require_pipes` comes first.
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -39,6 +43,10 @@ BULK_PIPES = 64
 # Descriptors that outlive us: whoever writes to them later must not meet another file.
 STANDARD_STREAMS = range(3)
 
+
+# Groups in several threads share what follows, and may share a file: held while it is looked at and changed, and so
+# whether the file blocks. A signal handler that interrupts this may close a channel, too.
+shared = RLock()
 
 # The open channels on each file, by its device and inode: those that may have to agree on whether it blocks.
 open_channels: dict[tuple[int, int], list[PipeChannel]] = {}
@@ -65,6 +73,7 @@ class PipeChannel(Polled, Channel):
 
     is_two_way = False
     can_write_eof = False
+    drops_after_close = True
 
     #: Which descriptors are left open.
     outliving = STANDARD_STREAMS
@@ -87,10 +96,11 @@ class PipeChannel(Polled, Channel):
         self.can_notice_hangup = stat.S_ISSOCK(mode) or (
             stat.S_ISFIFO(mode) and not sys.platform.startswith(("darwin", "aix"))
         )
-        self._blocking = os.get_blocking(descriptor)
-        os.set_blocking(descriptor, False)
         self._file = status.st_dev, status.st_ino
-        open_channels.setdefault(self._file, []).append(self)
+        with shared:
+            self._blocking = os.get_blocking(descriptor)  # type: ignore[attr-defined,unused-ignore]
+            os.set_blocking(descriptor, False)  # type: ignore[attr-defined,unused-ignore]
+            open_channels.setdefault(self._file, []).append(self)
 
     def set_reading(self, reading: bool) -> None:
         self._set_interest(self.interest | self._input if reading else self.interest & ~self._input)
@@ -99,25 +109,32 @@ class PipeChannel(Polled, Channel):
         return os.read(self.descriptor, SYSTEM_SIZE)
 
     def receive_into(self, buffer: Buffer) -> int:
-        return os.readv(self.descriptor, [buffer])
+        return os.readv(self.descriptor, [buffer])  # type: ignore[attr-defined,no-any-return,unused-ignore]
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
         return os.write(self.descriptor, data)
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
-        return os.writev(self.descriptor, list(islice(chunks, GATHER_LIMIT)))
+        return os.writev(self.descriptor, list(islice(chunks, GATHER_LIMIT)))  # type: ignore[attr-defined,no-any-return,unused-ignore]
 
     def send_eof(self) -> None:
         raise NotImplementedError  # The end of a pipe is its close.
 
+    def error_ready(self) -> bool:
+        return isinstance(self._pipe, socket.socket) and take_error_queue(self._pipe) is not None
+
     def has_hung_up(self) -> bool:
-        poll = select.poll()
+        poll = select.poll()  # type: ignore[attr-defined,unused-ignore]
         # Asks for nothing but hang-ups and errors; that the other end of a TCP socket has gone is half a hang-up.
         poll.register(self.descriptor, getattr(select, "POLLRDHUP", 0))
         return bool(poll.poll(0))
 
     def close(self, *, aborted: bool) -> None:
         self._poller.release(self)
+        with shared:
+            self._leave_file()
+
+    def _leave_file(self) -> None:
         others = open_channels[self._file]
         others.remove(self)
         if not others:
@@ -144,7 +161,7 @@ class PipeChannel(Polled, Channel):
             return -1
 
     def _block(self, others: list[PipeChannel]) -> None:
-        os.set_blocking(self.descriptor, True)
+        os.set_blocking(self.descriptor, True)  # type: ignore[attr-defined,unused-ignore]
         # The two ends of a pipe are one file, opened twice. Whether it is the same opening, only a try tells.
         for channel in others:
             if channel.takes_over_blocking():
@@ -153,8 +170,8 @@ class PipeChannel(Polled, Channel):
     def takes_over_blocking(self) -> bool:
         """Whether the open file has just become blocking: it is made non-blocking, and blocking again by `close`."""
         with suppress(OSError):  # Closed by somebody else.
-            if os.get_blocking(self.descriptor):
-                os.set_blocking(self.descriptor, False)
+            if os.get_blocking(self.descriptor):  # type: ignore[attr-defined,unused-ignore]
+                os.set_blocking(self.descriptor, False)  # type: ignore[attr-defined,unused-ignore]
                 self._blocking = True
                 return True
         return False
@@ -194,7 +211,8 @@ class ChildPipeChannel(PipeChannel):
         super().set_writing(writing)
 
     def close(self, *, aborted: bool) -> None:
-        enlarged.discard(self)
+        with shared:
+            enlarged.discard(self)
         super().close(aborted=aborted)
 
     def _enlarge(self) -> int:
@@ -202,7 +220,8 @@ class ChildPipeChannel(PipeChannel):
         if self._capacity is None:
             self._capacity = SYSTEM_SIZE
             if sys.platform == "linux":
-                with suppress(OSError):  # An unprivileged user's pipes may be at their limit: then it stays as it is.
+                # An unprivileged user's pipes may be at their limit: then it stays as it is.
+                with suppress(OSError), shared:
                     self._capacity = fcntl.fcntl(self.descriptor, fcntl.F_GETPIPE_SZ)
                     if self._capacity == SYSTEM_SIZE and len(enlarged) < BULK_PIPES:
                         self._capacity = fcntl.fcntl(self.descriptor, fcntl.F_SETPIPE_SZ, BULK_SIZE)

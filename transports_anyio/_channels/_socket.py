@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
+import sys
+from asyncio.trsock import TransportSocket
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .._poller import Poller
-from ._contract import Channel, joined
+from ._contract import Channel, FileError, joined
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE, buffers
 
@@ -28,73 +32,52 @@ BULK_ENDS = 16 * 1024
 JOINED_AT_ONCE = 64 * 1024
 
 # The most buffers that one `sendmsg` takes (POSIX `IOV_MAX`); 16 is the least that POSIX allows.
-try:
-    GATHER_LIMIT = os.sysconf("SC_IOV_MAX")
-except (AttributeError, OSError, ValueError):
-    GATHER_LIMIT = 16
+GATHER_LIMIT = 16
+if sys.platform != "win32":
+    with suppress(OSError, ValueError):
+        GATHER_LIMIT = os.sysconf("SC_IOV_MAX")
+
+# What `take_error_queue` looks for in a control message, by level and type: IP_RECVERR and IPV6_RECVERR of
+# <linux/in.h> and <linux/in6.h>, with the first two fields of `struct sock_extended_err` of <linux/errqueue.h>, whose
+# origins 2 and 3 are ICMP and ICMPv6.
+EXTENDED_ERRORS = {(socket.IPPROTO_IP, 11), (socket.IPPROTO_IPV6, 25)}
+EXTENDED_ERROR = struct.Struct("=IB")
+NETWORK_ORIGINS = {2, 3}
+# Errors of `os.sendfile` that are the socket's and not the file's: "not now", and what ends a connection, by ICMP for
+# example (tcp(7), ip(7)). The socket reports that once.
+OF_A_CONNECTION = (BlockingIOError, InterruptedError, ConnectionError, TimeoutError)
+ERRNOS_OF_A_CONNECTION = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EHOSTDOWN",
+        "EHOSTUNREACH",
+        "ENETDOWN",
+        "ENETRESET",
+        "ENETUNREACH",
+        "ENOBUFS",
+        "ENOPROTOOPT",
+        "EPROTO",
+    )
+    if hasattr(errno, name)
+)
 
 
-class SocketView:
-    """A socket to look at: options, names and `fileno`, but nothing that reads, writes or closes it."""
+# Room for the control messages of one entry, in bytes: timestamps come beside the error.
+ERROR_MESSAGE_SIZE = 512
 
-    __slots__ = ("_socket",)
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
+def transport_socket(sock: Any) -> TransportSocket:
+    """Return what users see of a transport's socket: all of asyncio's functions on it, and none that receives or sends.
 
-    @property
-    def family(self) -> int:
-        return self._socket.family
-
-    @property
-    def type(self) -> int:
-        return self._socket.type
-
-    @property
-    def proto(self) -> int:
-        return self._socket.proto
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def get_inheritable(self) -> bool:
-        return self._socket.get_inheritable()
-
-    def getsockname(self) -> Any:
-        return self._socket.getsockname()
-
-    def getpeername(self) -> Any:
-        return self._socket.getpeername()
-
-    def getsockopt(self, *args: int) -> int | bytes:
-        return self._socket.getsockopt(*args)
-
-    def setsockopt(self, *args: Any) -> None:
-        self._socket.setsockopt(*args)
-
-    def gettimeout(self) -> float | None:
-        return self._socket.gettimeout()
-
-    def settimeout(self, value: float | None) -> None:
-        """Accept 0 and nothing else: the socket stays non-blocking."""
-        if value != 0:
-            msg = f"the socket of a transport stays non-blocking: expected 0, got {value!r}"
-            raise ValueError(msg)
-
-    def setblocking(self, flag: bool) -> None:
-        """Accept `False` and nothing else: the socket stays non-blocking."""
-        if flag:
-            msg = "the socket of a transport stays non-blocking"
-            raise ValueError(msg)
-
-    def __repr__(self) -> str:
-        return f"<SocketView of {self._socket!r}>"
+    AnyIO may have one of an asyncio transport already.
+    """
+    return sock if isinstance(sock, TransportSocket) else TransportSocket(sock)
 
 
 def describe_socket(sock: socket.socket, peername: Any = None) -> dict[str, Any]:
     """Return the extra info of every transport over a socket; `peername` is its peer's, where that is known already."""
     return {
-        "socket": SocketView(sock),
+        "socket": TransportSocket(sock),
         "sockname": name_or_none(sock.getsockname),
         "peername": name_or_none(sock.getpeername) if peername is None else peername,
     }
@@ -105,6 +88,32 @@ def name_or_none(look_up: Callable[[], Any]) -> Any:
         return look_up()
     except OSError:
         return None  # As asyncio: there is no peer, or it has already gone (ENOTCONN).
+
+
+def take_error_queue(sock: socket.socket) -> list[OSError] | None:
+    """Empty the system's error queue of `sock`. Return the network errors in it, `None` when it was empty.
+
+    Linux reports a socket as ready as long as something is in this queue, and the queue takes room from what arrives.
+    No other call empties it. `IP_RECVERR` puts network errors there; `SO_TIMESTAMPING` and `MSG_ZEROCOPY` put
+    notifications there, which are dropped.
+
+    Source: https://man7.org/linux/man-pages/man7/ip.7.html, https://man7.org/linux/man-pages/man2/recv.2.html
+    """
+    if sys.platform != "linux":
+        return None
+    errors: list[OSError] = []
+    count = 0
+    while True:
+        try:
+            _, messages, _, _ = sock.recvmsg(0, ERROR_MESSAGE_SIZE, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+        except OSError:  # It is empty, or the socket has none.
+            return errors if count else None
+        count += 1
+        for level, kind, data in messages:
+            if (level, kind) in EXTENDED_ERRORS and len(data) >= EXTENDED_ERROR.size:
+                code, origin = EXTENDED_ERROR.unpack_from(data)
+                if origin in NETWORK_ORIGINS:  # A local error has been raised by the call that met it.
+                    errors.append(OSError(code, os.strerror(code)))
 
 
 def is_tcp(sock: socket.socket) -> bool:
@@ -129,6 +138,21 @@ def failing_as(exc: OSError) -> Callable[..., Any]:
         raise OSError(*error)  # Python makes it a `ConnectionResetError` and so on.
 
     return fail
+
+
+def send_from_file(to: int, descriptor: int, offset: int, count: int) -> int:
+    """Call `os.sendfile` for the socket `to`. Raises as `Channel.send_file` does."""
+    if not hasattr(os, "sendfile"):
+        raise FileError(OSError(errno.ENOSYS, "os.sendfile() is not available"))
+    try:
+        sent: int = os.sendfile(to, descriptor, offset, count)
+    except OSError as exc:
+        if exc.errno == errno.ENOTCONN:  # What macOS says of a connection that has broken.
+            raise ConnectionResetError(exc.errno, exc.strerror) from exc
+        if isinstance(exc, OF_A_CONNECTION) or exc.errno in ERRNOS_OF_A_CONNECTION:
+            raise
+        raise FileError(exc) from exc
+    return sent
 
 
 class SocketChannel(Polled, Channel):
@@ -179,23 +203,21 @@ class SocketChannel(Polled, Channel):
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
         try:
-            gather = self._socket.sendmsg
+            gather = self._socket.sendmsg  # type: ignore[attr-defined,unused-ignore]
         except AttributeError:  # Windows.
             return self.send(joined(chunks, JOINED_AT_ONCE))
-        return gather(islice(chunks, GATHER_LIMIT))
+        count: int = gather(islice(chunks, GATHER_LIMIT))
+        return count
 
     def send_file(self, descriptor: int, offset: int, count: int) -> int:
-        if not hasattr(os, "sendfile"):
-            raise OSError(errno.ENOSYS, "os.sendfile() is not available")
-        try:
-            return os.sendfile(self.descriptor, descriptor, offset, count)
-        except OSError as exc:
-            if exc.errno == errno.ENOTCONN:  # What macOS says of a connection that has broken.
-                raise ConnectionResetError(exc.errno, exc.strerror) from exc
-            raise
+        return send_from_file(self.descriptor, descriptor, offset, count)
 
     def send_eof(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
+
+    def error_ready(self) -> bool:
+        # What concerns a connection is raised by its next call: the queue of a stream has notifications only.
+        return take_error_queue(self._socket) is not None
 
     def close(self, *, aborted: bool) -> None:
         self._poller.release(self)

@@ -87,6 +87,7 @@ class TLSChannel(Channel):
     )
 
     can_write_eof = False
+    drops_after_close = True
 
     def __init__(
         self, inner: Channel, options: TLSOptions, scheduler: Scheduler, *, unsent: bytes = b"", received: bytes = b""
@@ -117,7 +118,7 @@ class TLSChannel(Channel):
         self._blocked = True  # There is something to look into before it may encrypt: the phase, or what follows.
         self._held = 0  # So many bytes of plaintext are encrypted, but not yet reported as sent.
         self._write_needs_read = False  # OpenSSL cannot write before it has read (renegotiation in TLS 1.2).
-        self._failure: Exception | None = None  # Met elsewhere; `send` raises it.
+        self._failure: Exception | None = None  # Met elsewhere; `send` raises it, and `receive` at the end.
 
     # The first phase.
 
@@ -159,8 +160,13 @@ class TLSChannel(Channel):
 
     def _update_interest(self) -> None:
         wire = self._wire
-        self._inner.set_reading((self._reading and wire.may_receive()) or self._write_needs_read)
-        self._inner.set_writing(bool(wire.unsent) or (self._writing and not self._write_needs_read))
+        try:
+            self._inner.set_reading((self._reading and wire.may_receive()) or self._write_needs_read)
+            self._inner.set_writing(bool(wire.unsent) or (self._writing and not self._write_needs_read))
+        except OSError as exc:  # The system watches as many descriptors as it may: do not ask again.
+            self._reading = self._writing = False
+            self._fail(exc)
+            raise
 
     def _read_again(self) -> None:
         """Have what is in memory read in the next turn: no selector knows of it."""
@@ -225,6 +231,8 @@ class TLSChannel(Channel):
         """Fill `buffer` with what is in memory, or else arrives, and note whether there may be more."""
         if not self._more:
             if not self._receive_ciphertext():
+                if self._failure is not None:
+                    raise self._failure  # The system reports an error once: here to a send, and this is no orderly end.
                 self._eof = True  # The peer has left without `close_notify`.
                 return 0
         elif self._failure is not None and isinstance(self._failure, ssl.SSLError):
@@ -321,10 +329,10 @@ class TLSChannel(Channel):
         return self.send(joined(chunks, ENCRYPT_SIZE))
 
     def _flush_or_fail(self) -> None:
-        """Send what is encrypted; a failure is kept for whoever sends next.
+        """Send what is encrypted; a failure is kept, for the next `send` and for the end of what can be received.
 
-        A peer that has left need not have missed anything but an answer of OpenSSL's own, session tickets for example,
-        and what it has sent before, an alert perhaps, is still there to be received.
+        The peer may have missed nothing but an answer of OpenSSL's own, session tickets for example, and what it has
+        sent before, an alert perhaps, is still there to be received.
         """
         try:
             self._wire.flush()
@@ -335,7 +343,9 @@ class TLSChannel(Channel):
         self._update_interest()
 
     def _fail(self, exc: Exception) -> None:
-        self._failure = exc
+        # The first error says what happened: every send after a reset fails with a broken pipe.
+        if self._failure is None or isinstance(exc, ssl.SSLError):
+            self._failure = exc
         self._wire.unsent = b""
         self._blocked = True
 
@@ -345,6 +355,8 @@ class TLSChannel(Channel):
     # The third phase.
 
     def finish(self, done: Callable[[Exception | None, bool], None]) -> bool:
+        if self._failure is not None and not self._eof:
+            raise self._failure
         self._phase = FAREWELL
         if self._handshake is not None:
             self._handshake.stop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Coroutine
-from functools import partial, wraps
+from functools import wraps
 from inspect import iscoroutinefunction, signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 ProtocolT = TypeVar("ProtocolT")
 
-#: The AnyIO objects that transports use, by their `id`: a user's own need not be hashable.
+#: The AnyIO objects that transports use, by their `id`: a user's own need not be hashable. Groups in several threads
+#: share it, so it is only changed by methods of the set, which are atomic.
 in_use: set[int] = set()
 
 
@@ -76,13 +77,19 @@ class Endpoints:
 
         @wraps(function)
         async def call(self: Endpoints, *args: Any, **options: Any) -> Any:
-            self._core.require_callable(name, called_as)
-            for at, parameter in factories:
-                if at <= len(args):
-                    check_factory(name, args[at - 1])
-                elif parameter in options:
-                    check_factory(name, options[parameter])
-            return await function(self, *args, **options)
+            try:
+                self._core.require_callable(name, called_as)
+                for at, parameter in factories:
+                    if at <= len(args):
+                        check_factory(name, args[at - 1])
+                    elif parameter in options:
+                        check_factory(name, options[parameter])
+                return await function(self, *args, **options)
+            except Exception:
+                if not self._core.open:
+                    # A task of the group may get here before its cancellation, which explains the error.
+                    await anyio.lowlevel.checkpoint_if_cancelled()
+                raise
 
         return call
 
@@ -94,19 +101,22 @@ class Endpoints:
     ) -> None:
         """Start the task of a channel or child over an AnyIO object, which may be the user's own and fail to close."""
         name = name or described(resource)
+        core = self._core
         in_use.add(id(resource))
 
         def report(exc: Exception) -> None:
             context = {"message": f"Closing {name} failed", "exception": exc}
-            self._core.call(self._core.group.call_exception_handler, context)
+            core.call(core.group.call_exception_handler, context)
 
         async def use() -> None:
+            core.receiving_tasks += 1
             try:
                 await run(report)
             finally:
+                core.receiving_tasks -= 1
                 in_use.discard(id(resource))
 
-        self._core.as_backend(partial(self._core.task_group.start_soon, use, name=f"transports_anyio: {name}"))
+        core.start_internal_task(use, name=f"transports_anyio: {name}")
 
     def _require_unused(self, *resources: object) -> None:
         """Raise `RuntimeError` for an AnyIO object that a transport uses, of whichever group."""
@@ -164,17 +174,18 @@ class Endpoints:
     async def _shake_hands(self, channel: TLSChannel) -> None:
         """Wait for the handshake of `channel`, which is closed when that fails or is cancelled.
 
-        Raises `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves, and
-        `ConnectionAbortedError` when it takes too long or the group ends.
+        Raises `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves,
+        `ConnectionAbortedError` when it takes too long, and `RuntimeError` when the group ends.
         """
         over = Event()
         pending = PendingHandshake(channel, self._core.own, self._core.disown)
         try:
             pending.begin(over.set)
             await over.wait()
+            if pending.failure is None or pending.aborted:
+                self._core.require_open()  # The group may have ended before this task had its turn.
             if pending.failure is not None:
                 raise pending.failure
-            self._core.require_open()  # The group may have ended before this task had its turn.
         except BaseException:
             pending.abort()
             raise

@@ -44,8 +44,12 @@ class DatagramEndpoints(Endpoints):
         Every address that the names have is tried; `family`, `proto` and `flags` are the resolver's
         (`socket.getaddrinfo`). `reuse_port` lets several sockets, also of other processes, share the local port.
 
-        `sock` is a datagram socket that somebody else has made; it belongs to the group from now on, which closes it
-        whatever happens. `connection_made` runs before this returns.
+        `sock` is a socket that was made elsewhere, and that exchanges datagrams: of type `SOCK_DGRAM`, `SOCK_RAW` or
+        `SOCK_RDM`, of any family. It belongs to the group from now on, which closes it whatever happens. If it is
+        connected, its peer is the remote address; a netlink socket has none. The transport empties its error queue
+        (`IP_RECVERR`). `connection_made` runs before this returns.
+
+        A datagram of more than 256 KiB is dropped, and `error_received` gets an `OSError` with `EMSGSIZE`.
 
         Raises `RuntimeError` when the group is not open; `ValueError` for a `sock` that is no datagram socket, for one
         together with parameters of a new one, for addresses that do not go together and for `reuse_port` where the
@@ -72,11 +76,12 @@ class DatagramEndpoints(Endpoints):
             )
             await self._take_over(sock)
         try:
-            channel = DatagramSocketChannel(self._core.require_open(), sock)
+            channel = DatagramSocketChannel(self._core.require_open(), sock, self._core.call_later)
         except BaseException:
             sock.close()
             raise
-        make = partial(DatagramTransport, address=remote)
+        # With `allow_broadcast` the remote address is only sent to; a socket that came from elsewhere may be connected.
+        make = partial(DatagramTransport, address=remote or channel.remote_address)
         transport, protocol = self._core.make_transport(make, protocol_factory, channel)
         transport.start()
         return transport, protocol
@@ -89,7 +94,11 @@ class DatagramEndpoints(Endpoints):
         `datagram_socket` is a `UDPSocket`, `ConnectedUDPSocket`, `UNIXDatagramSocket` or `ConnectedUNIXDatagramSocket`;
         the transport owns it from now on and closes it. Addresses are AnyIO's: an IPv6 one has host and port only, its
         scope behind the host. On asyncio AnyIO keeps to itself what goes wrong with a UDP datagram (the peer refuses
-        it, or it is too large); on trio, and for UNIX sockets, `error_received` is told.
+        it, or it is too large); on trio, and for UNIX sockets, `error_received` is told. A socket that is closed
+        already is no error of the call: `connection_lost` gets a `ConnectionAbortedError`.
+
+        AnyIO receives 64 KiB of a datagram. One that fills them, which only UNIX sockets have, may be longer: it is
+        dropped, and `error_received` gets an `OSError` with `EMSGSIZE`.
 
         Raises `RuntimeError` when the group is not open and when another transport uses the socket, `TypeError` for
         anything else than such a socket, and whatever `protocol_factory` raises; the socket is then left to the caller.
@@ -109,7 +118,8 @@ class DatagramEndpoints(Endpoints):
 
 def check_datagram_socket(sock: socket.socket, **others: Any) -> None:
     """Raise asyncio's `ValueError` for a socket that is no datagram socket, or comes with what is for a new one."""
-    if sock.type == socket.SOCK_STREAM:
+    # A `SOCK_SEQPACKET` has connections, whose end would be received as an empty datagram again and again.
+    if sock.type in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
         raise ValueError(f"A datagram socket was expected, got {sock!r}")
     problems = ", ".join(f"{name}={value}" for name, value in others.items() if value)
     if problems:
@@ -130,13 +140,12 @@ async def address_pairs(local: Any, remote: Any, family: int, proto: int, flags:
         await anyio.lowlevel.checkpoint()
         return [(family, proto, local, remote)]
     found: list[list[tuple[int, int, Any]]] = []
-    for address in (local, remote):
-        if address is not None and not (isinstance(address, tuple) and len(address) == 2):
-            raise TypeError(f"2-tuple is expected, of host and port, got {address!r}")
     await anyio.lowlevel.checkpoint()  # Numbers need no other.
     for address in (local, remote):
         if address is None:
             continue
+        if not (isinstance(address, tuple) and len(address) == 2):
+            raise TypeError(f"2-tuple is expected, of host and port, got {address!r}")
         infos = await resolve(*address, family=family, kind=socket.SOCK_DGRAM, proto=proto, flags=flags)
         found.append([(f, p, a) for f, _, p, a in infos])
     if remote is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.lowlevel
 from anyio.abc import Process
 
-from .._channels._anyio_stream import AnyIOStreamChannel
+from .._channels._anyio_stream import AnyIOStreamChannel, DiscardingChannel
 from .._channels._child import AnyIOChild, PopenChild
 from .._channels._contract import Channel
 from .._channels._pipe import ChildPipeChannel, require_pipes
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 #: asyncio takes these for the sake of `subprocess.Popen`'s signature, with one value only: pipes carry bytes.
 ONLY_VALUES: dict[str, Any] = {
     "universal_newlines": False,
+    "shell": False,  # Or true, for `subprocess_shell`.
     "bufsize": 0,
     "text": False,
     "encoding": None,
@@ -40,9 +41,10 @@ def check_options(options: dict[str, Any], *, shell: bool) -> None:
     """Raise asyncio's `ValueError` for an option that it refuses, and take it out if it has the right value."""
     if not options:
         return
-    for name, value in {**ONLY_VALUES, "shell": shell}.items():
+    for name, only in ONLY_VALUES.items():
         if name not in options:
             continue
+        value = shell if name == "shell" else only
         given = options.pop(name)
         # What is true or false may be so by any object; a size is 0.
         wrong = bool(given) != value if isinstance(value, bool) else given != value
@@ -116,7 +118,12 @@ class ProcessEndpoints(Endpoints):
         """Give an AnyIO process a protocol and return `(transport, protocol)`.
 
         The transport owns the process and its streams from now on, and waits for its end. The extra info `subprocess`
-        is `process`. On asyncio, AnyIO of before 4.15 leaves the descriptors of outputs that a grandchild keeps open to
+        is `process`. One that has ended already is no error of the call.
+
+        On asyncio and uvloop AnyIO closes the descriptors of the outputs together, with the process: after a transport
+        of one output is closed, what the process still writes there is received and dropped, and it gets no `SIGPIPE`.
+        Input that a grandchild never reads keeps its descriptor open there, too, until the grandchild has gone; and
+        AnyIO of before 4.15 leaves the descriptors of outputs that a grandchild keeps open to
         the garbage collector.
 
         Raises `RuntimeError` when the group is not open and when another transport uses the process or one of its
@@ -131,13 +138,14 @@ class ProcessEndpoints(Endpoints):
                 "subprocess_exec() start the program"
             )
         await anyio.lowlevel.checkpoint()
-        self._core.require_open()
+        poller = self._core.require_open()
         streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
         self._require_unused(process, *streams.values())
         door = self._core.door()
         protocol = door.make_protocol(protocol_factory)
-        clock = self._core.live_poller().time
-        channels = {fd: AnyIOStreamChannel(stream, clock) for fd, stream in streams.items()}
+        clock = poller.time
+        output = AnyIOStreamChannel if poller.loop is None else DiscardingChannel
+        channels = {fd: (output if fd else AnyIOStreamChannel)(stream, clock) for fd, stream in streams.items()}
         return self._start_child(door, protocol, AnyIOChild(process, clock), channels)
 
     async def _spawn(
@@ -150,7 +158,7 @@ class ProcessEndpoints(Endpoints):
         door = self._core.door()
         protocol = door.make_protocol(protocol_factory)
         popen = start_program(args, options)
-        child = PopenChild(poller, popen, self._core.call)
+        child = PopenChild(poller, popen, self._core.call, self._core.start_internal_task)
         channels: dict[int, Channel] = {}
         try:
             for fd, pipe in enumerate((popen.stdin, popen.stdout, popen.stderr)):
@@ -162,8 +170,13 @@ class ProcessEndpoints(Endpoints):
                 channel.close(aborted=True)
             for pipe in filter(None, (popen.stdin, popen.stdout, popen.stderr)):
                 pipe.close()
+            await child.reaped()
             raise
-        return self._start_child(door, protocol, child, channels)
+        try:
+            return self._start_child(door, protocol, child, channels)
+        except BaseException:
+            await child.reaped()
+            raise
 
     def _start_child(
         self,

@@ -23,12 +23,17 @@ def candidates(program: str, directories: str) -> tuple[str, ...]:
 
 
 def find_program(program: object) -> str | None:
-    """Return the path of `program`, as far as we can tell: the first along `PATH` that we may run, if there is one."""
+    """Return the path of `program`, the first file along `PATH` that we may run; `None` leaves the search to `Popen`.
+
+    What can be no name of a program is left to `Popen` too, which raises the right error.
+    """
     if isinstance(program, str) and os.sep not in program and os.access in os.supports_effective_ids:
-        for path in candidates(program, os.environ.get("PATH", os.defpath)):
-            # By the rights that count for running it, or else we might pass over the right one.
-            if os.access(path, os.X_OK, effective_ids=True):
-                return path
+        with suppress(ValueError):  # A NUL, or a character that no path can have.
+            for path in candidates(program, os.environ.get("PATH", os.defpath)):
+                # By the rights that count for running it, or else we might pass over the right one. The directories of
+                # `PATH` are found by `""` and `"."`, and may be searched, which is the same right.
+                if os.access(path, os.X_OK, effective_ids=True) and not os.path.isdir(path):  # noqa: PTH112
+                    return path
     return None
 
 

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import anyio.to_thread
 
+from .._channels._contract import FileError
 from .._transports._stream import StreamTransport
 from ._base import Endpoints
 
@@ -23,6 +24,9 @@ MOST_AT_ONCE = 1 << 30
 
 # How much is read at a time where the system cannot send a file by itself: asyncio's figure for sockets.
 BLOCK_SIZE = 256 * 1024
+
+# By which methods a file reads from its descriptor.
+READING = {name: getattr(io.FileIO, name) for name in ("read", "readall", "readinto")}
 
 
 class FileEndpoints(Endpoints):
@@ -41,19 +45,20 @@ class FileEndpoints(Endpoints):
 
         It begins at `offset` bytes, wherever the file stands, and ends after `count` bytes, or at the end of the file.
         The file is left behind the last byte sent, at `offset` if there was none, also by an error or a cancellation;
-        where it stands, if it is refused without `fallback`. Where the transport is a plain socket the system
-        moves the bytes (`os.sendfile`). Otherwise, and for files that the system cannot send, they are read in a thread
-        and written block by block, unless `fallback` is false; a cancellation leaves a block that was begun to be sent
-        by the transport.
+        where it stands, if it is refused without `fallback`. What is sent is what `file.read()` returns. Where the
+        transport is a plain socket and that is what the file descriptor holds, the system moves the bytes
+        (`os.sendfile`). Otherwise (a compressed file, say), and for files that the system cannot send, they are read in
+        a thread and written block by block, unless `fallback` is false; a cancellation leaves a block that was begun to
+        be sent by the transport.
 
         Meanwhile `write`, `writelines` and another `sendfile` raise `RuntimeError`, nothing is read from the
         transport, and `write_eof` and `resume_writing` wait.
 
         Raises `RuntimeError` when the transport is closing, after `write_eof` and `start_tls`, and for a transport that
-        cannot send files (without `fallback`: that cannot do so by itself); `asyncio.SendfileNotAvailableError` without
-        `fallback` for a file that the system cannot send; `ValueError` for a file in text mode; `ValueError` and
-        `TypeError` for a bad `offset` or `count`; `ConnectionError` when the transport is closed or broken before the
-        end; and whatever reading the file raises.
+        cannot send files; `asyncio.SendfileNotAvailableError`, a `RuntimeError` too, without `fallback` where the
+        system cannot send this file over this transport; `ValueError` for a file in text mode; `ValueError` and
+        `TypeError` for a bad `offset` or `count`; `ConnectionError`, or the `OSError` that `connection_lost` gets, when
+        the transport is closed or broken before the end; and whatever reading the file raises.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sendfile
         """
@@ -66,7 +71,9 @@ class FileEndpoints(Endpoints):
             raise RuntimeError(f"sendfile is not supported for transport {transport!r}")
         check_arguments(file, offset, count)
         if not transport.can_send_file and not fallback:
-            raise RuntimeError(f"fallback is disabled and native sendfile is not supported for transport {transport!r}")
+            raise SendfileNotAvailableError(
+                f"fallback is disabled and native sendfile is not supported for transport {transport!r}"
+            )
         transport.begin_sendfile()
         try:
             if transport.can_send_file:
@@ -106,7 +113,7 @@ class SendsFiles(Protocol):
         """Wait until something could be sent."""
 
     def send_file(self, descriptor: int, offset: int, count: int) -> int:
-        """Send from a file, and return how many bytes went, 0 at its end. Raises `OSError`."""
+        """Send from a file, and return how many bytes went, 0 at its end. Raises `OSError` and `FileError`."""
         ...
 
 
@@ -116,12 +123,35 @@ def can_seek(file: IO[bytes]) -> bool:
     return hasattr(file, "seek") if seekable is None else seekable()
 
 
-async def send_by_system(transport: SendsFiles, file: IO[bytes], offset: int, count: int | None) -> int:
-    """Send with `os.sendfile`. Raises `SendfileNotAvailableError`, before anything was sent, when it refuses."""
+def descriptor_of(file: Any) -> int:
+    """Return the file descriptor that holds what `file.read()` returns.
+
+    Raises `SendfileNotAvailableError` where there is none. A file of the `io` module has one, also behind a wrapper
+    that passes `read` on, as those of `tempfile` do. The descriptor of any other file with a `read` of its own may hold
+    something else: a `GzipFile` has that of the compressed file.
+    """
+    if hasattr(file, "read"):
+        inner: Any = file.file if type(file).__module__ == "tempfile" and hasattr(file, "file") else file
+        inner = getattr(inner.read, "__self__", None)  # What a method belongs to; a function to nothing.
+        raw: Any = inner
+        if isinstance(inner, (io.BufferedReader, io.BufferedRandom)):
+            raw = inner.raw if type(inner).read in (io.BufferedReader.read, io.BufferedRandom.read) else None
+        if not isinstance(raw, io.FileIO) or any(
+            getattr(type(raw), name) != method for name, method in READING.items()
+        ):
+            raise SendfileNotAvailableError(f"{file!r} may read something else than its descriptor holds")
+        inner.flush()  # What was written to the file belongs to what it reads.
+        file = inner
     try:
-        descriptor = file.fileno()
+        descriptor: int = file.fileno()
     except (AttributeError, io.UnsupportedOperation) as exc:
         raise SendfileNotAvailableError(f"{file!r} has no descriptor") from exc
+    return descriptor
+
+
+async def send_by_system(transport: SendsFiles, file: IO[bytes], offset: int, count: int | None) -> int:
+    """Send with `os.sendfile`. Raises `SendfileNotAvailableError`, before anything was sent, when it refuses."""
+    descriptor = descriptor_of(file)
     sent = 0
     refused = False
     try:
@@ -133,14 +163,12 @@ async def send_by_system(transport: SendsFiles, file: IO[bytes], offset: int, co
             except (BlockingIOError, InterruptedError):
                 await transport.until_writable()
                 continue
-            except ConnectionError:
-                raise
-            except OSError as exc:
+            except FileError as exc:
                 if sent:
-                    raise
+                    raise exc.error from None
                 refused = True
                 # A pipe, a terminal, a file system without it: which of them differs with the platform.
-                raise SendfileNotAvailableError(f"os.sendfile() refuses {file!r}") from exc
+                raise SendfileNotAvailableError(f"os.sendfile() refuses {file!r}") from exc.error
             if not more:
                 break
             sent += more

@@ -7,10 +7,11 @@ import ssl
 from typing import TYPE_CHECKING, Any
 
 from .._channels._tls import TLSChannel
+from .._door import check_given_protocol
 from .._transports._stream import StreamTransport
 from .._waiters import Event
 from ._base import Endpoints
-from ._tls import upgrade_options
+from ._tls import require_context, upgrade_options
 
 if TYPE_CHECKING:
     from asyncio import BaseTransport, Transport
@@ -49,16 +50,19 @@ class StartTLSEndpoint(Endpoints):
         name to verify as `server_hostname`; `None` or `""` leaves the name in the certificate unchecked, which the
         context has to allow. `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
 
-        Raises, with the connection untouched, `TypeError` for another kind of transport or context, `ValueError` for
-        options that contradict each other, and `RuntimeError` when the transport is another group's, is closing, has
-        sent its end of file, has been upgraded, or is busy with `sendfile` or another `start_tls`. Raises
-        `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves, `ConnectionAbortedError`
-        when the handshake takes too long or the transport is closed meanwhile; the connection is then aborted, by a
-        cancellation too, and `connection_lost` of `protocol` called. A `close` flushes first, as ever: what was written
-        since the call goes encrypted, or not at all if the handshake fails.
+        Raises, with the connection untouched, `TypeError` for another kind of transport, protocol or context,
+        `ValueError` for options that contradict each other, and `RuntimeError` when the transport is another group's,
+        is closing, has sent its end of file, has been upgraded, or is busy with `sendfile` or another `start_tls`.
+        Raises `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves,
+        `ConnectionAbortedError` when the handshake takes too long or the transport is closed meanwhile; the connection
+        is then aborted, by a cancellation too, and `connection_lost` of `protocol` called. A `close` flushes first, as
+        ever: what was written since the call goes encrypted, or not at all if the handshake fails.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
         """
+        require_context(sslcontext)
+        if not isinstance(transport, StreamTransport):
+            raise TypeError(f"transport {transport!r} is not supported by start_tls()")
         options = upgrade_options(
             sslcontext,
             server_side=server_side,
@@ -66,8 +70,7 @@ class StartTLSEndpoint(Endpoints):
             handshake_timeout=ssl_handshake_timeout,
             shutdown_timeout=ssl_shutdown_timeout,
         )
-        if not isinstance(transport, StreamTransport):
-            raise TypeError(f"transport {transport!r} is not supported by start_tls()")
+        check_given_protocol(protocol, "start_tls")
         if not isinstance(received, (bytes, bytearray, memoryview)):
             raise TypeError(f"received must be a bytes-like object, not {type(received).__name__!r}")
         if not transport.belongs_to(self):
@@ -95,7 +98,7 @@ class StartTLSEndpoint(Endpoints):
             over.set()
 
         channel = transport.interpose(wrap, protocol)
-        if transport.has_ended:
+        if transport.is_eof_received():
             done(ConnectionResetError(errno.ECONNRESET, "the peer has ended the stream already"))
         else:
             channel.handshake(done)

@@ -39,7 +39,8 @@ class StreamEndpoints(Endpoints):
 
         `stream` is any AnyIO `ByteStream`, `ByteReceiveStream` or `ByteSendStream`; the transport owns it from now
         on and closes it. Extra info comes from the stream's typed attributes. An error of the stream reaches
-        `connection_lost` as an `OSError` with the AnyIO exception as its cause.
+        `connection_lost` as an `OSError` with the AnyIO exception as its cause. A stream that has ended already is no
+        error of the call: the protocol gets what has been received, then `connection_lost`; extra info may be missing.
 
         With `ssl` the bytes are encrypted, which takes a stream of both directions. A client (`server_side` false)
         gives a context or `True`, and the name to verify as `server_hostname`, or `""` for none, which the context has

@@ -14,7 +14,7 @@ import anyio.lowlevel
 
 from .._errors import logger
 from .._server import Server
-from .._sockets import bind, check_stream_socket, set_option
+from .._sockets import bind, check_stream_socket, refuse_tls_socket, set_option
 from ._addresses import AddressInfo, Host, Port, local_parts, resolve
 from ._base import Endpoints, ProtocolT
 from ._happy_eyeballs import connect_to_any, interleave as interleaved
@@ -86,9 +86,10 @@ class TCPEndpoints(Endpoints):
             shutdown_timeout=ssl_shutdown_timeout,
         )
         if sock is not None:
-            check_stream_socket(sock)
+            refuse_tls_socket(sock)
             if host is not None or port is not None:
                 raise ValueError("host/port and sock can not be specified at the same time")
+            check_stream_socket(sock)
             await self._take_over(sock)
             return await self._connect_socket(protocol_factory, sock, tls)
         if host is None and port is None:
@@ -149,9 +150,10 @@ class TCPEndpoints(Endpoints):
         """
         tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
         if sock is not None:
-            check_stream_socket(sock)
+            refuse_tls_socket(sock)
             if host is not None or port is not None:
                 raise ValueError("host/port and sock can not be specified at the same time")
+            check_stream_socket(sock)
             await self._take_over(sock)
             sockets = [sock]
         else:
@@ -205,6 +207,7 @@ class TCPEndpoints(Endpoints):
         tls = server_options(
             ssl or None, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout
         )
+        refuse_tls_socket(sock)
         await self._take_over(sock)
         return await self._connect_socket(protocol_factory, sock, tls)
 

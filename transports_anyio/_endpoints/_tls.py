@@ -79,6 +79,12 @@ def stream_options(
     return server_options(context, **timeouts)
 
 
+def require_context(context: object) -> None:
+    """Raise `TypeError` for anything that is not a context."""
+    if not isinstance(context, ssl.SSLContext):
+        raise TypeError(f"sslcontext is expected to be an instance of ssl.SSLContext, got {context!r}")
+
+
 def upgrade_options(
     context: ssl.SSLContext,
     *,
@@ -89,10 +95,8 @@ def upgrade_options(
 ) -> TLSOptions:
     """Return the options of either end of a connection that is open already.
 
-    Raises `TypeError` for anything that is not a context. A server verifies no name, so `server_hostname` is ignored.
+    A server verifies no name, so `server_hostname` is ignored.
     """
-    if not isinstance(context, ssl.SSLContext):
-        raise TypeError(f"sslcontext is expected to be an instance of ssl.SSLContext, got {context!r}")
     name = None if server_side else server_hostname or None
     return TLSOptions(context, server_side, name, *_checked_timeouts(handshake_timeout, shutdown_timeout))
 

@@ -13,7 +13,7 @@ import anyio.lowlevel
 
 from .._errors import logger
 from .._server import Server
-from .._sockets import bind, check_stream_socket, connect, is_file
+from .._sockets import bind, check_stream_socket, connect, is_file, refuse_tls_socket
 from ._base import Endpoints, ProtocolT
 from ._tls import client_options, server_options
 
@@ -68,6 +68,7 @@ class UNIXEndpoints(Endpoints):
             if path is not None:
                 raise ValueError("path and sock can not be specified at the same time")
             check_stream_socket(sock, family)
+            refuse_tls_socket(sock)
             await self._take_over(sock)
             return await self._connect_socket(protocol_factory, sock, tls)
         if path is None:
@@ -115,6 +116,7 @@ class UNIXEndpoints(Endpoints):
             if path is not None:
                 raise ValueError("path and sock can not be specified at the same time")
             check_stream_socket(sock, family)
+            refuse_tls_socket(sock)
             await self._take_over(sock)
         else:
             if path is None:
@@ -129,10 +131,10 @@ class UNIXEndpoints(Endpoints):
 
 def unix_family() -> int:
     """Return `AF_UNIX`; raise `NotImplementedError` where there is none."""
-    try:
-        return socket.AF_UNIX
-    except AttributeError:
-        raise NotImplementedError("this platform has no UNIX domain sockets") from None
+    if not hasattr(socket, "AF_UNIX"):
+        raise NotImplementedError("this platform has no UNIX domain sockets")
+    family: int = socket.AF_UNIX
+    return family
 
 
 def bound(path: str | bytes) -> socket.socket:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._core import Core
 from .._door import Door
+from .._errors import NotOpenError
 from ._sides import library
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class LoopCore(Core):
         #: What has come out of a callback or task to end the program, the first of it.
         self.leaving: BaseException | None = None
         #: Ends the block of the event loop.
-        self.end: Callable[[], object] = bool
+        self.end_block: Callable[[], object] = bool
         self._running = False  # In a turn or a call: callbacks are under way.
 
     # The two sides
@@ -151,7 +152,7 @@ class LoopCore(Core):
         """End the block of the event loop, and raise `exc` then."""
         if self.leaving is None:
             self.leaving = exc
-        self.end()
+        self.end_block()
 
     def _callback_failed(self, callback: Callable[[], object], exc: BaseException) -> None:
         if self.leaves(exc):
@@ -165,8 +166,8 @@ class LoopCore(Core):
                 context["source_traceback"] = traceback
         self._loop.call_exception_handler(context)
 
-    def not_open(self, name: str = "") -> RuntimeError:
-        return RuntimeError("Event loop is closed")
+    def not_open(self, name: str = "") -> NotOpenError:
+        return NotOpenError("Event loop is closed", self.group)
 
     def require_callable(self, name: str, called_as: str) -> None:
         if not self.open:

@@ -93,7 +93,7 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
         _trio.protect(LoopCore.turn, LoopCore.call, Opening.__aenter__, Opening.__aexit__)
         self._scope = _trio.Scope()
         loop = EventLoop(_trio)
-        loop._core.end = self._scope.cancel  # noqa: SLF001
+        loop._core.end_block = self._scope.cancel  # noqa: SLF001
         async with AsyncExitStack() as stack:
             stack.enter_context(self._scope)
             self._inside = await stack.enter_async_context(AsyncExitStack())

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from ssl import SSLSocket
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
+from .._channels._socket import send_from_file
 from .._endpoints._addresses import checked, numeric
 from .._endpoints._sendfile import BLOCK_SIZE, can_seek, check_arguments, send_by_system
 from .._sockets import UNDER_WAY, address_error
@@ -91,7 +92,7 @@ class SendingSocket:
         await self._writable.wait(self._sock)
 
     def send_file(self, descriptor: int, offset: int, count: int) -> int:
-        return os.sendfile(self._sock.fileno(), descriptor, offset, count)
+        return send_from_file(self._sock.fileno(), descriptor, offset, count)
 
 
 class SockMethods(asyncio.AbstractEventLoop):

@@ -6,11 +6,13 @@ Every way out goes through `_lose`, and `connection_lost` is called in one place
 from __future__ import annotations
 
 import asyncio
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .._errors import failed_callback, logger
+from .._door import check_given_protocol
+from .._errors import failed_callback, log_debug, logger
 from ._flow_control import DatagramBuffer, WriteBuffer, limits
 
 if TYPE_CHECKING:
@@ -19,8 +21,16 @@ if TYPE_CHECKING:
 # From this many writes after the connection was lost on, each is logged: asyncio's figure.
 LOST_WRITES_BEFORE_WARNING = 5
 
+# How many frames beyond the recursion limit there are for the end of a connection on which a write has failed by that
+# limit: for the error to be reported and logged.
+SPARE_FRAMES = 200
+
 
 def nothing(*_: object) -> None: ...
+
+
+def take_spare_frames_back() -> None:
+    sys.setrecursionlimit(sys.getrecursionlimit() - SPARE_FRAMES)
 
 
 class AnyChannel(Protocol):
@@ -49,6 +59,7 @@ class ChannelTransport(asyncio.BaseTransport):
         "_info",
         "_lost",
         "_on_lost",
+        "_paused_protocol",
         "_protocol",
         "_writes_after_loss",
     )
@@ -77,7 +88,8 @@ class ChannelTransport(asyncio.BaseTransport):
         self._writes_after_loss = 0
         self._bytes_received = 0
         self._bytes_sent = 0
-        self.set_protocol(protocol)
+        self._paused_protocol: Any = None  # Which was paused last, until it is resumed.
+        self._use_protocol(protocol)
         channel.open(self._read_ready, self._write_ready)
 
     @abstractmethod
@@ -93,8 +105,22 @@ class ChannelTransport(asyncio.BaseTransport):
         return self._info.get(name, default)
 
     def set_protocol(self, protocol: Any) -> None:
-        """Give every later callback to `protocol`."""
+        """Give every later callback to `protocol`.
+
+        Its `connection_made` is not called. If writing is paused, its `pause_writing` is, soon, and `resume_writing` as
+        ever. `is_writing_paused`, and `is_eof_received` of a stream, tell it what has been so far.
+
+        Raises `TypeError` for what can never be a protocol, such as a protocol class.
+
+        Source: https://docs.python.org/3/library/asyncio-protocol.html#asyncio.BaseTransport.set_protocol
+        """
+        check_given_protocol(protocol, "set_protocol")
+        self._use_protocol(protocol)
+
+    def _use_protocol(self, protocol: Any) -> None:
         self._protocol = protocol
+        if self._pause_is_news:
+            self._door.call_soon(self._tell_of_pause)
 
     def get_protocol(self) -> Any:
         """Return the current protocol; `None` after its `connection_lost`, as asyncio."""
@@ -137,16 +163,36 @@ class ChannelTransport(asyncio.BaseTransport):
         """Return how many bytes were received and sent, and how many wait."""
         return self._bytes_received, self._bytes_sent, self._buffer.size
 
-    def has_paused_writing(self) -> bool:
-        """Whether the protocol has been told to pause writing."""
+    def is_writing_paused(self) -> bool:
+        """Whether writing is paused: `pause_writing` has come, or is about to, and `resume_writing` will follow."""
         paused: bool = self._buffer.paused
         return paused
 
     def _update_flow(self, *, from_channel: bool = False) -> None:
-        name = self._buffer.crossed()
+        buffer = self._buffer
+        if self._pause_is_news and buffer.size <= buffer.low:
+            self._flow("pause_writing", from_channel=from_channel)
+            if self._lost or self._pause_is_news:
+                return
+        name = buffer.crossed()
         if name is not None:
-            logger.debug("%r: %s()", self, name)
-            self._call_protocol(name, from_channel=from_channel)
+            self._flow(name, from_channel=from_channel)
+
+    def _flow(self, name: str, *, from_channel: bool) -> None:
+        self._paused_protocol = self._protocol if name == "pause_writing" else None
+        log_debug(self._door.group, "%r: %s()", self, name)
+        self._call_protocol(name, from_channel=from_channel)
+
+    @property
+    def _pause_is_news(self) -> bool:
+        """Whether writing was paused when the protocol was set, so that it has had no `pause_writing`."""
+        return self._buffer.paused and self._paused_protocol is not self._protocol
+
+    def _tell_of_pause(self) -> None:
+        if self._pause_is_news and not self._lost:
+            self._flow("pause_writing", from_channel=True)
+            if not self._lost:
+                self._update_flow(from_channel=True)
 
     def _call_protocol(self, name: str, *args: Any, from_channel: bool) -> None:
         """Make a callback that may come from inside a method of the transport, or from its channel."""
@@ -160,7 +206,23 @@ class ChannelTransport(asyncio.BaseTransport):
     def _drop_write(self) -> None:
         self._writes_after_loss += 1
         if self._writes_after_loss >= LOST_WRITES_BEFORE_WARNING:
-            logger.warning("%r: the connection is lost, the data written to it is dropped", self)
+            logger.warning("%r: the connection is closed or lost, the data written to it is dropped", self)
+
+    def _write_failed(self, exc: BaseException, doing: str) -> None:
+        """End the connection: it is not known how much was sent.
+
+        For a `RecursionError` the caller has raised the recursion limit by `SPARE_FRAMES`, without calling a function.
+        """
+        if isinstance(exc, RecursionError):
+            # Not here: the limit cannot be lowered to where it is reached.
+            self._door.call_soon(take_spare_frames_back)
+        if self._door.leaves(exc):
+            self._lose(None, aborted=True)
+        self._broken(exc, doing)
+
+    @abstractmethod
+    def _broken(self, exc: BaseException, doing: str) -> None:
+        """End with `connection_lost(exc)`, or raise what leaves through the group."""
 
     # The end
 
@@ -177,9 +239,9 @@ class ChannelTransport(asyncio.BaseTransport):
         if self._lost:
             return
         if exc is not None:
-            logger.debug("%r: lost by %r", self, exc)
+            log_debug(self._door.group, "%r: lost by %r", self, exc)
         else:
-            logger.debug("%r: %s", self, "aborted" if aborted else "lost, all is flushed")
+            log_debug(self._door.group, "%r: %s", self, "aborted" if aborted else "lost, all is flushed")
         self._lost = self._closing = True
         # Before all that may be interrupted: nobody else will do it.
         self._door.call_soon(self._connection_lost, exc, aborted)
@@ -198,7 +260,7 @@ class ChannelTransport(asyncio.BaseTransport):
                 self._channel.close(aborted=aborted)
             finally:
                 # No cycles: the protocol, which most likely keeps the transport, goes with the last one to hold it.
-                self._protocol = None
+                self._protocol = self._paused_protocol = None
                 self._channel.open(nothing, nothing)
                 on_lost(self)
 

@@ -7,6 +7,7 @@ Sizes are bytes. The rules are those of the asyncio documentation, section "Buff
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 DEFAULT_HIGH = 64 * 1024
@@ -141,3 +142,16 @@ def as_bytes_view(data: bytes | bytearray | memoryview) -> bytes | memoryview:
     if not view.c_contiguous or 0 in (view.shape or ()):
         return view.tobytes()
     return view.cast("B")
+
+
+def copied_rest(views: Iterable[bytes | memoryview], count: int) -> list[bytes | memoryview]:
+    """Return what is behind the first `count` bytes of `views`, none of it in memory that its owner may change."""
+    rest: list[bytes | memoryview] = []
+    for view in views:
+        if count >= len(view):
+            count -= len(view)
+            continue
+        part = memoryview(view)[count:] if count else view
+        count = 0
+        rest.append(part if type(view) is bytes else bytes(part))
+    return rest

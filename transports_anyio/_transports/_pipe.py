@@ -16,7 +16,7 @@ class ReadPipeTransport(StreamTransport):
 
     __slots__ = ()
 
-    def _broken(self, exc: Exception, doing: str) -> None:
+    def _broken(self, exc: BaseException, doing: str) -> None:
         super()._broken(exc, doing)
         # As asyncio: a terminal that has gone (EIO) is no error, anything else is. What cannot be waited for is raised.
         if doing == "read" and isinstance(exc, OSError) and exc.errno != errno.EIO:
@@ -45,12 +45,16 @@ class WritePipeTransport(StreamTransport):
 
     def _read_ready(self) -> None:
         if self._channel.has_hung_up():
-            error = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-            self._lose(error if self._buffer.size else None, aborted=True)
+            self.reader_gone()
         else:
             # Input, which a descriptor that can do both may get, and nobody here wants. Where the system cannot tell it
             # from a hang-up it would be reported for ever; that the reader has gone shows at the next write.
             self._channel.set_reading(False)
+
+    def reader_gone(self) -> None:
+        """Drop what is buffered and end, with a `BrokenPipeError` if anything was: its reader has gone."""
+        error = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        self._lose(error if self._buffer.size else None, aborted=True)
 
     def resume_reading(self) -> None:
         """Do nothing: there is nothing to read, and no pause may end the watch for the reader's hang-up."""
@@ -58,12 +62,6 @@ class WritePipeTransport(StreamTransport):
     def _describe(self) -> list[str]:
         # A writing end never reads: that needs no pause.
         return [part for part in super()._describe() if part != "reading paused"]
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self._closing and isinstance(data, (bytes, bytearray, memoryview)):
-            self._drop_write()
-        else:
-            super().write(data)
 
     def can_write_eof(self) -> bool:
         """Whether `write_eof` is supported: always."""

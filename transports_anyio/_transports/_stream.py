@@ -7,15 +7,16 @@ connection_lost`, with `pause_writing [resume_writing]` pairs anywhere between t
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.lowlevel
 
-from .._errors import logger
+from .._errors import log_debug, logger
 from .._waiters import Event
-from ._base import ChannelTransport, nothing
-from ._flow_control import WriteBuffer, are_large, as_bytes_view
+from ._base import SPARE_FRAMES, ChannelTransport, nothing
+from ._flow_control import WriteBuffer, are_large, as_bytes_view, copied_rest
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -56,6 +57,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         "_reading_paused",
         "_successor",
         "_upgrading",
+        "_writes_dropped",
         "_writing_refused",
     )
 
@@ -70,7 +72,8 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         on_lost: Callable[[StreamTransport], None],
     ) -> None:
         super().__init__(door, channel, WriteBuffer(), protocol, on_lost)
-        self._flushed = False  # No more is sent: the flush of `close` is over, or the connection is lost.
+        self._flushed = False  # The flush of `close` is over, or the connection is lost.
+        self._writes_dropped = False  # What is written now would not be sent.
         self._reading_paused = False
         self._eof_received = False
         self._eof_written = False
@@ -82,7 +85,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
     def start(self) -> None:
         """Tell the protocol of its connection, then begin to read; raises `OSError` when that is not possible."""
-        logger.debug("%r: connection made, with a %s", self, type(self._protocol).__qualname__)
+        log_debug(self._door.group, "%r: connection made, with a %s", self, type(self._protocol).__qualname__)
         try:
             self._call(self._protocol.connection_made, self)
         except BaseException as exc:
@@ -99,9 +102,8 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
     # Base
 
-    def set_protocol(self, protocol: Any) -> None:
-        """Give every later callback to `protocol`."""
-        super().set_protocol(protocol)
+    def _use_protocol(self, protocol: Any) -> None:
+        super()._use_protocol(protocol)
         self._buffered_protocol = isinstance(protocol, asyncio.BufferedProtocol)
 
     def close(self) -> None:
@@ -114,8 +116,9 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             self._successor.close()
         if self._closing:
             return
-        logger.debug("%r: closing", self)
+        log_debug(self._door.group, "%r: closing", self)
         self._closing = True
+        self._writes_dropped = self._channel.drops_after_close
         if self._file is not None:
             self._file.progress.set()
         if self._buffer.size:
@@ -134,6 +137,10 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
     def is_reading(self) -> bool:
         """Whether the transport is neither closing nor paused."""
         return not self._closing and not self._reading_paused
+
+    def is_eof_received(self) -> bool:
+        """Whether the peer's end of file has come: `eof_received` is not called any more, nor is `data_received`."""
+        return self._eof_received
 
     def pause_reading(self) -> None:
         """Receive nothing until `resume_reading`. Does nothing when paused or closing."""
@@ -160,7 +167,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             data = self._channel.receive()
         except (BlockingIOError, InterruptedError):
             return
-        except Exception as exc:
+        except BaseException as exc:
             self._broken(exc, "read")
             return
         if not data:
@@ -194,7 +201,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         except OSError as exc:
             self._broken(exc, "read")
             return False
-        except Exception as exc:  # What cannot be received into: a read-only buffer, or one that is not contiguous.
+        except BaseException as exc:  # What cannot be received into: a read-only buffer, or one that is not contiguous.
             self._callback_failed(exc, "get_buffer")
             return False
         if not count:
@@ -207,7 +214,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         return False
 
     def _end_of_file(self) -> None:
-        logger.debug("%r: end of file received", self)
+        log_debug(self._door.group, "%r: end of file received", self)
         self._eof_received = True
         # An ended stream stays readable for ever, so it leaves the poller whatever the protocol answers.
         self._channel.set_reading(False)
@@ -227,8 +234,9 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data`, as much as possible at once, and buffer the rest.
 
-        The caller may change the buffer afterwards. After the connection is lost the data is dropped, with a
-        warning in the log from the fifth time on.
+        The caller may change the buffer afterwards. After the connection is lost the data is dropped, over TLS and
+        pipes after `close` already, with a warning in the log from the fifth time on. An error while sending ends the
+        connection; `connection_lost` gets it. A `MemoryError` is raised if nothing of `data` has been taken.
 
         Raises `TypeError` for anything that is not bytes-like; `RuntimeError` after `write_eof`, while `sendfile` is
         under way, and once `start_tls` has returned a new transport; `NotImplementedError` on an end that only reads.
@@ -245,26 +253,33 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             self._refuse_writing("write")
         if not view:
             return
-        if self._flushed:
+        if self._writes_dropped:
             self._drop_write()
             return
-        if not self._buffer.size:
-            try:
-                sent = self._channel.send(view)
-            except (BlockingIOError, InterruptedError):
-                sent = 0
-            except Exception as exc:
-                self._broken(exc, "write")
-                return
-            self._bytes_sent += sent
-            if sent == len(view):
-                return
-            self._channel.set_writing(True)
-            if sent:
-                view = memoryview(view)[sent:]
-        # Only the bytes of a `bytes` object cannot be changed by the caller afterwards.
-        self._buffer.append(view if type(data) is bytes else bytes(view))
-        self._update_flow()
+        # Only the bytes of a `bytes` object cannot be changed by the caller afterwards. Where other data waits the copy
+        # comes first: if there is no memory for it, nothing of it has been taken.
+        chunk = None if not self._buffer.size else view if type(data) is bytes else bytes(view)
+        try:
+            if chunk is None:
+                try:
+                    sent = self._channel.send(view)
+                    if sent == len(view):
+                        self._bytes_sent += sent
+                        return
+                except (BlockingIOError, InterruptedError):
+                    sent = 0
+                self._bytes_sent += sent
+                if sent:
+                    view = memoryview(view)[sent:]
+                chunk = view if type(data) is bytes else bytes(view)
+                self._channel.set_writing(True)
+            self._buffer.append(chunk)
+            self._update_flow()
+        except BaseException as exc:
+            # Nothing may follow a message of which only a part was sent.
+            if isinstance(exc, RecursionError):
+                sys.setrecursionlimit(sys.getrecursionlimit() + SPARE_FRAMES)
+            self._write_failed(exc, "write")
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write the chunks of `list_of_data` in order, as one write. Raises as `write` does."""
@@ -272,8 +287,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             self._refuse_writing("writelines")
         chunks = list(list_of_data)
         if are_large(chunks):
-            if self._send_or_buffer(chunks):
-                self._update_flow()
+            self._write_many(chunks)
             return
         try:
             data = b"".join(chunks)
@@ -281,35 +295,33 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             data = b"".join(map(as_bytes_view, chunks))
         self.write(data)
 
-    def _send_or_buffer(self, chunks: list[bytes | bytearray | memoryview]) -> bool:
-        """Send `chunks` without joining them, as much as possible at once; return whether some of it was buffered."""
+    def _write_many(self, chunks: list[bytes | bytearray | memoryview]) -> None:
+        """Write `chunks` without joining them."""
         views = [view for view in map(as_bytes_view, chunks) if view]
         if not views:
-            return False
-        if self._flushed:
+            return
+        if self._writes_dropped:
             self._drop_write()
-            return False
-        sent = 0
-        if not self._buffer.size:
-            try:
-                sent = self._channel.send_many(views)
-            except (BlockingIOError, InterruptedError):
-                pass
-            except Exception as exc:
-                self._broken(exc, "write")
-                return False
-            self._bytes_sent += sent
-            if sent == sum(map(len, views)):
-                return False
-            self._channel.set_writing(True)
-        for view in views:
-            if sent >= len(view):
-                sent -= len(view)
-                continue
-            rest = memoryview(view)[sent:] if sent else view
-            sent = 0
-            self._buffer.append(rest if type(view) is bytes else bytes(rest))
-        return True
+            return
+        rest = copied_rest(views, 0) if self._buffer.size else None  # As in `write`.
+        try:
+            if rest is None:
+                try:
+                    sent = self._channel.send_many(views)
+                    self._bytes_sent += sent
+                except (BlockingIOError, InterruptedError):
+                    sent = 0
+                rest = copied_rest(views, sent)
+                if not rest:
+                    return
+                self._channel.set_writing(True)
+            for chunk in rest:
+                self._buffer.append(chunk)
+            self._update_flow()
+        except BaseException as exc:
+            if isinstance(exc, RecursionError):
+                sys.setrecursionlimit(sys.getrecursionlimit() + SPARE_FRAMES)
+            self._write_failed(exc, "write")
 
     def _refuse_writing(self, name: str) -> NoReturn:
         if not self._channel.can_send:
@@ -354,12 +366,12 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
                 sent = self._channel.send_many(buffer.chunks)
             else:
                 sent = 0  # It is `until_writable` that wants to know.
+            buffer.take(sent)
         except (BlockingIOError, InterruptedError):
             return
-        except Exception as exc:
+        except BaseException as exc:
             self._broken(exc, "write")
             return
-        buffer.take(sent)
         self._bytes_sent += sent
         self._update_flow(from_channel=True)
         # `resume_writing` may have written more, closed or aborted.
@@ -373,10 +385,10 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
                 self._send_eof()
 
     def _send_eof(self) -> None:
-        logger.debug("%r: end of file sent", self)
+        log_debug(self._door.group, "%r: end of file sent", self)
         try:
             self._channel.send_eof()
-        except OSError as exc:
+        except Exception as exc:
             self._broken(exc, "shutdown")
 
     # Sending a file, for one task at a time: `begin_sendfile`, then the others in any order, then `end_sendfile`.
@@ -413,7 +425,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         """Wait until nothing is buffered and something could be sent. Raises as `flush` does."""
         file = self._require_open()
         file.progress = Event()
-        self._channel.set_writing(True)
+        self._await_output()
         await file.progress.wait()
         self._require_open()
 
@@ -427,10 +439,15 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         return file
 
     def send_file(self, descriptor: int, offset: int, count: int) -> int:
-        """Send from a file, past the buffer, and return how many bytes went, 0 at its end. Raises `OSError`."""
+        """Send from a file, past the buffer, and return how many bytes went, 0 at its end.
+
+        Raises `FileError` for what the file cannot do, and `OSError`.
+        """
         try:
             sent = self._channel.send_file(descriptor, offset, count)
-        except ConnectionError as exc:
+        except (BlockingIOError, InterruptedError):
+            raise
+        except OSError as exc:
             self._broken(exc, "sendfile")
             raise
         self._bytes_sent += sent
@@ -440,8 +457,15 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         """Send `data`, or buffer what cannot be sent yet. Raises as `flush` does, `TypeError` for what is not bytes."""
         self._require_open()
         self._buffer.append(as_bytes_view(data))
-        self._channel.set_writing(True)
+        self._await_output()
         self._write_ready()
+
+    def _await_output(self) -> None:
+        try:
+            self._channel.set_writing(True)
+        except OSError as exc:  # As in `_await_input`.
+            self._broken(exc, "wait")
+            raise
 
     def end_sendfile(self) -> None:
         """Let the transport and its protocol go on."""
@@ -476,19 +500,14 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         if self._writing_refused or self._upgrading:
             self._refuse_writing("start_tls")
         channel = wrap(self._channel, b"".join(self._buffer.chunks))
-        logger.debug("%r: upgrading to TLS", self)
+        log_debug(self._door.group, "%r: upgrading to TLS", self)
         # A protocol that was paused stays so until the new transport has begun: the bytes still wait.
         self._buffer.clear()
         self._upgrading = True
         self._channel = channel
         channel.open(self._read_ready, self._write_ready)
-        self.set_protocol(protocol)
+        self._use_protocol(protocol)
         return channel
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the peer has ended its stream."""
-        return self._eof_received
 
     def belongs_to(self, group: object) -> bool:
         """Whether `group` owns the transport."""
@@ -514,12 +533,14 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         successor._reading_paused = True
         self._channel.set_reading(False)  # `resume_reading` may have been called since.
         successor._buffer = self._buffer
+        successor._paused_protocol = self._paused_protocol
+        successor._use_protocol(self._protocol)  # Which may have to be told of a pause.
         self._successor = successor
         self._closing = self._lost = self._writing_refused = True
         return successor
 
     def _successor_lost(self, _: StreamTransport) -> None:
-        self._protocol = None
+        self._protocol = self._paused_protocol = None
         on_lost, self._on_lost = self._on_lost, nothing  # No cycle with a transport that was upgraded before this one.
         on_lost(self)
 
@@ -529,7 +550,10 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             return  # Since the handshake, and the protocol may know already.
         self._update_flow()
         if self._buffer.size:
-            self._channel.set_writing(True)
+            try:
+                self._await_output()
+            except OSError:
+                return  # `connection_lost` has it.
         self.resume_reading()
 
     # The end: every way out goes through `_lose`, and `connection_lost` is called in one place.
@@ -538,10 +562,10 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         """End in order, now that everything is flushed."""
         if self._flushed:
             return
-        self._flushed = True
+        self._flushed = self._writes_dropped = True
         try:
             over = self._channel.finish(self._finished)
-        except Exception as exc:
+        except BaseException as exc:
             self._broken(exc, "close")
             return
         if over:
@@ -561,16 +585,18 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         else:
             self._lose(None)
 
-    def _broken(self, exc: Exception, doing: str) -> None:
+    def _broken(self, exc: BaseException, doing: str) -> None:
+        if self._door.leaves(exc):
+            raise exc
         # As asyncio: a connection that breaks is the protocol's business, and nothing else is.
-        logger.debug("%r: %s failed: %r", self, doing, exc)
+        log_debug(self._door.group, "%r: %s failed: %r", self, doing, exc)
         self._lose(exc, aborted=True)
         if not isinstance(exc, OSError):
             self._door.report(f"Fatal {doing} error on stream transport", exc, self, self._protocol)
 
     def _lose(self, exc: BaseException | None, *, aborted: bool = False) -> None:
         if not self._lost:
-            self._flushed = True
+            self._flushed = self._writes_dropped = True
             if self._file is not None:
                 self._file.error = exc
                 self._file.progress.set()

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._channels._child import KILLED
-from .._errors import failed_callback, logger
+from .._door import check_given_protocol
+from .._errors import failed_callback, log_debug
 from .._waiters import Event
 from ._pipe import WritePipeTransport
 
@@ -34,10 +35,10 @@ class PipeProtocol(asyncio.Protocol):
         self._child.tell_in_place("pipe_data_received", self._fd, data)
 
     def pause_writing(self) -> None:
-        self._child.tell_in_place("pause_writing")
+        self._child.flow("pause_writing")
 
     def resume_writing(self) -> None:
-        self._child.tell_in_place("resume_writing")
+        self._child.flow("resume_writing")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._child.pipe_lost(self._fd, exc)
@@ -61,9 +62,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         "_failure",
         "_on_lost",
         "_open_pipes",
+        "_paused_protocol",
         "_pipes",
         "_protocol",
         "_returncode",
+        "_writing_paused",
     )
 
     def __init__(self, door: Door, child: Child, protocol: Any, on_lost: Callable[[SubprocessTransport], None]) -> None:
@@ -76,13 +79,15 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._returncode: int | None = None
         self._ended = Event()
         self._closed = False
+        self._writing_paused = False
+        self._paused_protocol: Any = None  # As in the other transports.
         self._failure: BaseException | None = None  # What a callback has raised: `connection_lost` gets it.
 
     def start(self, pipes: dict[int, StreamTransport]) -> None:
         """Tell the protocol of its child, then begin to read from the pipes; its end is awaited from now on."""
         self._pipes = pipes
         self._open_pipes = len(pipes)
-        logger.debug("%r: spawned, with a %s", self, type(self._protocol).__qualname__)
+        log_debug(self._door.group, "%r: spawned, with a %s", self, type(self._protocol).__qualname__)
         # Before `connection_made`, which may raise what leaves through the group. The end is told in a later turn.
         self._child.watch(self._exited)
         try:
@@ -98,8 +103,15 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._child.handle if name == "subprocess" else default
 
     def set_protocol(self, protocol: Any) -> None:
-        """Give every later callback to `protocol`."""
+        """Give every later callback to `protocol`.
+
+        If writing is paused, its `pause_writing` is called, soon, and `resume_writing` as ever. Raises `TypeError` for
+        what can never be a protocol, such as a protocol class.
+        """
+        check_given_protocol(protocol, "set_protocol")
         self._protocol = protocol
+        if self._pause_is_news:
+            self._door.call_soon(self._tell_of_pause)
 
     def get_protocol(self) -> Any:
         """Return the current protocol; `None` after its `connection_lost`, as asyncio."""
@@ -140,10 +152,13 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._closed
 
     def close(self) -> None:
-        """Close the pipes, standard input after what is buffered, and kill the process if it still runs."""
+        """Close the pipes, standard input after what is buffered, and kill the process if it still runs.
+
+        What is still buffered for standard input when the process has ended is dropped.
+        """
         if self._closed:
             return
-        logger.debug("%r: closing", self)
+        log_debug(self._door.group, "%r: closing", self)
         self._closed = True
         for pipe in self._pipes.values():
             pipe.close()
@@ -151,6 +166,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self.kill()
         except (ProcessLookupError, PermissionError):
             pass  # It has ended already, or runs as somebody else.
+        self._drop_input()
 
     def abort(self) -> None:
         """Kill the process, wait for its end, and drop what is buffered: the end of the group, which is final."""
@@ -171,9 +187,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             waiting += more_waiting
         return received, sent, waiting
 
-    def has_paused_writing(self) -> bool:
-        """Whether the protocol has been told to pause writing."""
-        return any(pipe.has_paused_writing() for pipe in self._pipes.values())
+    def is_writing_paused(self) -> bool:
+        """Whether writing is paused: `pause_writing` has come, or is about to, and `resume_writing` will follow."""
+        return self._writing_paused
 
     async def _wait(self) -> int | None:
         """Wait for the end of the process, and return its exit status: for `asyncio.subprocess`, which calls this."""
@@ -195,6 +211,24 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._door.call_in_place(getattr(self._protocol, name), *args)
         except BaseException as exc:
             self._failed(name, exc)
+
+    def flow(self, name: str) -> None:
+        """Pass `pause_writing` or `resume_writing` on, to a protocol that may have been set in between."""
+        if name == "resume_writing" and self._pause_is_news:
+            self._paused_protocol = self._protocol
+            self.tell_in_place("pause_writing")
+        self._writing_paused = name == "pause_writing"
+        self._paused_protocol = self._protocol if self._writing_paused else None
+        self.tell_in_place(name)
+
+    @property
+    def _pause_is_news(self) -> bool:
+        return self._writing_paused and self._paused_protocol is not self._protocol
+
+    def _tell_of_pause(self) -> None:
+        if self._pause_is_news and self._protocol is not None:
+            self._paused_protocol = self._protocol
+            self.tell("pause_writing")
 
     def _failed(self, name: str, exc: BaseException) -> None:
         if self._failure is None and isinstance(exc, Exception):
@@ -218,14 +252,24 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             return  # `abort` came while the end was being told.
         self._returncode = returncode
         self._ended.set()
-        logger.debug("%r: exited", self)
+        log_debug(self._door.group, "%r: exited", self)
         stdin = self._pipes.get(0)
         if isinstance(stdin, WritePipeTransport) and not stdin.can_notice_hangup:
             stdin.close()  # Nothing else would ever end it.
+        self._drop_input()
         try:
             self.tell("process_exited")
         finally:
             self._finish()
+
+    def _drop_input(self) -> None:
+        """Drop what is buffered for the process, once it has ended and the transport is closed.
+
+        Only a grandchild that has inherited the pipe could receive it, and a grandchild need never read.
+        """
+        stdin = self._pipes.get(0)
+        if self._closed and self._returncode is not None and isinstance(stdin, WritePipeTransport):
+            stdin.reader_gone()
 
     def _finish(self) -> None:
         if self._returncode is not None and not self._open_pipes:
@@ -233,11 +277,13 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _connection_lost(self) -> None:
         self._closed = True
-        logger.debug("%r: lost", self)
+        log_debug(self._door.group, "%r: lost", self)
         try:
             self.tell("connection_lost", self._failure)
         finally:
-            self._failure = self._protocol = None  # No cycles: it most likely keeps the transport.
+            self._failure = self._protocol = self._paused_protocol = (
+                None  # No cycles: it most likely keeps the transport.
+            )
             self._child.let_go()
             self._on_lost(self)
 

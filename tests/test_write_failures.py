@@ -1,0 +1,476 @@
+"""What fails inside `write`, `writelines`, `sendto` and `sendfile` once something may have been sent.
+
+No message may follow one of which only a part went out: either nothing of it was taken, or the connection ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import select
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import anyio
+import pytest
+from anyio.abc import SocketStream
+from support import GUARD, Peer, Recorder, Stack, collect_contexts, connected, fill, listening, turns, until
+from tls_support import NAME, Certificates, TLSPeer, together
+
+from transports_anyio import DatagramProtocol
+from transports_anyio.testing import Recorder as PublicRecorder, memory_connection
+
+pytestmark = pytest.mark.anyio
+
+#: Bytes of a message that there is no memory to copy.
+HUGE = 400 << 20
+
+
+@pytest.fixture(scope="module")
+def certificates(certificate_authority: Any) -> Certificates:
+    return Certificates(certificate_authority)
+
+
+@contextmanager
+def no_memory(room: int = 100 << 20) -> Iterator[None]:
+    """Let the process have `room` more bytes of address space, and no more."""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("needs /proc and RLIMIT_AS")
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+# -- ways to be connected: each yields the transport, its protocol, and what returns all that the peer gets ------------
+
+
+@asynccontextmanager
+async def tcp(group: Any, _: Certificates) -> AsyncIterator[tuple[Any, Recorder, Callable[[], Any]]]:
+    async with connected(group, small=True) as (transport, protocol, peer):
+        yield transport, protocol, lambda: received_from(peer)
+
+
+@asynccontextmanager
+async def unix(group: Any, _: Certificates) -> AsyncIterator[tuple[Any, Recorder, Callable[[], Any]]]:
+    ours, theirs = socket.socketpair()
+    transport, protocol = await group.create_unix_connection(Recorder, sock=ours)
+    with Peer(theirs) as peer:
+        yield transport, protocol, lambda: received_from(peer)
+
+
+@asynccontextmanager
+async def tls(group: Any, certificates: Certificates) -> AsyncIterator[tuple[Any, Recorder, Callable[[], Any]]]:
+    ours, theirs = socket.socketpair()
+    (transport, protocol), peer = await together(
+        lambda: group.create_connection(Recorder, sock=ours, ssl=certificates.client(), server_hostname=NAME),
+        lambda: TLSPeer.wrap(theirs, certificates.server(), server_side=True),
+    )
+    with peer:
+        yield transport, protocol, lambda: received_from(peer)
+
+
+@asynccontextmanager
+async def pipe(group: Any, _: Certificates) -> AsyncIterator[tuple[Any, Recorder, Callable[[], Any]]]:
+    reading, writing = os.pipe()
+    transport, protocol = await group.connect_write_pipe(Recorder, os.fdopen(writing, "wb", 0))
+
+    async def received() -> bytes:
+        got = b""
+        with os.fdopen(reading, "rb", 0) as file:
+            while data := await anyio.to_thread.run_sync(file.read, 65536):
+                got += data
+        return got
+
+    yield transport, protocol, received
+
+
+@asynccontextmanager
+async def stream(group: Any, _: Certificates) -> AsyncIterator[tuple[Any, Recorder, Callable[[], Any]]]:
+    with listening() as listener:
+        anyio_stream: SocketStream = await anyio.connect_tcp(*listener.getsockname())
+        sock, _ = listener.accept()
+    transport, protocol = await group.connect_stream(Recorder, anyio_stream)
+    with Peer(sock) as peer:
+        yield transport, protocol, lambda: received_from(peer)
+
+
+async def received_from(peer: Peer) -> bytes:
+    data = bytearray()
+    try:
+        while more := await peer.receive(1 << 18):
+            data += more
+    except OSError:  # It was reset, or ended without `close_notify`.
+        pass
+    peer.close()  # Over TLS the other end waits for it.
+    return bytes(data)
+
+
+WAYS = pytest.mark.parametrize("connect", [tcp, unix, tls, pipe, stream])
+
+WRITES = pytest.mark.parametrize(
+    "write",
+    [
+        lambda transport, data: transport.write(data),
+        lambda transport, data: transport.writelines([data, b"behind it"]),
+    ],
+    ids=["write", "writelines"],
+)
+
+
+@WAYS
+@WRITES
+@pytest.mark.ours_only("asyncio copies nothing, and keeps a buffer that its owner may change")
+async def test_w17_a_write_that_fails_half_way_ends_the_connection(
+    stack: Stack, certificates: Certificates, connect: Any, write: Any
+) -> None:
+    message = bytearray(HUGE)
+    async with stack.open() as group, connect(group, certificates) as (transport, protocol, received):
+        contexts = collect_contexts(group)
+        with no_memory():
+            write(transport, message)
+        assert transport.is_closing()
+        transport.write(b"the next message")
+        assert transport.get_write_buffer_size() == 0
+        await protocol.wait_for("connection_lost")
+        assert isinstance(protocol.lost_with, MemoryError)
+        assert [type(context["exception"]) for context in contexts] == [MemoryError]
+        got = await received()
+        assert len(got) < HUGE
+        assert got == bytes(len(got))
+
+
+@WAYS
+@WRITES
+@pytest.mark.ours_only("asyncio copies nothing, and keeps a buffer that its owner may change")
+async def test_w17_a_write_behind_others_that_fails_leaves_them_alone(
+    stack: Stack, certificates: Certificates, connect: Any, write: Any
+) -> None:
+    """Nothing of it was taken, and the caller knows."""
+    message = bytearray(b"x") * HUGE
+    async with stack.open() as group, connect(group, certificates) as (transport, protocol, received):
+        contexts = collect_contexts(group)
+        size = fill(transport)
+        with no_memory(), pytest.raises(MemoryError):
+            write(transport, message)
+        del message
+        assert not transport.is_closing()
+        transport.write(b"the next message")
+        transport.close()
+        assert await received() == bytes(size) + b"the next message"
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is None
+        assert contexts == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no epoll")
+@pytest.mark.ours_only("asyncio raises it, behind a hole")
+@pytest.mark.parametrize("connect", [tcp, unix, tls, pipe])
+@WRITES
+async def test_w17_no_descriptor_can_be_watched_for_writing(
+    stack: Stack, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, connect: Any, write: Any
+) -> None:
+    """ENOSPC of epoll (`max_user_watches`) for a transport that has paused reading, and so is not watched yet."""
+    failure = OSError(errno.ENOSPC, "as the system would")
+
+    def full(*_: object) -> None:
+        raise failure
+
+    async with stack.open() as group, connect(group, certificates) as (transport, protocol, received):
+        contexts = collect_contexts(group)
+        if connect is not pipe:
+            transport.pause_reading()
+        await turns()
+        with monkeypatch.context() as patch:
+            patch.setattr("transports_anyio._readiness.EpollList.add", full)
+            patch.setattr("transports_anyio._readiness.EpollList.change", full)
+            write(transport, bytes(8 << 20))
+        assert transport.is_closing()
+        transport.write(b"the next message")
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is failure
+        assert contexts == []
+        got = await received()
+        assert 0 < len(got) < 8 << 20
+        assert got == bytes(len(got))
+
+
+# -- the recursion limit ----------------------------------------------------------------------------------------------
+
+
+def at_depth(depth: int, call: Callable[[], None]) -> None:
+    """Call with so many frames more on the stack."""
+    if depth:
+        at_depth(depth - 1, call)
+    else:
+        call()
+
+
+def frames_left() -> int:
+    """How many frames fit on the stack of the caller."""
+
+    def count(number: int) -> int:
+        try:
+            return count(number + 1)
+        except RecursionError:
+            return number
+
+    return count(1)
+
+
+@WAYS
+@WRITES
+@pytest.mark.parametrize("size", [10, 8 << 20])
+@pytest.mark.ours_only("asyncio raises it, behind a hole")
+async def test_w17_writing_near_the_recursion_limit(
+    stack: Stack, certificates: Certificates, connect: Any, write: Any, size: int
+) -> None:
+    limit = sys.getrecursionlimit()
+    ended = taken = refused = 0
+    for spare in range(1, 25):
+        async with stack.open() as group, connect(group, certificates) as (transport, protocol, received):
+            contexts = collect_contexts(group)
+            raised = False
+            try:
+                at_depth(frames_left() - spare, lambda: write(transport, bytes(size)))
+            except RecursionError:
+                raised = True
+            whole = size if write is WRITES.args[1][0] else size + len(b"behind it")
+            closing = transport.is_closing()
+            transport.write(b"the next message")
+            transport.close()
+            got = await received()
+            await protocol.wait_for("connection_lost")
+            if closing:
+                ended += 1
+                assert not raised
+                assert isinstance(protocol.lost_with, RecursionError)
+                assert [type(context["exception"]) for context in contexts] == [RecursionError]
+                assert b"the next message" not in got
+            elif raised:
+                refused += 1
+                assert got == b"the next message"
+            else:
+                taken += 1
+                assert len(got) == whole + len(b"the next message")
+                assert got.endswith(b"the next message")
+            assert sys.getrecursionlimit() == limit
+    assert refused
+    assert taken
+    assert ended or size == 10
+
+
+# -- datagrams --------------------------------------------------------------------------------------------------------
+
+
+class Endpoint(DatagramProtocol):
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+        self.lost: list[Exception | None] = []
+
+    def error_received(self, exc: Exception) -> None:
+        self.errors.append(exc)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost.append(exc)
+
+
+@asynccontextmanager
+async def full_endpoint(group: Any) -> AsyncIterator[tuple[Any, Endpoint, socket.socket, int]]:
+    """A datagram endpoint in which datagrams wait: the transport, its protocol, the peer, and how many were sent."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with theirs:
+        theirs.setblocking(False)
+        transport, protocol = await group.create_datagram_endpoint(Endpoint, sock=ours)
+        sent = 0
+        while not transport.get_write_buffer_size():
+            transport.sendto(b"one")
+            sent += 1
+        yield transport, protocol, theirs, sent
+
+
+async def datagrams(sock: socket.socket, count: int) -> list[bytes]:
+    got = []
+    with anyio.fail_after(GUARD):
+        while len(got) < count:
+            try:
+                got.append(sock.recv(100))
+            except BlockingIOError:
+                await anyio.sleep(0.001)
+    return got
+
+
+@pytest.mark.ours_only("asyncio of Python 3.13 copies as well, and says so in other words")
+async def test_w17_sendto_without_memory(stack: Stack) -> None:
+    message = bytearray(HUGE)
+    async with stack.open() as group, full_endpoint(group) as (transport, protocol, peer, sent):
+        with no_memory(), pytest.raises(MemoryError):
+            transport.sendto(message)
+        transport.sendto(b"the last")
+        assert await datagrams(peer, sent + 1) == [b"one"] * sent + [b"the last"]
+        assert not transport.is_closing()
+        assert protocol.errors == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no epoll")
+@pytest.mark.ours_only("asyncio raises it out of sendto")
+async def test_w17_sendto_that_cannot_wait(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an error of one datagram, which is not sent; the endpoint lives on."""
+    failure = OSError(errno.ENOSPC, "as the system would")
+
+    def full(*_: object) -> None:
+        raise failure
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with theirs:
+        theirs.setblocking(False)
+        async with stack.open() as group:
+            transport, protocol = await group.create_datagram_endpoint(Endpoint, sock=ours)
+            sent = 0
+            with monkeypatch.context() as patch:
+                patch.setattr("transports_anyio._readiness.EpollList.change", full)
+                while not protocol.errors:
+                    transport.sendto(b"one")
+                    sent += 1
+            assert protocol.errors == [failure]
+            assert transport.get_write_buffer_size() == 0
+            assert await datagrams(theirs, sent - 1) == [b"one"] * (sent - 1)
+            transport.sendto(b"the last")
+            assert await datagrams(theirs, 1) == [b"the last"]
+
+
+@pytest.mark.ours_only("asyncio raises it out of sendto")
+async def test_w17_sendto_near_the_recursion_limit(stack: Stack) -> None:
+    limit = sys.getrecursionlimit()
+    outcomes = set()
+    for spare in range(1, 20):
+        async with stack.open() as group:
+            collect_contexts(group)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+            with theirs:
+                theirs.setblocking(False)
+                transport, protocol = await group.create_datagram_endpoint(Endpoint, sock=ours)
+                sent = 0
+                while writable(transport.get_extra_info("socket").fileno()):
+                    transport.sendto(b"one")
+                    sent += 1
+                raised = False
+                try:
+                    at_depth(frames_left() - spare, lambda: transport.sendto(b"deep"))  # noqa: B023
+                except RecursionError:
+                    raised = True
+                closing = transport.is_closing()
+                outcomes.add("ended" if closing else "raised" if raised else "taken")
+                if closing:
+                    await until(lambda: protocol.lost)  # noqa: B023
+                    assert isinstance(protocol.lost[0], RecursionError)
+                else:
+                    transport.sendto(b"the last")
+                    got = await datagrams(theirs, sent + (1 if raised else 2))
+                    assert got == [b"one"] * sent + ([] if raised else [b"deep"]) + [b"the last"]
+        assert sys.getrecursionlimit() == limit
+    assert outcomes == {"ended", "raised", "taken"}
+
+
+def writable(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no epoll")
+@pytest.mark.ours_only("asyncio raises it, and the connection goes on behind a part of the file")
+@pytest.mark.parametrize("native", [True, False])
+async def test_w17_sendfile_that_cannot_wait(stack: Stack, monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    failure = OSError(errno.ENOSPC, "as the system would")
+
+    def full(*_: object) -> None:
+        raise failure
+
+    async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
+        with tempfile.TemporaryFile() if native else open("/dev/zero", "rb") as file:
+            if native:
+                file.truncate(64 << 20)
+            with monkeypatch.context() as patch:
+                patch.setattr("transports_anyio._readiness.EpollList.add", full)
+                with anyio.fail_after(GUARD), pytest.raises(OSError) as caught:
+                    await group.sendfile(transport, file, 0, 64 << 20)
+        assert caught.value is failure
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is failure
+        assert len(await received_from(peer)) < 64 << 20
+
+
+@pytest.mark.ours_only("asyncio leaves the connection open, whose error has been spent")
+@pytest.mark.parametrize("code", [errno.ETIMEDOUT, errno.EHOSTUNREACH])
+async def test_w17_an_error_of_the_connection_in_sendfile(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """The socket reports it once, here to `os.sendfile`; it is none of the file's, which is not read instead."""
+
+    def fail(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    async with stack.open() as group, connected(group) as (transport, protocol, _):
+        with tempfile.TemporaryFile() as file:
+            file.write(b"content")
+            monkeypatch.setattr(os, "sendfile", fail)
+            with anyio.fail_after(GUARD), pytest.raises(OSError) as caught:
+                await group.sendfile(transport, file)
+        assert caught.value.errno == code
+        await protocol.wait_for("connection_lost")
+        assert protocol.lost_with is caught.value
+
+
+# -- after `close` ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("connect", [tcp, unix, tls, pipe])
+@WRITES
+async def test_what_is_written_after_close_while_it_flushes(
+    stack: Stack, certificates: Certificates, connect: Any, write: Any
+) -> None:
+    """Sent over plain sockets; dropped over TLS and pipes."""
+    async with stack.open() as group, connect(group, certificates) as (transport, protocol, received):
+        if stack.is_oracle:
+            group.protocols.append(protocol)
+        size = fill(transport, 600_000)
+        transport.close()
+        lines = write is WRITES.args[1][1]
+        if not (stack.is_oracle and lines):  # Which raises in asyncio of Python 3.13.
+            write(transport, b"late")
+        got = await received()
+        await protocol.wait_for("connection_lost")
+        assert got[:size] == bytes(size)
+        if connect in (tls, pipe) or (stack.is_oracle and lines):
+            assert got[size:] == b""
+        else:
+            assert got[size:] == (b"latebehind it" if lines else b"late")
+
+
+@pytest.mark.ours_only("asyncio has nothing in memory")
+async def test_w17_memory_connection(stack: Stack) -> None:
+    async with stack.open() as group:
+        (a, one), (_, other) = await memory_connection(group, PublicRecorder, PublicRecorder, buffer_size=1000)
+        collect_contexts(group)
+        message = bytearray(HUGE)
+        with no_memory():
+            a.write(message)
+        a.write(b"the next message")
+        with anyio.fail_after(GUARD):
+            await other.wait_for("connection_lost")
+            await one.wait_for("connection_lost")
+        assert isinstance(one.exception, MemoryError)
+        assert bytes(other.received) == bytes(len(other.received))
