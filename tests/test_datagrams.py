@@ -1003,6 +1003,40 @@ async def test_what_cannot_be_an_address_is_reported_and_the_endpoint_stays_open
         assert protocol.lost == []
 
 
+@pytest.mark.ours_only("it has no such sockets")
+@pytest.mark.parametrize("kind", ["udp", "unix", "adopted unix", "anyio udp", "anyio unix"])
+async def test_an_error_of_sending_loses_nothing_that_has_arrived(stack: Stack, kind: str, tmp_path: Path) -> None:
+    """To look for more errors must not take a datagram: UNIX and netlink sockets have no queue of errors."""
+    async with stack.open() as group, Endpoints(group) as endpoints:
+        transport, protocol, own = await make_endpoint(endpoints, kind, tmp_path)
+        family = socket.AF_UNIX if "unix" in kind else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as peer:
+            for number in range(3):
+                peer.sendto(str(number).encode(), own)
+                transport.sendto(bytes(4 << 20), own)  # Too large.
+            await until(lambda: len(protocol.received) == 3)
+        assert protocol.data == [b"0", b"1", b"2"]
+        if kind != "anyio udp":  # On asyncio AnyIO keeps it to itself.
+            await until(lambda: len(protocol.errors) == 3)
+        assert protocol.lost == []
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_NETLINK"), reason="there is no netlink")
+async def test_an_error_of_sending_by_netlink_loses_nothing_that_has_arrived(stack: Stack) -> None:
+    message = struct.pack("=IHHII", 20, 16, 1, 0, 0) + b"PING"
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 2) as other:
+        other.bind((0, 0))
+        async with stack.open() as group, Endpoints(group) as endpoints:
+            sock = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 2)
+            sock.bind((0, 0))
+            transport, protocol = await endpoints.make(sock=sock)
+            other.sendto(message, sock.getsockname())
+            transport.sendto(message)  # To the kernel, which has no such port.
+            await until(lambda: protocol.received)
+            assert protocol.data == [message]
+            assert [type(error) for error in protocol.errors] == [ConnectionRefusedError]
+
+
 @pytest.mark.ours_only("asyncio ends the endpoint")
 @pytest.mark.parametrize("kind", ["udp", "unix", "adopted unix", "anyio udp", "anyio unix"])
 async def test_an_address_that_is_missing(stack: Stack, kind: str, tmp_path: Path) -> None:

@@ -62,6 +62,16 @@ ERRNOS_OF_A_CONNECTION = frozenset(
 )
 
 
+# Internet protocols whose sockets have an error queue, by the type and protocol of a socket: TCP, UDP and ping.
+PROTOCOLS_WITH_ERROR_QUEUE = {
+    (socket.SOCK_STREAM, 0),
+    (socket.SOCK_STREAM, socket.IPPROTO_TCP),
+    (socket.SOCK_DGRAM, 0),
+    (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
+    (socket.SOCK_DGRAM, socket.IPPROTO_ICMP),
+    (socket.SOCK_DGRAM, socket.IPPROTO_ICMPV6),
+}
+
 # Room for the control messages of one entry, in bytes: timestamps come beside the error.
 ERROR_MESSAGE_SIZE = 512
 
@@ -90,8 +100,16 @@ def name_or_none(look_up: Callable[[], Any]) -> Any:
         return None  # As asyncio: there is no peer, or it has already gone (ENOTCONN).
 
 
+def has_error_queue(sock: socket.socket) -> bool:
+    """Whether `sock` has an error queue: any other takes `MSG_ERRQUEUE` for an ordinary call, which would lose data."""
+    family = sock.family
+    if family in (socket.AF_INET, socket.AF_INET6):
+        return sock.type == socket.SOCK_RAW or (sock.type, sock.proto) in PROTOCOLS_WITH_ERROR_QUEUE
+    return sys.platform == "linux" and family == socket.AF_PACKET
+
+
 def take_error_queue(sock: socket.socket) -> list[OSError] | None:
-    """Empty the system's error queue of `sock`. Return the network errors in it, `None` when it was empty.
+    """Empty the system's error queue of `sock`. Return the network errors in it, `None` when there is nothing.
 
     Linux reports a socket as ready as long as something is in this queue, and the queue takes room from what arrives.
     No other call empties it. `IP_RECVERR` puts network errors there; `SO_TIMESTAMPING` and `MSG_ZEROCOPY` put
@@ -99,7 +117,7 @@ def take_error_queue(sock: socket.socket) -> list[OSError] | None:
 
     Source: https://man7.org/linux/man-pages/man7/ip.7.html, https://man7.org/linux/man-pages/man2/recv.2.html
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not has_error_queue(sock):
         return None
     errors: list[OSError] = []
     count = 0
