@@ -40,16 +40,7 @@ if sys.platform != "win32":
 OF_A_CONNECTION = (BlockingIOError, InterruptedError, ConnectionError, TimeoutError)
 ERRNOS_OF_A_CONNECTION = frozenset(
     getattr(errno, name)
-    for name in (
-        "EHOSTDOWN",
-        "EHOSTUNREACH",
-        "ENETDOWN",
-        "ENETRESET",
-        "ENETUNREACH",
-        "ENOBUFS",
-        "ENOPROTOOPT",
-        "EPROTO",
-    )
+    for name in ("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOPROTOOPT", "EPROTO")
     if hasattr(errno, name)
 )
 
