@@ -48,16 +48,7 @@ NETWORK_ORIGINS = {2, 3}
 OF_A_CONNECTION = (BlockingIOError, InterruptedError, ConnectionError, TimeoutError)
 ERRNOS_OF_A_CONNECTION = frozenset(
     getattr(errno, name)
-    for name in (
-        "EHOSTDOWN",
-        "EHOSTUNREACH",
-        "ENETDOWN",
-        "ENETRESET",
-        "ENETUNREACH",
-        "ENOBUFS",
-        "ENOPROTOOPT",
-        "EPROTO",
-    )
+    for name in ("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOPROTOOPT", "EPROTO")
     if hasattr(errno, name)
 )
 
