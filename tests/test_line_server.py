@@ -136,7 +136,7 @@ async def test_a_line_that_is_too_long_but_complete(stack: Stack) -> None:
 @pytest.mark.exhaustive
 async def test_many_lines_at_once(stack: Stack) -> None:
     """To take the rest of them along from line to line would be quadratic: hundreds of gigabytes."""
-    count = 3_000_000
+    count = 1_000_000
 
     class Counting(Line):
         lines = 0
