@@ -63,8 +63,16 @@ class Poller(ABC):
         #: Calls what needs the backend: asyncio code may be running, on trio, when an interest changes.
         self.as_backend: Callable[..., object] = call
 
+    def owner(self, descriptor: int) -> Watch | None:
+        """Return what `descriptor` belongs to, unless that gives way."""
+        watch = self.watches.get(descriptor)
+        return None if watch is None or watch.gives_way else watch
+
     def claim(self, watch: Watch) -> None:
         """Let a descriptor belong to `watch`, until `release`."""
+        before = self.watches.get(watch.descriptor)
+        if before is not None and before.gives_way:
+            self.release(before)
         self.watches[watch.descriptor] = watch
 
     def release(self, watch: Watch) -> None:

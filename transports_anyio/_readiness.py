@@ -38,12 +38,18 @@ class Watch:
     #: Whether it counts as always ready if the system refuses to watch it. If not, that is an error.
     ready_if_refused = True
 
+    #: Whether the next owner of the descriptor takes it over.
+    gives_way = False
+
     read_ready: Callable[[], object]
     write_ready: Callable[[], object]
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor: int = descriptor
         self.interest: int = 0  # A mask of `READ`, `WRITE` and `HANGUP`, which only a poller changes.
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of file descriptor {self.descriptor}>"
 
     def tell(self, mask: int) -> None:
         """Call whom it concerns that the descriptor is ready for what is in `mask`."""
