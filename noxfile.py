@@ -241,6 +241,13 @@ def benchmarks(session: nox.Session) -> None:
         session.run("python", "benchmarks/report.py")
 
 
+@nox.session(python=ECOSYSTEM_PYTHON)
+def benchmarks_event_loop(session: nox.Session) -> None:
+    """Measure asyncio programs on our event loop beside asyncio, uvloop, trio-asyncio, hypercorn and anycorn."""
+    session.install(".", *group("benchmarks-event-loop"))
+    session.run("python", "benchmarks/bench_event_loop.py", *session.posargs)
+
+
 @nox.session
 def soak(session: nox.Session) -> None:
     """Let connections come and go, half of them rude, and see whether memory stays flat; two minutes a backend."""
