@@ -101,8 +101,11 @@ class Core:
         self.dispatch = poller.dispatch
         turns = anyio.CancelScope(shield=True)
         self.task_group = await stack.enter_async_context(anyio.create_task_group())
-        self.task_group.start_soon(self._take_turns, turns, name="transports_anyio: turns of a group")
+        self._start_turns(turns)
         stack.callback(turns.cancel)
+
+    def _start_turns(self, turns: anyio.CancelScope) -> None:
+        self.task_group.start_soon(self._take_turns, turns, name="transports_anyio: turns of a group")
 
     def opened(self) -> None:
         """Allow connections and callbacks from now on, in this thread."""

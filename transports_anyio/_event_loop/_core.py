@@ -15,6 +15,8 @@ from math import inf
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
+
 from .._core import Core
 from .._door import Door
 from ._sides import library
@@ -125,6 +127,18 @@ class LoopCore(Core):
     def run_callback(self, callback: Callable[[], object]) -> None:
         """Run a callback; what it raises is reported."""
         self._run_callback(callback)
+
+    def _start_turns(self, turns: anyio.CancelScope) -> None:
+        # Not by AnyIO, whose own lines would not be protected from Ctrl-C.
+        self._loop._spawner.start(self._take_turns, turns)  # noqa: SLF001
+
+    async def _take_turns(self, turns: anyio.CancelScope) -> None:
+        with turns:
+            while True:
+                try:
+                    await self.live_poller().run(self)
+                except Exception as exc:
+                    self.leave_by(exc)  # The turns go on, for the clean-ups.
 
     def turn(self) -> float:
         before = self._outside = self._enter()
