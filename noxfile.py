@@ -255,3 +255,10 @@ def soak(session: nox.Session) -> None:
     given = any(argument.startswith("--backend") for argument in session.posargs)
     chosen = [] if given else [argument for backend in backends for argument in ("--backend", backend)]
     session.run("python", "benchmarks/soak.py", *chosen, *session.posargs)
+
+
+@nox.session(python=ECOSYSTEM_PYTHON)
+def soak_event_loop(session: nox.Session) -> None:
+    """Let requests come and go through uvicorn and aiohttp, half of them rude: does anything stay?"""
+    session.install("--editable", ".", *group("ecosystem"), *EXTRAS["trio"], *EXTRAS["uvloop"])
+    session.run("python", "benchmarks/soak_event_loop.py", *session.posargs)
