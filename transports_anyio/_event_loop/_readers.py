@@ -56,8 +56,8 @@ class Readers(asyncio.AbstractEventLoop):
 
     if TYPE_CHECKING:
         # What the event loop has to have beside its public methods.
-        @property
-        def _poller(self) -> Poller: ...
+        _poller: Poller
+
         def _make_handle(self, callback: Callable[..., object], args: tuple[Any, ...]) -> asyncio.Handle: ...
         def _run_handle(self, handle: Any) -> None: ...
 
