@@ -307,6 +307,13 @@ def benchmarks(session: nox.Session) -> None:
         session.run("python", "benchmarks/report.py")
 
 
+@nox.session(python=ECOSYSTEM_PYTHON)
+def benchmarks_event_loop(session: nox.Session) -> None:
+    """Measure asyncio programs on our event loop beside asyncio, uvloop, trio-asyncio, hypercorn and anycorn."""
+    session.install(".", *group("benchmarks-event-loop"))
+    session.run("python", "benchmarks/bench_event_loop.py", *session.posargs)
+
+
 @nox.session
 def soak(session: nox.Session) -> None:
     """Let connections come and go, half of them rude, and see whether memory stays flat; two minutes a backend."""
@@ -314,3 +321,10 @@ def soak(session: nox.Session) -> None:
     given = any(argument.startswith("--backend") for argument in session.posargs)
     chosen = [] if given else [argument for backend in backends for argument in ("--backend", backend)]
     session.run("python", "benchmarks/soak.py", *chosen, *session.posargs)
+
+
+@nox.session(python=ECOSYSTEM_PYTHON)
+def soak_event_loop(session: nox.Session) -> None:
+    """Let requests come and go through uvicorn and aiohttp, half of them rude: does anything stay?"""
+    session.install("--editable", ".", *group("ecosystem"), *EXTRAS["trio"], *EXTRAS["uvloop"])
+    session.run("python", "benchmarks/soak_event_loop.py", *session.posargs)

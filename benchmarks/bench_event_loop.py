@@ -1,8 +1,8 @@
 """Measure what asyncio programs cost on our event loop on trio, beside asyncio, uvloop, trio-asyncio and others.
 
-    python benchmarks/bench_event_loop.py                              all of it
-    python benchmarks/bench_event_loop.py --only uvicorn --rounds 1 --bursts 4
-    python benchmarks/bench_event_loop.py --peers asyncio --peers ours
+    nox -s benchmarks_event_loop                              all of it
+    nox -s benchmarks_event_loop -- --only uvicorn --rounds 1 --bursts 4
+    nox -s benchmarks_event_loop -- --peers asyncio --peers ours
 
 Measured as bench_transports.py does: each server in a process and on a processor of its own, its processor time for
 each request, bursts to one server after the other while all of them live; the figures are medians, and so are the

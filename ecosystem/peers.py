@@ -13,7 +13,7 @@ import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,23 +95,27 @@ class Tls:
         return cls(server, client, chain, key, ca)
 
 
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection((HOST, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
-def service(argv: list[str], port: int, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process of its own, while it listens."""
+def service(argv: list[str], is_ready: Callable[[], bool], **options: Any) -> Iterator[None]:
+    """A server in a process of its own, from when it is ready."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)
         try:
             deadline = time.monotonic() + GUARD
-            while True:
-                try:
-                    socket.create_connection((HOST, port), timeout=1).close()
-                    break
-                except OSError:
-                    if process.poll() is not None or time.monotonic() > deadline:
-                        output.seek(0)
-                        raise AssertionError(f"{argv[0]} did not start:\n{output.read().decode()}") from None
-                    time.sleep(0.02)
-            yield process
+            while not is_ready():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    output.seek(0)
+                    raise AssertionError(f"{argv[0]} did not start:\n{output.read().decode()}")
+                time.sleep(0.02)
+            yield
         finally:
             process.terminate()
             try:
@@ -136,7 +140,7 @@ def redis_server() -> Iterator[Redis]:
     with tempfile.TemporaryDirectory() as directory:
         redis = Redis(free_port(), f"{directory}/redis.sock")
         argv = [server, "--bind", HOST, "--port", str(redis.port), "--unixsocket", redis.path, "--dir", directory]
-        with service([*argv, "--save", "", "--appendonly", "no"], redis.port):
+        with service([*argv, "--save", "", "--appendonly", "no"], lambda: listens(redis.port)):
             yield redis
 
 
@@ -178,7 +182,13 @@ def postgresql(tls: Tls) -> Iterator[PostgreSQL]:
             "ssl": "on", "ssl_cert_file": f"{directory}/server.crt", "ssl_key_file": f"{directory}/server.key",
         }  # fmt: skip
         argv = [postgres, "-D", str(data), *(each for k, v in settings.items() for each in ("-c", f"{k}={v}"))]
-        with service(argv, server.port, cwd=directory, **user):
+
+        def is_ready() -> bool:
+            # It accepts connections before it answers them.
+            command = [program("pg_isready"), "-q", "-h", HOST, "-p", str(server.port)]
+            return subprocess.run(command, check=False).returncode == 0
+
+        with service(argv, is_ready, cwd=directory, **user):
             yield server
 
 
@@ -189,5 +199,5 @@ def mosquitto() -> Iterator[int]:
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "conf").write_text(f"listener {port} {HOST}\nallow_anonymous true\n", encoding="ascii")
         Path(directory).chmod(0o755)  # As root, mosquitto becomes another user.
-        with service([program("mosquitto"), "-c", f"{directory}/conf"], port):
+        with service([program("mosquitto"), "-c", f"{directory}/conf"], lambda: listens(port)):
             yield port

@@ -22,7 +22,7 @@ from tls_support import Certificates, tls_client
 
 from transports_anyio import TransportGroup
 from transports_anyio._channels._socket import take_error_queue
-from transports_anyio._readiness import EpollList
+from transports_anyio._readiness import EpollList, Failed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.skipif(sys.platform != "linux", reason="states that Linux has")]
 
@@ -49,8 +49,8 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     counts: list[int] = []
     original = EpollList.take
 
-    def take(self: EpollList) -> int:
-        count = original(self)
+    def take(self: EpollList, failed: Failed) -> int:
+        count = original(self, failed)
         if count:
             counts.append(count)
         return count

@@ -118,11 +118,14 @@ class Core:
         self.receiving_tasks += poller.needs_tasks
         self.turns = anyio.CancelScope(shield=True)
         self.task_group = await stack.enter_async_context(anyio.create_task_group())
-        self.task_group.start_soon(self._take_turns, name="transports_anyio: turns of a group")
+        self._start_turns()
         # Twice, because trio lets a `KeyboardInterrupt` come between any two lines: what it keeps one of them from, the
         # next one does.
         stack.callback(self.end_turns)
         stack.callback(self.end_turns)
+
+    def _start_turns(self) -> None:
+        self.task_group.start_soon(self._take_turns, name="transports_anyio: turns of a group")
 
     def opened(self) -> None:
         """Allow connections and callbacks from now on, in this thread."""

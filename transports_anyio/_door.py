@@ -9,19 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
 from inspect import iscoroutine, signature
-from typing import Any, ParamSpec, Protocol, TypeGuard, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
-from ._errors import described
+from ._errors import Group, described
 
 P = ParamSpec("P")
 T = TypeVar("T")
 ProtocolT = TypeVar("ProtocolT")
-
-
-class Group(Protocol):
-    """Whom the user's code knows as its group, and who hears of its errors."""
-
-    def call_exception_handler(self, context: dict[str, Any]) -> None: ...
 
 
 #: The group that the running callback or task belongs to.

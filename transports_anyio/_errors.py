@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import anyio
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
-if TYPE_CHECKING:
-    from ._door import Group
-
 logger = logging.getLogger("transports_anyio")
 
 ExceptionContext: TypeAlias = "dict[str, Any]"
+
+
+class Group(Protocol):
+    """Whom the user's code knows as its group, and who hears of its errors."""
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None: ...
 
 
 class NotOpenError(RuntimeError):

@@ -67,8 +67,16 @@ class Poller(ABC):
         #: Calls what needs the backend: asyncio code may be running, on trio, when an interest changes.
         self.as_backend: Callable[..., object] = call
 
+    def owner(self, descriptor: int) -> Watch | None:
+        """Return what `descriptor` belongs to, unless that gives way."""
+        watch = self.watches.get(descriptor)
+        return None if watch is None or watch.gives_way else watch
+
     def claim(self, watch: Watch) -> None:
         """Let a descriptor belong to `watch`, until `release`."""
+        before = self.watches.get(watch.descriptor)
+        if before is not None and before.gives_way:
+            self.release(before)
         self.watches[watch.descriptor] = watch
 
     def release(self, watch: Watch) -> None:
@@ -121,6 +129,7 @@ class WaitingPoller(Poller):
         self._receiver, self._sender = socket.socketpair()
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
+        self._wake_sent = False  # A byte is under way, or about to be: one is enough for any number of threads.
         self._waker = Watch(self._receiver.fileno())
         self.claim(self._waker)
         self._waker.read_ready = self._woken
@@ -163,18 +172,24 @@ class WaitingPoller(Poller):
             self.wake_threadsafe()
 
     def wake_threadsafe(self) -> None:
+        if self._wake_sent:
+            return
         try:
+            self._wake_sent = True
             self._sender.send(b"\0")
-        except BlockingIOError:
-            pass  # The pair is full of wake-ups that nobody has read: the next wait returns at once.
         except OSError as exc:
+            self._wake_sent = False
             raise RuntimeError("the poller is closed") from exc
+        except BaseException:  # `KeyboardInterrupt`: the next one has to send.
+            self._wake_sent = False
+            raise
 
     def _woken(self) -> None:
         try:
             self._receiver.recv(4096)
         except BlockingIOError:
             pass  # A stale readiness report; the wake-up has already been taken.
+        self._wake_sent = False  # After it is received: before that, a new one would be received with it, and be lost.
 
     def close(self) -> None:
         self._receiver.close()

@@ -42,6 +42,9 @@ class Watch:
     #: Whether it counts as always ready if the system refuses to watch it. If not, that is an error.
     ready_if_refused = True
 
+    #: Whether the next owner of the descriptor takes it over.
+    gives_way = False
+
     read_ready: Callable[[], object]
     write_ready: Callable[[], object]
 
@@ -55,6 +58,9 @@ class Watch:
         Return whether there was anything. If the connection has an error besides, that is reported again.
         """
         return False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of file descriptor {self.descriptor}>"
 
     def tell(self, mask: int) -> None:
         """Call whom it concerns that the descriptor is ready for what is in `mask`."""

@@ -69,6 +69,10 @@ class Spawner:
         """Accept tasks, until `stack` is left, which waits for them."""
         self._nursery = await stack.enter_async_context(trio.open_nursery())
 
+    def start(self, async_function: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Start a task."""
+        self._nursery.start_soon(async_function, *args, name=f"transports_anyio: {async_function.__qualname__}")
+
     @enable_ki_protection
     async def finish(
         self, async_function: Callable[..., Awaitable[object]], *args: object

@@ -432,13 +432,13 @@ def test_a_slow_callback_is_logged_in_debug_mode(run, caplog):
     async def main():
         loop = asyncio.get_running_loop()
         assert loop.get_debug()
-        loop.slow_callback_duration = 0.01
-        loop.call_soon(time.sleep, 0.02)
-        loop.call_later(0, time.sleep, 0.03)
-        await asyncio.sleep(0.05)
+        loop.slow_callback_duration = 0.1
+        loop.call_soon(time.sleep, 0.11)
+        loop.call_later(0, time.sleep, 0.11)
+        await asyncio.sleep(0.01)
 
         async def slow_task():
-            time.sleep(0.02)  # noqa: ASYNC251  # on purpose
+            time.sleep(0.11)  # noqa: ASYNC251  # on purpose
 
         await asyncio.create_task(slow_task())
         loop.call_soon_threadsafe(time.sleep, 0)
@@ -498,7 +498,7 @@ def test_in_debug_mode_reports_say_where_things_were_made(run, caplog):
         loop.call_soon(fail)
         await pauses(2)
         handle = loop.call_later(3600, fail)
-        assert "created at" in repr(handle)
+        assert f"created at {__file__}" in repr(handle)
         handle.cancel()
         assert "cancelled" in repr(handle)
 

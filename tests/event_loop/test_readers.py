@@ -278,15 +278,46 @@ def test_a_file_descriptor_of_a_transport(run):
     run(main)
 
 
-def test_a_transport_takes_a_socket_over_that_had_a_reader(run):
+class Received(asyncio.Protocol):
+    def __init__(self) -> None:
+        self.data: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self.data.set_result(data)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_transport_takes_a_socket_over_that_has_a_reader(run, removed):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, _):
-            loop.add_reader(ours, print)
-            loop.remove_reader(ours)
-            transport, _ = await loop.create_unix_connection(asyncio.Protocol, sock=ours)
+        with pair() as (ours, theirs):
+            calls: list[int] = []
+            loop.add_reader(ours, calls.append, 1)
+            if removed:
+                loop.remove_reader(ours)
+            transport, protocol = await loop.create_unix_connection(Received, sock=ours)
+            theirs.send(b"data")
+            assert await protocol.data == b"data"
+            assert calls == []
             transport.close()
             await pauses(10)
+
+    run(main)
+
+
+def test_a_transport_takes_a_pipe_over_that_has_a_reader(run):
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        read_end, write_end = os.pipe()
+        calls: list[int] = []
+        loop.add_reader(read_end, calls.append, 1)
+        transport, protocol = await loop.connect_read_pipe(Received, open(read_end, "rb", buffering=0))
+        os.write(write_end, b"data")
+        os.close(write_end)
+        assert await protocol.data == b"data"
+        assert calls == []
+        transport.close()
+        await pauses(10)
 
     run(main)
 

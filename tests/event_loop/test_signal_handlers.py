@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from transports_anyio import from_asyncio
+
 #: There these methods are uvloop's own, which differ in details.
 LEFT_OUT = ["uvloop"]
 
@@ -219,3 +221,27 @@ def test_only_the_main_thread_handles_signals(run):
     running.join()
     if errors:
         raise errors[0]
+
+
+def test_signals_that_trio_receives_itself(run):
+    if run.name != "trio":
+        pytest.skip("of trio's")
+    import trio
+
+    async def receive() -> int:
+        with trio.open_signal_receiver(signal.SIGUSR2) as signals:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            async for sig in signals:
+                return sig
+        raise AssertionError
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        called = asyncio.Event()
+        loop.add_signal_handler(signal.SIGUSR1, called.set)
+        assert await from_asyncio.run(receive) == signal.SIGUSR2
+        await called.wait()
+        loop.remove_signal_handler(signal.SIGUSR1)
+
+    run(main)

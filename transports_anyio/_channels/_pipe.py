@@ -85,7 +85,7 @@ class PipeChannel(Polled, Channel):
         if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)):
             raise ValueError(f"a pipe, socket or character device was expected, got {pipe!r}")
         # One file object may be the end for both directions (a terminal's); each needs a descriptor to wait for.
-        self._duplicate = descriptor in poller.watches
+        self._duplicate = poller.owner(descriptor) is not None
         super().__init__(poller, os.dup(descriptor) if self._duplicate else descriptor)
         self._pipe = pipe
         self.can_send = writing

@@ -157,7 +157,7 @@ class Endpoints:
         Raises `RuntimeError` for one that is the group's already, which is left alone.
         """
         poller = self._core.require_open()
-        user = poller.watches.get(sock.fileno())
+        user = poller.owner(sock.fileno())
         if user is not None:
             raise RuntimeError(f"{sock!r} is used already, by another transport or server of the group: {user!r}")
         meanwhile = Watch(sock.fileno())

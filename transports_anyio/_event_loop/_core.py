@@ -127,6 +127,18 @@ class LoopCore(Core):
         """Run a callback; what it raises is reported."""
         self._run_callback(callback)
 
+    def _start_turns(self) -> None:
+        # Not by AnyIO, whose own lines would not be protected from Ctrl-C.
+        self._loop._spawner.start(self._take_turns)  # noqa: SLF001
+
+    async def _take_turns(self) -> None:
+        with self.turns:
+            while True:
+                try:
+                    await self.live_poller().run(self)
+                except Exception as exc:
+                    self.leave_by(exc)  # The turns go on, for the clean-ups.
+
     def turn(self) -> float:
         before = self._outside = self._enter()
         self._running = True

@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextvars import Context, copy_context
+from pathlib import Path
 from threading import RLock
 from typing import Any
 
 from .._scheduling import Timers
 from ._logger import logger
+
+OWN_FILES = str(Path(__file__).parent)
 
 
 class Handle(asyncio.Handle):
@@ -148,6 +151,13 @@ def described(handle: DebugHandle | DebugTimerHandle) -> str:
     return repr(task if isinstance(task, asyncio.Task) else handle)
 
 
+def leave_out_own_lines(handle: Any) -> None:
+    """Let the stack that `handle` was made on end with the user's line."""
+    stack = handle._source_traceback  # noqa: SLF001
+    while stack and stack[-1].filename.startswith(OWN_FILES):
+        del stack[-1]
+
+
 class DebugHandle(asyncio.Handle):
     """A callback that knows where it was made, and whose duration is looked at. Another thread may cancel it."""
 
@@ -165,6 +175,7 @@ class DebugHandle(asyncio.Handle):
         context: Context | None,
     ) -> None:
         super().__init__(callback, args, loop, context)
+        leave_out_own_lines(self)
         self._lock = RLock()
 
     def cancel(self) -> None:
@@ -195,6 +206,7 @@ class DebugTimerHandle(asyncio.TimerHandle):
         timers: Timers,
     ) -> None:
         super().__init__(when, callback, args, loop, context)
+        leave_out_own_lines(self)
         self._scheduled = True
         self._timers = timers
         self._entry = timers.push(when, self)

@@ -92,8 +92,8 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     async def _open(self, stack: AsyncExitStack) -> None:
         """Begin to run, until `stack` is left."""
         core = self._core
-        await core.enter(stack)
         await self._spawner.enter(stack)
+        await core.enter(stack)
         core.opened()
         self._poller = poller = core.live_poller()
         poller.loop = self

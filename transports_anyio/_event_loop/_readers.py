@@ -25,6 +25,7 @@ class Callbacks(Watch):
     __slots__ = ("file", "handles")
 
     ready_if_refused = False
+    gives_way = True  # To a transport, as in asyncio.
 
     def __init__(self, descriptor: int, file: FileDescriptorLike) -> None:
         super().__init__(descriptor)
@@ -38,9 +39,6 @@ class Callbacks(Watch):
             return False
         handle.cancel()
         return True
-
-    def __repr__(self) -> str:
-        return f"<file descriptor {self.descriptor} of add_reader() or add_writer()>"
 
 
 def descriptor_of(file: FileDescriptorLike) -> int:
@@ -58,8 +56,8 @@ class Readers(asyncio.AbstractEventLoop):
 
     if TYPE_CHECKING:
         # What the event loop has to have beside its public methods.
-        @property
-        def _poller(self) -> Poller: ...
+        _poller: Poller
+
         def _make_handle(self, callback: Callable[..., object], args: tuple[Any, ...]) -> asyncio.Handle: ...
         def _run_handle(self, handle: Any) -> None: ...
 
@@ -102,8 +100,8 @@ class Readers(asyncio.AbstractEventLoop):
     # What the `sock_*` methods use. asyncio's event loops have it too.
 
     def _ensure_fd_no_transport(self, fd: FileDescriptorLike) -> None:
-        watch = self._poller.watches.get(descriptor_of(fd))
-        if watch is not None and not isinstance(watch, Callbacks):
+        watch = self._poller.owner(descriptor_of(fd))
+        if watch is not None:
             raise RuntimeError(f"File descriptor {fd!r} is used by transport {watch!r}")
 
     def _add_reader(self, fd: FileDescriptorLike, callback: Callable[..., object], *args: Any) -> asyncio.Handle:

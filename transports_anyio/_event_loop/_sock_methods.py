@@ -45,8 +45,15 @@ class Waiting:
 class Direction:
     """Waits until a socket can be read from, or until it can be written to."""
 
-    def __init__(self, loop: SockMethods, add: AddCallback, remove: Callable[[int], object]) -> None:
-        self._loop = loop
+    def __init__(
+        self,
+        create_future: Callable[[], asyncio.Future[None]],
+        refuse_transports: Callable[[int], None],
+        add: AddCallback,
+        remove: Callable[[int], object],
+    ) -> None:
+        self._create_future = create_future
+        self._refuse_transports = refuse_transports
         self._add = add
         self._remove = remove
         self._waiting: dict[int, Waiting] = {}
@@ -54,8 +61,8 @@ class Direction:
     async def wait(self, sock: socket.socket) -> None:
         """Wait until `sock` is ready. Several tasks may wait for the same socket; each of them tries again."""
         descriptor = sock.fileno()
-        self._loop._ensure_fd_no_transport(descriptor)  # noqa: SLF001
-        future = self._loop.create_future()
+        self._refuse_transports(descriptor)
+        future = self._create_future()
         waiting = self._waiting.setdefault(descriptor, Waiting())
         waiting.futures.append(future)
         try:
@@ -108,8 +115,9 @@ class SockMethods(asyncio.AbstractEventLoop):
 
     def __init__(self) -> None:
         super().__init__()
-        self._readable = Direction(self, self._add_reader, self._remove_reader)
-        self._writable = Direction(self, self._add_writer, self._remove_writer)
+        check = self._ensure_fd_no_transport
+        self._readable = Direction(self.create_future, check, self._add_reader, self._remove_reader)
+        self._writable = Direction(self.create_future, check, self._add_writer, self._remove_writer)
 
     def _check_socket(self, sock: socket.socket) -> None:
         if isinstance(sock, SSLSocket):
