@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from ._door import Door, GivenContext, Group, current
-from ._errors import ExceptionContext, NotOpenError, described, is_refusal, leaves_through_the_group, logger
+from ._door import Door, GivenContext, current
+from ._errors import ExceptionContext, Group, NotOpenError, described, is_refusal, leaves_through_the_group, logger
 from ._loop_poller import make_poller
 from ._owned import Owned
 from ._poller import RESOLUTION, Poller
