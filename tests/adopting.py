@@ -28,17 +28,17 @@ class Echo(Protocol):
         self.transport.write(data)
 
 
-async def main(how: str, descriptor: str = "0") -> None:
+async def main(how: str, fd: str = "0") -> None:
     async with TransportGroup() as group:
         if how in ("listener", "systemd"):
             if how == "systemd":
                 assert os.environ["LISTEN_PID"] == str(os.getpid())
                 assert os.environ["LISTEN_FDS"] == "1"
-                descriptor = "3"
-            server = await group.create_server(Echo, sock=socket.socket(fileno=int(descriptor)))
+                fd = "3"
+            server = await group.create_server(Echo, sock=socket.socket(fileno=int(fd)))
             await server.serve_forever()
             return
-        sock = socket.socket(fileno=int(descriptor))
+        sock = socket.socket(fileno=int(fd))
         if how == "received":
             _, (number,), _, _ = socket.recv_fds(sock, 1, 1)
             sock.close()

@@ -137,40 +137,40 @@ def installed(layer: Layer) -> Iterator[Layer]:
             raise layer.error()
         real["shutdown"](sock, how)
 
-    def read(descriptor: int, size: int) -> bytes:
+    def read(fd: int, size: int) -> bytes:
         if layer.spoils("read"):
             if layer.fault != ONE_BYTE:
                 raise layer.error()
             size = 1
-        return system["read"](descriptor, size)
+        return system["read"](fd, size)
 
-    def readv(descriptor: int, buffers: Any) -> int:
+    def readv(fd: int, buffers: Any) -> int:
         if layer.spoils("readv"):
             if layer.fault != ONE_BYTE:
                 raise layer.error()
             buffers = _first_byte(buffers)
-        return system["readv"](descriptor, buffers)
+        return system["readv"](fd, buffers)
 
-    def write(descriptor: int, data: Any) -> int:
+    def write(fd: int, data: Any) -> int:
         if layer.spoils("write"):
             if layer.fault != ONE_BYTE:
                 raise layer.error()
             data = memoryview(data)[:1]
-        return system["write"](descriptor, data)
+        return system["write"](fd, data)
 
-    def writev(descriptor: int, chunks: Any) -> int:
+    def writev(fd: int, chunks: Any) -> int:
         if layer.spoils("writev"):
             if layer.fault != ONE_BYTE:
                 raise layer.error()
             chunks = _first_byte(chunks)
-        return system["writev"](descriptor, chunks)
+        return system["writev"](fd, chunks)
 
-    def sendfile(to: int, descriptor: int, offset: int, count: int) -> int:
+    def sendfile(to: int, fd: int, offset: int, count: int) -> int:
         if layer.spoils("sendfile"):
             if layer.fault != ONE_BYTE:
                 raise layer.error()
             count = 1
-        return system["sendfile"](to, descriptor, offset, count)
+        return system["sendfile"](to, fd, offset, count)
 
     with pytest.MonkeyPatch.context() as patch:
         for function in (send, sendmsg, recv, recv_into, sendto, recvfrom_into, accept, connect_ex, shutdown):

@@ -582,12 +582,12 @@ def test_a_server_without_descriptors_tries_again_after_a_second() -> None:
 @pytest.mark.ours_only("asyncio keeps its listeners in the selector")
 async def test_s6_a_listener_that_cannot_be_watched_again(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOSPC of epoll, when the server has waited for a descriptor: it waits once more."""
-    from transports_anyio._readiness import EpollList
+    from transports_anyio._selector import EpollSelector
 
     failures = [OSError(errno.ENOSPC, "as the system would")]
-    add = EpollList.add
+    add = EpollSelector.add
 
-    def failing_once(readiness: EpollList, descriptor: int, interest: int) -> None:
+    def failing_once(readiness: EpollSelector, descriptor: int, interest: int) -> None:
         if failures:
             raise failures.pop()
         add(readiness, descriptor, interest)
@@ -599,7 +599,7 @@ async def test_s6_a_listener_that_cannot_be_watched_again(stack: Stack, monkeypa
             with few_descriptors():
                 sock.connect(*addresses(server))
                 await until(lambda: contexts)
-                monkeypatch.setattr(EpollList, "add", failing_once)
+                monkeypatch.setattr(EpollSelector, "add", failing_once)
                 monkeypatch.setattr("transports_anyio._server.RETRY_DELAY", 0.01)  # The second time.
             peer = Peer(sock)
             await peer.send(b"at last")

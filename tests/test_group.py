@@ -49,7 +49,7 @@ from support import (
 )
 from tls_support import NAME, Certificates, TLSPeer
 
-import transports_anyio._readiness
+import transports_anyio._selector
 from transports_anyio import Protocol, TransportGroup, current_group
 from transports_anyio.testing import memory_connection
 
@@ -1515,7 +1515,7 @@ def nothing_more_is_watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(transports_anyio._readiness.EpollList, "add", add)
+        patch.setattr(transports_anyio._selector.EpollSelector, "add", add)
         yield
 
 

@@ -41,7 +41,7 @@ from support import (
 from transports_anyio import TransportGroup
 from transports_anyio._channels import _pipe
 from transports_anyio._poller import WaitingListPoller
-from transports_anyio._readiness import make_readiness_list
+from transports_anyio._selector import make_selector
 
 pytestmark = pytest.mark.anyio
 
@@ -716,11 +716,11 @@ async def test_a_file_that_cannot_be_closed_without_an_error_ends_all_the_same(s
 @pytest.mark.parametrize("connect", [connect_reader, connect_writer])
 async def test_a_pipe_that_cannot_be_watched(anyio_backend: Any, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user has as many descriptors in epoll as may be: that is raised, and need not be reported as well."""
-    from transports_anyio._readiness import EpollList
+    from transports_anyio._selector import EpollSelector
 
-    add = EpollList.add
+    add = EpollSelector.add
 
-    def limited(self: EpollList, descriptor: int, interest: int) -> None:
+    def limited(self: EpollSelector, descriptor: int, interest: int) -> None:
         if descriptor == end.fileno():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         add(self, descriptor, interest)
@@ -731,7 +731,7 @@ async def test_a_pipe_that_cannot_be_watched(anyio_backend: Any, connect: Any, m
         async with TransportGroup() as group:
             contexts = collect_contexts(group)
             with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-                patch.setattr(EpollList, "add", limited)
+                patch.setattr(EpollSelector, "add", limited)
                 await connect(group, end, protocol)
             await protocol.wait_for("connection_lost")
             await turns()
@@ -844,7 +844,7 @@ ROUNDS_IN_THREADS = 300
 
 
 def poller_of_a_thread() -> WaitingListPoller:
-    readiness = make_readiness_list()
+    readiness = make_selector()
     assert readiness is not None
     return WaitingListPoller(readiness)
 

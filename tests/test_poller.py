@@ -36,15 +36,15 @@ import transports_anyio._group
 from transports_anyio import TransportGroup
 from transports_anyio._loop_poller import LoopPoller, make_poller
 from transports_anyio._poller import Poller, TaskPoller, WaitingListPoller
-from transports_anyio._readiness import (
+from transports_anyio._selector import (
     BATCH_SIZE,
     READ,
     WRITE,
-    EpollList,
-    ReadinessList,
-    SelectorList,
-    Watch,
-    make_readiness_list,
+    EpollSelector,
+    PlatformSelector,
+    Registration,
+    Selector,
+    make_selector,
 )
 
 pytestmark = pytest.mark.anyio
@@ -59,10 +59,10 @@ class Turns:
         self.deadline = inf
         self.failure: Exception | None = None
         self.tasks_started = False
-        self.failures: list[tuple[Watch, BaseException]] = []
+        self.failures: list[tuple[Registration, BaseException]] = []
 
-    def failed(self, watch: Watch, exc: BaseException) -> None:
-        self.failures.append((watch, exc))
+    def failed(self, registration: Registration, exc: BaseException) -> None:
+        self.failures.append((registration, exc))
 
     def turn(self) -> float:
         self.count += 1
@@ -76,30 +76,30 @@ class Turns:
 
 def watch_of(
     poller: Poller, sock: socket.socket, read: Callable[[], object], write: Callable[[], object] | None = None
-) -> Watch:
-    watch = Watch(sock.fileno())
-    poller.claim(watch)
-    watch.read_ready = read
+) -> Registration:
+    registration = Registration(sock.fileno())
+    poller.register(registration)
+    registration.read_ready = read
     if write is not None:
-        watch.write_ready = write
-    return watch
+        registration.write_ready = write
+    return registration
 
 
-def raise_failure(watch: Watch, exc: BaseException) -> None:
+def raise_failure(registration: Registration, exc: BaseException) -> None:
     raise exc
 
 
 def waiting_poller() -> Poller:
-    readiness = make_readiness_list()
-    assert readiness is not None
-    return WaitingListPoller(readiness)
+    selector = make_selector()
+    assert selector is not None
+    return WaitingListPoller(selector)
 
 
 #: Every kind of poller: what is made here, what other backends, other systems with a selector, and Windows have.
 POLLERS: dict[str, Callable[[], Poller]] = {
     "made here": make_poller,
     "waiting": waiting_poller,
-    "selector": lambda: WaitingListPoller(SelectorList()),
+    "selector": lambda: WaitingListPoller(PlatformSelector()),
     "tasks": TaskPoller,
 }
 
@@ -142,8 +142,8 @@ async def test_readiness_is_told_in_every_batch_until_it_is_over(anyio_backend: 
     told: list[int] = []
     with pair() as (a, b):
         async with running(make) as (poller, _):
-            watch = watch_of(poller, a, lambda: told.append(READ))
-            poller.set_interest(watch, READ)
+            registration = watch_of(poller, a, lambda: told.append(READ))
+            poller.set_interest(registration, READ)
             await anyio.sleep(0.01)
             assert told == []
             b.send(b"x")
@@ -153,10 +153,10 @@ async def test_readiness_is_told_in_every_batch_until_it_is_over(anyio_backend: 
             count = len(told)
             await anyio.sleep(0.01)
             assert len(told) == count
-            poller.set_interest(watch, 0)
+            poller.set_interest(registration, 0)
 
 
-class MustBeWatched(Watch):
+class MustBeWatched(Registration):
     ready_if_refused = False
 
 
@@ -164,41 +164,41 @@ class MustBeWatched(Watch):
 async def test_a_descriptor_that_has_to_be_watched_and_cannot(anyio_backend: Any, kind: str) -> None:
     async with running(POLLERS[kind]) as (poller, _):
         with pair() as (a, _b):
-            watch = MustBeWatched(a.fileno())
-            watch.read_ready = watch.write_ready = lambda: None
-            poller.claim(watch)
-            poller.set_interest(watch, READ)
+            registration = MustBeWatched(a.fileno())
+            registration.read_ready = registration.write_ready = lambda: None
+            poller.register(registration)
+            poller.set_interest(registration, READ)
         with pytest.raises(OSError):  # It is closed.
-            poller.set_interest(watch, READ | WRITE)
-        assert watch.interest == READ
-        poller.release(watch)
-        assert watch.interest == 0
-        poller.claim(watch)
+            poller.set_interest(registration, READ | WRITE)
+        assert registration.interest == READ
+        poller.unregister(registration)
+        assert registration.interest == 0
+        poller.register(registration)
         with pytest.raises(OSError):
-            poller.set_interest(watch, WRITE)
+            poller.set_interest(registration, WRITE)
         assert not poller.is_ready
-        poller.release(watch)
+        poller.unregister(registration)
 
 
 async def test_both_directions_and_changes_of_the_interest(anyio_backend: Any, make: Any) -> None:
     told: list[int] = []
     with pair() as (a, b):
         async with running(make) as (poller, _):
-            watch = watch_of(poller, a, lambda: told.append(READ), lambda: told.append(WRITE))
-            poller.set_interest(watch, READ | WRITE)
+            registration = watch_of(poller, a, lambda: told.append(READ), lambda: told.append(WRITE))
+            poller.set_interest(registration, READ | WRITE)
             await until(lambda: told)
             assert set(told) == {WRITE}
             b.send(b"x")
             await until(lambda: READ in told)
-            poller.set_interest(watch, READ)
+            poller.set_interest(registration, READ)
             told.clear()
             await until(lambda: len(told) >= 2)
             assert set(told) == {READ}
-            poller.set_interest(watch, WRITE)
+            poller.set_interest(registration, WRITE)
             told.clear()
             await until(lambda: len(told) >= 2)
             assert set(told) == {WRITE}
-            poller.set_interest(watch, 0)
+            poller.set_interest(registration, 0)
             told.clear()
             await anyio.sleep(0.01)
             assert told == []
@@ -209,12 +209,14 @@ async def test_a_hang_up_is_told_to_whoever_waits(anyio_backend: Any, make: Any)
         told: list[int] = []
         with pair() as (a, b):
             async with running(make) as (poller, _):
-                watch = watch_of(poller, a, lambda told=told: told.append(READ), lambda told=told: told.append(WRITE))
+                registration = watch_of(
+                    poller, a, lambda told=told: told.append(READ), lambda told=told: told.append(WRITE)
+                )
                 b.close()
-                poller.set_interest(watch, interest)
+                poller.set_interest(registration, interest)
                 await until(lambda told=told: told)
                 assert set(told) == {interest}
-                poller.set_interest(watch, 0)
+                poller.set_interest(registration, 0)
 
 
 async def test_a_descriptor_number_that_is_used_again(anyio_backend: Any, make: Any) -> None:
@@ -223,12 +225,12 @@ async def test_a_descriptor_number_that_is_used_again(anyio_backend: Any, make: 
         for number in range(20):
             name = f"owner {number}"
             with pair() as (a, b):
-                watch = watch_of(poller, a, lambda name=name: told.append(name))
-                poller.set_interest(watch, READ)
+                registration = watch_of(poller, a, lambda name=name: told.append(name))
+                poller.set_interest(registration, READ)
                 b.send(b"x")
                 if number % 2:
                     await until(lambda name=name: name in told)
-                poller.set_interest(watch, 0)
+                poller.set_interest(registration, 0)
             told.clear()
             await anyio.sleep(0.001)
             assert told == []
@@ -241,14 +243,14 @@ async def test_a_callback_may_take_out_others_of_its_batch(anyio_backend: Any, m
 
             def ready(number: int) -> None:
                 told.append(number)
-                for watch in watches:
-                    poller.set_interest(watch, 0)
+                for registration in registrations:
+                    poller.set_interest(registration, 0)
 
-            watches = [watch_of(poller, a, lambda: ready(1)), watch_of(poller, c, lambda: ready(2))]
+            registrations = [watch_of(poller, a, lambda: ready(1)), watch_of(poller, c, lambda: ready(2))]
             b.send(b"x")
             d.send(b"x")
-            for watch in watches:
-                poller.set_interest(watch, READ)
+            for registration in registrations:
+                poller.set_interest(registration, READ)
             await until(lambda: told)
             await anyio.sleep(0.01)
             assert len(told) == 1
@@ -290,7 +292,7 @@ async def test_what_a_turn_raises_comes_out_of_run(anyio_backend: Any, make: Any
 
 async def test_hundreds_of_descriptors(anyio_backend: Any, make: Any) -> None:
     told: set[int] = set()
-    watches: list[Watch] = []
+    registrations: list[Registration] = []
     pairs = [socket.socketpair() for _ in range(200)]
     try:
         async with running(make) as (poller, _):
@@ -300,32 +302,32 @@ async def test_hundreds_of_descriptors(anyio_backend: Any, make: Any) -> None:
                     os.read(sock.fileno(), 1)
                     told.add(sock.fileno())
 
-                watches.append(watch_of(poller, a, ready))
-                poller.set_interest(watches[-1], READ)
+                registrations.append(watch_of(poller, a, ready))
+                poller.set_interest(registrations[-1], READ)
                 b.send(b"x")
             await until(lambda: len(told) == len(pairs))
-            for watch in watches:
-                poller.set_interest(watch, 0)
+            for registration in registrations:
+                poller.set_interest(registration, 0)
     finally:
         for a, b in pairs:
             a.close()
             b.close()
 
 
-@pytest.mark.parametrize("make", [EpollList, SelectorList])
-def test_g1_one_batch_has_all_that_is_ready(make: Callable[[], ReadinessList]) -> None:
-    readiness = make()
+@pytest.mark.parametrize("make", [EpollSelector, PlatformSelector])
+def test_g1_one_batch_has_all_that_is_ready(make: Callable[[], Selector]) -> None:
+    selector = make()
     called: list[int] = []
     with ExitStack() as exits:
-        exits.callback(readiness.close)
+        exits.callback(selector.close)
         for number in range(BATCH_SIZE + 50):
             ours, theirs = exits.enter_context(pair())
-            watch = Watch(ours.fileno())
-            watch.read_ready = partial(called.append, number)
-            readiness.watches[watch.descriptor] = watch
-            readiness.set_interest(watch, READ)
+            registration = Registration(ours.fileno())
+            registration.read_ready = partial(called.append, number)
+            selector.registrations[registration.fd] = registration
+            selector.set_interest(registration, READ)
             theirs.send(b"x")
-        assert readiness.take(raise_failure) == BATCH_SIZE + 50
+        assert selector.dispatch(raise_failure) == BATCH_SIZE + 50
     assert sorted(called) == list(range(BATCH_SIZE + 50))
 
 
@@ -383,7 +385,7 @@ async def test_g5_what_a_callback_raises_is_passed_on_and_the_others_are_called(
             await until(lambda: len(owner.failures) > 1 and len(called) > 1)
             poller.set_interest(failing, 0)
             poller.set_interest(other, 0)
-    assert {(watch, type(exc)) for watch, exc in owner.failures} == {(failing, error)}
+    assert {(registration, type(exc)) for registration, exc in owner.failures} == {(failing, error)}
 
 
 @pytest.mark.ours_only("about our pollers")
@@ -452,11 +454,11 @@ async def test_a_number_that_belongs_to_somebody_else_by_now(make: Callable[[], 
             poller.set_interest(first, 0)
             second = watch_of(poller, a, lambda: told.append(2))
             poller.set_interest(second, READ)
-            poller.release(first)
+            poller.unregister(first)
             b.send(b"x")
             await until(lambda: told)
             assert set(told) == {2}
-            poller.release(second)
+            poller.unregister(second)
 
 
 async def test_a_descriptor_closed_behind_our_back(anyio_backend: Any) -> None:
@@ -465,13 +467,15 @@ async def test_a_descriptor_closed_behind_our_back(anyio_backend: Any) -> None:
         told: list[int] = []
         with pair() as (a, _):
             async with running(make) as (poller, _):
-                watch = watch_of(poller, a, lambda told=told: told.append(READ), lambda told=told: told.append(WRITE))
-                poller.set_interest(watch, READ)
+                registration = watch_of(
+                    poller, a, lambda told=told: told.append(READ), lambda told=told: told.append(WRITE)
+                )
+                poller.set_interest(registration, READ)
                 a.close()
                 assert told == []
-                poller.set_interest(watch, READ | WRITE)
+                poller.set_interest(registration, READ | WRITE)
                 await until(lambda told=told: {READ, WRITE} <= set(told))
-                poller.release(watch)
+                poller.unregister(registration)
 
 
 class LeavingError(Exception):

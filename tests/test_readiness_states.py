@@ -22,7 +22,7 @@ from tls_support import Certificates, tls_client
 
 from transports_anyio import TransportGroup
 from transports_anyio._channels._socket import take_error_queue
-from transports_anyio._readiness import EpollList, Failed
+from transports_anyio._selector import EpollSelector, Failed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.skipif(sys.platform != "linux", reason="states that Linux has")]
 
@@ -47,16 +47,16 @@ def certificates(certificate_authority: Any) -> Certificates:
 def reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Each number of descriptors that the system has reported, as long as there were any."""
     counts: list[int] = []
-    original = EpollList.take
+    original = EpollSelector.dispatch
 
-    def take(self: EpollList, failed: Failed) -> int:
+    def dispatch(self: EpollSelector, failed: Failed) -> int:
         count = original(self, failed)
         if count:
             counts.append(count)
         return count
 
     with monkeypatch.context() as patch:
-        patch.setattr(EpollList, "take", take)
+        patch.setattr(EpollSelector, "dispatch", dispatch)
         yield counts
 
 

@@ -44,8 +44,8 @@ from support import (
 
 from transports_anyio import DatagramProtocol, SubprocessProtocol, TransportGroup, current_group
 from transports_anyio._core import SERVED_IN_A_TURN, Core
-from transports_anyio._readiness import BATCH_SIZE
 from transports_anyio._scheduling import Handle
+from transports_anyio._selector import BATCH_SIZE
 
 pytestmark = pytest.mark.anyio
 

@@ -1322,13 +1322,13 @@ async def test_a_sandbox_that_sends_no_signal_to_a_descriptor(
 @contextlib.contextmanager
 def full_list(number: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The descriptor that comes after `number` others of its kind is one more than the user may have in epoll."""
-    from transports_anyio._readiness import EpollList
+    from transports_anyio._selector import EpollSelector
 
     refused: list[int] = []
     seen: list[int] = []
-    add = EpollList.add
+    add = EpollSelector.add
 
-    def limited(self: EpollList, descriptor: int, interest: int) -> None:
+    def limited(self: EpollSelector, descriptor: int, interest: int) -> None:
         if kind in open_descriptors()[descriptor]:
             seen.append(descriptor)
             if len(seen) == number + 1:
@@ -1337,7 +1337,7 @@ def full_list(number: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
         add(self, descriptor, interest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EpollList, "add", limited)
+        patch.setattr(EpollSelector, "add", limited)
         yield refused
 
 

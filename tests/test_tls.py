@@ -503,10 +503,10 @@ async def test_answers_to_key_updates_do_not_pile_up_during_the_farewell(
 
 def test_what_is_written_never_stops_reading() -> None:
     # Or two ends that both write and do not read before the other has read would wait for each other for ever.
-    from transports_anyio._channels import _tls_wire
+    from transports_anyio._channels import _tls_engine
 
-    records = -(-_tls_wire.ENCRYPT_SIZE // RECORD) + 1
-    assert records * (RECORD + 256) < _tls_wire.ANSWERS_LIMIT
+    records = -(-_tls_engine.ENCRYPT_SIZE // RECORD) + 1
+    assert records * (RECORD + 256) < _tls_engine.ANSWERS_LIMIT
 
 
 # -- other ways to a connection ---------------------------------------------------------------------------

@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from ._door import Door, GivenContext, current
-from ._errors import ExceptionContext, Group, NotOpenError, described, is_refusal, leaves_through_the_group, logger
+from ._callbacks import CallbackContext, GivenContext, current
+from ._errors import ExceptionContext, Group, NotOpenError, is_refusal, logger, safe_repr, should_propagate
 from ._loop_poller import make_poller
-from ._owned import Owned
 from ._poller import RESOLUTION, Poller
-from ._readiness import Failed, Watch
+from ._resources import Resource
 from ._scheduling import Handle, TimerHandle, Timers
+from ._selector import Failed, Registration
 from ._waiters import Waiters
 
 if TYPE_CHECKING:
     from anyio import CancelScope
     from anyio.abc import TaskGroup
 
-    from ._channels._contract import Channel
+    from ._channels._abc import Channel
     from ._channels._datagram import DatagramChannel
 
 # How many descriptors a turn serves, and for how many seconds it goes on, before it lets the tasks have theirs.
@@ -50,7 +50,7 @@ LAST_TURNS = 100
 T = TypeVar("T")
 ProtocolT = TypeVar("ProtocolT")
 ChannelT = TypeVar("ChannelT", bound="Channel | DatagramChannel")
-TransportT = TypeVar("TransportT", bound=Owned)
+TransportT = TypeVar("TransportT", bound=Resource)
 
 
 def in_another_thread(name: str, instead: str) -> RuntimeError:
@@ -78,7 +78,7 @@ class Core:
         self.poller: Poller | None = None
         self.ready: deque[Callable[[], object]] = deque()
         self.timers: Timers = Timers(self._first_timer_cancelled)
-        self.transports: set[Owned] = set()
+        self.transports: set[Resource] = set()
         self.servers: set[AbstractServer] = set()
         self.tasks_running: int = 0
         self.tasks_started: bool = False  # Since the turn began.
@@ -96,7 +96,7 @@ class Core:
 
     def leaves(self, exc: BaseException) -> bool:
         """Whether `exc`, raised in the user's code, ends the group instead of being reported."""
-        return leaves_through_the_group(exc)
+        return should_propagate(exc)
 
     # A group on asyncio, uvloop or trio calls everything from tasks and callbacks of that backend. The event loop runs
     # asyncio code on trio, and has other answers.
@@ -211,7 +211,7 @@ class Core:
     def _callback_failed(self, callback: Callable[[], object], exc: BaseException) -> None:
         if self.leaves(exc):
             raise exc
-        context: ExceptionContext = {"message": f"Exception in callback {described(callback)}", "exception": exc}
+        context: ExceptionContext = {"message": f"Exception in callback {safe_repr(callback)}", "exception": exc}
         if isinstance(callback, Handle):
             context["handle"] = callback
             # A copy: what failed may be to enter a context that is entered already.
@@ -219,12 +219,12 @@ class Core:
         else:
             self.group.call_exception_handler(context)
 
-    def _descriptor_failed(self, watch: Watch, exc: BaseException) -> None:
+    def _descriptor_failed(self, registration: Registration, exc: BaseException) -> None:
         """Report what a callback of a descriptor raised; it is called again while the descriptor is ready."""
         if self.leaves(exc):
             raise exc
         self.group.call_exception_handler(
-            {"message": f"Exception in callback of file descriptor {watch.descriptor}", "exception": exc}
+            {"message": f"Exception in callback of file descriptor {registration.fd}", "exception": exc}
         )
 
     def start_internal_task(self, async_function: Callable[[], Coroutine[Any, Any, None]], name: object = None) -> None:
@@ -325,17 +325,17 @@ class Core:
 
     # Ownership
 
-    def door(self) -> Door:
+    def callback_context(self) -> CallbackContext:
         """Make the door of one connection."""
-        return Door(self.group, self.call_internal, self.leaves)
+        return CallbackContext(self.group, self.call_internal, self.leaves)
 
-    def user_call(self) -> Callable[..., Any]:
+    def new_user_call(self) -> Callable[..., Any]:
         """Return what calls the user's code that belongs to no transport yet."""
-        return self.door().run
+        return self.callback_context().run
 
     def make_transport(
         self,
-        transport_class: Callable[[Door, ChannelT, Any, Callable[[TransportT], None]], TransportT],
+        transport_class: Callable[[CallbackContext, ChannelT, Any, Callable[[TransportT], None]], TransportT],
         protocol_factory: Callable[[], ProtocolT],
         channel: ChannelT,
         on_lost: Callable[[TransportT], None] | None = None,
@@ -345,21 +345,21 @@ class Core:
         `on_lost`, if any, calls `disown`. What the factory raises is the caller's to handle; the channel is closed
         first.
         """
-        door = self.door()
+        callback_context = self.callback_context()
         try:
-            protocol = door.make_protocol(protocol_factory)
-            transport = transport_class(door, channel, protocol, on_lost or self.disown)
+            protocol = callback_context.make_protocol(protocol_factory)
+            transport = transport_class(callback_context, channel, protocol, on_lost or self.remove_resource)
         except BaseException:
             channel.close(aborted=True)
             raise
-        self.own(transport)
+        self.add_resource(transport)
         return transport, protocol
 
-    def own(self, transport: Owned) -> None:
+    def add_resource(self, transport: Resource) -> None:
         """End `transport` when the group ends."""
         self.transports.add(transport)
 
-    def disown(self, transport: Owned) -> None:
+    def remove_resource(self, transport: Resource) -> None:
         """Forget `transport`: its `connection_lost` has been delivered."""
         self.transports.discard(transport)
         received, sent, _ = transport.traffic()
@@ -389,7 +389,7 @@ class Core:
             if self.open or not is_refusal(exc, self.group):
                 raise
             # It wanted a new connection, say, when all are being closed: no failure of a block that is left normally.
-            logger.info("%s has ended, for the group is being left: %s", described(coroutine), exc)
+            logger.info("%s has ended, for the group is being left: %s", safe_repr(coroutine), exc)
         finally:
             self.tasks_running -= 1
             self.changed.notify()

@@ -41,19 +41,19 @@ def is_refusal(exc: BaseException, group: Group) -> bool:
     return isinstance(exc, NotOpenError) and exc.group is group
 
 
-def leaves_through_the_group(exc: BaseException) -> bool:
+def should_propagate(exc: BaseException) -> bool:
     """Whether `exc`, raised in the user's code, ends the group instead of being reported."""
     if isinstance(exc, Exception):
         return False  # Nearly always, and also where AnyIO does not know what runs.
     return isinstance(exc, (KeyboardInterrupt, SystemExit, anyio.get_cancelled_exc_class()))
 
 
-def described(thing: object) -> str:
+def safe_repr(thing: object) -> str:
     """Return `repr(thing)`, which is the user's code too: it may fail, and nothing else has to."""
     try:
         return repr(thing)
     except BaseException as exc:
-        if leaves_through_the_group(exc):
+        if should_propagate(exc):
             raise
         return object.__repr__(thing)
 
@@ -63,25 +63,25 @@ def log_debug(group: Group, message: str, *args: object) -> None:
     try:
         logger.debug(message, *args, stacklevel=2)
     except BaseException as exc:
-        if leaves_through_the_group(exc):
+        if should_propagate(exc):
             raise
         group.call_exception_handler({"message": "Exception while logging", "exception": exc})
 
 
-def lacks(protocol: object, name: str) -> bool:
-    """Whether the protocol has no callback `name`."""
+def has_callback(protocol: object, name: str) -> bool:
+    """Return whether the protocol has the callback `name`."""
     try:
-        return not hasattr(protocol, name)
+        return hasattr(protocol, name)
     except Exception:
-        return False  # A stand-in that fails when it is looked at: whoever calls it gets its error.
+        return True  # A mock whose attributes raise: the call will raise the same error.
 
 
 def failed_callback(protocol: object, name: str) -> str:
     """Say that the callback `name` has failed: in asyncio's words, and what to do if the protocol has none."""
     said = f"Fatal error: protocol.{name}() call failed."
-    if not lacks(protocol, name):
+    if has_callback(protocol, name):
         return said
     said += f" {type(protocol).__qualname__} has no method {name}(): "
-    if name == "data_received" and not lacks(protocol, "get_buffer"):
+    if name == "data_received" and has_callback(protocol, "get_buffer"):
         return said + "derive it from BufferedProtocol if its get_buffer() is to be used."
     return said + "define it, or derive the class from one of asyncio's protocol classes, which define them all."

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio.lowlevel
 
+from ._callbacks import call_with_current, current
 from ._core import Core
-from ._door import call_with_current, current
 from ._endpoints._datagram import DatagramEndpoints
 from ._endpoints._pipes import PipeEndpoints
 from ._endpoints._processes import ProcessEndpoints
 from ._endpoints._sendfile import FileEndpoints
-from ._endpoints._start_tls import StartTLSEndpoint
+from ._endpoints._start_tls import StartTLSEndpoints
 from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
 from ._endpoints._unix import UNIXEndpoints
-from ._errors import ExceptionContext, leaves_through_the_group, log_debug, logger
-from ._owned import PendingHandshake
+from ._errors import ExceptionContext, log_debug, logger, should_propagate
+from ._resources import PendingHandshake
 from ._scheduling import Handle, ThreadSafeHandle, TimerHandle
 from ._statistics import GroupStatistics, describe_flow
 
@@ -57,7 +57,7 @@ class TransportGroup(
     PipeEndpoints,
     ProcessEndpoints,
     StreamEndpoints,
-    StartTLSEndpoint,
+    StartTLSEndpoints,
     FileEndpoints,
 ):
     """Makes transports and owns them: an async context manager on an AnyIO task group, entered once.
@@ -256,7 +256,7 @@ class TransportGroup(
         try:
             call_with_current(self, self._exception_handler, self, context)
         except BaseException as exc:
-            if leaves_through_the_group(exc):
+            if should_propagate(exc):
                 raise
             self._report_at_last(
                 {"message": "Unhandled error in exception handler", "exception": exc, "context": context}
@@ -267,7 +267,7 @@ class TransportGroup(
         try:
             self.default_exception_handler(context)
         except BaseException as exc:
-            if leaves_through_the_group(exc):
+            if should_propagate(exc):
                 raise
             logger.exception("Exception in default exception handler")
 

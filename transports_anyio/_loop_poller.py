@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 
 from ._poller import RESOLUTION, ListPoller, Poller, TaskPoller, Turns, WaitingListPoller
-from ._readiness import ReadinessList, make_readiness_list
+from ._selector import Selector, make_selector
 
 try:
     # How AnyIO finds out what runs, where it is installed (trio brings it). It knows asyncio by the current task, and
@@ -32,9 +32,9 @@ ROUNDED_OFF = 0.001
 class LoopPoller(ListPoller):
     """A list of descriptors that is registered in the running event loop, asyncio's or uvloop's."""
 
-    def __init__(self, readiness: ReadinessList, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(readiness)
-        self._descriptor = readiness.fileno()
+    def __init__(self, selector: Selector, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(selector)
+        self._fd = selector.fileno()
         self.time = loop.time
         self._loop = loop
         self._turns: Turns | None = None
@@ -49,7 +49,7 @@ class LoopPoller(ListPoller):
 
     async def run(self, turns: Turns) -> None:
         self._turns = turns
-        self._loop.add_reader(self._descriptor, self._ready)
+        self._loop.add_reader(self._fd, self._ready)
         self._turn()
         try:
             await self._stopped.wait()
@@ -78,7 +78,7 @@ class LoopPoller(ListPoller):
             self._stop()
             self._stopped.set()
             return
-        if deadline == -inf or self._readiness.always_ready:
+        if deadline == -inf or self._selector.always_ready:
             self._schedule()
             return
         self.waiting = True
@@ -123,7 +123,7 @@ class LoopPoller(ListPoller):
         if self._turns is not None:
             self._turns = None
             self.waiting = False
-            self._loop.remove_reader(self._descriptor)
+            self._loop.remove_reader(self._fd)
             self._set_timer(inf)
 
     def wait_until(self, deadline: float) -> None:
@@ -165,14 +165,14 @@ def make_poller() -> Poller:
         loop = asyncio.get_running_loop() if asyncio.current_task() is not None else None
     except RuntimeError:
         loop = None
-    readiness = make_readiness_list()
+    selector = make_selector()
     poller: Poller
-    if readiness is None:
+    if selector is None:
         poller = TaskPoller()
     elif loop is None:
-        poller = WaitingListPoller(readiness)
+        poller = WaitingListPoller(selector)
     else:
-        poller = LoopPoller(readiness, loop)
+        poller = LoopPoller(selector, loop)
     if getattr(running, "name", None) == "trio":
         from ._trio import clock
 

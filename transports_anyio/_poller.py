@@ -17,8 +17,8 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from ._readiness import READ, WRITE, Failed, ReadinessList, Watch, selected
-from ._waiters import Event
+from ._selector import READ, WRITE, Failed, Registration, Selector, selected
+from ._waiters import InterruptSafeEvent
 
 # What is due within so many seconds is due: no sum of two times is more exact than that (asyncio's figure on Linux).
 RESOLUTION = 1e-9
@@ -54,7 +54,7 @@ class Poller(ABC):
     needs_tasks = False
 
     #: Whom every descriptor belongs to: see `claim`.
-    watches: dict[int, Watch]
+    registrations: dict[int, Registration]
 
     #: What a program of asyncio's knows as its event loop; nobody here uses it. `None` where there is none.
     loop: AbstractEventLoop | None = None
@@ -67,27 +67,27 @@ class Poller(ABC):
         #: Calls what needs the backend: asyncio code may be running, on trio, when an interest changes.
         self.as_backend: Callable[..., object] = call
 
-    def owner(self, descriptor: int) -> Watch | None:
+    def owner(self, fd: int) -> Registration | None:
         """Return what `descriptor` belongs to, unless that gives way."""
-        watch = self.watches.get(descriptor)
-        return None if watch is None or watch.gives_way else watch
+        registration = self.registrations.get(fd)
+        return None if registration is None or registration.gives_way else registration
 
-    def claim(self, watch: Watch) -> None:
+    def register(self, registration: Registration) -> None:
         """Let a descriptor belong to `watch`, until `release`."""
-        before = self.watches.get(watch.descriptor)
+        before = self.registrations.get(registration.fd)
         if before is not None and before.gives_way:
-            self.release(before)
-        self.watches[watch.descriptor] = watch
+            self.unregister(before)
+        self.registrations[registration.fd] = registration
 
-    def release(self, watch: Watch) -> None:
+    def unregister(self, registration: Registration) -> None:
         """Take out a descriptor, which is about to be closed: a copy in a forked child would go on reporting it."""
-        if watch.interest:
-            self.set_interest(watch, 0)
-        if self.watches.get(watch.descriptor) is watch:
-            del self.watches[watch.descriptor]
+        if registration.interest:
+            self.set_interest(registration, 0)
+        if self.registrations.get(registration.fd) is registration:
+            del self.registrations[registration.fd]
 
     @abstractmethod
-    def set_interest(self, watch: Watch, interest: int) -> None:
+    def set_interest(self, registration: Registration, interest: int) -> None:
         """Change what `watch` waits for to `interest`, another mask of `READ`, `WRITE` and `HANGUP` than it has.
 
         `read_ready` and `write_ready` are called in every batch, as long as its descriptor is ready. Raises `OSError`
@@ -130,8 +130,8 @@ class WaitingPoller(Poller):
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
         self._wake_sent = False  # A byte is under way, or about to be: one is enough for any number of threads.
-        self._waker = Watch(self._receiver.fileno())
-        self.claim(self._waker)
+        self._waker = Registration(self._receiver.fileno())
+        self.register(self._waker)
         self._waker.read_ready = self._woken
         self.set_interest(self._waker, READ)
 
@@ -199,27 +199,27 @@ class WaitingPoller(Poller):
 class ListPoller(Poller):
     """A poller whose descriptors are in the system's own list."""
 
-    def __init__(self, readiness: ReadinessList) -> None:
-        self._readiness = readiness
-        self.dispatch = readiness.take
-        self.watches = readiness.watches
+    def __init__(self, selector: Selector) -> None:
+        self._selector = selector
+        self.dispatch = selector.dispatch
+        self.registrations = selector.registrations
         try:
             super().__init__()
         except BaseException:  # No descriptors for the socket pair of a waiting poller.
-            readiness.close()
+            selector.close()
             raise
 
-    def set_interest(self, watch: Watch, interest: int) -> None:
-        self._readiness.set_interest(watch, interest)
-        if self._readiness.always_ready:
+    def set_interest(self, registration: Registration, interest: int) -> None:
+        self._selector.set_interest(registration, interest)
+        if self._selector.always_ready:
             self.wake()  # No wait would end for them.
 
     @property
     def is_ready(self) -> bool:
-        return bool(self._readiness.always_ready)
+        return bool(self._selector.always_ready)
 
     def close(self) -> None:
-        self._readiness.close()
+        self._selector.close()
         super().close()
 
 
@@ -227,16 +227,16 @@ class WaitingListPoller(ListPoller, WaitingPoller):
     """A list of the system's that a task waits for."""
 
     async def _wait(self) -> None:
-        await anyio.wait_readable(self._readiness.fileno())
+        await anyio.wait_readable(self._selector.fileno())
 
 
 class _Tasks:
     """What waits for one descriptor in a `TaskPoller`: the task's mark for each direction that has one."""
 
-    __slots__ = ("marks", "watch")
+    __slots__ = ("marks", "registration")
 
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
+    def __init__(self, registration: Registration) -> None:
+        self.registration = registration
         self.marks: dict[int, object] = {}
 
 
@@ -250,34 +250,34 @@ class TaskPoller(WaitingPoller):
     needs_tasks = True
 
     def __init__(self) -> None:
-        self.watches = {}
+        self.registrations = {}
         self._waiting: dict[int, _Tasks] = {}
         self._due: list[tuple[_Tasks, int, object]] = []
-        self._something = Event()
+        self._something = InterruptSafeEvent()
         self._tasks: TaskGroup | None = None
         self.dispatch = self._dispatch
         super().__init__()
 
-    def set_interest(self, watch: Watch, interest: int) -> None:
-        before, watch.interest = watch.interest, interest
-        descriptor = watch.descriptor
-        if self.watches.get(descriptor) is not watch:
+    def set_interest(self, registration: Registration, interest: int) -> None:
+        before, registration.interest = registration.interest, interest
+        fd = registration.fd
+        if self.registrations.get(fd) is not registration:
             return  # The number belongs to somebody else by now.
-        tasks = self._waiting.get(descriptor)
+        tasks = self._waiting.get(fd)
         if tasks is None:
-            tasks = self._waiting[descriptor] = _Tasks(watch)
+            tasks = self._waiting[fd] = _Tasks(registration)
         if before & ~interest:
             # Wakes every task that waits for the descriptor, at once: it may be closed and its number used again before
             # a cancelled task would have run. What is left of the interest gets a new task.
             tasks.marks.clear()
             try:
-                self.as_backend(anyio.notify_closing, descriptor)
+                self.as_backend(anyio.notify_closing, fd)
             except OSError:  # Somebody has closed it behind our back. The other direction may wait as well.
-                self.as_backend(anyio.notify_closing, descriptor)
+                self.as_backend(anyio.notify_closing, fd)
         if interest:
             self._start(tasks)
         else:
-            del self._waiting[descriptor]
+            del self._waiting[fd]
 
     async def run(self, turns: Turns) -> None:
         async with anyio.create_task_group() as task_group:
@@ -293,7 +293,7 @@ class TaskPoller(WaitingPoller):
         if self._tasks is None:
             return  # `run` will, unless it is over.
         for event in (READ, WRITE):
-            if event & selected(tasks.watch.interest) and event not in tasks.marks:
+            if event & selected(tasks.registration.interest) and event not in tasks.marks:
                 tasks.marks[event] = mark = object()
                 self.as_backend(self._tasks.start_soon, self._wait_for, tasks, event, mark)
 
@@ -301,7 +301,7 @@ class TaskPoller(WaitingPoller):
         if tasks.marks.get(event) is not mark:
             return  # Taken out before this task's first turn; the number may belong to somebody else.
         try:
-            await (anyio.wait_readable if event == READ else anyio.wait_writable)(tasks.watch.descriptor)
+            await (anyio.wait_readable if event == READ else anyio.wait_writable)(tasks.registration.fd)
         except anyio.ClosedResourceError:
             return  # The interest has changed: `set_interest` has seen to what is left of it.
         except OSError:
@@ -314,11 +314,11 @@ class TaskPoller(WaitingPoller):
 
     def _dispatch(self, failed: Failed) -> int:
         due, self._due = self._due, []
-        self._something = Event()
+        self._something = InterruptSafeEvent()
         for tasks, event, mark in due:
             if tasks.marks.get(event) is mark:
                 del tasks.marks[event]
-                tasks.watch.tell_or_fail(event, failed)
-                if self._waiting.get(tasks.watch.descriptor) is tasks:
+                tasks.registration.tell_or_fail(event, failed)
+                if self._waiting.get(tasks.registration.fd) is tasks:
                     self._start(tasks)
         return len(due)

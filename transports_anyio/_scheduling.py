@@ -15,7 +15,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 if TYPE_CHECKING:
-    from ._door import GivenContext
+    from ._callbacks import GivenContext
 
 #: Where a callback runs.
 Context: TypeAlias = "contextvars.Context | GivenContext"

@@ -18,8 +18,8 @@ import anyio.lowlevel
 from ._channels._socket import SocketChannel, is_tcp, name_or_none, set_nodelay
 from ._channels._tls import TLSChannel
 from ._errors import log_debug, logger
-from ._owned import PendingHandshake
-from ._readiness import READ, Watch
+from ._resources import PendingHandshake
+from ._selector import READ, Registration
 from ._sockets import address_error
 from ._statistics import describe_flow
 from ._transports._stream import StreamTransport
@@ -28,10 +28,10 @@ from ._waiters import Waiters
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ._channels._contract import Channel
-    from ._channels._tls_wire import TLSOptions
+    from ._channels._abc import Channel
+    from ._channels._tls_engine import TLSOptions
     from ._core import Core
-    from ._owned import Owned
+    from ._resources import Resource
 
 # Out of descriptors or memory: accepting again at once would fail again at once and starve everything else, so
 # wait a while as asyncio does (ACCEPT_RETRY_DELAY, in seconds). The connections stay in the backlog meanwhile.
@@ -82,17 +82,17 @@ class Server(asyncio.AbstractServer):
         self._protocol_factory = protocol_factory
         self._backlog = backlog
         self._is_tcp = any(map(is_tcp, sockets))  # Asked once, and not for each connection.
-        self._watches = {sock: Watch(sock.fileno()) for sock in sockets}
+        self._registrations = {sock: Registration(sock.fileno()) for sock in sockets}
         self._serving = False
         self._serving_forever = False
         self._closed = False
         self._addresses: list[Any] = []  # What they were, once closed.
-        self._connections: set[Owned] = set()
+        self._connections: set[Resource] = set()
         self._changed = Waiters()
         try:
             core.require_open()
-            for watch in self._watches.values():
-                self._poller.claim(watch)
+            for registration in self._registrations.values():
+                self._poller.register(registration)
             core.servers.add(self)
             if start_serving:
                 self._listen()
@@ -163,7 +163,7 @@ class Server(asyncio.AbstractServer):
         if self._on_close is not None:
             self._on_close()
         for sock in self._sockets:
-            self._poller.release(self._watches[sock])
+            self._poller.unregister(self._registrations[sock])
             sock.close()
         self._core.servers.discard(self)
         self._changed.notify()
@@ -220,14 +220,14 @@ class Server(asyncio.AbstractServer):
             raise
 
     def _resume(self, sock: socket.socket) -> None:
-        watch = self._watches[sock]
-        if self._serving and not watch.interest:
-            watch.read_ready = lambda: self._context.run(self._accept_ready, sock)
-            self._poller.set_interest(watch, READ)
+        registration = self._registrations[sock]
+        if self._serving and not registration.interest:
+            registration.read_ready = lambda: self._context.run(self._accept_ready, sock)
+            self._poller.set_interest(registration, READ)
 
     def _pause(self, sock: socket.socket) -> None:
-        if self._watches[sock].interest:
-            self._poller.set_interest(self._watches[sock], 0)
+        if self._registrations[sock].interest:
+            self._poller.set_interest(self._registrations[sock], 0)
 
     def _accept_ready(self, listener: socket.socket) -> None:
         """Accept what the backlog holds, which Linux lets be one more: many a turn, and then everybody else's turn."""
@@ -300,7 +300,7 @@ class Server(asyncio.AbstractServer):
                 raise
             self._report_lost_client(exc, peername_of(inner))
             return
-        pending = PendingHandshake(channel, self._core.own, self._core.disown)
+        pending = PendingHandshake(channel, self._core.add_resource, self._core.remove_resource)
         self._connections.add(pending)
 
         def over() -> None:
@@ -339,7 +339,7 @@ class Server(asyncio.AbstractServer):
 
     def _lost(self, transport: StreamTransport) -> None:
         self._connections.discard(transport)
-        self._core.disown(transport)
+        self._core.remove_resource(transport)
         self._changed.notify()
 
     def __repr__(self) -> str:

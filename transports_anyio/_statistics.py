@@ -6,10 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ._owned import PendingHandshake
+from ._resources import PendingHandshake
 
 if TYPE_CHECKING:
-    from ._owned import Owned
+    from ._resources import Resource
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class GroupStatistics:
     pending_timers: int
 
 
-def describe_flow(name: str, owned: Collection[Owned]) -> str:
+def describe_flow(name: str, owned: Collection[Resource]) -> str:
     """Say for a `repr` how many transports there are, how much they buffer, and how many have paused their protocol."""
     owned = tuple(owned)  # Whoever looks may be another thread.
     transports = [each for each in owned if not isinstance(each, PendingHandshake)]

@@ -37,7 +37,7 @@ class Waiters:
         self._events.clear()
 
 
-class Event:
+class InterruptSafeEvent:
     """As `anyio.Event`, for a task that may be interrupted in its wait."""
 
     __slots__ = ("_is_set", "_waiters")

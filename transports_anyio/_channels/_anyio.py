@@ -12,7 +12,7 @@ import anyio
 from anyio import TypedAttributeProvider
 from anyio.abc import AsyncResource
 
-from .._errors import described, leaves_through_the_group, logger
+from .._errors import logger, safe_repr, should_propagate
 
 # How long, in seconds, a stream may take to close in an orderly way (a TLS stream waits for the peer's close_notify):
 # asyncio's default `ssl_shutdown_timeout`.
@@ -40,7 +40,7 @@ def as_os_error(exc: BaseException) -> OSError:
     elif isinstance(exc, anyio.BrokenResourceError):
         error = ConnectionResetError(errno.ECONNRESET, "the stream is broken")
     else:
-        error = OSError(errno.EIO, f"the stream failed: {described(exc)}")
+        error = OSError(errno.EIO, f"the stream failed: {safe_repr(exc)}")
     error.__cause__ = exc
     return error
 
@@ -104,7 +104,7 @@ class AnyIOChannel:
         self._aborted = False
         self._scope: anyio.CancelScope | None = None  # Around the tasks, which make it: it is the backend's.
 
-    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
+    def set_callbacks(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         self._read_ready = read_ready
         self._write_ready = write_ready
 
@@ -146,12 +146,12 @@ class AnyIOChannel:
             self._end(self._scope)
 
     def _end(self, scope: anyio.CancelScope) -> None:
-        if self._says_farewell() and not self._aborted:
+        if self._eof_pending() and not self._aborted:
             scope.deadline = self._clock() + CLOSE_TIMEOUT  # `_send` ends the task after it, or this does.
         else:
             scope.cancel()
 
-    def _says_farewell(self) -> bool:
+    def _eof_pending(self) -> bool:
         """Whether the sending task has yet to send the last thing, which an orderly end waits for."""
         return False
 
@@ -209,7 +209,7 @@ class AnyIOChannel:
         except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
             # The connection has ended for the protocol; that the peer did not stay for the farewell is no news. A
             # forceful close, too, says so when a farewell was broken off before.
-            logger.debug("closing %s: %s", described(self._resource), described(exc))
+            logger.debug("closing %s: %s", safe_repr(self._resource), safe_repr(exc))
             return False
         return True
 
@@ -220,7 +220,7 @@ class AnyIOChannel:
                 try:
                     self._received = await self._receive_next()
                 except BaseException as exc:
-                    if leaves_through_the_group(exc):
+                    if should_propagate(exc):
                         raise
                     self._received = as_os_error(exc)
             ended = self._ends(self._received)
@@ -234,7 +234,7 @@ class AnyIOChannel:
     async def _send(self) -> None:
         while True:
             # The transport does not wait for the farewell, and may have ended before this task has its turn.
-            if not self._writing and not self._says_farewell():
+            if not self._writing and not self._eof_pending():
                 self._writing = event = anyio.Event()
                 await event.wait()
             offered = self._offered
@@ -244,7 +244,7 @@ class AnyIOChannel:
             try:
                 self._sent = await self._send_offered(offered)
             except BaseException as exc:
-                if leaves_through_the_group(exc):
+                if should_propagate(exc):
                     raise
                 self._sent = self._send_failure(exc)
             self._offered = None

@@ -12,8 +12,8 @@ from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
 from .._errors import logger
+from ._abc import Channel, joined
 from ._anyio import AnyIOChannel, typed_attributes
-from ._contract import Channel, joined
 from ._socket import transport_socket
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
         self._offered = b""
         self.set_writing(True)
 
-    def _says_farewell(self) -> bool:
+    def _eof_pending(self) -> bool:
         return bool(self._offered == b"")
 
     def _parts(self) -> Iterable[AsyncResource]:

@@ -18,8 +18,8 @@ import anyio.to_thread
 
 from .._errors import logger
 from .._poller import Poller
-from .._readiness import READ, Watch
-from .._waiters import Event
+from .._selector import READ, Registration
+from .._waiters import InterruptSafeEvent
 
 # What asyncio says of a child that somebody else has reaped.
 UNKNOWN_STATUS = 255
@@ -46,7 +46,7 @@ Exited = Callable[[int], None]
 StartTask = Callable[[Callable[[], Coroutine[Any, Any, None]]], object]
 
 
-def peek(pid: int, *, wait: bool = False) -> int | None:
+def poll_exit_status(pid: int, *, wait: bool = False) -> int | None:
     """Return how a child has ended, as its return code, and leave it to be reaped.
 
     `None` while it runs, unless it is waited for. Raises `ChildProcessError` when it has been reaped, or never was a
@@ -72,7 +72,7 @@ def is_child(pid: int) -> bool:
     if not hasattr(os, "waitid"):
         return False
     try:
-        peek(pid)
+        poll_exit_status(pid)
     except ChildProcessError:
         return False
     return True
@@ -82,7 +82,7 @@ class Child(ABC):
     """A child process, whose end is told once; it is reaped then, and never before it is known here."""
 
     pid: int
-    handle: Any
+    process: Any
     returncode: int | None = None
 
     #: Whether `run` has to be run in a task for `exited` to be called; known once it is watched.
@@ -105,7 +105,7 @@ class Child(ABC):
         """Kill the child, which every platform has its own way to do. Only while `has_ended` is false."""
 
     @abstractmethod
-    def kill_for_good(self) -> int | None:
+    def kill_and_reap(self) -> int | None:
         """Kill the child and return its return code; `exited` is not called any more.
 
         It is reaped by a task, for which the group waits, `TIME_TO_END` at most. `None` when it may not be killed: it
@@ -116,7 +116,7 @@ class Child(ABC):
     async def run(self, report: Callable[[Exception], None]) -> None:
         """Wait for the end of the child, and `report` what fails afterwards."""
 
-    def let_go(self) -> None:  # noqa: B027  # there may be nothing
+    def close(self) -> None:  # noqa: B027  # there may be nothing
         """Give everything back: `connection_lost` has been told."""
 
 
@@ -140,21 +140,21 @@ class PopenChild(Child):
     ) -> None:
         """`call` calls what tells of the end, from a task."""
         self._call = call
-        self.handle = popen
+        self.process = popen
         self.pid = popen.pid
         self._popen = popen
         self._poller = poller
         self._start_task = start_task
         self._killed = False  # For good, and not reaped yet when it was.
-        self._watch: Watch | None = None
+        self._registration: Registration | None = None
         self._exited: Exited | None = None
         self._waiting: anyio.CancelScope | None = None  # Around the task, which makes it: it is the backend's.
         self._waited_for = True
         self.needs_task = False
         self._reaped_by_popen = False  # By another thread, when it has yet to tell.
         try:
-            self._watch = Watch(os.pidfd_open(popen.pid))  # type: ignore[attr-defined,unused-ignore]
-            poller.claim(self._watch)
+            self._registration = Registration(os.pidfd_open(popen.pid))  # type: ignore[attr-defined,unused-ignore]
+            poller.register(self._registration)
         except (AttributeError, OSError) as exc:
             # Not this platform or this Python, a kernel or a sandbox without it, or no descriptors left.
             self._wait_in_thread(exc)
@@ -165,10 +165,10 @@ class PopenChild(Child):
 
     def watch(self, exited: Exited) -> None:
         self._exited = exited
-        if self._watch is not None:
-            self._watch.read_ready = self._told
+        if self._registration is not None:
+            self._registration.read_ready = self._told
             try:
-                self._poller.set_interest(self._watch, READ)
+                self._poller.set_interest(self._registration, READ)
             except OSError as exc:  # The list is full (ENOSPC, ENOMEM).
                 self._close()
                 self._wait_in_thread(exc)
@@ -176,7 +176,7 @@ class PopenChild(Child):
     def _told(self) -> None:
         """The descriptor says that the child has ended."""
         if self.has_ended():
-            self._tell()
+            self._notify_exited()
         else:
             # A tracer has yet to look at it, and until then it is not for us to reap. The descriptor stays readable.
             self._close()
@@ -204,9 +204,9 @@ class PopenChild(Child):
             while not self.has_ended():  # noqa: ASYNC110  # nobody tells
                 # Or else another thread has reaped it through `popen`, and is about to say so.
                 await anyio.sleep(pause)
-            self._call(self._tell)
+            self._call(self._notify_exited)
 
-    def _tell(self) -> None:
+    def _notify_exited(self) -> None:
         if self.has_ended() and self._exited is not None:
             exited, self._exited = self._exited, None
             self._close()
@@ -225,7 +225,7 @@ class PopenChild(Child):
     def _reap(self) -> None:
         # Not left to `poll` alone, which says 0 when somebody else was faster: a handler of SIGCHLD, say.
         try:
-            status = peek(self.pid)
+            status = poll_exit_status(self.pid)
         except ChildProcessError:
             if self._is_popens():
                 return
@@ -247,10 +247,10 @@ class PopenChild(Child):
         return True
 
     def send_signal(self, signal: int) -> None:
-        if sys.platform == "linux" and self._watch is not None:
+        if sys.platform == "linux" and self._registration is not None:
             # It means this child for ever, whoever has its number; and nobody is reaped on the way.
             try:
-                signals.pidfd_send_signal(self._watch.descriptor, signal)
+                signals.pidfd_send_signal(self._registration.fd, signal)
             except ProcessLookupError:
                 raise
             except OSError:
@@ -270,7 +270,7 @@ class PopenChild(Child):
             raise NotImplementedError
         self.send_signal(signals.SIGKILL)
 
-    def kill_for_good(self) -> int | None:
+    def kill_and_reap(self) -> int | None:
         self._exited = None
         self._waited_for = False
         if self._waiting is not None:
@@ -317,15 +317,15 @@ class PopenChild(Child):
 
     def _wait_without_reaping(self) -> None:
         try:
-            peek(self.pid, wait=True)
+            poll_exit_status(self.pid, wait=True)
         except ChildProcessError:
             pass  # Somebody else has reaped it, which `has_ended` finds too.
 
     def _close(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            self._poller.release(watch)
-            os.close(watch.descriptor)
+        registration, self._registration = self._registration, None
+        if registration is not None:
+            self._poller.unregister(registration)
+            os.close(registration.fd)
 
 
 class AnyIOChild(Child):
@@ -333,14 +333,14 @@ class AnyIOChild(Child):
 
     def __init__(self, process: anyio.abc.Process, clock: Callable[[], float]) -> None:
         self._clock = clock  # The backend's.
-        self.handle = process
+        self.process = process
         self.pid = process.pid
         self._process = process
         self._exited: Exited | None = None
         self.needs_task = True
         self._waiting: anyio.CancelScope | None = None  # Around the task, which makes it: it is the backend's.
         self._deadline = inf  # Of the scope.
-        self._let_go = Event()
+        self._close_requested = InterruptSafeEvent()
         # Anybody may implement AnyIO's interface, for a process that is no child of ours.
         self._is_ours = is_child(self.pid)
 
@@ -356,7 +356,7 @@ class AnyIOChild(Child):
             if self._exited is not None:
                 assert self.returncode is not None
                 self._exited(self.returncode)
-            await self._let_go.wait()
+            await self._close_requested.wait()
             # On asyncio nothing else closes the descriptor of an output that a grandchild holds, and it does so in a
             # later turn.
             try:
@@ -367,8 +367,8 @@ class AnyIOChild(Child):
         if self._waiting.deadline != inf and self._status() is None:
             logger.warning(LEFT_ALONE, self.pid, TIME_TO_END)
 
-    def let_go(self) -> None:
-        self._let_go.set()
+    def close(self) -> None:
+        self._close_requested.set()
 
     def has_ended(self) -> bool:
         return self._status() is not None
@@ -376,7 +376,7 @@ class AnyIOChild(Child):
     def _status(self) -> int | None:
         if self._process.returncode is None and self._is_ours:
             try:
-                return peek(self.pid)  # A backend may not have noticed yet.
+                return poll_exit_status(self.pid)  # A backend may not have noticed yet.
             except ChildProcessError:
                 # A thread of the backend's has reaped it, and the backend has yet to hear of it (asyncio before 3.12).
                 return UNKNOWN_STATUS
@@ -389,7 +389,7 @@ class AnyIOChild(Child):
     def kill(self) -> None:
         self._process.kill()
 
-    def kill_for_good(self) -> int | None:
+    def kill_and_reap(self) -> int | None:
         self._exited = None
         status = self._status()
         if status is None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .._poller import Poller
-from .._readiness import READ, WRITE
+from .._selector import READ, WRITE
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE, buffers
 from ._socket import describe_socket, take_error_queue
@@ -64,7 +64,7 @@ class DatagramChannel(ABC):
     __slots__ = ()
 
     @abstractmethod
-    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
+    def set_callbacks(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         """Remember whom to call; nothing is called before an interest is set."""
 
     @abstractmethod
@@ -180,7 +180,7 @@ class DatagramSocketChannel(Polled, DatagramChannel):
                 timer.cancel()
 
     def close(self, *, aborted: bool) -> None:
-        self._poller.release(self)
+        self._poller.unregister(self)
         self._socket.close()
 
     def extra_info(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ._contract import Channel
+from ._abc import Channel
 from ._receive_buffers import RECEIVE_SIZE
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class MemoryChannel(Channel):
         self._reading = self._writing = self._turn_asked = False
         incoming.wake_receiver = outgoing.wake_sender = self._ask_for_turn
 
-    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
+    def set_callbacks(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         self._read_ready = read_ready
         self._write_ready = write_ready
 

@@ -14,8 +14,8 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from .._poller import Poller
-from .._readiness import HANGUP, READ
-from ._contract import Channel
+from .._selector import HANGUP, READ
+from ._abc import Channel
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE
 from ._socket import GATHER_LIMIT, take_error_queue
@@ -79,14 +79,14 @@ class PipeChannel(Polled, Channel):
     outliving = STANDARD_STREAMS
 
     def __init__(self, poller: Poller, pipe: Any, *, writing: bool) -> None:
-        descriptor = pipe.fileno()
-        status = os.fstat(descriptor)
+        fd = pipe.fileno()
+        status = os.fstat(fd)
         mode = status.st_mode
         if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)):
             raise ValueError(f"a pipe, socket or character device was expected, got {pipe!r}")
         # One file object may be the end for both directions (a terminal's); each needs a descriptor to wait for.
-        self._duplicate = poller.owner(descriptor) is not None
-        super().__init__(poller, os.dup(descriptor) if self._duplicate else descriptor)
+        self._duplicate = poller.owner(fd) is not None
+        super().__init__(poller, os.dup(fd) if self._duplicate else fd)
         self._pipe = pipe
         self.can_send = writing
         # A writing end has nothing to read: what it waits for is that its reader has gone.
@@ -98,24 +98,24 @@ class PipeChannel(Polled, Channel):
         )
         self._file = status.st_dev, status.st_ino
         with shared:
-            self._blocking = os.get_blocking(descriptor)  # type: ignore[attr-defined,unused-ignore]
-            os.set_blocking(descriptor, False)  # type: ignore[attr-defined,unused-ignore]
+            self._blocking = os.get_blocking(fd)  # type: ignore[attr-defined,unused-ignore]
+            os.set_blocking(fd, False)  # type: ignore[attr-defined,unused-ignore]
             open_channels.setdefault(self._file, []).append(self)
 
     def set_reading(self, reading: bool) -> None:
         self._set_interest(self.interest | self._input if reading else self.interest & ~self._input)
 
     def receive(self) -> bytes:
-        return os.read(self.descriptor, SYSTEM_SIZE)
+        return os.read(self.fd, SYSTEM_SIZE)
 
     def receive_into(self, buffer: Buffer) -> int:
-        return os.readv(self.descriptor, [buffer])  # type: ignore[attr-defined,no-any-return,unused-ignore]
+        return os.readv(self.fd, [buffer])  # type: ignore[attr-defined,no-any-return,unused-ignore]
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
-        return os.write(self.descriptor, data)
+        return os.write(self.fd, data)
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
-        return os.writev(self.descriptor, list(islice(chunks, GATHER_LIMIT)))  # type: ignore[attr-defined,no-any-return,unused-ignore]
+        return os.writev(self.fd, list(islice(chunks, GATHER_LIMIT)))  # type: ignore[attr-defined,no-any-return,unused-ignore]
 
     def send_eof(self) -> None:
         raise NotImplementedError  # The end of a pipe is its close.
@@ -126,11 +126,11 @@ class PipeChannel(Polled, Channel):
     def has_hung_up(self) -> bool:
         poll = select.poll()  # type: ignore[attr-defined,unused-ignore]
         # Asks for nothing but hang-ups and errors; that the other end of a TCP socket has gone is half a hang-up.
-        poll.register(self.descriptor, getattr(select, "POLLRDHUP", 0))
+        poll.register(self.fd, getattr(select, "POLLRDHUP", 0))
         return bool(poll.poll(0))
 
     def close(self, *, aborted: bool) -> None:
-        self._poller.release(self)
+        self._poller.unregister(self)
         with shared:
             self._leave_file()
 
@@ -139,18 +139,14 @@ class PipeChannel(Polled, Channel):
         others.remove(self)
         if not others:
             del open_channels[self._file]
-        descriptor = self.number()
-        if self._duplicate or descriptor >= 0:
+        fd = self.number()
+        if self._duplicate or fd >= 0:
             if self._blocking:
                 self._block(others)
             if self._duplicate:
-                os.close(self.descriptor)
+                os.close(self.fd)
         # The other direction may still need it.
-        if (
-            descriptor >= 0
-            and descriptor not in self.outliving
-            and all(other.number() != descriptor for other in others)
-        ):
+        if fd >= 0 and fd not in self.outliving and all(other.number() != fd for other in others):
             self._pipe.close()
 
     def number(self) -> int:
@@ -161,7 +157,7 @@ class PipeChannel(Polled, Channel):
             return -1
 
     def _block(self, others: list[PipeChannel]) -> None:
-        os.set_blocking(self.descriptor, True)  # type: ignore[attr-defined,unused-ignore]
+        os.set_blocking(self.fd, True)  # type: ignore[attr-defined,unused-ignore]
         # The two ends of a pipe are one file, opened twice. Whether it is the same opening, only a try tells.
         for channel in others:
             if channel.takes_over_blocking():
@@ -170,8 +166,8 @@ class PipeChannel(Polled, Channel):
     def takes_over_blocking(self) -> bool:
         """Whether the open file has just become blocking: it is made non-blocking, and blocking again by `close`."""
         with suppress(OSError):  # Closed by somebody else.
-            if os.get_blocking(self.descriptor):  # type: ignore[attr-defined,unused-ignore]
-                os.set_blocking(self.descriptor, False)  # type: ignore[attr-defined,unused-ignore]
+            if os.get_blocking(self.fd):  # type: ignore[attr-defined,unused-ignore]
+                os.set_blocking(self.fd, False)  # type: ignore[attr-defined,unused-ignore]
                 self._blocking = True
                 return True
         return False
@@ -200,7 +196,7 @@ class ChildPipeChannel(PipeChannel):
         self._read_size = SYSTEM_SIZE
 
     def receive(self) -> bytes:
-        data = os.read(self.descriptor, self._read_size)
+        data = os.read(self.fd, self._read_size)
         # As much as there may be the next time: what is large is followed by more.
         self._read_size = SYSTEM_SIZE if len(data) < SYSTEM_SIZE else min(self._enlarge(), RECEIVE_SIZE)
         return data
@@ -222,8 +218,8 @@ class ChildPipeChannel(PipeChannel):
             if sys.platform == "linux":
                 # An unprivileged user's pipes may be at their limit: then it stays as it is.
                 with suppress(OSError), shared:
-                    self._capacity = fcntl.fcntl(self.descriptor, fcntl.F_GETPIPE_SZ)
+                    self._capacity = fcntl.fcntl(self.fd, fcntl.F_GETPIPE_SZ)
                     if self._capacity == SYSTEM_SIZE and len(enlarged) < BULK_PIPES:
-                        self._capacity = fcntl.fcntl(self.descriptor, fcntl.F_SETPIPE_SZ, BULK_SIZE)
+                        self._capacity = fcntl.fcntl(self.fd, fcntl.F_SETPIPE_SZ, BULK_SIZE)
                         enlarged.add(self)
         return self._capacity

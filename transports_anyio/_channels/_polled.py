@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .._poller import Poller
-from .._readiness import READ, WRITE, Watch
+from .._selector import READ, WRITE, Registration
 
 
-class Polled(Watch):
+class Polled(Registration):
     """A descriptor in the poller, with two callbacks."""
 
     __slots__ = ("_poller",)
 
-    def __init__(self, poller: Poller, descriptor: int) -> None:
-        super().__init__(descriptor)
+    def __init__(self, poller: Poller, fd: int) -> None:
+        super().__init__(fd)
         self._poller = poller
-        poller.claim(self)
+        poller.register(self)
 
-    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
+    def set_callbacks(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         self.read_ready = read_ready
         self.write_ready = write_ready
 

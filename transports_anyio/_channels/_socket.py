@@ -14,7 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .._poller import Poller
-from ._contract import Channel, FileError, joined
+from ._abc import Channel, FileError, joined
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE, buffers
 
@@ -149,12 +149,12 @@ def failing_as(exc: OSError) -> Callable[..., Any]:
     return fail
 
 
-def send_from_file(to: int, descriptor: int, offset: int, count: int) -> int:
+def send_from_file(to: int, fd: int, offset: int, count: int) -> int:
     """Call `os.sendfile` for the socket `to`. Raises as `Channel.send_file` does."""
     if not hasattr(os, "sendfile"):
         raise FileError(OSError(errno.ENOSYS, "os.sendfile() is not available"))
     try:
-        sent: int = os.sendfile(to, descriptor, offset, count)
+        sent: int = os.sendfile(to, fd, offset, count)
     except OSError as exc:
         if exc.errno == errno.ENOTCONN:  # What macOS says of a connection that has broken.
             raise ConnectionResetError(exc.errno, exc.strerror) from exc
@@ -218,8 +218,8 @@ class SocketChannel(Polled, Channel):
         count: int = gather(islice(chunks, GATHER_LIMIT))
         return count
 
-    def send_file(self, descriptor: int, offset: int, count: int) -> int:
-        return send_from_file(self.descriptor, descriptor, offset, count)
+    def send_file(self, fd: int, offset: int, count: int) -> int:
+        return send_from_file(self.fd, fd, offset, count)
 
     def send_eof(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
@@ -229,7 +229,7 @@ class SocketChannel(Polled, Channel):
         return take_error_queue(self._socket) is not None
 
     def close(self, *, aborted: bool) -> None:
-        self._poller.release(self)
+        self._poller.unregister(self)
         self._socket.close()
 
     def extra_info(self) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
-from ._contract import Channel, joined
+from ._abc import Channel, joined
 from ._receive_buffers import buffers
-from ._tls_farewell import Farewell, PlainFarewell
+from ._tls_engine import ENCRYPT_SIZE, Scheduler, TLSEngine, TLSOptions
 from ._tls_handshake import Handshake
-from ._tls_wire import ENCRYPT_SIZE, Scheduler, TLSOptions, Wire
+from ._tls_shutdown import PlainShutdown, TLSShutdown
 
 if TYPE_CHECKING:
-    from ._contract import SizedBuffer
+    from ._abc import SizedBuffer
 
 # How often in a row one readiness event may call a protocol whose buffer is smaller than what was received.
 READS_IN_A_ROW = 16
@@ -38,16 +38,16 @@ class Phase(Enum):
     """What a connection is at."""
 
     HANDSHAKE = auto()  # From the beginning, and until `close` when it fails.
-    EXCHANGE = auto()  # The only one in which the transport receives and sends.
-    FAREWELL = auto()
+    CONNECTED = auto()  # The only one in which the transport receives and sends.
+    SHUTDOWN = auto()
     CLOSED = auto()
 
 
 # By name: an attribute of the class costs more.
-HANDSHAKE, EXCHANGE, FAREWELL, CLOSED = Phase
+HANDSHAKE, CONNECTED, SHUTDOWN, CLOSED = Phase
 
 
-def _ignore() -> None: ...
+def noop() -> None: ...
 
 
 class TLSChannel(Channel):
@@ -62,25 +62,25 @@ class TLSChannel(Channel):
 
     __slots__ = (
         "_blocked",
+        "_engine",
         "_eof",
         "_failure",
-        "_farewell",
         "_handshake",
-        "_held",
+        "_has_pending",
         "_incoming",
         "_info",
         "_inner",
-        "_more",
         "_outgoing",
         "_phase",
         "_plaintext",
+        "_plaintext_in_flight",
         "_read",
         "_read_ready",
         "_reading",
         "_receive_ciphertext",
         "_scheduled",
+        "_shutdown",
         "_tls",
-        "_wire",
         "_write_needs_read",
         "_write_ready",
         "_writing",
@@ -92,31 +92,33 @@ class TLSChannel(Channel):
     def __init__(
         self, inner: Channel, options: TLSOptions, scheduler: Scheduler, *, unsent: bytes = b"", received: bytes = b""
     ) -> None:
-        self._wire = wire = Wire(inner, options, scheduler, unsent)
+        self._engine = engine = TLSEngine(inner, options, scheduler, unsent)
         if received:
-            wire.incoming.write(received)
+            engine.incoming.write(received)
         # What the exchange takes from the wire, looked up once, and not for each message.
         self._inner = inner
-        self._tls = wire.tls
-        self._read = wire.read
-        self._incoming = wire.incoming
-        self._outgoing = wire.outgoing
-        self._receive_ciphertext = wire.receive
+        self._tls = engine.tls
+        self._read = engine.read
+        self._incoming = engine.incoming
+        self._outgoing = engine.outgoing
+        self._receive_ciphertext = engine.receive
         self._plaintext = buffers.decrypted  # Of this thread, which is the group's.
         self._info: dict[str, Any] = {}
         self._phase = HANDSHAKE
-        self._handshake: Handshake | None = Handshake(wire)  # Until it is over.
-        self._farewell: PlainFarewell | None = None
+        self._handshake: Handshake | None = Handshake(engine)  # Until it is over.
+        self._shutdown: PlainShutdown | None = None
         # What the transport waits for.
         self._reading = False
         self._writing = False
         # What `receive` finds.
-        self._more = False  # Something may be had without receiving: records in memory, `close_notify`, an error.
+        self._has_pending = (
+            False  # Something may be had without receiving: records in memory, `close_notify`, an error.
+        )
         self._scheduled = False  # The next turn looks for it.
         self._eof = False  # The transport has been told of the end.
         # What `send` finds.
         self._blocked = True  # There is something to look into before it may encrypt: the phase, or what follows.
-        self._held = 0  # So many bytes of plaintext are encrypted, but not yet reported as sent.
+        self._plaintext_in_flight = 0  # So many bytes of plaintext are encrypted, but not yet reported as sent.
         self._write_needs_read = False  # OpenSSL cannot write before it has read (renegotiation in TLS 1.2).
         self._failure: Exception | None = None  # Met elsewhere; `send` raises it, and `receive` at the end.
 
@@ -129,40 +131,40 @@ class TLSChannel(Channel):
         `ConnectionResetError` when the peer has left. The caller closes the channel.
         """
         assert self._handshake is not None
-        self._handshake.begin(self._begin_exchange, done)
+        self._handshake.begin(self._connected, done)
 
     # The second phase.
 
-    def _begin_exchange(self, info: dict[str, Any]) -> None:
-        self._phase = EXCHANGE
+    def _connected(self, info: dict[str, Any]) -> None:
+        self._phase = CONNECTED
         self._handshake = None
         self._info.update(info, close_notify=False)
         self._blocked = False
-        self._more = self._incoming.pending > 0  # Data may have come with the last message of the handshake.
-        self._inner.open(self._readable, self._writable)
+        self._has_pending = self._incoming.pending > 0  # Data may have come with the last message of the handshake.
+        self._inner.set_callbacks(self._readable, self._writable)
         self._flush_or_fail()  # Our own last message.
 
-    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
+    def set_callbacks(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         self._read_ready = read_ready
         self._write_ready = write_ready
 
     def set_reading(self, reading: bool) -> None:
         self._reading = reading
-        if self._phase is EXCHANGE:
+        if self._phase is CONNECTED:
             self._update_interest()
-            if reading and self._more:
+            if reading and self._has_pending:
                 self._read_again()
 
     def set_writing(self, writing: bool) -> None:
         self._writing = writing
-        if self._phase is EXCHANGE:
+        if self._phase is CONNECTED:
             self._update_interest()
 
     def _update_interest(self) -> None:
-        wire = self._wire
+        engine = self._engine
         try:
-            self._inner.set_reading((self._reading and wire.may_receive()) or self._write_needs_read)
-            self._inner.set_writing(bool(wire.unsent) or (self._writing and not self._write_needs_read))
+            self._inner.set_reading((self._reading and engine.may_receive()) or self._write_needs_read)
+            self._inner.set_writing(bool(engine.unsent) or (self._writing and not self._write_needs_read))
         except OSError as exc:  # The system watches as many descriptors as it may: do not ask again.
             self._reading = self._writing = False
             self._fail(exc)
@@ -172,11 +174,11 @@ class TLSChannel(Channel):
         """Have what is in memory read in the next turn: no selector knows of it."""
         if not self._scheduled:
             self._scheduled = True
-            self._wire.scheduler.call_internal(self._scheduled_read)
+            self._engine.scheduler.call_internal(self._scheduled_read)
 
     def _scheduled_read(self) -> None:
         self._scheduled = False
-        if self._more:
+        if self._has_pending:
             self._read_what_is_there()
 
     def _readable(self) -> None:
@@ -184,13 +186,13 @@ class TLSChannel(Channel):
             self._receive_for_writing()
         if self._reading:
             self._read_ready()
-            if self._more:
+            if self._has_pending:
                 self._read_what_is_there()
 
     def _receive_for_writing(self) -> None:
         """Give OpenSSL what it has to read before it can write; the protocol may have paused reading."""
         self._write_needs_read = False
-        if not self._more:
+        if not self._has_pending:
             try:
                 count = self._receive_ciphertext()
             except (BlockingIOError, InterruptedError):
@@ -199,7 +201,7 @@ class TLSChannel(Channel):
                 self._fail(exc)
             else:
                 if count:
-                    self._more = True
+                    self._has_pending = True
                 else:
                     self._fail(self._peer_left())
         self._update_interest()
@@ -210,16 +212,16 @@ class TLSChannel(Channel):
     def _read_what_is_there(self) -> None:
         # `_reading` and `_more` are looked at each time: the protocol may pause, close or give a larger buffer.
         for _ in range(READS_IN_A_ROW):
-            if not (self._reading and self._more):
+            if not (self._reading and self._has_pending):
                 return
             self._read_ready()
-        if self._reading and self._more:
+        if self._reading and self._has_pending:
             self._read_again()
 
     def _writable(self) -> None:
-        if self._wire.unsent:
+        if self._engine.unsent:
             self._flush_or_fail()
-        if self._writing and not self._wire.unsent:
+        if self._writing and not self._engine.unsent:
             self._write_ready()
 
     def receive(self) -> bytes:
@@ -229,7 +231,7 @@ class TLSChannel(Channel):
 
     def receive_into(self, buffer: SizedBuffer) -> int:
         """Fill `buffer` with what is in memory, or else arrives, and note whether there may be more."""
-        if not self._more:
+        if not self._has_pending:
             if not self._receive_ciphertext():
                 if self._failure is not None:
                     raise self._failure  # The system reports an error once: here to a send, and this is no orderly end.
@@ -237,11 +239,11 @@ class TLSChannel(Channel):
                 return 0
         elif self._failure is not None and isinstance(self._failure, ssl.SSLError):
             raise self._failure  # OpenSSL could not read on. When only sending fails, the peer is heard to the end.
-        self._more = True
+        self._has_pending = True
         try:
             taken = self._read(AS_MUCH_AS_FITS, buffer)
         except ssl.SSLWantReadError:
-            self._more = False
+            self._has_pending = False
             taken = -1
         except ssl.SSLError:
             self._flush_or_fail()  # The peer is told why.
@@ -253,7 +255,7 @@ class TLSChannel(Channel):
                 return 0
             # A read that leaves room has taken its record whole. An item of the buffer is at least a byte.
             if not self._incoming.pending and (taken < len(buffer) or not self._tls.pending()):
-                self._more = False
+                self._has_pending = False
             else:
                 taken = self._read_on(buffer, taken)
         if self._outgoing.pending:  # An answer of OpenSSL's own, to a key update for example.
@@ -269,17 +271,17 @@ class TLSChannel(Channel):
             with memoryview(buffer) as view, view.cast("B") as plaintext:
                 size = len(plaintext)
                 while taken < size:
-                    with plaintext[taken:] as rest:
-                        count = read(AS_MUCH_AS_FITS, rest)
+                    with plaintext[taken:] as stop_io:
+                        count = read(AS_MUCH_AS_FITS, stop_io)
                     if not count:
                         self._info["close_notify"] = True
                         break
                     taken += count
                     if not self._incoming.pending and (taken < size or not self._tls.pending()):
-                        self._more = False
+                        self._has_pending = False
                         break
         except ssl.SSLWantReadError:
-            self._more = False
+            self._has_pending = False
         except ssl.SSLError as exc:
             self._flush_or_fail()
             self._fail(exc)
@@ -305,8 +307,8 @@ class TLSChannel(Channel):
                 sent = 0
             if sent < len(ciphertext):
                 # The plaintext is reported as sent when its ciphertext is, so that the transport counts it.
-                self._wire.unsent = memoryview(ciphertext)[sent:]
-                self._held = count
+                self._engine.unsent = memoryview(ciphertext)[sent:]
+                self._plaintext_in_flight = count
                 self._blocked = True
                 self._update_interest()
                 break
@@ -319,10 +321,10 @@ class TLSChannel(Channel):
         """Return how much of what is offered has been sent since it was offered first."""
         if self._failure is not None:
             raise self._failure
-        if self._wire.unsent or self._phase is not EXCHANGE:
+        if self._engine.unsent or self._phase is not CONNECTED:
             raise BlockingIOError
         self._blocked = False
-        held, self._held = self._held, 0
+        held, self._plaintext_in_flight = self._plaintext_in_flight, 0
         return held
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
@@ -335,10 +337,10 @@ class TLSChannel(Channel):
         sent before, an alert perhaps, is still there to be received.
         """
         try:
-            self._wire.flush()
+            self._engine.flush()
         except Exception as exc:
             self._fail(exc)
-        if self._wire.unsent:
+        if self._engine.unsent:
             self._blocked = True
         self._update_interest()
 
@@ -346,7 +348,7 @@ class TLSChannel(Channel):
         # The first error says what happened: every send after a reset fails with a broken pipe.
         if self._failure is None or isinstance(exc, ssl.SSLError):
             self._failure = exc
-        self._wire.unsent = b""
+        self._engine.unsent = b""
         self._blocked = True
 
     def send_eof(self) -> None:
@@ -354,41 +356,41 @@ class TLSChannel(Channel):
 
     # The third phase.
 
-    def finish(self, done: Callable[[Exception | None, bool], None]) -> bool:
+    def shutdown(self, done: Callable[[Exception | None, bool], None]) -> bool:
         if self._failure is not None and not self._eof:
             raise self._failure
-        self._phase = FAREWELL
+        self._phase = SHUTDOWN
         if self._handshake is not None:
             self._handshake.stop()
-            self._farewell = farewell = PlainFarewell(self._wire, done)
+            self._shutdown = shutdown = PlainShutdown(self._engine, done)
         else:
-            self._farewell = farewell = Farewell(self._wire, done, self._info, eof=self._eof)
+            self._shutdown = shutdown = TLSShutdown(self._engine, done, self._info, eof=self._eof)
         self._reading = self._writing = False  # What is still in memory is nobody's to read any more.
         try:
-            return farewell.begin()
+            return shutdown.begin()
         except Exception:
-            self._wire.rest()
+            self._engine.stop_io()
             raise
 
     def close(self, *, aborted: bool) -> None:
         if self._phase is CLOSED:
             return
         self._phase = CLOSED
-        self._wire.lift_limit()
-        if self._farewell is not None:
-            self._farewell.abandon()
-        self._wire.rest()
+        self._engine.cancel_timeout()
+        if self._shutdown is not None:
+            self._shutdown.abandon()
+        self._engine.stop_io()
         self._inner.close(aborted=aborted)
         if self._handshake is not None:
             self._handshake.end(
                 ConnectionAbortedError(errno.ECONNABORTED, "the connection was closed during its TLS handshake")
             )
         # No cycles: a server may see many connections fail, and OpenSSL's memory is not the collector's to weigh.
-        self._inner.open(_ignore, _ignore)
-        self.open(_ignore, _ignore)
-        self._failure = self._handshake = self._farewell = None
+        self._inner.set_callbacks(noop, noop)
+        self.set_callbacks(noop, noop)
+        self._failure = self._handshake = self._shutdown = None
 
     def extra_info(self) -> dict[str, Any]:
         # The transport keeps this very dictionary, and so learns what becomes known later.
-        self._info = {**self._inner.extra_info(), "sslcontext": self._wire.options.context, **self._info}
+        self._info = {**self._inner.extra_info(), "sslcontext": self._engine.options.context, **self._info}
         return self._info

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .._errors import logger
 
 if TYPE_CHECKING:
-    from ._tls_wire import Wire
+    from ._tls_engine import TLSEngine
 
 
 # How long, in seconds, the alert of a peer that has left may take through the tasks of a stream below.
@@ -21,25 +21,27 @@ TIME_FOR_AN_ALERT = 0.5
 class Handshake:
     """One handshake over `wire`, which has it to itself meanwhile."""
 
-    __slots__ = ("_begin_exchange", "_call", "_cut_off", "_done", "_stopped", "_verdict", "_wire")
+    __slots__ = ("_call", "_connected", "_done", "_engine", "_handshake_error", "_peer_error", "_stopped")
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
-        self._call = wire.scheduler.user_call()  # A server name callback is the user's, and may ask for its context.
+    def __init__(self, engine: TLSEngine) -> None:
+        self._engine = engine
+        self._call = (
+            engine.scheduler.new_user_call()
+        )  # A server name callback is the user's, and may ask for its context.
         self._done: Callable[[Exception | None], None] | None = None
-        self._verdict: Exception | None = None  # Why the handshake failed, while the peer is being told.
-        self._cut_off: Exception | None = None  # That the peer has left, while what it said before is awaited.
+        self._handshake_error: Exception | None = None  # Why the handshake failed, while the peer is being told.
+        self._peer_error: Exception | None = None  # That the peer has left, while what it said before is awaited.
         self._stopped = False  # The wire is somebody else's.
 
-    def begin(self, begin_exchange: Callable[[dict[str, Any]], None], done: Callable[[Exception | None], None]) -> None:
+    def begin(self, connected: Callable[[dict[str, Any]], None], done: Callable[[Exception | None], None]) -> None:
         """Call `begin_exchange` with what is known of the connection, then `done`; or only `done`, with an error."""
-        self._begin_exchange = begin_exchange
+        self._connected = connected
         self._done = done
-        wire = self._wire
-        wire.limit(wire.options.handshake_timeout, self._timed_out)
-        wire.inner.open(self._readable, self._writable)
+        engine = self._engine
+        engine.start_timeout(engine.options.handshake_timeout, self._timed_out)
+        engine.inner.set_callbacks(self._readable, self._writable)
         try:
-            wire.inner.set_reading(True)
+            engine.inner.set_reading(True)
         except OSError as exc:  # The system watches as many descriptors as it may.
             self._fail(exc)
             return
@@ -48,36 +50,36 @@ class Handshake:
     def stop(self) -> None:
         """Give the wire away. `done` is still called, by `end` or when the time is over."""
         self._stopped = True
-        self._wire.inner.set_reading(False)
+        self._engine.inner.set_reading(False)
 
     def end(self, exc: Exception | None) -> None:
         """Call `done`, unless that has happened."""
         self._stopped = True
-        self._verdict = self._cut_off = None  # Their tracebacks have frames of ours: no cycle.
+        self._handshake_error = self._peer_error = None  # Their tracebacks have frames of ours: no cycle.
         done, self._done = self._done, None
         if done is None:
             return
-        self._wire.lift_limit()
+        self._engine.cancel_timeout()
         if logger.isEnabledFor(logging.DEBUG):
             self._log(exc)
         done(exc)
 
     def _readable(self) -> None:
         try:
-            count = self._wire.receive()
+            count = self._engine.receive()
         except (BlockingIOError, InterruptedError):
             return
         except Exception as exc:  # An `OSError`, or what a context of another kind raises in the TLS below.
-            self._fail(self._cut_off or exc)
+            self._fail(self._peer_error or exc)
             return
         if not count:
             gone = ConnectionResetError(errno.ECONNRESET, "the peer left during the TLS handshake")
-            self._fail(self._cut_off or gone)
+            self._fail(self._peer_error or gone)
             return
         self._advance()
 
     def _advance(self) -> None:
-        tls = self._wire.tls
+        tls = self._engine.tls
         try:
             self._call(tls.do_handshake)
             info = {
@@ -89,41 +91,41 @@ class Handshake:
         except ssl.SSLWantReadError:
             pass
         except Exception as exc:  # `ssl.SSLError`, what a context of another kind raises, an unreadable certificate.
-            self._verdict = exc  # The peer is told.
-            self._wire.inner.set_reading(False)
+            self._handshake_error = exc  # The peer is told.
+            self._engine.inner.set_reading(False)
         else:
-            self._begin_exchange(info)
+            self._connected(info)
             self.end(None)
             return
         if not self._stopped:  # A server name callback may have closed the connection.
             self._writable()
 
     def _writable(self) -> None:
-        wire = self._wire
-        if self._cut_off is None:
+        engine = self._engine
+        if self._peer_error is None:
             try:
-                wire.flush()
-                wire.inner.set_writing(bool(wire.unsent))
+                engine.flush()
+                engine.inner.set_writing(bool(engine.unsent))
             except (BrokenPipeError, ConnectionResetError) as exc:
                 self._await_alert(exc)
             except Exception as exc:
-                self._fail(self._verdict or exc)
+                self._fail(self._handshake_error or exc)
                 return
-        if self._verdict is not None and (self._cut_off is not None or not wire.unsent):
-            self._fail(self._verdict)
+        if self._handshake_error is not None and (self._peer_error is not None or not engine.unsent):
+            self._fail(self._handshake_error)
 
     def _await_alert(self, exc: Exception) -> None:
         """Go on receiving from a peer that has left: it may have said why."""
-        self._cut_off = exc
-        self._wire.inner.set_writing(False)
-        self._wire.lift_limit()
-        self._wire.limit(TIME_FOR_AN_ALERT, self._timed_out)
+        self._peer_error = exc
+        self._engine.inner.set_writing(False)
+        self._engine.cancel_timeout()
+        self._engine.start_timeout(TIME_FOR_AN_ALERT, self._timed_out)
 
     def _timed_out(self) -> None:
-        seconds = self._wire.options.handshake_timeout
+        seconds = self._engine.options.handshake_timeout
         self._fail(
-            self._verdict
-            or self._cut_off
+            self._handshake_error
+            or self._peer_error
             or ConnectionAbortedError(errno.ECONNABORTED, f"the TLS handshake took longer than {seconds} seconds")
         )
 
@@ -133,17 +135,17 @@ class Handshake:
             reset = ConnectionResetError(errno.ECONNRESET, "the peer left")
             reset.__cause__ = exc
             exc = reset
-        self._wire.rest()
+        self._engine.stop_io()
         self.end(exc)
 
     def _log(self, exc: Exception | None) -> None:
         try:
-            peername = self._wire.inner.extra_info().get("peername")
+            peername = self._engine.inner.extra_info().get("peername")
         except Exception:  # Of a stream that looks it up when it is asked, and whose peer has left.
             peername = None
         if exc is not None:
             logger.debug("TLS handshake with %r failed: %r", peername, exc)
         else:
-            tls = self._wire.tls
+            tls = self._engine.tls
             cipher = tls.cipher()
             logger.debug("TLS handshake with %r done: %s, %s", peername, tls.version(), cipher and cipher[0])

@@ -12,15 +12,15 @@ import anyio.lowlevel
 
 from .._channels._socket import SocketChannel, is_tcp, set_nodelay
 from .._channels._tls import TLSChannel
-from .._channels._tls_wire import TLSOptions
-from .._errors import described
-from .._owned import PendingHandshake
-from .._readiness import Watch
+from .._channels._tls_engine import TLSOptions
+from .._errors import safe_repr
+from .._resources import PendingHandshake
+from .._selector import Registration
 from .._transports._stream import StreamTransport
-from .._waiters import Event
+from .._waiters import InterruptSafeEvent
 
 if TYPE_CHECKING:
-    from .._channels._contract import Channel
+    from .._channels._abc import Channel
     from .._core import Core
 
 ProtocolT = TypeVar("ProtocolT")
@@ -100,7 +100,7 @@ class Endpoints:
         name: str | None = None,
     ) -> None:
         """Start the task of a channel or child over an AnyIO object, which may be the user's own and fail to close."""
-        name = name or described(resource)
+        name = name or safe_repr(resource)
         core = self._core
         in_use.add(id(resource))
 
@@ -122,7 +122,7 @@ class Endpoints:
         """Raise `RuntimeError` for an AnyIO object that a transport uses, of whichever group."""
         for resource in resources:
             if id(resource) in in_use:
-                raise RuntimeError(f"{described(resource)} is used already, by another transport")
+                raise RuntimeError(f"{safe_repr(resource)} is used already, by another transport")
 
     async def _connect_socket(
         self, protocol_factory: Callable[[], ProtocolT], sock: socket.socket, tls: TLSOptions | None = None
@@ -160,8 +160,8 @@ class Endpoints:
         user = poller.owner(sock.fileno())
         if user is not None:
             raise RuntimeError(f"{sock!r} is used already, by another transport or server of the group: {user!r}")
-        meanwhile = Watch(sock.fileno())
-        poller.claim(meanwhile)  # Another task may try the same.
+        meanwhile = Registration(sock.fileno())
+        poller.register(meanwhile)  # Another task may try the same.
         try:
             sock.setblocking(False)
             await anyio.lowlevel.checkpoint()
@@ -169,7 +169,7 @@ class Endpoints:
             sock.close()
             raise
         finally:
-            poller.release(meanwhile)
+            poller.unregister(meanwhile)
 
     async def _shake_hands(self, channel: TLSChannel) -> None:
         """Wait for the handshake of `channel`, which is closed when that fails or is cancelled.
@@ -177,8 +177,8 @@ class Endpoints:
         Raises `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves,
         `ConnectionAbortedError` when it takes too long, and `RuntimeError` when the group ends.
         """
-        over = Event()
-        pending = PendingHandshake(channel, self._core.own, self._core.disown)
+        over = InterruptSafeEvent()
+        pending = PendingHandshake(channel, self._core.add_resource, self._core.remove_resource)
         try:
             pending.begin(over.set)
             await over.wait()

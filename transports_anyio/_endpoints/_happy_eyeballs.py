@@ -15,7 +15,7 @@ from typing import TypeAlias
 import anyio
 
 from .._sockets import address_error, bind, connect
-from .._waiters import Event
+from .._waiters import InterruptSafeEvent
 from ._addresses import AddressInfo
 
 if sys.version_info < (3, 11):
@@ -77,7 +77,7 @@ async def race(attempts: Sequence[Attempt], delay: float) -> socket.socket | Non
     winner: socket.socket | None = None
     mistake: Exception | None = None
 
-    async def compete(begin: Attempt, failed: Event) -> None:
+    async def compete(begin: Attempt, failed: InterruptSafeEvent) -> None:
         nonlocal winner, mistake
         try:
             sock = await begin()
@@ -96,7 +96,7 @@ async def race(attempts: Sequence[Attempt], delay: float) -> socket.socket | Non
     try:
         async with anyio.create_task_group() as tasks:
             for each in attempts:
-                failed = Event()
+                failed = InterruptSafeEvent()
                 tasks.start_soon(compete, each, failed)
                 with anyio.move_on_after(delay):
                     await failed.wait()

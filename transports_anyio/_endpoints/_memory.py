@@ -42,7 +42,7 @@ class MemoryEndpoints(Endpoints):
             transport_b, protocol_b = core.make_transport(StreamTransport, factory_b, b)
         except BaseException:
             a.close(aborted=True)
-            core.disown(transport_a)
+            core.remove_resource(transport_a)
             raise
         try:
             transport_a.start()

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import anyio.lowlevel
 from anyio.abc import Process
 
+from .._callbacks import CallbackContext
+from .._channels._abc import Channel
 from .._channels._anyio_stream import AnyIOStreamChannel, DiscardingChannel
 from .._channels._child import AnyIOChild, PopenChild
-from .._channels._contract import Channel
 from .._channels._pipe import ChildPipeChannel, require_pipes
-from .._door import Door
 from .._transports._pipe import ReadPipeTransport, WritePipeTransport
 from .._transports._stream import StreamTransport
 from .._transports._subprocess import PipeProtocol, SubprocessTransport
@@ -141,12 +141,12 @@ class ProcessEndpoints(Endpoints):
         poller = self._core.require_open()
         streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
         self._require_unused(process, *streams.values())
-        door = self._core.door()
-        protocol = door.make_protocol(protocol_factory)
+        callback_context = self._core.callback_context()
+        protocol = callback_context.make_protocol(protocol_factory)
         clock = poller.time
         output = AnyIOStreamChannel if poller.loop is None else DiscardingChannel
         channels = {fd: (output if fd else AnyIOStreamChannel)(stream, clock) for fd, stream in streams.items()}
-        return self._start_child(door, protocol, AnyIOChild(process, clock), channels)
+        return self._start_child(callback_context, protocol, AnyIOChild(process, clock), channels)
 
     async def _spawn(
         self, protocol_factory: Callable[[], ProtocolT], args: Any, **options: Any
@@ -155,8 +155,8 @@ class ProcessEndpoints(Endpoints):
         await anyio.lowlevel.checkpoint()
         poller = self._core.require_open()
         # From here on nothing waits, so nothing can be cancelled half-way.
-        door = self._core.door()
-        protocol = door.make_protocol(protocol_factory)
+        callback_context = self._core.callback_context()
+        protocol = callback_context.make_protocol(protocol_factory)
         popen = start_program(args, options)
         child = PopenChild(poller, popen, self._core.call, self._core.start_internal_task)
         channels: dict[int, Channel] = {}
@@ -165,7 +165,7 @@ class ProcessEndpoints(Endpoints):
                 if pipe is not None:
                     channels[fd] = ChildPipeChannel(poller, pipe, writing=fd == 0)
         except BaseException:
-            child.kill_for_good()
+            child.kill_and_reap()
             for channel in channels.values():
                 channel.close(aborted=True)
             for pipe in filter(None, (popen.stdin, popen.stdout, popen.stderr)):
@@ -173,33 +173,33 @@ class ProcessEndpoints(Endpoints):
             await child.reaped()
             raise
         try:
-            return self._start_child(door, protocol, child, channels)
+            return self._start_child(callback_context, protocol, child, channels)
         except BaseException:
             await child.reaped()
             raise
 
     def _start_child(
         self,
-        door: Door,
+        callback_context: CallbackContext,
         protocol: ProtocolT,
         child: PopenChild | AnyIOChild,
         channels: Mapping[int, Channel],
     ) -> tuple[asyncio.SubprocessTransport, ProtocolT]:
-        transport = SubprocessTransport(door, child, protocol, self._core.disown)
-        self._core.own(transport)
+        transport = SubprocessTransport(callback_context, child, protocol, self._core.remove_resource)
+        self._core.add_resource(transport)
         try:
             pipes: dict[int, StreamTransport] = {}
             for fd, channel in channels.items():
                 kind = ReadPipeTransport if fd else WritePipeTransport
-                pipes[fd] = kind(door, channel, PipeProtocol(transport, fd), transport.pipe_gone)
+                pipes[fd] = kind(callback_context, channel, PipeProtocol(transport, fd), transport.pipe_gone)
             transport.start(pipes)
         except BaseException:
             transport.abort()
             raise
         finally:  # The child is the group's, even if `connection_made` raised what leaves through the group.
             if child.needs_task:
-                self._run_for(child.handle, child.run, f"process {child.pid}")
+                self._run_for(child.process, child.run, f"process {child.pid}")
             for channel in channels.values():
                 if isinstance(channel, AnyIOStreamChannel):
-                    self._run_for(channel.stream, channel.run, f"a pipe of {child.handle!r}")
+                    self._run_for(channel.stream, channel.run, f"a pipe of {child.process!r}")
         return transport, protocol

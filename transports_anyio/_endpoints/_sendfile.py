@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import anyio.to_thread
 
-from .._channels._contract import FileError
+from .._channels._abc import FileError
 from .._transports._stream import StreamTransport
 from ._base import Endpoints
 
@@ -112,7 +112,7 @@ class SendsFiles(Protocol):
     async def until_writable(self) -> None:
         """Wait until something could be sent."""
 
-    def send_file(self, descriptor: int, offset: int, count: int) -> int:
+    def send_file(self, fd: int, offset: int, count: int) -> int:
         """Send from a file, and return how many bytes went, 0 at its end. Raises `OSError` and `FileError`."""
         ...
 
@@ -143,15 +143,15 @@ def descriptor_of(file: Any) -> int:
         inner.flush()  # What was written to the file belongs to what it reads.
         file = inner
     try:
-        descriptor: int = file.fileno()
+        fd: int = file.fileno()
     except (AttributeError, io.UnsupportedOperation) as exc:
         raise SendfileNotAvailableError(f"{file!r} has no descriptor") from exc
-    return descriptor
+    return fd
 
 
 async def send_by_system(transport: SendsFiles, file: IO[bytes], offset: int, count: int | None) -> int:
     """Send with `os.sendfile`. Raises `SendfileNotAvailableError`, before anything was sent, when it refuses."""
-    descriptor = descriptor_of(file)
+    fd = descriptor_of(file)
     sent = 0
     refused = False
     try:
@@ -159,7 +159,7 @@ async def send_by_system(transport: SendsFiles, file: IO[bytes], offset: int, co
             await transport.flush()
             try:
                 size = MOST_AT_ONCE if count is None else min(count - sent, MOST_AT_ONCE)
-                more = transport.send_file(descriptor, offset + sent, size)
+                more = transport.send_file(fd, offset + sent, size)
             except (BlockingIOError, InterruptedError):
                 await transport.until_writable()
                 continue
@@ -179,7 +179,7 @@ async def send_by_system(transport: SendsFiles, file: IO[bytes], offset: int, co
         elif hasattr(file, "seek"):
             file.seek(offset + sent)
         else:
-            os.lseek(descriptor, offset + sent, os.SEEK_SET)
+            os.lseek(fd, offset + sent, os.SEEK_SET)
 
 
 async def send_by_reading(transport: StreamTransport, file: BinaryIO, offset: int, count: int | None) -> int:

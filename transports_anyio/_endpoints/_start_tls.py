@@ -6,20 +6,20 @@ import errno
 import ssl
 from typing import TYPE_CHECKING, Any
 
+from .._callbacks import check_given_protocol
 from .._channels._tls import TLSChannel
-from .._door import check_given_protocol
 from .._transports._stream import StreamTransport
-from .._waiters import Event
+from .._waiters import InterruptSafeEvent
 from ._base import Endpoints
 from ._tls import require_context, upgrade_options
 
 if TYPE_CHECKING:
     from asyncio import BaseTransport, Transport
 
-    from .._channels._contract import Channel
+    from .._channels._abc import Channel
 
 
-class StartTLSEndpoint(Endpoints):
+class StartTLSEndpoints(Endpoints):
     """`start_tls`."""
 
     async def start_tls(
@@ -75,7 +75,7 @@ class StartTLSEndpoint(Endpoints):
             raise TypeError(f"received must be a bytes-like object, not {type(received).__name__!r}")
         if not transport.belongs_to(self):
             raise RuntimeError(f"transport {transport!r} belongs to another group")
-        over = Event()
+        over = InterruptSafeEvent()
         failure: Exception | None = None
         successor: StreamTransport | None = None
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import ssl as ssl_module
     from asyncio import Transport
 
-    from .._channels._contract import Channel
+    from .._channels._abc import Channel
 
 
 class StreamEndpoints(Endpoints):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ssl
 
-from .._channels._tls_wire import TLSOptions
+from .._channels._tls_engine import TLSOptions
 
 # Seconds; asyncio's defaults.
 HANDSHAKE_TIMEOUT = 60.0

@@ -15,8 +15,8 @@ from math import inf
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .._callbacks import CallbackContext
 from .._core import Core
-from .._door import Door
 from .._errors import NotOpenError
 from ._sides import library
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class LoopDoor(Door):
+class LoopDoor(CallbackContext):
     """The way from a connection into asyncio code, which knows no group."""
 
     __slots__ = ("_core",)
@@ -39,7 +39,7 @@ class LoopDoor(Door):
         self.context = copy_context()
         self.run = self.context.run
 
-    def call_in_place(self, callback: Callable[..., object], *args: object) -> None:
+    def run_nested(self, callback: Callable[..., object], *args: object) -> None:
         if _get_running_loop() is self.group:
             callback(*args)
         else:  # Backend code calls a method of the transport.
@@ -191,7 +191,7 @@ class LoopCore(Core):
 
     # What a group does in another way
 
-    def door(self) -> Door:
+    def callback_context(self) -> CallbackContext:
         return LoopDoor(self)
 
     def context_for(self, callback: object, given: Context | None) -> Context:

@@ -142,10 +142,10 @@ def run_timed(handle: DebugHandle | DebugTimerHandle) -> None:
     finally:
         duration = loop.time() - start
         if duration >= loop.slow_callback_duration:
-            logger.warning("Executing %s took %.3f seconds", described(handle), duration)
+            logger.warning("Executing %s took %.3f seconds", safe_repr(handle), duration)
 
 
-def described(handle: DebugHandle | DebugTimerHandle) -> str:
+def safe_repr(handle: DebugHandle | DebugTimerHandle) -> str:
     """Return the task whose step `handle` is, or else the handle, as asyncio does."""
     task = getattr(handle._callback, "__self__", None)  # noqa: SLF001
     return repr(task if isinstance(task, asyncio.Task) else handle)

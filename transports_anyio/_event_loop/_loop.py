@@ -24,7 +24,7 @@ from .._endpoints._datagram import DatagramEndpoints
 from .._endpoints._pipes import PipeEndpoints
 from .._endpoints._processes import ProcessEndpoints
 from .._endpoints._sendfile import FileEndpoints
-from .._endpoints._start_tls import StartTLSEndpoint
+from .._endpoints._start_tls import StartTLSEndpoints
 from .._endpoints._tcp import TCPEndpoints
 from .._endpoints._unix import UNIXEndpoints
 from .._poller import Poller
@@ -50,7 +50,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     DatagramEndpoints,
     PipeEndpoints,
     ProcessEndpoints,
-    StartTLSEndpoint,
+    StartTLSEndpoints,
     FileEndpoints,
     SockMethods,
     Readers,

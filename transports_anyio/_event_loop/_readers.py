@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._poller import Poller
-from .._readiness import READ, WRITE, Watch
+from .._selector import READ, WRITE, Registration
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Ts = TypeVarTuple("Ts")
 
 
-class Callbacks(Watch):
+class Callbacks(Registration):
     """A file descriptor of the user's, and the handle of each direction that has a callback."""
 
     __slots__ = ("file", "handles")
@@ -27,8 +27,8 @@ class Callbacks(Watch):
     ready_if_refused = False
     gives_way = True  # To a transport, as in asyncio.
 
-    def __init__(self, descriptor: int, file: FileDescriptorLike) -> None:
-        super().__init__(descriptor)
+    def __init__(self, number: int, file: FileDescriptorLike) -> None:
+        super().__init__(number)
         self.file = file
         self.handles: dict[int, asyncio.Handle] = {}
 
@@ -100,20 +100,20 @@ class Readers(asyncio.AbstractEventLoop):
     # What the `sock_*` methods use. asyncio's event loops have it too.
 
     def _ensure_fd_no_transport(self, fd: FileDescriptorLike) -> None:
-        watch = self._poller.owner(descriptor_of(fd))
-        if watch is not None:
-            raise RuntimeError(f"File descriptor {fd!r} is used by transport {watch!r}")
+        registration = self._poller.owner(descriptor_of(fd))
+        if registration is not None:
+            raise RuntimeError(f"File descriptor {fd!r} is used by transport {registration!r}")
 
     def _add_reader(self, fd: FileDescriptorLike, callback: Callable[..., object], *args: Any) -> asyncio.Handle:
         handle = self._make_handle(callback, args)
-        watch = self._watch(fd, READ, handle)
-        watch.read_ready = lambda: self._run_handle(handle)
+        registration = self._registration(fd, READ, handle)
+        registration.read_ready = lambda: self._run_handle(handle)
         return handle
 
     def _add_writer(self, fd: FileDescriptorLike, callback: Callable[..., object], *args: Any) -> asyncio.Handle:
         handle = self._make_handle(callback, args)
-        watch = self._watch(fd, WRITE, handle)
-        watch.write_ready = lambda: self._run_handle(handle)
+        registration = self._registration(fd, WRITE, handle)
+        registration.write_ready = lambda: self._run_handle(handle)
         return handle
 
     def _remove_reader(self, fd: FileDescriptorLike) -> bool:
@@ -122,61 +122,61 @@ class Readers(asyncio.AbstractEventLoop):
     def _remove_writer(self, fd: FileDescriptorLike) -> bool:
         return self._unwatch(fd, WRITE)
 
-    def _watch(self, fd: FileDescriptorLike, event: int, handle: asyncio.Handle) -> Callbacks:
+    def _registration(self, fd: FileDescriptorLike, event: int, handle: asyncio.Handle) -> Callbacks:
         if self.is_closed():
             raise RuntimeError("Event loop is closed")
         poller = self._poller
-        watch = self._callbacks_of(fd)
-        if watch is None:
-            watch = Callbacks(descriptor_of(fd), fd)
-            poller.claim(watch)
-        watch.cancel(event)
-        interest = watch.interest | event
+        registration = self._callbacks_of(fd)
+        if registration is None:
+            registration = Callbacks(descriptor_of(fd), fd)
+            poller.register(registration)
+        registration.cancel(event)
+        interest = registration.interest | event
         try:
             # Anew, because the file may have been closed: another one may have the number by now.
-            if watch.interest:
-                poller.set_interest(watch, 0)
-            poller.set_interest(watch, interest)
+            if registration.interest:
+                poller.set_interest(registration, 0)
+            poller.set_interest(registration, interest)
         except BaseException:
-            self._drop(watch)
+            self._drop(registration)
             raise
-        watch.file = fd
-        watch.handles[event] = handle
-        return watch
+        registration.file = fd
+        registration.handles[event] = handle
+        return registration
 
     def _unwatch(self, fd: FileDescriptorLike, event: int) -> bool:
         if self.is_closed():
             return False
-        watch = self._callbacks_of(fd)
-        if watch is None or not watch.cancel(event):
+        registration = self._callbacks_of(fd)
+        if registration is None or not registration.cancel(event):
             return False
-        if not watch.handles:
-            self._poller.release(watch)
+        if not registration.handles:
+            self._poller.unregister(registration)
             return True
         try:
-            self._poller.set_interest(watch, watch.interest & ~event)
+            self._poller.set_interest(registration, registration.interest & ~event)
         except OSError:  # It has been closed: nothing will be reported, but the other callback can be removed, too.
-            self._poller.set_interest(watch, 0)
+            self._poller.set_interest(registration, 0)
         return True
 
     def _callbacks_of(self, fd: FileDescriptorLike) -> Callbacks | None:
-        watches = self._poller.watches
-        descriptor = descriptor_of(fd)
-        if descriptor >= 0:
-            watch = watches.get(descriptor)
-            return watch if isinstance(watch, Callbacks) else None
-        for watch in watches.values():  # A closed file no longer knows its file descriptor.
-            if isinstance(watch, Callbacks) and watch.file is fd:
-                return watch
-        raise ValueError(f"Invalid file descriptor: {descriptor}")
+        registrations = self._poller.registrations
+        number = descriptor_of(fd)
+        if number >= 0:
+            registration = registrations.get(number)
+            return registration if isinstance(registration, Callbacks) else None
+        for registration in registrations.values():  # A closed file no longer knows its file descriptor.
+            if isinstance(registration, Callbacks) and registration.file is fd:
+                return registration
+        raise ValueError(f"Invalid file descriptor: {number}")
 
-    def _drop(self, watch: Callbacks) -> None:
+    def _drop(self, registration: Callbacks) -> None:
         for event in (READ, WRITE):
-            watch.cancel(event)
-        self._poller.release(watch)
+            registration.cancel(event)
+        self._poller.unregister(registration)
 
     def _remove_readers(self) -> None:
         """Take out every file descriptor: the event loop ends."""
-        for watch in tuple(self._poller.watches.values()):
-            if isinstance(watch, Callbacks):
-                self._drop(watch)
+        for registration in tuple(self._poller.registrations.values()):
+            if isinstance(registration, Callbacks):
+                self._drop(registration)

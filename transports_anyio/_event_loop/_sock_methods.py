@@ -60,27 +60,27 @@ class Direction:
 
     async def wait(self, sock: socket.socket) -> None:
         """Wait until `sock` is ready. Several tasks may wait for the same socket; each of them tries again."""
-        descriptor = sock.fileno()
-        self._refuse_transports(descriptor)
+        fd = sock.fileno()
+        self._refuse_transports(fd)
         future = self._create_future()
-        waiting = self._waiting.setdefault(descriptor, Waiting())
+        waiting = self._waiting.setdefault(fd, Waiting())
         waiting.futures.append(future)
         try:
             # Also if others wait: they may wait for a closed socket that had the same file descriptor.
-            waiting.handle = self._add(descriptor, self._ready, descriptor)
+            waiting.handle = self._add(fd, self._ready, fd)
             await future
         finally:
-            if self._waiting.get(descriptor) is waiting:
+            if self._waiting.get(fd) is waiting:
                 waiting.futures.remove(future)
                 if not waiting.futures:
-                    del self._waiting[descriptor]
+                    del self._waiting[fd]
                     # A cancelled handle has been replaced, by an `add_reader` of the user's for example.
                     if waiting.handle is not None and not waiting.handle.cancelled():
-                        self._remove(descriptor)
+                        self._remove(fd)
 
-    def _ready(self, descriptor: int) -> None:
-        self._remove(descriptor)  # Until the tasks have run it would be reported again and again.
-        for future in self._waiting.pop(descriptor).futures:
+    def _ready(self, fd: int) -> None:
+        self._remove(fd)  # Until the tasks have run it would be reported again and again.
+        for future in self._waiting.pop(fd).futures:
             if not future.done():
                 future.set_result(None)
 
@@ -98,8 +98,8 @@ class SendingSocket:
     async def until_writable(self) -> None:
         await self._writable.wait(self._sock)
 
-    def send_file(self, descriptor: int, offset: int, count: int) -> int:
-        return send_from_file(self._sock.fileno(), descriptor, offset, count)
+    def send_file(self, fd: int, offset: int, count: int) -> int:
+        return send_from_file(self._sock.fileno(), fd, offset, count)
 
 
 class SockMethods(asyncio.AbstractEventLoop):

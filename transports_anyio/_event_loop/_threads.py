@@ -129,13 +129,13 @@ class Threads(asyncio.AbstractEventLoop):
 
     def _getaddrinfo_logged(self, host: Any, port: Any, *options: int) -> list[Any]:
         given = zip(("family", "type", "proto", "flags"), options, strict=True)
-        described = ", ".join([f"{host}:{port!r}", *(f"{name}={value!r}" for name, value in given if value)])
-        logger.debug("Get address info %s", described)
+        safe_repr = ", ".join([f"{host}:{port!r}", *(f"{name}={value!r}" for name, value in given if value)])
+        logger.debug("Get address info %s", safe_repr)
         start = monotonic()
         found = socket.getaddrinfo(host, port, *options)
         duration = monotonic() - start
         log = logger.info if duration >= self.slow_callback_duration else logger.debug
-        log("Getting address info %s took %.3f ms: %r", described, duration * 1e3, found)
+        log("Getting address info %s took %.3f ms: %r", safe_repr, duration * 1e3, found)
         return found
 
     async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> tuple[str, str]:

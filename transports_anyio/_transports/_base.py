@@ -11,12 +11,12 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .._door import check_given_protocol
+from .._callbacks import check_given_protocol
 from .._errors import failed_callback, log_debug, logger
 from ._flow_control import DatagramBuffer, WriteBuffer, limits
 
 if TYPE_CHECKING:
-    from .._door import Door
+    from .._callbacks import CallbackContext
 
 # From this many writes after the connection was lost on, each is logged: asyncio's figure.
 LOST_WRITES_BEFORE_WARNING = 5
@@ -26,7 +26,7 @@ LOST_WRITES_BEFORE_WARNING = 5
 SPARE_FRAMES = 200
 
 
-def nothing(*_: object) -> None: ...
+def noop(*_: object) -> None: ...
 
 
 def take_spare_frames_back() -> None:
@@ -36,7 +36,7 @@ def take_spare_frames_back() -> None:
 class AnyChannel(Protocol):
     """What every transport asks of its channel, of whatever kind."""
 
-    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None: ...
+    def set_callbacks(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None: ...
     def set_reading(self, reading: bool) -> None: ...
     def set_writing(self, writing: bool) -> None: ...
     def close(self, *, aborted: bool) -> None: ...
@@ -53,9 +53,9 @@ class ChannelTransport(asyncio.BaseTransport):
         "_bytes_received",
         "_bytes_sent",
         "_call",
+        "_callback_context",
         "_channel",
         "_closing",
-        "_door",
         "_info",
         "_lost",
         "_on_lost",
@@ -70,15 +70,15 @@ class ChannelTransport(asyncio.BaseTransport):
 
     def __init__(
         self,
-        door: Door,
+        callback_context: CallbackContext,
         channel: AnyChannel,
         buffer: WriteBuffer | DatagramBuffer,
         protocol: Any,
         on_lost: Callable[[Any], None],
     ) -> None:
         # asyncio's initialiser would only make a dictionary for extra info, which is the channel's to know.
-        self._door = door
-        self._call = door.run
+        self._callback_context = callback_context
+        self._call = callback_context.run
         self._channel: Any = channel
         self._on_lost = on_lost
         self._buffer = buffer
@@ -90,7 +90,7 @@ class ChannelTransport(asyncio.BaseTransport):
         self._bytes_sent = 0
         self._paused_protocol: Any = None  # Which was paused last, until it is resumed.
         self._use_protocol(protocol)
-        channel.open(self._read_ready, self._write_ready)
+        channel.set_callbacks(self._read_ready, self._write_ready)
 
     @abstractmethod
     def _read_ready(self) -> None:
@@ -120,7 +120,7 @@ class ChannelTransport(asyncio.BaseTransport):
     def _use_protocol(self, protocol: Any) -> None:
         self._protocol = protocol
         if self._pause_is_news:
-            self._door.call_soon(self._tell_of_pause)
+            self._callback_context.call_soon(self._tell_of_pause)
 
     def get_protocol(self) -> Any:
         """Return the current protocol; `None` after its `connection_lost`, as asyncio."""
@@ -180,7 +180,7 @@ class ChannelTransport(asyncio.BaseTransport):
 
     def _flow(self, name: str, *, from_channel: bool) -> None:
         self._paused_protocol = self._protocol if name == "pause_writing" else None
-        log_debug(self._door.group, "%r: %s()", self, name)
+        log_debug(self._callback_context.group, "%r: %s()", self, name)
         self._call_protocol(name, from_channel=from_channel)
 
     @property
@@ -197,7 +197,7 @@ class ChannelTransport(asyncio.BaseTransport):
     def _call_protocol(self, name: str, *args: Any, from_channel: bool) -> None:
         """Make a callback that may come from inside a method of the transport, or from its channel."""
         # The caller of a method may be in the connection's context already, and a context cannot be entered twice.
-        call = self._call if from_channel else self._door.call_in_place
+        call = self._call if from_channel else self._callback_context.run_nested
         try:
             call(getattr(self._protocol, name), *args)
         except BaseException as exc:
@@ -215,8 +215,8 @@ class ChannelTransport(asyncio.BaseTransport):
         """
         if isinstance(exc, RecursionError):
             # Not here: the limit cannot be lowered to where it is reached.
-            self._door.call_soon(take_spare_frames_back)
-        if self._door.leaves(exc):
+            self._callback_context.call_soon(take_spare_frames_back)
+        if self._callback_context.leaves(exc):
             self._lose(None, aborted=True)
         self._broken(exc, doing)
 
@@ -231,20 +231,20 @@ class ChannelTransport(asyncio.BaseTransport):
         self._report_callback(exc, name)
 
     def _report_callback(self, exc: BaseException, name: str) -> None:
-        if self._door.leaves(exc):
+        if self._callback_context.leaves(exc):
             raise exc
-        self._door.report(failed_callback(self._protocol, name), exc, self, self._protocol)
+        self._callback_context.report(failed_callback(self._protocol, name), exc, self, self._protocol)
 
     def _lose(self, exc: BaseException | None, *, aborted: bool = False) -> None:
         if self._lost:
             return
         if exc is not None:
-            log_debug(self._door.group, "%r: lost by %r", self, exc)
+            log_debug(self._callback_context.group, "%r: lost by %r", self, exc)
         else:
-            log_debug(self._door.group, "%r: %s", self, "aborted" if aborted else "lost, all is flushed")
+            log_debug(self._callback_context.group, "%r: %s", self, "aborted" if aborted else "lost, all is flushed")
         self._lost = self._closing = True
         # Before all that may be interrupted: nobody else will do it.
-        self._door.call_soon(self._connection_lost, exc, aborted)
+        self._callback_context.call_soon(self._connection_lost, exc, aborted)
         self._buffer.clear()
         self._channel.set_reading(False)
         self._channel.set_writing(False)
@@ -255,13 +255,13 @@ class ChannelTransport(asyncio.BaseTransport):
         except BaseException as error:
             self._report_callback(error, "connection_lost")
         finally:
-            on_lost, self._on_lost = self._on_lost, nothing
+            on_lost, self._on_lost = self._on_lost, noop
             try:
                 self._channel.close(aborted=aborted)
             finally:
                 # No cycles: the protocol, which most likely keeps the transport, goes with the last one to hold it.
                 self._protocol = self._paused_protocol = None
-                self._channel.open(nothing, nothing)
+                self._channel.set_callbacks(noop, noop)
                 on_lost(self)
 
     def _state(self) -> str:

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._channels._datagram import ADDRESS_ERRORS, ChannelEnded, rest_after
-from .._errors import lacks, log_debug
-from .._readiness import READ, WRITE
+from .._errors import has_callback, log_debug
+from .._selector import READ, WRITE
 from ._base import SPARE_FRAMES, ChannelTransport
 from ._flow_control import DatagramBuffer, as_bytes_view
 
 if TYPE_CHECKING:
+    from .._callbacks import CallbackContext
     from .._channels._datagram import DatagramChannel
-    from .._door import Door
 
 # How many datagrams one readiness event may receive: a flood costs less, and everybody still gets a turn. Measured,
 # in processor time for each datagram of a flood: 5.9 µs one by one, 3.8 by fours, 3.1 by sixteens, and no less by more.
@@ -46,13 +46,13 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
 
     def __init__(
         self,
-        door: Door,
+        callback_context: CallbackContext,
         channel: DatagramChannel,
         protocol: Any,
         on_lost: Callable[[DatagramTransport], None],
         address: Any = None,
     ) -> None:
-        super().__init__(door, channel, DatagramBuffer(), protocol, on_lost)
+        super().__init__(callback_context, channel, DatagramBuffer(), protocol, on_lost)
         self._address = address  # The only one there is to send to, if any.
         self._error_received_missed = False
         # How many times in a row readiness was reported and nothing could be received, or sent.
@@ -61,11 +61,13 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
 
     def start(self) -> None:
         """Tell the protocol of its endpoint, then begin to receive; raises `OSError` when that is not possible."""
-        log_debug(self._door.group, "%r: connection made, with a %s", self, type(self._protocol).__qualname__)
+        log_debug(
+            self._callback_context.group, "%r: connection made, with a %s", self, type(self._protocol).__qualname__
+        )
         try:
             self._call(self._protocol.connection_made, self)
         except BaseException as exc:
-            if self._door.leaves(exc):
+            if self._callback_context.leaves(exc):
                 self.abort()  # It leaves through the caller, who gets no transport.
             self._report_callback(exc, "connection_made")
         if not self._closing:
@@ -82,7 +84,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
         """Receive no more, send what is buffered, then end with `connection_lost(None)`."""
         if self._closing:
             return
-        log_debug(self._door.group, "%r: closing", self)
+        log_debug(self._callback_context.group, "%r: closing", self)
         self._closing = True
         self._channel.set_reading(False)
         if not self._buffer.datagrams:
@@ -137,7 +139,7 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
     def _tell(self, exc: OSError, *, from_channel: bool) -> None:
         if self._lost:
             return  # The error before this one has ended the endpoint.
-        if lacks(self._protocol, "error_received"):
+        if not has_callback(self._protocol, "error_received"):
             # Reported once: a peer that is not there would otherwise fill the log.
             if self._error_received_missed:
                 return
@@ -244,10 +246,10 @@ class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
             self._tell(error, from_channel=from_channel)
         else:
             message = f"A datagram to {addr!r} was dropped: the transport cannot send to this address"
-            self._door.report(message, exc, self, self._protocol)
+            self._callback_context.report(message, exc, self, self._protocol)
 
     def _broken(self, exc: BaseException, doing: str) -> None:
-        if self._door.leaves(exc):
+        if self._callback_context.leaves(exc):
             raise exc
         self._lose(exc, aborted=True)
-        self._door.report(f"Fatal {doing} error on datagram transport", exc, self, self._protocol)
+        self._callback_context.report(f"Fatal {doing} error on datagram transport", exc, self, self._protocol)

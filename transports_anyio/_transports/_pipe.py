@@ -20,7 +20,7 @@ class ReadPipeTransport(StreamTransport):
         super()._broken(exc, doing)
         # As asyncio: a terminal that has gone (EIO) is no error, anything else is. What cannot be waited for is raised.
         if doing == "read" and isinstance(exc, OSError) and exc.errno != errno.EIO:
-            self._door.report(f"Fatal {doing} error on pipe transport", exc, self, self._protocol)
+            self._callback_context.report(f"Fatal {doing} error on pipe transport", exc, self, self._protocol)
 
 
 class WritePipeTransport(StreamTransport):

@@ -14,27 +14,29 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio.lowlevel
 
 from .._errors import log_debug, logger
-from .._waiters import Event
-from ._base import SPARE_FRAMES, ChannelTransport, nothing
+from .._waiters import InterruptSafeEvent
+from ._base import SPARE_FRAMES, ChannelTransport, noop
 from ._flow_control import WriteBuffer, are_large, as_bytes_view, copied_rest
 
 if TYPE_CHECKING:
     from typing import NoReturn
 
-    from .._channels._contract import Channel
-    from .._door import Door
+    from .._callbacks import CallbackContext
+    from .._channels._abc import Channel
 
     ChannelT = TypeVar("ChannelT", bound=Channel)
 
 
-class FileUnderWay:
+class SendfileOperation:
     """What a transport keeps in mind while a file is sent over it."""
 
     __slots__ = ("error", "progress", "was_reading")
 
     def __init__(self, *, was_reading: bool) -> None:
         self.was_reading = was_reading
-        self.progress = Event()  # Everything buffered is sent and the channel writable, or the transport closing.
+        self.progress = (
+            InterruptSafeEvent()
+        )  # Everything buffered is sent and the channel writable, or the transport closing.
         self.error: BaseException | None = None  # Why the connection was lost.
 
 
@@ -66,18 +68,18 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
     def __init__(
         self,
-        door: Door,
+        callback_context: CallbackContext,
         channel: Channel,
         protocol: Any,
         on_lost: Callable[[StreamTransport], None],
     ) -> None:
-        super().__init__(door, channel, WriteBuffer(), protocol, on_lost)
+        super().__init__(callback_context, channel, WriteBuffer(), protocol, on_lost)
         self._flushed = False  # The flush of `close` is over, or the connection is lost.
         self._writes_dropped = False  # What is written now would not be sent.
         self._reading_paused = False
         self._eof_received = False
         self._eof_written = False
-        self._file: FileUnderWay | None = None
+        self._file: SendfileOperation | None = None
         self._upgrading = False  # Since `start_tls`; there is no way back.
         # On a stream that only receives, after `write_eof` or `start_tls`, and while a file is under way.
         self._writing_refused = not channel.can_send
@@ -85,7 +87,9 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
     def start(self) -> None:
         """Tell the protocol of its connection, then begin to read; raises `OSError` when that is not possible."""
-        log_debug(self._door.group, "%r: connection made, with a %s", self, type(self._protocol).__qualname__)
+        log_debug(
+            self._callback_context.group, "%r: connection made, with a %s", self, type(self._protocol).__qualname__
+        )
         try:
             self._call(self._protocol.connection_made, self)
         except BaseException as exc:
@@ -116,7 +120,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             self._successor.close()
         if self._closing:
             return
-        log_debug(self._door.group, "%r: closing", self)
+        log_debug(self._callback_context.group, "%r: closing", self)
         self._closing = True
         self._writes_dropped = self._channel.drops_after_close
         if self._file is not None:
@@ -214,7 +218,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         return False
 
     def _end_of_file(self) -> None:
-        log_debug(self._door.group, "%r: end of file received", self)
+        log_debug(self._callback_context.group, "%r: end of file received", self)
         self._eof_received = True
         # An ended stream stays readable for ever, so it leaves the poller whatever the protocol answers.
         self._channel.set_reading(False)
@@ -385,7 +389,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
                 self._send_eof()
 
     def _send_eof(self) -> None:
-        log_debug(self._door.group, "%r: end of file sent", self)
+        log_debug(self._callback_context.group, "%r: end of file sent", self)
         try:
             self._channel.send_eof()
         except Exception as exc:
@@ -410,7 +414,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         """
         if self._writing_refused or self._upgrading:
             self._refuse_writing("sendfile")
-        self._file = FileUnderWay(was_reading=self.is_reading())
+        self._file = SendfileOperation(was_reading=self.is_reading())
         self._writing_refused = True
         self.pause_reading()
 
@@ -424,12 +428,12 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
     async def until_writable(self) -> None:
         """Wait until nothing is buffered and something could be sent. Raises as `flush` does."""
         file = self._require_open()
-        file.progress = Event()
+        file.progress = InterruptSafeEvent()
         self._await_output()
         await file.progress.wait()
         self._require_open()
 
-    def _require_open(self) -> FileUnderWay:
+    def _require_open(self) -> SendfileOperation:
         file = self._file
         assert file is not None
         if self._closing:
@@ -438,13 +442,13 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             raise ConnectionError("the connection was closed while a file was sent") from file.error
         return file
 
-    def send_file(self, descriptor: int, offset: int, count: int) -> int:
+    def send_file(self, fd: int, offset: int, count: int) -> int:
         """Send from a file, past the buffer, and return how many bytes went, 0 at its end.
 
         Raises `FileError` for what the file cannot do, and `OSError`.
         """
         try:
-            sent = self._channel.send_file(descriptor, offset, count)
+            sent = self._channel.send_file(fd, offset, count)
         except (BlockingIOError, InterruptedError):
             raise
         except OSError as exc:
@@ -500,18 +504,18 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         if self._writing_refused or self._upgrading:
             self._refuse_writing("start_tls")
         channel = wrap(self._channel, b"".join(self._buffer.chunks))
-        log_debug(self._door.group, "%r: upgrading to TLS", self)
+        log_debug(self._callback_context.group, "%r: upgrading to TLS", self)
         # A protocol that was paused stays so until the new transport has begun: the bytes still wait.
         self._buffer.clear()
         self._upgrading = True
         self._channel = channel
-        channel.open(self._read_ready, self._write_ready)
+        channel.set_callbacks(self._read_ready, self._write_ready)
         self._use_protocol(protocol)
         return channel
 
     def belongs_to(self, group: object) -> bool:
         """Whether `group` owns the transport."""
-        return self._door.group is group
+        return self._callback_context.group is group
 
     def refuse_after_upgrade(self, name: str) -> None:
         """Raise `RuntimeError` when `start_tls` has passed the connection on: what is asked for is the new one's."""
@@ -529,7 +533,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
         """
         if self._lost:
             return None
-        successor = StreamTransport(self._door, self._channel, self._protocol, self._successor_lost)
+        successor = StreamTransport(self._callback_context, self._channel, self._protocol, self._successor_lost)
         successor._reading_paused = True
         self._channel.set_reading(False)  # `resume_reading` may have been called since.
         successor._buffer = self._buffer
@@ -541,7 +545,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
 
     def _successor_lost(self, _: StreamTransport) -> None:
         self._protocol = self._paused_protocol = None
-        on_lost, self._on_lost = self._on_lost, nothing  # No cycle with a transport that was upgraded before this one.
+        on_lost, self._on_lost = self._on_lost, noop  # No cycle with a transport that was upgraded before this one.
         on_lost(self)
 
     def resume_after_upgrade(self) -> None:
@@ -564,7 +568,7 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             return
         self._flushed = self._writes_dropped = True
         try:
-            over = self._channel.finish(self._finished)
+            over = self._channel.shutdown(self._finished)
         except BaseException as exc:
             self._broken(exc, "close")
             return
@@ -586,13 +590,13 @@ class StreamTransport(ChannelTransport, asyncio.Transport):
             self._lose(None)
 
     def _broken(self, exc: BaseException, doing: str) -> None:
-        if self._door.leaves(exc):
+        if self._callback_context.leaves(exc):
             raise exc
         # As asyncio: a connection that breaks is the protocol's business, and nothing else is.
-        log_debug(self._door.group, "%r: %s failed: %r", self, doing, exc)
+        log_debug(self._callback_context.group, "%r: %s failed: %r", self, doing, exc)
         self._lose(exc, aborted=True)
         if not isinstance(exc, OSError):
-            self._door.report(f"Fatal {doing} error on stream transport", exc, self, self._protocol)
+            self._callback_context.report(f"Fatal {doing} error on stream transport", exc, self, self._protocol)
 
     def _lose(self, exc: BaseException | None, *, aborted: bool = False) -> None:
         if not self._lost:

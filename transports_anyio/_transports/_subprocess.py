@@ -12,15 +12,15 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .._callbacks import check_given_protocol
 from .._channels._child import KILLED
-from .._door import check_given_protocol
 from .._errors import failed_callback, log_debug
-from .._waiters import Event
+from .._waiters import InterruptSafeEvent
 from ._pipe import WritePipeTransport
 
 if TYPE_CHECKING:
+    from .._callbacks import CallbackContext
     from .._channels._child import Child
-    from .._door import Door
     from ._stream import StreamTransport
 
 
@@ -55,9 +55,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     __slots__ = (
         "__dict__",  # The user's, as in every transport.
         "__weakref__",
+        "_callback_context",
         "_child",
         "_closed",
-        "_door",
         "_ended",
         "_failure",
         "_on_lost",
@@ -69,15 +69,21 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         "_writing_paused",
     )
 
-    def __init__(self, door: Door, child: Child, protocol: Any, on_lost: Callable[[SubprocessTransport], None]) -> None:
-        self._door = door
+    def __init__(
+        self,
+        callback_context: CallbackContext,
+        child: Child,
+        protocol: Any,
+        on_lost: Callable[[SubprocessTransport], None],
+    ) -> None:
+        self._callback_context = callback_context
         self._child = child
         self._protocol = protocol
         self._on_lost = on_lost
         self._pipes: dict[int, StreamTransport] = {}
         self._open_pipes = 0
         self._returncode: int | None = None
-        self._ended = Event()
+        self._ended = InterruptSafeEvent()
         self._closed = False
         self._writing_paused = False
         self._paused_protocol: Any = None  # As in the other transports.
@@ -87,7 +93,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """Tell the protocol of its child, then begin to read from the pipes; its end is awaited from now on."""
         self._pipes = pipes
         self._open_pipes = len(pipes)
-        log_debug(self._door.group, "%r: spawned, with a %s", self, type(self._protocol).__qualname__)
+        log_debug(self._callback_context.group, "%r: spawned, with a %s", self, type(self._protocol).__qualname__)
         # Before `connection_made`, which may raise what leaves through the group. The end is told in a later turn.
         self._child.watch(self._exited)
         try:
@@ -100,7 +106,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Return what is known under `name`, or `default`; `subprocess` is the `Popen`, or AnyIO's process."""
-        return self._child.handle if name == "subprocess" else default
+        return self._child.process if name == "subprocess" else default
 
     def set_protocol(self, protocol: Any) -> None:
         """Give every later callback to `protocol`.
@@ -111,7 +117,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         check_given_protocol(protocol, "set_protocol")
         self._protocol = protocol
         if self._pause_is_news:
-            self._door.call_soon(self._tell_of_pause)
+            self._callback_context.call_soon(self._tell_of_pause)
 
     def get_protocol(self) -> Any:
         """Return the current protocol; `None` after its `connection_lost`, as asyncio."""
@@ -158,7 +164,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """
         if self._closed:
             return
-        log_debug(self._door.group, "%r: closing", self)
+        log_debug(self._callback_context.group, "%r: closing", self)
         self._closed = True
         for pipe in self._pipes.values():
             pipe.close()
@@ -174,8 +180,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         for pipe in self._pipes.values():
             pipe.abort()
         if self._returncode is None:
-            returncode = self._child.kill_for_good()
-            self._door.call_soon(self._exited, KILLED if returncode is None else returncode)
+            returncode = self._child.kill_and_reap()
+            self._callback_context.call_soon(self._exited, KILLED if returncode is None else returncode)
 
     def traffic(self) -> tuple[int, int, int]:
         """Return how many bytes were received and sent over the pipes, and how many wait."""
@@ -201,14 +207,14 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def tell(self, name: str, *args: Any) -> None:
         """Call one of the protocol's callbacks. What it raises is reported and ends the child."""
         try:
-            self._door.run(getattr(self._protocol, name), *args)
+            self._callback_context.run(getattr(self._protocol, name), *args)
         except BaseException as exc:
             self._failed(name, exc)
 
     def tell_in_place(self, name: str, *args: Any) -> None:
         """As `tell`, from inside `write`: in the caller's context, which may be the protocol's."""
         try:
-            self._door.call_in_place(getattr(self._protocol, name), *args)
+            self._callback_context.run_nested(getattr(self._protocol, name), *args)
         except BaseException as exc:
             self._failed(name, exc)
 
@@ -234,9 +240,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if self._failure is None and isinstance(exc, Exception):
             self._failure = exc
         self.close()
-        if self._door.leaves(exc):
+        if self._callback_context.leaves(exc):
             raise exc
-        self._door.report(failed_callback(self._protocol, name), exc, self, self._protocol)
+        self._callback_context.report(failed_callback(self._protocol, name), exc, self, self._protocol)
 
     def pipe_lost(self, fd: int, exc: Exception | None) -> None:
         """Take note that a pipe is gone."""
@@ -252,7 +258,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             return  # `abort` came while the end was being told.
         self._returncode = returncode
         self._ended.set()
-        log_debug(self._door.group, "%r: exited", self)
+        log_debug(self._callback_context.group, "%r: exited", self)
         stdin = self._pipes.get(0)
         if isinstance(stdin, WritePipeTransport) and not stdin.can_notice_hangup:
             stdin.close()  # Nothing else would ever end it.
@@ -273,18 +279,18 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _finish(self) -> None:
         if self._returncode is not None and not self._open_pipes:
-            self._door.call_soon(self._connection_lost)
+            self._callback_context.call_soon(self._connection_lost)
 
     def _connection_lost(self) -> None:
         self._closed = True
-        log_debug(self._door.group, "%r: lost", self)
+        log_debug(self._callback_context.group, "%r: lost", self)
         try:
             self.tell("connection_lost", self._failure)
         finally:
             self._failure = self._protocol = self._paused_protocol = (
                 None  # No cycles: it most likely keeps the transport.
             )
-            self._child.let_go()
+            self._child.close()
             self._on_lost(self)
 
     def __repr__(self) -> str:

@@ -24,7 +24,7 @@ WRITE: int = selectors.EVENT_WRITE
 HANGUP: int = 4
 
 # What a batch calls with a watch and what one of its callbacks has raised; it returns, or raises to end the batch.
-Failed: TypeAlias = "Callable[[Watch, BaseException], None]"
+Failed: TypeAlias = "Callable[[Registration, BaseException], None]"
 
 # What calls `read_ready`.
 INPUT = READ | HANGUP
@@ -34,10 +34,10 @@ INPUT = READ | HANGUP
 UNWATCHED = {errno.EPERM, errno.EBADF, errno.ENOENT}
 
 
-class Watch:
+class Registration:
     """A descriptor, what it waits for, and whom to call when it is ready."""
 
-    __slots__ = ("descriptor", "interest", "read_ready", "write_ready")
+    __slots__ = ("fd", "interest", "read_ready", "write_ready")
 
     #: Whether it counts as always ready if the system refuses to watch it. If not, that is an error.
     ready_if_refused = True
@@ -48,8 +48,8 @@ class Watch:
     read_ready: Callable[[], object]
     write_ready: Callable[[], object]
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor: int = descriptor
+    def __init__(self, fd: int) -> None:
+        self.fd: int = fd
         self.interest: int = 0  # A mask of `READ`, `WRITE` and `HANGUP`, which only a poller changes.
 
     def error_ready(self) -> bool:
@@ -60,9 +60,9 @@ class Watch:
         return False
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of file descriptor {self.descriptor}>"
+        return f"<{type(self).__name__} of file descriptor {self.fd}>"
 
-    def tell(self, mask: int) -> None:
+    def notify(self, mask: int) -> None:
         """Call whom it concerns that the descriptor is ready for what is in `mask`."""
         # The interest is looked at again for each half: a callback of this batch may have changed it.
         if mask & READ and self.interest & INPUT:
@@ -73,7 +73,7 @@ class Watch:
     def tell_or_fail(self, mask: int, failed: Failed) -> None:
         """As `tell`; what a callback raises is passed to `failed`."""
         try:
-            self.tell(mask)
+            self.notify(mask)
         except BaseException as exc:
             failed(self, exc)
 
@@ -83,7 +83,7 @@ def selected(interest: int) -> int:
     return interest & WRITE | (READ if interest & INPUT else 0)
 
 
-class ReadinessList(ABC):
+class Selector(ABC):
     """Descriptors that stay registered, and are told by the batch.
 
     Errors and hang-ups are reported whatever the interest, so a descriptor with nothing to wait for is taken out
@@ -93,100 +93,100 @@ class ReadinessList(ABC):
     def __init__(self) -> None:
         #: Whom every descriptor belongs to, whatever it waits for. Where somebody has closed one behind its owner's
         #: back, the system may give its number away once more: it belongs to the last one then.
-        self.watches: dict[int, Watch] = {}
+        self.registrations: dict[int, Registration] = {}
         #: Whom the system does not watch.
-        self.always_ready: set[Watch] = set()
+        self.always_ready: set[Registration] = set()
 
     @abstractmethod
     def fileno(self) -> int:
         """Return the descriptor of the list, which is readable when anybody in it is ready."""
 
     @abstractmethod
-    def add(self, descriptor: int, interest: int) -> None:
+    def add(self, fd: int, interest: int) -> None:
         """Register a descriptor. Raises `OSError` for one that need not be watched, and when the list is full."""
 
     @abstractmethod
-    def change(self, descriptor: int, interest: int) -> None:
+    def change(self, fd: int, interest: int) -> None:
         """Change what a descriptor is registered for. Raises `OSError` as `add`."""
 
     @abstractmethod
-    def remove(self, descriptor: int) -> None:
+    def remove(self, fd: int) -> None:
         """Take out a descriptor, which may be closed already."""
 
-    def set_interest(self, watch: Watch, interest: int) -> None:
+    def set_interest(self, registration: Registration, interest: int) -> None:
         """Register `watch` for another interest than it has, or take it out. Raises `OSError` when the list is full."""
-        descriptor = watch.descriptor
-        if watch in self.always_ready:
+        fd = registration.fd
+        if registration in self.always_ready:
             if not interest:
-                self.always_ready.discard(watch)
-        elif self.watches.get(descriptor) is not watch:
+                self.always_ready.discard(registration)
+        elif self.registrations.get(fd) is not registration:
             if interest:
-                self.always_ready.add(watch)  # The number belongs to somebody else by now.
+                self.always_ready.add(registration)  # The number belongs to somebody else by now.
         elif not interest:
-            self.remove(descriptor)
+            self.remove(fd)
         else:
             try:
-                (self.change if watch.interest else self.add)(descriptor, interest)
+                (self.change if registration.interest else self.add)(fd, interest)
             except OSError as exc:
-                if exc.errno not in UNWATCHED or not watch.ready_if_refused:
+                if exc.errno not in UNWATCHED or not registration.ready_if_refused:
                     raise
-                self.always_ready.add(watch)
-        watch.interest = interest
+                self.always_ready.add(registration)
+        registration.interest = interest
 
     @abstractmethod
-    def take(self, failed: Failed) -> int:
+    def dispatch(self, failed: Failed) -> int:
         """Call the callbacks of every descriptor that is ready now, once; return how many the system has reported.
 
         What a callback raises is passed to `failed`, and the others of the batch are still called.
         """
 
-    def tell_always_ready(self, failed: Failed) -> None:
+    def notify_always_ready(self, failed: Failed) -> None:
         """Call everybody whom the system does not report."""
-        for watch in tuple(self.always_ready):
-            watch.tell_or_fail(selected(watch.interest), failed)
+        for registration in tuple(self.always_ready):
+            registration.tell_or_fail(selected(registration.interest), failed)
 
     @abstractmethod
     def close(self) -> None:
         """Give the list back."""
 
 
-class SelectorList(ReadinessList):
+class PlatformSelector(Selector):
     """What `selectors` has for this platform: kqueue on BSD and macOS."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._selector = selectors.DefaultSelector()
+        self._platform_selector = selectors.DefaultSelector()
         # Every selector that can be waited for has it; `SelectSelector` and `PollSelector` have not.
-        self._descriptor: int = self._selector.fileno()  # type: ignore[attr-defined,unused-ignore]
+        self._fd: int = self._platform_selector.fileno()  # type: ignore[attr-defined,unused-ignore]
 
     def fileno(self) -> int:
-        return self._descriptor
+        return self._fd
 
-    def add(self, descriptor: int, interest: int) -> None:
+    def add(self, fd: int, interest: int) -> None:
         with suppress(KeyError):  # What is left of one that somebody has closed behind its owner's back.
-            self._selector.unregister(descriptor)
-        self._selector.register(descriptor, selected(interest))
+            self._platform_selector.unregister(fd)
+        self._platform_selector.register(fd, selected(interest))
 
-    def change(self, descriptor: int, interest: int) -> None:
-        self._selector.modify(descriptor, selected(interest))
+    def change(self, fd: int, interest: int) -> None:
+        self._platform_selector.modify(fd, selected(interest))
 
-    def remove(self, descriptor: int) -> None:
+    def remove(self, fd: int) -> None:
         with suppress(KeyError):  # `modify` takes out what it cannot change.
-            self._selector.unregister(descriptor)
+            self._platform_selector.unregister(fd)
 
-    def take(self, failed: Failed) -> int:
-        watches = self.watches
-        batch = self._selector.select(0)  # All that is ready.
+    def dispatch(self, failed: Failed) -> int:
+        registrations = self.registrations
+        batch = self._platform_selector.select(0)  # All that is ready.
         for key, mask in batch:
-            watch = watches.get(key.fd)  # None after a callback of this batch has closed it.
-            if watch is not None:
-                watch.tell_or_fail(mask, failed)
+            registration = registrations.get(key.fd)  # None after a callback of this batch has closed it.
+            if registration is not None:
+                registration.tell_or_fail(mask, failed)
         if self.always_ready:
-            self.tell_always_ready(failed)
+            self.notify_always_ready(failed)
         return len(batch)
 
     def close(self) -> None:
-        self._selector.close()
+        self._platform_selector.close()
 
 
 if sys.platform == "linux":
@@ -207,7 +207,7 @@ if sys.platform == "linux":
     # How many descriptors a call is first asked for. It allocates memory for as many, so more only when they are ready.
     BATCH_SIZE = 256
 
-    class EpollList(ReadinessList):
+    class EpollSelector(Selector):
         """epoll, called directly: through `selectors` a descriptor costs a third more to take, a quarter to add."""
 
         def __init__(self) -> None:
@@ -217,48 +217,48 @@ if sys.platform == "linux":
         def fileno(self) -> int:
             return self._epoll.fileno()
 
-        def add(self, descriptor: int, interest: int) -> None:
-            self._epoll.register(descriptor, EVENTS[interest])
+        def add(self, fd: int, interest: int) -> None:
+            self._epoll.register(fd, EVENTS[interest])
 
-        def change(self, descriptor: int, interest: int) -> None:
-            self._epoll.modify(descriptor, EVENTS[interest])
+        def change(self, fd: int, interest: int) -> None:
+            self._epoll.modify(fd, EVENTS[interest])
 
-        def remove(self, descriptor: int) -> None:
+        def remove(self, fd: int) -> None:
             try:  # Not `suppress`: every connection that ends comes here, and it would cost about as much as the call.
-                self._epoll.unregister(descriptor)
+                self._epoll.unregister(fd)
             except OSError:
                 pass  # Whoever has closed the descriptor behind our back has taken it out.
 
-        def take(self, failed: Failed) -> int:
-            watches = self.watches
+        def dispatch(self, failed: Failed) -> int:
+            registrations = self.registrations
             batch = self._epoll.poll(0, BATCH_SIZE)
-            if len(batch) == BATCH_SIZE < len(watches):
+            if len(batch) == BATCH_SIZE < len(registrations):
                 # All that is ready belongs in one batch: timers come after it.
-                batch = self._epoll.poll(0, len(watches))
-            for descriptor, events in batch:
-                watch = watches.get(descriptor)  # None after a callback of this batch has closed it.
-                if watch is None:
+                batch = self._epoll.poll(0, len(registrations))
+            for fd, events in batch:
+                registration = registrations.get(fd)  # None after a callback of this batch has closed it.
+                if registration is None:
                     continue
                 try:
-                    if events & ERROR and watch.error_ready():
+                    if events & ERROR and registration.error_ready():
                         events &= ~ERROR  # noqa: PLW2901  # another name would cost every event an assignment
                     # As `Watch.tell`, without the cost of a call.
-                    if events & READABLE and watch.interest & INPUT:
-                        watch.read_ready()
-                    if events & WRITABLE and watch.interest & WRITE:
-                        watch.write_ready()
+                    if events & READABLE and registration.interest & INPUT:
+                        registration.read_ready()
+                    if events & WRITABLE and registration.interest & WRITE:
+                        registration.write_ready()
                 except BaseException as exc:
-                    failed(watch, exc)
+                    failed(registration, exc)
             if self.always_ready:
-                self.tell_always_ready(failed)
+                self.notify_always_ready(failed)
             return len(batch)
 
         def close(self) -> None:
             self._epoll.close()
 
 
-def make_readiness_list() -> ReadinessList | None:
+def make_selector() -> Selector | None:
     """Return the list that this platform has, if it has one that can be waited for (Windows has none)."""
     if sys.platform == "linux":
-        return EpollList()
-    return SelectorList() if hasattr(selectors.DefaultSelector, "fileno") else None
+        return EpollSelector()
+    return PlatformSelector() if hasattr(selectors.DefaultSelector, "fileno") else None

@@ -22,7 +22,7 @@ from ._receive_buffers import buffers
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ._contract import Channel
+    from ._abc import Channel
 
 # How much plaintext is encrypted before the ciphertext is sent. It bounds what waits, twice, behind a peer that does
 # not read. Both sizes also bound what the memory buffers of a connection keep allocated once they were that full.
@@ -59,12 +59,12 @@ class Cancellable(Protocol):
 class Scheduler(Protocol):
     """Who calls back later, in the group's next turn or after a time; and who calls the user's code."""
 
-    def user_call(self) -> Callable[..., Any]: ...
+    def new_user_call(self) -> Callable[..., Any]: ...
     def call_internal(self, callback: Callable[..., object], *args: Any) -> None: ...
     def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> Cancellable: ...
 
 
-class Wire:
+class TLSEngine:
     """OpenSSL, at work on two memory buffers, and the channel below, which moves the ciphertext.
 
     `unsent` is what the channel below has not taken yet: ciphertext, and in front of it what was written in the clear
@@ -126,16 +126,16 @@ class Wire:
         """Whether the peer reads enough to be read from."""
         return len(self.unsent) <= ANSWERS_LIMIT
 
-    def rest(self) -> None:
+    def stop_io(self) -> None:
         """Wait for nothing any more: of a failure below, readiness would be reported over and over."""
         self.inner.set_reading(False)
         self.inner.set_writing(False)
 
-    def limit(self, seconds: float, expired: Callable[[], None]) -> None:
+    def start_timeout(self, seconds: float, on_timeout: Callable[[], None]) -> None:
         """Call `expired` after so many seconds, unless `lift_limit` comes before."""
-        self._timer = self.scheduler.call_later(seconds, expired)
+        self._timer = self.scheduler.call_later(seconds, on_timeout)
 
-    def lift_limit(self) -> None:
+    def cancel_timeout(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -52,7 +52,7 @@ class Channel(ABC):
     drops_after_close = False
 
     @abstractmethod
-    def open(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
+    def set_callbacks(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         """Remember whom to call; nothing is called before an interest is set."""
 
     @abstractmethod
@@ -79,7 +79,7 @@ class Channel(ABC):
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
         """Send from the start of `chunks`, gathered, and return how many bytes were taken."""
 
-    def send_file(self, descriptor: int, offset: int, count: int) -> int:
+    def send_file(self, fd: int, offset: int, count: int) -> int:
         """Send up to `count` bytes of a file from `offset` on and return how many were taken, 0 at its end.
 
         Only where `can_send_file`. An `OSError` is the connection's; `FileError` says that the file cannot be sent.
@@ -94,7 +94,7 @@ class Channel(ABC):
         """Whether nobody can receive any more what is sent. Only where `can_notice_hangup`."""
         raise NotImplementedError
 
-    def finish(self, done: Callable[[Exception | None, bool], None]) -> bool:
+    def shutdown(self, done: Callable[[Exception | None, bool], None]) -> bool:
         """Take leave of the other end; everything has been sent. Return whether that is all over.
 
         Otherwise `done` is called once, later: with what went wrong, and whether the end of the stream was met.

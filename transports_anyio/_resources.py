@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ._channels._tls import TLSChannel
 
 
-class Owned(Protocol):
+class Resource(Protocol):
     """What a group owns: a transport of any kind."""
 
     def close(self) -> None: ...
@@ -24,23 +24,25 @@ class Owned(Protocol):
 class PendingHandshake:
     """A TLS handshake under way, which the group owns until it is over; whoever began it hears of the outcome."""
 
-    __slots__ = ("_channel", "_disown", "_over", "_own", "aborted", "failure")
+    __slots__ = ("_add_resource", "_channel", "_over", "_remove_resource", "aborted", "failure")
 
-    def __init__(self, channel: TLSChannel, own: Callable[[Owned], None], disown: Callable[[Owned], None]) -> None:
+    def __init__(
+        self, channel: TLSChannel, add_resource: Callable[[Resource], None], remove_resource: Callable[[Resource], None]
+    ) -> None:
         self._channel = channel
-        self._own = own
-        self._disown = disown
+        self._add_resource = add_resource
+        self._remove_resource = remove_resource
         self.aborted: bool = False  # By this side.
         self.failure: Exception | None = None
 
     def begin(self, over: Callable[[], None]) -> None:
         """Call `over` once, perhaps before this returns. The channel is closed after a failure."""
         self._over = over
-        self._own(self)
+        self._add_resource(self)
         self._channel.handshake(self._done)
 
     def _done(self, exc: Exception | None) -> None:
-        self._disown(self)
+        self._remove_resource(self)
         self.failure = exc
         if exc is not None:
             self._channel.close(aborted=True)

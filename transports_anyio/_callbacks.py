@@ -11,7 +11,7 @@ from contextvars import Context, ContextVar, copy_context
 from inspect import iscoroutine, signature
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
-from ._errors import Group, described
+from ._errors import Group, safe_repr
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def check_given_protocol(protocol: object, name: str) -> None:
 def discarded(thing: object) -> str:
     """Describe what is refused. A coroutine is closed: that it was never awaited needs no second warning."""
     if not iscoroutine(thing):
-        return described(thing)
+        return safe_repr(thing)
     what = f"the coroutine {thing!r}"
     thing.close()
     return what
@@ -99,7 +99,7 @@ def is_class_of_protocols(protocol: object, callback: str) -> TypeGuard[type]:
     return False
 
 
-class Door:
+class CallbackContext:
     """The way from one connection into the user's code.
 
     `run` calls a function in the connection's own copy of the `contextvars` context, in which the group is current.
@@ -125,7 +125,7 @@ class Door:
         check_made_protocol(protocol, factory)
         return protocol
 
-    def call_in_place(self, callback: Callable[..., object], *args: object) -> None:
+    def run_nested(self, callback: Callable[..., object], *args: object) -> None:
         """Call `callback` in the caller's context, with the group current."""
         call_with_current(self.group, callback, *args)
 

@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING, Any
 from ._receive_buffers import RECEIVE_SIZE, buffers
 
 if TYPE_CHECKING:
-    from ._tls_wire import Wire
+    from ._tls_engine import TLSEngine
 
 # How much a peer may still send after our `close_notify` before the connection ends without waiting for its own.
 # What is on its way when we close should fit; a download without end should not be read to the end.
 DISCARD_LIMIT = 1024 * 1024
 
 
-class PlainFarewell:
+class PlainShutdown:
     """The end of a connection that is closed during its handshake: there is no TLS yet that could end.
 
     What is unsent is sent first. The time limit is still that of the handshake.
     """
 
-    __slots__ = ("_done", "_eof", "_wire")
+    __slots__ = ("_done", "_engine", "_eof")
 
-    def __init__(self, wire: Wire, done: Callable[[Exception | None, bool], None]) -> None:
-        self._wire = wire
+    def __init__(self, engine: TLSEngine, done: Callable[[Exception | None, bool], None]) -> None:
+        self._engine = engine
         self._done: Callable[[Exception | None, bool], None] | None = done
         self._eof = False  # The peer has sent `close_notify`, or left.
 
     def begin(self) -> bool:
         """Take leave, as `Channel.finish` says."""
-        self._wire.inner.open(self._readable, self._writable)
-        return not self._wire.unsent and self._leave()  # What is unsent waits for the channel below already.
+        self._engine.inner.set_callbacks(self._readable, self._writable)
+        return not self._engine.unsent and self._leave()  # What is unsent waits for the channel below already.
 
     def abandon(self) -> None:
         """Do not call `done` any more."""
@@ -51,15 +51,15 @@ class PlainFarewell:
 
     def _advance(self) -> bool:
         """Do what can be done now; return whether only the channel below has yet to take leave."""
-        wire = self._wire
-        wire.flush()
-        wire.inner.set_writing(bool(wire.unsent))
-        return not wire.unsent
+        engine = self._engine
+        engine.flush()
+        engine.inner.set_writing(bool(engine.unsent))
+        return not engine.unsent
 
     def _leave(self) -> bool:
         """Let the channel below take leave, which may be TLS too; return whether that is all over."""
-        self._wire.lift_limit()
-        return self._wire.inner.finish(self._inner_finished)
+        self._engine.cancel_timeout()
+        return self._engine.inner.shutdown(self._inner_finished)
 
     def _leave_or_fail(self) -> None:
         if self._done is None:
@@ -76,14 +76,14 @@ class PlainFarewell:
         self._end(exc)
 
     def _end(self, exc: Exception | None) -> None:
-        self._wire.lift_limit()
-        self._wire.rest()
+        self._engine.cancel_timeout()
+        self._engine.stop_io()
         done, self._done = self._done, None
         if done is not None:
             done(exc, self._eof and exc is None)
 
 
-class Farewell(PlainFarewell):
+class TLSShutdown(PlainShutdown):
     """The end of a connection that has exchanged data. What still comes is thrown away, up to a limit.
 
     `eof` says that the transport knows already of the end of the peer's stream. `info` is told of a `close_notify`.
@@ -92,29 +92,29 @@ class Farewell(PlainFarewell):
     __slots__ = ("_discarded", "_info")
 
     def __init__(
-        self, wire: Wire, done: Callable[[Exception | None, bool], None], info: dict[str, Any], *, eof: bool
+        self, engine: TLSEngine, done: Callable[[Exception | None, bool], None], info: dict[str, Any], *, eof: bool
     ) -> None:
-        super().__init__(wire, done)
+        super().__init__(engine, done)
         self._info = info
         self._eof = eof
         self._discarded = 0
 
     def begin(self) -> bool:
         transport_knows = self._eof
-        wire = self._wire
-        wire.inner.open(self._readable, self._writable)
+        engine = self._engine
+        engine.inner.set_callbacks(self._readable, self._writable)
         if not self._advance():
-            wire.limit(wire.options.shutdown_timeout, self._timed_out)
+            engine.start_timeout(engine.options.shutdown_timeout, self._timed_out)
             return False
         if transport_knows:
             return self._leave()
-        wire.rest()
-        wire.scheduler.call_internal(self._leave_or_fail)  # `done` is not called before this returns.
+        engine.stop_io()
+        engine.scheduler.call_internal(self._leave_or_fail)  # `done` is not called before this returns.
         return False
 
     def _readable(self) -> None:
         try:
-            count = self._wire.receive()
+            count = self._engine.receive()
         except (BlockingIOError, InterruptedError):
             return
         except Exception as exc:  # As in `_writable`.
@@ -122,37 +122,37 @@ class Farewell(PlainFarewell):
             return
         if not count:
             self._eof = True
-            self._wire.inner.set_reading(False)
+            self._engine.inner.set_reading(False)
         self._writable()
 
     def _advance(self) -> bool:
-        wire = self._wire
+        engine = self._engine
         self._discard()
         try:
-            wire.tls.unwrap()
+            engine.tls.unwrap()
         except ssl.SSLWantReadError:
             pass
         else:
             self._eof = self._info["close_notify"] = True
         try:
-            wire.flush()
+            engine.flush()
         except ConnectionError:
             if not self._eof:
                 raise
-            wire.unsent = b""  # The peer has left and misses nothing but our farewell.
-        wire.inner.set_writing(bool(wire.unsent))
+            engine.unsent = b""  # The peer has left and misses nothing but our farewell.
+        engine.inner.set_writing(bool(engine.unsent))
         # What comes behind the end is no TLS, and nobody would take it out of memory.
-        wire.inner.set_reading(not self._eof and wire.may_receive())
-        return (self._eof or self._discarded > DISCARD_LIMIT) and not wire.unsent
+        engine.inner.set_reading(not self._eof and engine.may_receive())
+        return (self._eof or self._discarded > DISCARD_LIMIT) and not engine.unsent
 
     def _discard(self) -> None:
         """Throw away what has come, before OpenSSL is told of the end: it would take that for an error."""
         plaintext = buffers.decrypted
         try:
-            while count := self._wire.read(RECEIVE_SIZE, plaintext):
+            while count := self._engine.read(RECEIVE_SIZE, plaintext):
                 self._discarded += count
         except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
             pass
 
     def _timed_out(self) -> None:
-        self._end(TimeoutError(f"the TLS shutdown took longer than {self._wire.options.shutdown_timeout} seconds"))
+        self._end(TimeoutError(f"the TLS shutdown took longer than {self._engine.options.shutdown_timeout} seconds"))
