@@ -30,6 +30,7 @@ from ._handles import Handle, ThreadSafeHandle, TimerHandle
 from ._statistics import GroupStatistics, describe_flow
 
 if TYPE_CHECKING:
+    from anyio import CancelScope
     from typing_extensions import Self
 
 AsyncFunction: TypeAlias = "Callable[..., Coroutine[Any, Any, object]]"
@@ -114,6 +115,21 @@ class TransportGroup(
 
     def _left(self) -> None:
         log_debug(self, "%r: left", self)
+
+    @property
+    def cancel_scope(self) -> CancelScope:
+        """The cancel scope around the block and the group's tasks, as every AnyIO task group has it.
+
+        `group.cancel_scope.cancel()` ends the group from a callback, a task or the block: transports are aborted, tasks
+        cancelled, and the program goes on after the block. `deadline`, in seconds of `time`, does so at that time.
+        Raises `RuntimeError` before the group is entered.
+
+        Source: https://anyio.readthedocs.io/en/stable/api.html#anyio.abc.TaskGroup.cancel_scope
+        """
+        core = self._core
+        if not core.entered:
+            raise core.not_open()
+        return core.task_group.cancel_scope
 
     def is_closing(self) -> bool:
         """Whether the block is being left, or has been left, so that no more connections can be made.
