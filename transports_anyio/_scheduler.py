@@ -1,11 +1,12 @@
 """The scheduler: callbacks and timers, and the iterations of the event loop in which they run.
 
 Holds: the queue of callbacks, the timers, and the order in which one iteration runs them.
-May know: `_callbacks`, `_driver`, `_errors`, `_handles`, `_poller`, `_selector`.
+May know: `asyncio`, `_callbacks`, `_driver`, `_errors`, `_handles`, `_poller`, `_selector`.
 """
 
 from __future__ import annotations
 
+from asyncio import _get_running_loop  # pyright: ignore[reportPrivateUsage]  # the public one raises if there is none
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context, copy_context
@@ -77,6 +78,7 @@ class Scheduler:
         self.dispatch = poller.dispatch
         self.time = poller.time
         self.receiving_tasks += poller.selector.needs_tasks
+        poller.selector.as_backend = self.as_backend
         self.entered = True
 
     # A group on asyncio, uvloop or trio calls everything from tasks and callbacks of that backend. The event loop on
@@ -84,6 +86,11 @@ class Scheduler:
 
     def as_backend(self, function: Callable[..., T], *args: Any) -> T:
         """Return `function(*args)`, which needs the backend: it starts a task, for example."""
+        if self.poller.loop is None:
+            # A group on trio, and perhaps asyncio code in our event loop has called it.
+            running: Scheduler | None = getattr(_get_running_loop(), "_core", None)
+            if running is not None:
+                return running.as_backend(function, *args)
         return function(*args)
 
     def call(self, function: Callable[..., T], *args: Any) -> T:

@@ -86,6 +86,11 @@ def selected(interest: int) -> int:
     return interest & WRITE | (READ if interest & INPUT else 0)
 
 
+def call(function: Callable[..., object], *args: object) -> None:
+    """Call `function(*args)`."""
+    function(*args)
+
+
 class Selector(ABC):
     """Registered file descriptors, whose callbacks `dispatch` calls in batches."""
 
@@ -98,6 +103,8 @@ class Selector(ABC):
         self.registrations: dict[int, Registration] = {}
         #: Registrations whose file descriptors the system does not watch: they count as ready.
         self.always_ready: set[Registration] = set()
+        #: Calls functions that need the backend. On trio, asyncio code may run when an interest changes.
+        self.as_backend: Callable[..., object] = call
 
     @abstractmethod
     def set_interest(self, registration: Registration, interest: int) -> None:

@@ -6,7 +6,7 @@ May know: `anyio`, `_selector`, `_waiters`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio
@@ -14,11 +14,6 @@ from anyio.abc import TaskGroup
 
 from ._selector import READ, WRITE, Failed, Registration, Selector, selected
 from ._waiters import InterruptSafeEvent
-
-
-def call(function: Callable[..., object], *args: object) -> None:
-    """Call `function(*args)`."""
-    function(*args)
 
 
 class _Tasks:
@@ -42,8 +37,6 @@ class TaskSelector(Selector):
 
     def __init__(self) -> None:
         super().__init__()
-        #: Calls functions that need the backend. On trio, asyncio code may run when an interest changes.
-        self.as_backend: Callable[..., object] = call
         self._waiting: dict[int, _Tasks] = {}
         self._due: list[tuple[_Tasks, int, object]] = []
         self._due_added = InterruptSafeEvent()

@@ -29,7 +29,6 @@ from .._endpoints._start_tls import StartTLSEndpoints
 from .._endpoints._tcp import TCPEndpoints
 from .._endpoints._unix import UNIXEndpoints
 from .._poller import Poller
-from .._task_selector import TaskSelector
 from ._core import LoopCore
 from ._crossing import Answer, with_loop
 from ._handles import DebugHandle, DebugTimerHandle, Handle, ThreadSafeHandle, TimerHandle
@@ -74,7 +73,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     _driver: Driver
 
     def __init__(self, backend: ModuleType) -> None:
-        self._core: LoopCore = LoopCore(self)
+        self._core: LoopCore = LoopCore(self)  # pyright: ignore[reportIncompatibleVariableOverride]
         self._trio = backend
         self._spawner: Any = backend.Spawner()
         self._append = self._core.ready.append
@@ -101,8 +100,6 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         self._poller = poller = core.poller
         self._driver = core.driver
         poller.loop = self
-        if isinstance(poller.selector, TaskSelector):
-            poller.selector.as_backend = core.as_backend
         self.time = core.time  # type: ignore[method-assign]  # without the cost of a call
         core.call(anyio.get_cancelled_exc_class)  # Loads AnyIO's asyncio backend, which takes long, not in a turn.
 
@@ -235,7 +232,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             if sys.version_info >= (3, 11):
                 options["context"] = context
             else:
-                return context.run(partial(asyncio.Task, coro, loop=self, name=name, **options))
+                return context.run(lambda: asyncio.Task(coro, loop=self, name=name, **options))
         task: asyncio.Task[T] = asyncio.Task(coro, loop=self, name=name, **options)
         if self._debug:
             del task._source_traceback[-1]  # type: ignore[attr-defined]  # noqa: SLF001  # this line
