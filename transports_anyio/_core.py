@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from ._channels._abc import Channel
-    from ._channels._datagram import DatagramChannel
 
 # How many descriptors a turn serves, and for how many seconds it goes on, before it lets the tasks have theirs.
 SERVED_IN_A_TURN = 64
@@ -49,7 +48,7 @@ LAST_TURNS = 100
 
 T = TypeVar("T")
 ProtocolT = TypeVar("ProtocolT")
-ChannelT = TypeVar("ChannelT", bound="Channel | DatagramChannel")
+ChannelT = TypeVar("ChannelT", bound="Channel")
 TransportT = TypeVar("TransportT", bound=Resource)
 
 
@@ -367,7 +366,7 @@ class Core:
     def remove_resource(self, transport: Resource) -> None:
         """Forget `transport`: its `connection_lost` has been delivered."""
         self.transports.discard(transport)
-        received, sent, _ = transport.traffic()
+        received, sent, _ = transport._traffic()
         self.bytes_received += received
         self.bytes_sent += sent
         self.changed.notify()

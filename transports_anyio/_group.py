@@ -291,7 +291,7 @@ class TransportGroup(
         core = self._core
         owned = tuple(core.transports)  # Whoever looks may be another thread.
         transports = [each for each in owned if not isinstance(each, PendingHandshake)]
-        traffic = [transport.traffic() for transport in transports]
+        traffic = [transport._traffic() for transport in transports]
         return GroupStatistics(
             open_transports=dict(Counter(type(transport).__name__ for transport in transports)),
             pending_handshakes=len(owned) - len(transports),

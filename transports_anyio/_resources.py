@@ -17,7 +17,7 @@ class Resource(Protocol):
 
     def close(self) -> None: ...
     def abort(self) -> None: ...
-    def traffic(self) -> tuple[int, int, int]: ...
+    def _traffic(self) -> tuple[int, int, int]: ...
     def is_writing_paused(self) -> bool: ...
 
 
@@ -50,7 +50,7 @@ class PendingHandshake:
         del self._over  # It may well refer to this object: no cycle.
         over()
 
-    def traffic(self) -> tuple[int, int, int]:
+    def _traffic(self) -> tuple[int, int, int]:
         return 0, 0, 0  # Of the protocol's bytes there are none yet.
 
     def is_writing_paused(self) -> bool:

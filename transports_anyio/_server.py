@@ -28,7 +28,7 @@ from ._waiters import Waiters
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ._channels._abc import Channel
+    from ._channels._abc import StreamChannel
     from ._channels._tls_engine import TLSOptions
     from ._core import Core
     from ._resources import Resource
@@ -47,7 +47,7 @@ CLIENT_LEFT = {
 }  # fmt: skip
 
 
-def peername_of(channel: Channel) -> Any:
+def peername_of(channel: StreamChannel) -> Any:
     return channel.extra_info().get("peername")
 
 
@@ -314,7 +314,7 @@ class Server(asyncio.AbstractServer):
 
         pending.begin(over)
 
-    def _begin(self, channel: Channel) -> None:
+    def _begin(self, channel: StreamChannel) -> None:
         try:
             transport, _ = self._core.make_transport(StreamTransport, self._protocol_factory, channel, self._lost)
         except BaseException as exc:
@@ -324,7 +324,7 @@ class Server(asyncio.AbstractServer):
             return
         self._connections.add(transport)
         try:
-            transport.start()
+            transport._start()
         except OSError as exc:
             self._report_lost_client(exc, peername_of(channel))
 

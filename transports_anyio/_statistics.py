@@ -38,7 +38,7 @@ def describe_flow(name: str, owned: Collection[Resource]) -> str:
     """Say for a `repr` how many transports there are, how much they buffer, and how many have paused their protocol."""
     owned = tuple(owned)  # Whoever looks may be another thread.
     transports = [each for each in owned if not isinstance(each, PendingHandshake)]
-    buffered = sum(transport.traffic()[2] for transport in transports)
+    buffered = sum(transport._traffic()[2] for transport in transports)
     paused = sum(transport.is_writing_paused() for transport in transports)
     said = f"{name}={len(transports)} buffered={buffered}"
     if paused:

@@ -20,7 +20,7 @@ from .._transports._stream import StreamTransport
 from .._waiters import InterruptSafeEvent
 
 if TYPE_CHECKING:
-    from .._channels._abc import Channel
+    from .._channels._abc import StreamChannel
     from .._core import Core
 
 ProtocolT = TypeVar("ProtocolT")
@@ -135,7 +135,7 @@ class Endpoints:
             poller = self._core.require_open()
             if is_tcp(sock):
                 set_nodelay(sock)
-            channel: Channel = SocketChannel(poller, sock)
+            channel: StreamChannel = SocketChannel(poller, sock)
         except BaseException:
             sock.close()
             raise
@@ -148,7 +148,7 @@ class Endpoints:
             await self._shake_hands(encrypted)
             channel = encrypted
         transport, protocol = self._core.make_transport(StreamTransport, protocol_factory, channel)
-        transport.start()
+        transport._start()
         return transport, protocol
 
     async def _take_over(self, sock: socket.socket) -> None:

@@ -83,7 +83,7 @@ class DatagramEndpoints(Endpoints):
         # With `allow_broadcast` the remote address is only sent to; a socket that came from elsewhere may be connected.
         make = partial(DatagramTransport, address=remote or channel.remote_address)
         transport, protocol = self._core.make_transport(make, protocol_factory, channel)
-        transport.start()
+        transport._start()
         return transport, protocol
 
     async def connect_datagram_socket(
@@ -112,7 +112,7 @@ class DatagramEndpoints(Endpoints):
         make = partial(DatagramTransport, address=channel.remote_address)
         transport, protocol = self._core.make_transport(make, protocol_factory, channel)
         self._run_for(datagram_socket, channel.run)
-        transport.start()
+        transport._start()
         return transport, protocol
 
 

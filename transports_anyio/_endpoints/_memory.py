@@ -20,7 +20,7 @@ class MemoryEndpoints(Endpoints):
     _called_as = "{}, group"
 
     def __init__(self, group: Endpoints) -> None:
-        self._core = group._core  # noqa: SLF001  # every family has it
+        self._core = group._core  # every family has it
 
     async def memory_connection(
         self,
@@ -45,7 +45,7 @@ class MemoryEndpoints(Endpoints):
             core.remove_resource(transport_a)
             raise
         try:
-            transport_a.start()
+            transport_a._start()
         finally:  # A `KeyboardInterrupt` ends the group, which tells both protocols of the end.
-            transport_b.start()
+            transport_b._start()
         return (transport_a, protocol_a), (transport_b, protocol_b)

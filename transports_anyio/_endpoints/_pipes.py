@@ -61,5 +61,5 @@ class PipeEndpoints(Endpoints):
         await anyio.lowlevel.checkpoint()
         channel = PipeChannel(self._core.require_open(), pipe, writing=transport_class is WritePipeTransport)
         transport, protocol = self._core.make_transport(transport_class, protocol_factory, channel)
-        transport.start()
+        transport._start()
         return transport, protocol

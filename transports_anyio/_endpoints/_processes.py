@@ -11,7 +11,7 @@ import anyio.lowlevel
 from anyio.abc import Process
 
 from .._callbacks import CallbackContext
-from .._channels._abc import Channel
+from .._channels._abc import StreamChannel
 from .._channels._anyio_stream import AnyIOStreamChannel, DiscardingChannel
 from .._channels._child import AnyIOChild, PopenChild
 from .._channels._pipe import ChildPipeChannel, require_pipes
@@ -159,7 +159,7 @@ class ProcessEndpoints(Endpoints):
         protocol = callback_context.make_protocol(protocol_factory)
         popen = start_program(args, options)
         child = PopenChild(poller, popen, self._core.call, self._core.start_internal_task)
-        channels: dict[int, Channel] = {}
+        channels: dict[int, StreamChannel] = {}
         try:
             for fd, pipe in enumerate((popen.stdin, popen.stdout, popen.stderr)):
                 if pipe is not None:
@@ -183,7 +183,7 @@ class ProcessEndpoints(Endpoints):
         callback_context: CallbackContext,
         protocol: ProtocolT,
         child: PopenChild | AnyIOChild,
-        channels: Mapping[int, Channel],
+        channels: Mapping[int, StreamChannel],
     ) -> tuple[asyncio.SubprocessTransport, ProtocolT]:
         transport = SubprocessTransport(callback_context, child, protocol, self._core.remove_resource)
         self._core.add_resource(transport)
@@ -191,8 +191,8 @@ class ProcessEndpoints(Endpoints):
             pipes: dict[int, StreamTransport] = {}
             for fd, channel in channels.items():
                 kind = ReadPipeTransport if fd else WritePipeTransport
-                pipes[fd] = kind(callback_context, channel, PipeProtocol(transport, fd), transport.pipe_gone)
-            transport.start(pipes)
+                pipes[fd] = kind(callback_context, channel, PipeProtocol(transport, fd), transport._pipe_closed)
+            transport._start(pipes)
         except BaseException:
             transport.abort()
             raise

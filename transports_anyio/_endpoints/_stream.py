@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import ssl as ssl_module
     from asyncio import Transport
 
-    from .._channels._abc import Channel
+    from .._channels._abc import StreamChannel
 
 
 class StreamEndpoints(Endpoints):
@@ -71,7 +71,7 @@ class StreamEndpoints(Endpoints):
         await anyio.lowlevel.checkpoint()
         self._core.require_open()
         self._require_unused(stream)
-        channel: Channel = plain
+        channel: StreamChannel = plain
         if tls is not None:
             channel = encrypted = TLSChannel(plain, tls, self._core)
             self._run_for(stream, plain.run)
@@ -79,5 +79,5 @@ class StreamEndpoints(Endpoints):
         transport, protocol = self._core.make_transport(StreamTransport, protocol_factory, channel)
         if tls is None:
             self._run_for(stream, plain.run)
-        transport.start()
+        transport._start()
         return transport, protocol
