@@ -18,8 +18,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
+import anyio.lowlevel
 
-from ._callbacks import CallbackContext, GivenContext, current
+from ._callbacks import CallbackContext, GivenContext, check_factory, current
 from ._errors import ExceptionContext, Group, NotOpenError, is_refusal, logger, safe_repr, should_propagate
 from ._loop_poller import make_poller
 from ._poller import RESOLUTION, Poller
@@ -297,11 +298,25 @@ class Core:
             raise self.not_open(name)
         return self.poller
 
-    def require_open(self) -> Poller:
-        """Return the poller, or raise `RuntimeError` when no connections can be made."""
+    async def check_open(self, name: str = "", *factories: object, called_as: str = "") -> Poller:
+        """Return the poller if the endpoint function `name` may be called now, or go on after a wait.
+
+        `factories` are its protocol factories. `called_as` is how users call it, `group.name` by default.
+
+        Raises `RuntimeError` when no connections can be made, or in another thread than the group's; `TypeError` for a
+        factory that cannot return a protocol. A task that is cancelled because the group is being left gets its
+        cancellation instead of that `RuntimeError`. Waits for nothing else.
+        """
         poller = self.poller
+        in_own_thread = get_ident() == self.thread
         if poller is None or not self.open:
-            raise self.not_open()
+            if in_own_thread:
+                await anyio.lowlevel.checkpoint_if_cancelled()
+            raise self.not_open(name)
+        if not in_own_thread:
+            raise self.in_another_thread(name, called_as or f"group.{name}")
+        for factory in factories:
+            check_factory(name, factory)
         return poller
 
     def require_alive(self, name: str) -> Poller:
@@ -311,12 +326,9 @@ class Core:
             raise self.not_open(name)
         return poller
 
-    def require_callable(self, name: str, called_as: str) -> None:
-        """Raise `RuntimeError` when the endpoint function `name` is called too early or late, or in another thread."""
-        if not self.open:
-            raise self.not_open(name)
-        if get_ident() != self.thread:
-            raise in_another_thread(name, f"anyio.from_thread.run({called_as}, ...)")
+    def in_another_thread(self, name: str, called_as: str) -> RuntimeError:
+        """Return the error for calling the endpoint function `name` from the wrong thread."""
+        return in_another_thread(name, f"anyio.from_thread.run({called_as}, ...)")
 
     def require_own_thread(self, name: str, instead: str) -> None:
         """Raise `RuntimeError`, which says what to call `instead`, in another thread than the group's."""

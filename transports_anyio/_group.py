@@ -17,12 +17,12 @@ import anyio.lowlevel
 
 from ._callbacks import call_with_current, current
 from ._core import Core
-from ._endpoints._datagram import DatagramEndpoints
+from ._endpoints._anyio_streams import AnyIOStreamEndpoints
+from ._endpoints._datagrams import DatagramEndpoints
 from ._endpoints._pipes import PipeEndpoints
 from ._endpoints._processes import ProcessEndpoints
 from ._endpoints._sendfile import FileEndpoints
 from ._endpoints._start_tls import StartTLSEndpoints
-from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
 from ._endpoints._unix import UNIXEndpoints
 from ._errors import ExceptionContext, log_debug, logger, should_propagate
@@ -56,7 +56,7 @@ class TransportGroup(
     DatagramEndpoints,
     PipeEndpoints,
     ProcessEndpoints,
-    StreamEndpoints,
+    AnyIOStreamEndpoints,
     StartTLSEndpoints,
     FileEndpoints,
 ):

@@ -10,6 +10,7 @@ import os
 from asyncio import SendfileNotAvailableError
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol
 
+import anyio.lowlevel
 import anyio.to_thread
 
 from .._channels._abc import FileError
@@ -62,6 +63,7 @@ class FileEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sendfile
         """
+        await self._core.check_open("sendfile")
         if isinstance(transport, StreamTransport):
             transport.refuse_after_upgrade("sendfile")
         if transport.is_closing():
@@ -83,6 +85,10 @@ class FileEndpoints(Endpoints):
                     if not fallback:
                         raise
             return await send_by_reading(transport, file, offset, count)
+        except Exception:
+            if not self._core.open:  # A task of the group gets its cancellation instead.
+                await anyio.lowlevel.checkpoint_if_cancelled()
+            raise
         finally:
             transport.end_sendfile()
 

@@ -6,6 +6,8 @@ import errno
 import ssl
 from typing import TYPE_CHECKING, Any
 
+import anyio.lowlevel
+
 from .._callbacks import check_given_protocol
 from .._channels._tls import TLSChannel
 from .._transports._stream import StreamTransport
@@ -60,6 +62,7 @@ class StartTLSEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
         """
+        await self._core.check_open("start_tls")
         require_context(sslcontext)
         if not isinstance(transport, StreamTransport):
             raise TypeError(f"transport {transport!r} is not supported by start_tls()")
@@ -109,6 +112,8 @@ class StartTLSEndpoints(Endpoints):
             raise
         try:
             if failure is not None:
+                if not self._core.open:  # A task of the group gets its cancellation instead.
+                    await anyio.lowlevel.checkpoint_if_cancelled()
                 raise failure
         finally:
             failure = None  # Its traceback has this frame: no cycle.

@@ -12,7 +12,6 @@ from asyncio import _get_running_loop, _set_running_loop
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from math import inf
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._callbacks import CallbackContext
@@ -181,13 +180,10 @@ class LoopCore(Core):
     def not_open(self, name: str = "") -> NotOpenError:
         return NotOpenError("Event loop is closed", self.group)
 
-    def require_callable(self, name: str, called_as: str) -> None:
-        if not self.open:
-            raise self.not_open(name)
-        if get_ident() != self.thread:
-            raise RuntimeError(
-                f"{name}() was called in another thread than the event loop's: use asyncio.run_coroutine_threadsafe()"
-            )
+    def in_another_thread(self, name: str, called_as: str) -> RuntimeError:
+        return RuntimeError(
+            f"{name}() was called in another thread than the event loop's: use asyncio.run_coroutine_threadsafe()"
+        )
 
     # What a group does in another way
 

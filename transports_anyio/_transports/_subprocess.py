@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .._callbacks import check_given_protocol
-from .._channels._child import KILLED
 from .._errors import failed_callback, log_debug
+from .._processes._child import KILLED
 from .._waiters import InterruptSafeEvent
 from ._pipe import WritePipeTransport
 
 if TYPE_CHECKING:
     from .._callbacks import CallbackContext
-    from .._channels._child import Child
+    from .._processes._child import Child
     from ._stream import StreamTransport
 
 
