@@ -344,7 +344,7 @@ async def test_a_socket_that_is_adopted_already(stack: Stack) -> None:
             sock.bind((HOST, 0))
             transport, protocol = await endpoints.make(sock=sock)
             other = Endpoint()
-            with pytest.raises(RuntimeError, match="is (already in use|used) by"):
+            with pytest.raises(RuntimeError, match=r"is (already in use|used) by"):
                 await group.create_datagram_endpoint(lambda: other, sock=sock)
             assert other.transport is None
             peer.sendto(b"question", sock.getsockname())

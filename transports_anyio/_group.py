@@ -31,9 +31,10 @@ from ._scheduling import Handle, ThreadSafeHandle, TimerHandle
 from ._statistics import GroupStatistics, describe_flow
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
-AsyncFunction: TypeAlias = "Callable[..., Coroutine[Any, Any, object]]"
+    from ._types import PosArgsT
+
 ExceptionHandler: TypeAlias = "Callable[[TransportGroup, ExceptionContext], object]"
 
 
@@ -130,7 +131,12 @@ class TransportGroup(
 
     # Tasks
 
-    def start_soon(self, async_function: AsyncFunction, *args: Any, name: object = None) -> None:
+    def start_soon(
+        self,
+        async_function: Callable[[Unpack[PosArgsT]], Coroutine[Any, Any, object]],
+        *args: Unpack[PosArgsT],
+        name: object = None,
+    ) -> None:
         """Start a task that belongs to the group and awaits `async_function(*args)`.
 
         May be called from a callback: a task that `data_received` starts has its first turn before its connection
@@ -160,7 +166,9 @@ class TransportGroup(
         """
         return self._core.live_poller("time").time()
 
-    def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> Handle:
+    def call_soon(
+        self, callback: Callable[[Unpack[PosArgsT]], object], *args: Unpack[PosArgsT], context: Context | None = None
+    ) -> Handle:
         """Call `callback(*args)` in the group's next turn, in `context` or a copy of the caller's.
 
         First in, first out. What the callback raises goes to the exception handler. Raises `RuntimeError` when the
@@ -176,7 +184,7 @@ class TransportGroup(
         return handle
 
     def call_soon_threadsafe(
-        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, callback: Callable[[Unpack[PosArgsT]], object], *args: Unpack[PosArgsT], context: Context | None = None
     ) -> Handle:
         """Call `callback(*args)` in the group's next turn, as `call_soon` does, from any thread.
 
@@ -198,7 +206,11 @@ class TransportGroup(
         return handle
 
     def call_later(
-        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self,
+        delay: float,
+        callback: Callable[[Unpack[PosArgsT]], object],
+        *args: Unpack[PosArgsT],
+        context: Context | None = None,
     ) -> TimerHandle:
         """Call `callback(*args)` after `delay` seconds, in `context` or a copy of the caller's.
 
@@ -214,7 +226,11 @@ class TransportGroup(
         return core.set_timer(poller.time() + delay, callback, args, context)
 
     def call_at(
-        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self,
+        when: float,
+        callback: Callable[[Unpack[PosArgsT]], object],
+        *args: Unpack[PosArgsT],
+        context: Context | None = None,
     ) -> TimerHandle:
         """Call `callback(*args)` at `when`, in seconds of `time`, otherwise as `call_later` does.
 

@@ -27,10 +27,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import anyio
 
+from . import abc
 from ._endpoints._memory import connect_in_memory
 from ._transports._stream import StreamTransport
 
 if TYPE_CHECKING:
+    from . import abc
     from ._endpoints._memory import OtherProtocolT
     from ._group import TransportGroup
     from ._types import StreamProtocolT
@@ -331,7 +333,7 @@ async def memory_connection(
     buffer_size: int = 65536,
     info_a: Mapping[str, Any] | None = None,
     info_b: Mapping[str, Any] | None = None,
-) -> tuple[tuple[asyncio.Transport, StreamProtocolT], tuple[asyncio.Transport, OtherProtocolT]]:
+) -> tuple[tuple[abc.Transport, StreamProtocolT], tuple[abc.Transport, OtherProtocolT]]:
     """Join two protocols in memory and return `((transport_a, protocol_a), (transport_b, protocol_b))`.
 
     `factory_a` and `factory_b` are protocol factories, as the endpoint functions of `group` take them.

@@ -21,9 +21,9 @@ from ._tls import stream_options
 
 if TYPE_CHECKING:
     import ssl as ssl_module
-    from asyncio import Transport
 
     from .._channels._abc import Channel
+    from ..abc import Transport
 
 
 class AnyIOStreamEndpoints(Endpoints):

@@ -6,7 +6,6 @@ May know: `_channels`, `_endpoints`, `_sockets`, `_transports/_datagram`, `_type
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 
 import anyio.lowlevel
 
+from .. import abc
 from .._channels._anyio_datagram import AnyDatagramSocket, AnyIODatagramChannel
 from .._channels._datagram import DatagramSocketChannel
 from .._sockets import bind, connect, set_option
@@ -41,7 +41,7 @@ class DatagramEndpoints(Endpoints):
         reuse_port: bool | None = None,
         allow_broadcast: bool | None = None,
         sock: socket.socket | None = None,
-    ) -> tuple[asyncio.DatagramTransport, DatagramProtocolT]:
+    ) -> tuple[abc.DatagramTransport, DatagramProtocolT]:
         """Make a datagram endpoint and return `(transport, protocol)`.
 
         `connection_made` runs before this returns. A datagram of more than 256 KiB is dropped, and `error_received`
@@ -102,7 +102,7 @@ class DatagramEndpoints(Endpoints):
 
     async def connect_datagram_socket(
         self, protocol_factory: Callable[[], DatagramProtocolT], datagram_socket: AnyDatagramSocket
-    ) -> tuple[asyncio.DatagramTransport, DatagramProtocolT]:
+    ) -> tuple[abc.DatagramTransport, DatagramProtocolT]:
         """Make a protocol for one of AnyIO's datagram sockets and return `(transport, protocol)`.
 
         `connection_made` runs before this returns. A socket that is already closed is accepted: `connection_lost` gets

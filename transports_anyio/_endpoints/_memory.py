@@ -30,7 +30,7 @@ async def connect_in_memory(
     info_b: Mapping[str, Any],
 ) -> tuple[tuple[StreamTransport, StreamProtocolT], tuple[StreamTransport, OtherProtocolT]]:
     """Make both transports. Raises `RuntimeError` if the group is not open, and what a factory raises."""
-    core = group._core  # noqa: SLF001  # every family of endpoint functions has it
+    core = group._core  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
     await core.check_open("memory_connection", factory_a, factory_b, called_as="memory_connection, group")
     await anyio.lowlevel.checkpoint()
     await core.check_open()

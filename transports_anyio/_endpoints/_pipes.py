@@ -18,7 +18,7 @@ from .._types import StreamProtocolT
 from ._base import Endpoints
 
 if TYPE_CHECKING:
-    from asyncio import ReadTransport, WriteTransport
+    from ..abc import ReadTransport, WriteTransport
 
 
 class PipeEndpoints(Endpoints):

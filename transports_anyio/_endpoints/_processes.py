@@ -6,7 +6,6 @@ May know: `_callbacks`, `_channels`, `_endpoints/_base`, `_processes`, `_transpo
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.lowlevel
 from anyio.abc import Process
 
+from .. import abc
 from .._callbacks import CallbackContext
 from .._channels._abc import Channel
 from .._channels._anyio_stream import AnyIOStreamChannel, DiscardingChannel
@@ -70,7 +70,7 @@ class ProcessEndpoints(Endpoints):
         stdout: Stdio = subprocess.PIPE,
         stderr: Stdio = subprocess.PIPE,
         **options: Any,
-    ) -> tuple[asyncio.SubprocessTransport, SubprocessProtocolT]:
+    ) -> tuple[abc.SubprocessTransport, SubprocessProtocolT]:
         """Run `program` with `args` as a child process and return `(transport, protocol)`.
 
         `connection_made` runs before this returns. If the child still runs when the block of the group is left, it is
@@ -109,7 +109,7 @@ class ProcessEndpoints(Endpoints):
         stdout: Stdio = subprocess.PIPE,
         stderr: Stdio = subprocess.PIPE,
         **options: Any,
-    ) -> tuple[asyncio.SubprocessTransport, SubprocessProtocolT]:
+    ) -> tuple[abc.SubprocessTransport, SubprocessProtocolT]:
         """Run `cmd` in the platform's shell and return `(transport, protocol)`.
 
         Quote untrusted parts of the command with `shlex.quote`. A command that does not exist is not an error here: the
@@ -134,7 +134,7 @@ class ProcessEndpoints(Endpoints):
 
     async def connect_process(
         self, protocol_factory: Callable[[], SubprocessProtocolT], process: Process
-    ) -> tuple[asyncio.SubprocessTransport, SubprocessProtocolT]:
+    ) -> tuple[abc.SubprocessTransport, SubprocessProtocolT]:
         """Make a protocol for an AnyIO process and return `(transport, protocol)`.
 
         `connection_made` runs before this returns. A process that has already ended is accepted. The extra info
@@ -175,7 +175,7 @@ class ProcessEndpoints(Endpoints):
 
     async def _spawn(
         self, protocol_factory: Callable[[], SubprocessProtocolT], args: Any, **options: Any
-    ) -> tuple[asyncio.SubprocessTransport, SubprocessProtocolT]:
+    ) -> tuple[abc.SubprocessTransport, SubprocessProtocolT]:
         require_pipes()
         await anyio.lowlevel.checkpoint()
         poller = await self._core.check_open()
@@ -209,7 +209,7 @@ class ProcessEndpoints(Endpoints):
         protocol: SubprocessProtocolT,
         child: PopenChild | AnyIOChild,
         channels: Mapping[int, Channel],
-    ) -> tuple[asyncio.SubprocessTransport, SubprocessProtocolT]:
+    ) -> tuple[abc.SubprocessTransport, SubprocessProtocolT]:
         transport = SubprocessTransport(callback_context, child, protocol, self._core.remove_resource)
         self._core.add_resource(transport)
         try:

@@ -16,9 +16,10 @@ from ._base import Endpoints
 from ._tls import require_context, upgrade_options
 
 if TYPE_CHECKING:
-    from asyncio import BaseTransport, Transport
+    from asyncio import BaseTransport
 
     from .._channels._abc import Channel
+    from ..abc import Transport
 
 
 class StartTLSEndpoints(Endpoints):

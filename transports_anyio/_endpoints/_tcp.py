@@ -26,7 +26,7 @@ from ._happy_eyeballs import connect_to_any, interleave as interleaved
 from ._tls import client_options, server_options
 
 if TYPE_CHECKING:
-    from asyncio import Transport
+    from ..abc import Transport
 
 # The system cannot make a socket of this kind.
 UNSUPPORTED = {errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.ESOCKTNOSUPPORT, errno.EPROTOTYPE}

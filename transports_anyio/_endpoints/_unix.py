@@ -23,7 +23,7 @@ from ._base import Endpoints
 from ._tls import client_options, server_options
 
 if TYPE_CHECKING:
-    from asyncio import Transport
+    from ..abc import Transport
 
 Path: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 

@@ -6,13 +6,13 @@ Callbacks of a protocol, in order: `connection_made [datagram_received | error_r
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .. import abc
 from .._channels._datagram import ADDRESS_ERRORS, ChannelEnded, rest_after
 from .._errors import has_callback, log_debug
 from .._selector import READ, WRITE
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RECEIVES_AT_ONCE = 16
 
 
-class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
+class DatagramTransport(ChannelTransport, abc.DatagramTransport):
     """A datagram endpoint, as asyncio's documentation describes `asyncio.DatagramTransport`.
 
     Made by `TransportGroup.create_datagram_endpoint` and `connect_datagram_socket`. Every method is synchronous and

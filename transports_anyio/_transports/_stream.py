@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.lowlevel
 
+from .. import abc
 from .._errors import log_debug, logger
 from .._waiters import InterruptSafeEvent
 from ._base import SPARE_FRAMES, ChannelTransport, noop
@@ -40,7 +41,7 @@ class SendfileOperation:
         self.error: BaseException | None = None  # Why the connection was lost.
 
 
-class StreamTransport(ChannelTransport, asyncio.Transport):
+class StreamTransport(ChannelTransport, abc.Transport):
     """A connection, as asyncio's documentation describes `asyncio.Transport`.
 
     Made by the endpoint functions of a `TransportGroup`. Every method is synchronous and never blocks, and none of

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .. import abc
 from .._callbacks import check_given_protocol
 from .._errors import failed_callback, log_debug
 from .._processes._child import KILLED
@@ -44,7 +45,7 @@ class PipeProtocol(asyncio.Protocol):
         self._child.pipe_lost(self._fd, exc)
 
 
-class SubprocessTransport(asyncio.SubprocessTransport):
+class SubprocessTransport(abc.SubprocessTransport):
     """A child process, as asyncio's documentation describes `asyncio.SubprocessTransport`.
 
     Made by `TransportGroup.subprocess_exec`, `subprocess_shell` and `connect_process`. Every method is synchronous.
