@@ -67,7 +67,7 @@ class AnyIOStreamEndpoints(Endpoints):
 
         Source: https://anyio.readthedocs.io/en/stable/streams.html
         """
-        await self._core.check_open("connect_stream", protocol_factory)
+        await self._check_open("connect_stream", protocol_factory)
         tls = stream_options(
             ssl,
             server_side=server_side,
@@ -81,7 +81,7 @@ class AnyIOStreamEndpoints(Endpoints):
         if tls is not None and not plain.is_two_way:
             raise TypeError(f"TLS needs a ByteStream, which sends and receives, got {stream!r}")
         await anyio.lowlevel.checkpoint()
-        await self._core.check_open()
+        await self._check_open()
         self._require_unused(stream)
         channel: Channel = plain
         if tls is not None:

@@ -35,7 +35,7 @@ in_use: set[int] = set()
 class Endpoints:
     """The base class of each family of endpoint functions.
 
-    The first line of an endpoint function is `await self._core.check_open(name, protocol_factory)`.
+    The first line of an endpoint function is `await self._check_open(name, protocol_factory)`.
     """
 
     _core: Core
@@ -82,7 +82,7 @@ class Endpoints:
         The group owns the socket from here on, and closes it on any error.
         """
         try:
-            poller = await self._core.check_open()
+            poller = await self._check_open()
             if is_tcp(sock):
                 set_nodelay(sock)
             channel: Channel = SocketChannel(poller, sock)
@@ -106,7 +106,7 @@ class Endpoints:
 
         Raises `RuntimeError` if the group uses the socket already; it is not closed then.
         """
-        poller = await self._core.check_open()
+        poller = await self._check_open()
         owner = poller.owner(sock.fileno())
         if owner is not None:
             raise RuntimeError(f"{sock!r} is already in use by another transport or server of the group: {owner!r}")
@@ -115,7 +115,7 @@ class Endpoints:
         try:
             sock.setblocking(False)
             await anyio.lowlevel.checkpoint()
-            await self._core.check_open()
+            await self._check_open()
         except BaseException:
             sock.close()
             raise
@@ -137,7 +137,7 @@ class Endpoints:
             pending.begin(over.set)
             await over.wait()
             if pending.failure is None or pending.aborted:
-                await self._core.check_open()  # The group may have ended before this task ran.
+                await self._check_open()  # The group may have ended before this task ran.
             if pending.failure is not None:
                 raise pending.failure
         except BaseException:

@@ -71,11 +71,11 @@ class DatagramEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_datagram_endpoint
         """
-        await self._core.check_open("create_datagram_endpoint", protocol_factory)
+        await self._check_open("create_datagram_endpoint", protocol_factory)
         remote: Any = None
         if sock is None:
             pairs = await address_pairs(local_addr, remote_addr, family, proto, flags)
-            await self._core.check_open()  # Before a socket file is replaced.
+            await self._check_open()  # Before a socket file is replaced.
             sock, remote = await first_that_works(pairs, bool(reuse_port), bool(allow_broadcast))
         else:
             check_datagram_socket(
@@ -90,7 +90,7 @@ class DatagramEndpoints(Endpoints):
             )
             await self._adopt(sock)
         try:
-            channel = DatagramSocketChannel(await self._core.check_open(), sock, self._core.call_later)
+            channel = DatagramSocketChannel(await self._check_open(), sock, self._core.call_later)
         except BaseException:
             sock.close()
             raise
@@ -126,9 +126,9 @@ class DatagramEndpoints(Endpoints):
 
         Source: https://anyio.readthedocs.io/en/stable/networking.html
         """
-        await self._core.check_open("connect_datagram_socket", protocol_factory)
+        await self._check_open("connect_datagram_socket", protocol_factory)
         await anyio.lowlevel.checkpoint()
-        poller = await self._core.check_open()
+        poller = await self._check_open()
         self._require_unused(datagram_socket)
         channel = AnyIODatagramChannel(datagram_socket, poller.time)
         make = partial(DatagramTransport, address=channel.remote_address)

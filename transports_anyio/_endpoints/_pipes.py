@@ -43,7 +43,7 @@ class PipeEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_read_pipe
         """
-        await self._core.check_open("connect_read_pipe", protocol_factory)
+        await self._check_open("connect_read_pipe", protocol_factory)
         return await self._connect_pipe(protocol_factory, pipe, ReadPipeTransport)
 
     async def connect_write_pipe(
@@ -66,7 +66,7 @@ class PipeEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_write_pipe
         """
-        await self._core.check_open("connect_write_pipe", protocol_factory)
+        await self._check_open("connect_write_pipe", protocol_factory)
         return await self._connect_pipe(protocol_factory, pipe, WritePipeTransport)
 
     async def _connect_pipe(
@@ -77,7 +77,7 @@ class PipeEndpoints(Endpoints):
     ) -> tuple[StreamTransport, StreamProtocolT]:
         require_pipes()
         await anyio.lowlevel.checkpoint()
-        poller = await self._core.check_open()
+        poller = await self._check_open()
         channel = PipeChannel(poller, pipe, writing=transport_class is WritePipeTransport)
         transport, protocol = self._core.make_transport(transport_class, protocol_factory, channel)
         transport.start()

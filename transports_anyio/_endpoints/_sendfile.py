@@ -63,7 +63,7 @@ class FileEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sendfile
         """
-        await self._core.check_open("sendfile")
+        await self._check_open("sendfile")
         if isinstance(transport, StreamTransport):
             transport.refuse_after_upgrade("sendfile")
         if transport.is_closing():

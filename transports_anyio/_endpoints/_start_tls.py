@@ -63,7 +63,7 @@ class StartTLSEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
         """
-        await self._core.check_open("start_tls")
+        await self._check_open("start_tls")
         require_context(sslcontext)
         if not isinstance(transport, StreamTransport):
             raise TypeError(f"transport {transport!r} is not supported by start_tls()")

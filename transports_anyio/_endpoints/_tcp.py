@@ -92,7 +92,7 @@ class TCPEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_connection
         """
-        await self._core.check_open("create_connection", protocol_factory)
+        await self._check_open("create_connection", protocol_factory)
         tls = client_options(
             ssl,
             host=host,
@@ -168,7 +168,7 @@ class TCPEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_server
         """
-        await self._core.check_open("create_server", protocol_factory)
+        await self._check_open("create_server", protocol_factory)
         tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
         if sock is not None:
             refuse_tls_socket(sock)
@@ -185,7 +185,7 @@ class TCPEndpoints(Endpoints):
             addresses: dict[AddressInfo, None] = {}  # Without duplicates, in order.
             for name in hosts:
                 addresses.update(dict.fromkeys(await resolve(name, port, family=family, flags=flags)))
-            await self._core.check_open()
+            await self._check_open()
             if reuse_address is None:
                 reuse_address = os.name == "posix" and sys.platform != "cygwin"
             options = [
@@ -230,7 +230,7 @@ class TCPEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_accepted_socket
         """
-        await self._core.check_open("connect_accepted_socket", protocol_factory)
+        await self._check_open("connect_accepted_socket", protocol_factory)
         check_stream_socket(sock)
         if ssl is True:
             raise ValueError("the server's end of TLS needs an SSLContext with a certificate")

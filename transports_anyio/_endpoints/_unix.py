@@ -70,7 +70,7 @@ class UNIXEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_unix_connection
         """
-        await self._core.check_open("create_unix_connection", protocol_factory)
+        await self._check_open("create_unix_connection", protocol_factory)
         family = unix_family()
         tls = client_options(
             ssl,
@@ -134,7 +134,7 @@ class UNIXEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_unix_server
         """
-        await self._core.check_open("create_unix_server", protocol_factory)
+        await self._check_open("create_unix_server", protocol_factory)
         family = unix_family()
         tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
         if sock is not None:
@@ -148,7 +148,7 @@ class UNIXEndpoints(Endpoints):
                 raise ValueError("path was not specified, and no sock specified")
             path = os.fspath(path)
             await anyio.lowlevel.checkpoint()
-            await self._core.check_open()  # Before a socket file is replaced.
+            await self._check_open()  # Before a socket file is replaced.
             sock = bound(path)
         cleanup = SocketFile(sock).remove if cleanup_socket else None
         return Server(self._core, protocol_factory, [sock], backlog, tls, start_serving=start_serving, on_close=cleanup)
