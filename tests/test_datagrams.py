@@ -811,7 +811,7 @@ async def test_a_system_that_watches_no_more_descriptors(stack: Stack, monkeypat
         before = open_descriptors()
         refused = Endpoint()
         with monkeypatch.context() as patch:
-            patch.setattr("transports_anyio._readiness.EpollList.add", full)
+            patch.setattr("transports_anyio._selector.EpollSelector.add", full)
             with pytest.raises(OSError) as caught:
                 await group.create_datagram_endpoint(lambda: refused, local_addr=(HOST, 0))
         assert caught.value is failure

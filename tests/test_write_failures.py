@@ -191,8 +191,8 @@ async def test_w17_no_descriptor_can_be_watched_for_writing(
             transport.pause_reading()
         await turns()
         with monkeypatch.context() as patch:
-            patch.setattr("transports_anyio._readiness.EpollList.add", full)
-            patch.setattr("transports_anyio._readiness.EpollList.change", full)
+            patch.setattr("transports_anyio._selector.EpollSelector.add", full)
+            patch.setattr("transports_anyio._selector.EpollSelector.change", full)
             write(transport, bytes(8 << 20))
         assert transport.is_closing()
         transport.write(b"the next message")
@@ -337,7 +337,7 @@ async def test_w17_sendto_that_cannot_wait(stack: Stack, monkeypatch: pytest.Mon
             transport, protocol = await group.create_datagram_endpoint(Endpoint, sock=ours)
             sent = 0
             with monkeypatch.context() as patch:
-                patch.setattr("transports_anyio._readiness.EpollList.change", full)
+                patch.setattr("transports_anyio._selector.EpollSelector.change", full)
                 while not protocol.errors:
                     transport.sendto(b"one")
                     sent += 1
@@ -400,7 +400,7 @@ async def test_w17_sendfile_that_cannot_wait(stack: Stack, monkeypatch: pytest.M
             if native:
                 file.truncate(64 << 20)
             with monkeypatch.context() as patch:
-                patch.setattr("transports_anyio._readiness.EpollList.add", full)
+                patch.setattr("transports_anyio._selector.EpollSelector.add", full)
                 with anyio.fail_after(GUARD), pytest.raises(OSError) as caught:
                     await group.sendfile(transport, file, 0, 64 << 20)
         assert caught.value is failure
