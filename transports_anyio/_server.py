@@ -1,8 +1,8 @@
 """The server, which listens and accepts connections.
 
 Holds: listening sockets, and the connections accepted from them.
-May know: `_channels`, `_core`, `_errors`, `_resources`, `_selector`, `_sockets`, `_statistics`, `_transports/_stream`,
-`_types`, `_waiters`, anyio.
+May know: `_channels`, `_core`, `_errors`, `_resources`, `_selector`, `_sockets`, `_statistics`, `_transports`,
+`_types`, `_waiters`, `anyio`, `asyncio`, `socket`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import anyio.lowlevel
 from ._channels._socket import SocketChannel, is_tcp, name_or_none, set_nodelay
 from ._channels._tls import TLSChannel
 from ._errors import log_debug, logger
-from ._resources import PendingHandshake
 from ._selector import READ, Registration
 from ._sockets import address_error
 from ._statistics import describe_flow
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from ._channels._abc import Channel
     from ._channels._tls_engine import TLSOptions
     from ._core import Core
-    from ._resources import Resource
+    from ._resources import PendingHandshake
     from ._types import AnyProtocol
 
 # Out of file descriptors or memory. To accept again at once would fail again and block all other work, so wait as
@@ -76,7 +75,7 @@ class Server(asyncio.AbstractServer):
     ) -> None:
         # The server owns the bound sockets from here on, and closes them on any error.
         self._core = core
-        self._poller = core.live_poller()
+        self._poller = core.poller
         self._tls = tls
         self._on_close = on_close
         # Connections see the context variables of the code that created the server, as in asyncio.
@@ -90,7 +89,8 @@ class Server(asyncio.AbstractServer):
         self._serving_forever = False
         self._closed = False
         self._addresses: list[Any] = []  # Of a closed server.
-        self._connections: set[Resource] = set()
+        self._connections: set[StreamTransport] = set()
+        self._handshakes: set[PendingHandshake] = set()
         self._changed = Waiters()
         try:
             for registration in self._registrations.values():
@@ -176,18 +176,22 @@ class Server(asyncio.AbstractServer):
 
     def close_clients(self) -> None:
         """Close the transports of all accepted connections."""
+        for pending in tuple(self._handshakes):
+            pending.abort()
         for transport in tuple(self._connections):
             transport.close()
 
     def abort_clients(self) -> None:
         """Abort the transports of all accepted connections."""
+        for pending in tuple(self._handshakes):
+            pending.abort()
         for transport in tuple(self._connections):
             transport.abort()
 
     async def wait_closed(self) -> None:
         """Wait until the server is closed and all accepted connections are lost."""
         await anyio.lowlevel.checkpoint()
-        while not self._closed or self._connections:
+        while not self._closed or self._connections or self._handshakes:
             await self._changed.wait()
 
     async def __aenter__(self) -> Self:
@@ -306,19 +310,15 @@ class Server(asyncio.AbstractServer):
                 raise
             self._report_lost_client(exc, peername_of(inner))
             return
-        pending = PendingHandshake(channel, self._core.add_resource, self._core.remove_resource)
-        self._connections.add(pending)
 
-        def over() -> None:
-            self._connections.discard(pending)
-            failure, pending.failure = pending.failure, None
+        def done(pending: PendingHandshake, failure: Exception | None) -> None:
             if failure is None:
                 self._context.copy().run(self._begin, channel)
             elif not pending.aborted:
                 self._report_lost_client(failure, peername_of(inner))
             self._changed.notify()
 
-        pending.begin(over)
+        self._core.handshake(channel, done, self._handshakes)
 
     def _begin(self, channel: Channel) -> None:
         try:
@@ -350,7 +350,8 @@ class Server(asyncio.AbstractServer):
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "serving" if self._serving else "not serving"
-        return f"<Server {state} on {self._names()} {describe_flow('connections', self._connections)}>"
+        flow = describe_flow("connections", self._connections, self._handshakes)
+        return f"<Server {state} on {self._names()} {flow}>"
 
     def _names(self) -> list[Any]:
         return self._addresses if self._closed else [name_or_none(sock.getsockname) for sock in self._sockets]

@@ -1,7 +1,7 @@
 """Prepare sockets for a channel: check, bind and connect them, with errors that name the address.
 
 Holds: these functions.
-May know: `_errors`, anyio.
+May know: `_errors`, `anyio`, `os`, `socket`, `ssl`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ The endpoint functions return them. A protocol gets the type, and with it the me
 A protocol that is not derived from asyncio's classes can annotate the parameter: `transport: abc.Transport`.
 
 Holds: the abstract classes of the transports.
-May know: nothing.
+May know: `asyncio`.
 """
 
 from __future__ import annotations

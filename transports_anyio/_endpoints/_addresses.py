@@ -1,7 +1,7 @@
 """Resolve hosts and ports, as users write them, to the addresses that sockets take.
 
 Holds: the checks of hosts and ports, and name resolution.
-May know: anyio.
+May know: `anyio`, `socket`.
 """
 
 from __future__ import annotations

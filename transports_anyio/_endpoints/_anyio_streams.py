@@ -1,7 +1,7 @@
 """AnyIO byte streams: `connect_stream`.
 
 Holds: the endpoint function.
-May know: `_channels`, `_endpoints`, `_transports/_stream`, `_types`, anyio.
+May know: `_base`, `_tls`, `_channels`, `_transports`, `_types`, `abc`, `anyio`, `ssl`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .._channels._anyio_stream import AnyByteStream, AnyIOStreamChannel
 from .._channels._tls import TLSChannel
 from .._transports._stream import StreamTransport
 from .._types import StreamProtocolT
-from ._base import Endpoints
+from ._base import Endpoints, check_open
 from ._tls import stream_options
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class AnyIOStreamEndpoints(Endpoints):
 
         Source: https://anyio.readthedocs.io/en/stable/streams.html
         """
-        await self._check_open("connect_stream", protocol_factory)
+        await check_open(self._core, "connect_stream", protocol_factory)
         tls = stream_options(
             ssl,
             server_side=server_side,
@@ -77,11 +77,11 @@ class AnyIOStreamEndpoints(Endpoints):
         )
         if not isinstance(stream, (ByteReceiveStream, ByteSendStream)):
             raise TypeError(f"a ByteStream, ByteReceiveStream or ByteSendStream was expected, got {stream!r}")
-        plain = AnyIOStreamChannel(stream, self._core.live_poller().time)
+        plain = AnyIOStreamChannel(stream, self._core.poller.time)
         if tls is not None and not plain.is_two_way:
             raise TypeError(f"TLS needs a ByteStream, which sends and receives, got {stream!r}")
         await anyio.lowlevel.checkpoint()
-        await self._check_open()
+        await check_open(self._core)
         self._require_unused(stream)
         channel: Channel = plain
         if tls is not None:

@@ -1,41 +1,71 @@
 """What several families of endpoint functions need: to adopt sockets, to own AnyIO objects, to wait for handshakes.
 
 Holds: the base class of the families, and the AnyIO objects in use.
-May know: `_callbacks`, `_channels`, `_core`, `_errors`, `_resources`, `_selector`, `_transports`, `_types`, `_waiters`,
-anyio.
+May know: `_callbacks`, `_channels`, `_core`, `_errors`, `_poller`, `_resources`, `_selector`, `_transports`, `_types`,
+`_waiters`, `anyio`, `socket`.
 """
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Coroutine
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 
+from .._callbacks import check_factory
 from .._channels._socket import SocketChannel, is_tcp, set_nodelay
 from .._channels._tls import TLSChannel
 from .._channels._tls_engine import TLSOptions
-from .._errors import safe_repr
-from .._resources import PendingHandshake
+from .._errors import NotOpenError, safe_repr
 from .._selector import Registration
 from .._transports._stream import StreamTransport
 from .._types import StreamProtocolT
-from .._waiters import InterruptSafeEvent
+from .._waiters import Outcome
 
 if TYPE_CHECKING:
     from .._channels._abc import Channel
     from .._core import Core
+    from .._poller import Poller
+    from .._resources import PendingHandshake
 
 #: The `id` of each AnyIO object that a transport uses: the objects need not be hashable. Groups in several threads
 #: share this set, so only its methods change it, which are atomic.
 in_use: set[int] = set()
 
 
+async def check_open(core: Core, name: str = "", *factories: object, called_as: str = "") -> Poller:
+    """Return the poller if an endpoint function may make a connection now, or may still do so after a wait.
+
+    `name` is the endpoint function, and `factories` are its protocol factories. `called_as` is how users call it, if
+    that is not `group.name`.
+
+    Raises:
+    - `RuntimeError`: the group is not open, or this is another thread than the group's
+    - `TypeError`: a factory can never return a protocol
+    - the cancellation of the caller, instead of a `RuntimeError`, if it is cancelled because the group is being left
+    """
+    try:
+        poller = core.check_open(name, called_as)
+    except RuntimeError:
+        await check_cancelled(core)
+        raise
+    for factory in factories:
+        check_factory(name, factory)
+    return poller
+
+
+async def check_cancelled(core: Core) -> None:
+    """Raise the cancellation of a task of a group that is being left, which explains any other error."""
+    if not core.open and get_ident() == core.thread:
+        await anyio.lowlevel.checkpoint_if_cancelled()
+
+
 class Endpoints:
     """The base class of each family of endpoint functions.
 
-    The first line of an endpoint function is `await self._check_open(name, protocol_factory)`.
+    The first line of an endpoint function is `await check_open(self._core, name, protocol_factory)`.
     """
 
     _core: Core
@@ -82,7 +112,7 @@ class Endpoints:
         The group owns the socket from here on, and closes it on any error.
         """
         try:
-            poller = await self._check_open()
+            poller = await check_open(self._core)
             if is_tcp(sock):
                 set_nodelay(sock)
             channel: Channel = SocketChannel(poller, sock)
@@ -106,7 +136,7 @@ class Endpoints:
 
         Raises `RuntimeError` if the group uses the socket already; it is not closed then.
         """
-        poller = await self._check_open()
+        poller = await check_open(self._core)
         owner = poller.owner(sock.fileno())
         if owner is not None:
             raise RuntimeError(f"{sock!r} is already in use by another transport or server of the group: {owner!r}")
@@ -115,7 +145,7 @@ class Endpoints:
         try:
             sock.setblocking(False)
             await anyio.lowlevel.checkpoint()
-            await self._check_open()
+            await check_open(self._core)
         except BaseException:
             sock.close()
             raise
@@ -131,17 +161,20 @@ class Endpoints:
         - `ConnectionAbortedError`: the handshake timed out
         - `RuntimeError`: the group has ended
         """
-        over = InterruptSafeEvent()
-        pending = PendingHandshake(channel, self._core.add_resource, self._core.remove_resource)
+        core = self._core
+        outcome = Outcome()
+
+        def done(pending: PendingHandshake, exc: Exception | None) -> None:
+            outcome.set(core.not_open() if pending.aborted and not core.open else exc)
+
         try:
-            pending.begin(over.set)
-            await over.wait()
-            if pending.failure is None or pending.aborted:
-                await self._check_open()  # The group may have ended before this task ran.
-            if pending.failure is not None:
-                raise pending.failure
-        except BaseException:
-            pending.abort()
+            core.handshake(channel, done)
+            await outcome.wait()
+            await check_open(core)  # The group may have ended before this task runs again.
+        except NotOpenError:
+            channel.close(aborted=True)
+            await check_cancelled(core)
             raise
-        finally:
-            pending.failure = None  # Break the cycle: its traceback refers to this frame.
+        except BaseException:
+            channel.close(aborted=True)
+            raise

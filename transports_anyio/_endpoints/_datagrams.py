@@ -1,7 +1,7 @@
 """Datagrams: `create_datagram_endpoint` and `connect_datagram_socket`.
 
 Holds: the endpoint functions, and the choice of addresses.
-May know: `_channels`, `_endpoints`, `_sockets`, `_transports/_datagram`, `_types`, anyio.
+May know: `_addresses`, `_base`, `_channels`, `_sockets`, `_transports`, `_types`, `abc`, `anyio`, `socket`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .._sockets import bind, connect, set_option
 from .._transports._datagram import DatagramTransport
 from .._types import DatagramProtocolT
 from ._addresses import resolve
-from ._base import Endpoints
+from ._base import Endpoints, check_open
 
 #: Family and protocol of a socket, and its local and remote address.
 AddressPair = tuple[int, int, Any, Any]
@@ -71,11 +71,11 @@ class DatagramEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_datagram_endpoint
         """
-        await self._check_open("create_datagram_endpoint", protocol_factory)
+        await check_open(self._core, "create_datagram_endpoint", protocol_factory)
         remote: Any = None
         if sock is None:
             pairs = await address_pairs(local_addr, remote_addr, family, proto, flags)
-            await self._check_open()  # Before a socket file is replaced.
+            await check_open(self._core)  # Before a socket file is replaced.
             sock, remote = await first_that_works(pairs, bool(reuse_port), bool(allow_broadcast))
         else:
             check_datagram_socket(
@@ -90,7 +90,7 @@ class DatagramEndpoints(Endpoints):
             )
             await self._adopt(sock)
         try:
-            channel = DatagramSocketChannel(await self._check_open(), sock, self._core.call_later)
+            channel = DatagramSocketChannel(await check_open(self._core), sock, self._core.call_later)
         except BaseException:
             sock.close()
             raise
@@ -126,9 +126,9 @@ class DatagramEndpoints(Endpoints):
 
         Source: https://anyio.readthedocs.io/en/stable/networking.html
         """
-        await self._check_open("connect_datagram_socket", protocol_factory)
+        await check_open(self._core, "connect_datagram_socket", protocol_factory)
         await anyio.lowlevel.checkpoint()
-        poller = await self._check_open()
+        poller = await check_open(self._core)
         self._require_unused(datagram_socket)
         channel = AnyIODatagramChannel(datagram_socket, poller.time)
         make = partial(DatagramTransport, address=channel.remote_address)

@@ -1,7 +1,7 @@
 """Connect to the first address that accepts: one attempt after the other, or staggered as in RFC 8305.
 
 Holds: the order of the addresses, the attempts, and the error if all of them fail.
-May know: `_endpoints/_addresses`, `_sockets`, `_waiters`, anyio, exceptiongroup.
+May know: `_addresses`, `_sockets`, `_waiters`, `anyio`, `exceptiongroup`, `socket`.
 
 Source: https://www.rfc-editor.org/rfc/rfc8305
 """

@@ -1,7 +1,7 @@
 """Connect two transports in memory, for `transports_anyio.testing`.
 
 Holds: the implementation of `memory_connection`.
-May know: `_channels/_memory`, `_endpoints/_base`, `_transports/_stream`, `_types`, anyio.
+May know: `_base`, `_channels`, `_transports`, `_types`, `anyio`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import anyio.lowlevel
 from .._channels._memory import pair
 from .._transports._stream import StreamTransport
 from .._types import AnyProtocol, StreamProtocolT
-from ._base import Endpoints
+from ._base import Endpoints, check_open
 
 OtherProtocolT = TypeVar("OtherProtocolT", bound=AnyProtocol)
 
@@ -31,9 +31,9 @@ async def connect_in_memory(
 ) -> tuple[tuple[StreamTransport, StreamProtocolT], tuple[StreamTransport, OtherProtocolT]]:
     """Make both transports. Raises `RuntimeError` if the group is not open, and what a factory raises."""
     core = group._core  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-    await core.check_open("memory_connection", factory_a, factory_b, called_as="memory_connection, group")
+    await check_open(core, "memory_connection", factory_a, factory_b, called_as="memory_connection, group")
     await anyio.lowlevel.checkpoint()
-    await core.check_open()
+    await check_open(core)
     a, b = pair(core.call_internal, chunk_size=chunk_size, buffer_size=buffer_size, info_a=info_a, info_b=info_b)
     transport_a, protocol_a = core.make_transport(StreamTransport, factory_a, a)
     try:

@@ -1,7 +1,7 @@
 """Pipes: `connect_read_pipe` and `connect_write_pipe`.
 
 Holds: the endpoint functions for pipes.
-May know: `_channels/_pipe`, `_endpoints/_base`, `_transports`, `_types`, anyio.
+May know: `_base`, `_channels`, `_transports`, `_types`, `abc`, `anyio`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .._channels._pipe import PipeChannel, require_pipes
 from .._transports._pipe import ReadPipeTransport, WritePipeTransport
 from .._transports._stream import StreamTransport
 from .._types import StreamProtocolT
-from ._base import Endpoints
+from ._base import Endpoints, check_open
 
 if TYPE_CHECKING:
     from ..abc import ReadTransport, WriteTransport
@@ -43,7 +43,7 @@ class PipeEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_read_pipe
         """
-        await self._check_open("connect_read_pipe", protocol_factory)
+        await check_open(self._core, "connect_read_pipe", protocol_factory)
         return await self._connect_pipe(protocol_factory, pipe, ReadPipeTransport)
 
     async def connect_write_pipe(
@@ -66,7 +66,7 @@ class PipeEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_write_pipe
         """
-        await self._check_open("connect_write_pipe", protocol_factory)
+        await check_open(self._core, "connect_write_pipe", protocol_factory)
         return await self._connect_pipe(protocol_factory, pipe, WritePipeTransport)
 
     async def _connect_pipe(
@@ -77,7 +77,7 @@ class PipeEndpoints(Endpoints):
     ) -> tuple[StreamTransport, StreamProtocolT]:
         require_pipes()
         await anyio.lowlevel.checkpoint()
-        poller = await self._check_open()
+        poller = await check_open(self._core)
         channel = PipeChannel(poller, pipe, writing=transport_class is WritePipeTransport)
         transport, protocol = self._core.make_transport(transport_class, protocol_factory, channel)
         transport.start()

@@ -1,7 +1,7 @@
 """Child processes: `subprocess_exec`, `subprocess_shell` and `connect_process`.
 
 Holds: the endpoint functions.
-May know: `_callbacks`, `_channels`, `_endpoints/_base`, `_processes`, `_transports`, `_types`, anyio.
+May know: `_base`, `_callbacks`, `_channels`, `_processes`, `_transports`, `_types`, `abc`, `anyio`, `os`, `subprocess`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .._transports._pipe import ReadPipeTransport, WritePipeTransport
 from .._transports._stream import StreamTransport
 from .._transports._subprocess import PipeProtocol, SubprocessTransport
 from .._types import Stdio, SubprocessProtocolT
-from ._base import Endpoints
+from ._base import Endpoints, check_open
 
 if TYPE_CHECKING:
     import os
@@ -94,7 +94,7 @@ class ProcessEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.subprocess_exec
         """
-        await self._check_open("subprocess_exec", protocol_factory)
+        await check_open(self._core, "subprocess_exec", protocol_factory)
         check_options(options, shell=False)
         return await self._spawn(
             protocol_factory, (program, *args), stdin=stdin, stdout=stdout, stderr=stderr, **options
@@ -124,7 +124,7 @@ class ProcessEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.subprocess_shell
         """
-        await self._check_open("subprocess_shell", protocol_factory)
+        await check_open(self._core, "subprocess_shell", protocol_factory)
         if not isinstance(cmd, (str, bytes)):
             raise ValueError("cmd must be a string")  # noqa: TRY004  # as asyncio
         check_options(options, shell=True)
@@ -156,14 +156,14 @@ class ProcessEndpoints(Endpoints):
 
         Source: https://anyio.readthedocs.io/en/stable/subprocesses.html
         """
-        await self._check_open("connect_process", protocol_factory)
+        await check_open(self._core, "connect_process", protocol_factory)
         if not isinstance(process, Process):
             raise TypeError(
                 f"an AnyIO process was expected, got {process!r}: make it with anyio.open_process(), or let "
                 "subprocess_exec() start the program"
             )
         await anyio.lowlevel.checkpoint()
-        poller = await self._check_open()
+        poller = await check_open(self._core)
         streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
         self._require_unused(process, *streams.values())
         callback_context = self._core.callback_context()
@@ -178,7 +178,7 @@ class ProcessEndpoints(Endpoints):
     ) -> tuple[abc.SubprocessTransport, SubprocessProtocolT]:
         require_pipes()
         await anyio.lowlevel.checkpoint()
-        poller = await self._check_open()
+        poller = await check_open(self._core)
         # No awaits from here on, so that a cancellation cannot interrupt this.
         callback_context = self._core.callback_context()
         protocol = callback_context.make_protocol(protocol_factory)

@@ -10,12 +10,11 @@ import os
 from asyncio import SendfileNotAvailableError
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol
 
-import anyio.lowlevel
 import anyio.to_thread
 
 from .._channels._abc import FileError
 from .._transports._stream import StreamTransport
-from ._base import Endpoints
+from ._base import Endpoints, check_cancelled, check_open
 
 if TYPE_CHECKING:
     from asyncio import WriteTransport
@@ -63,7 +62,7 @@ class FileEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sendfile
         """
-        await self._check_open("sendfile")
+        await check_open(self._core, "sendfile")
         if isinstance(transport, StreamTransport):
             transport.refuse_after_upgrade("sendfile")
         if transport.is_closing():
@@ -86,8 +85,7 @@ class FileEndpoints(Endpoints):
                         raise
             return await send_by_reading(transport, file, offset, count)
         except Exception:
-            if not self._core.open:  # A task of the group gets its cancellation instead.
-                await anyio.lowlevel.checkpoint_if_cancelled()
+            await check_cancelled(self._core)
             raise
         finally:
             transport.end_sendfile()

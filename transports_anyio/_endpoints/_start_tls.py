@@ -6,13 +6,11 @@ import errno
 import ssl
 from typing import TYPE_CHECKING, Any
 
-import anyio.lowlevel
-
 from .._callbacks import check_given_protocol
 from .._channels._tls import TLSChannel
 from .._transports._stream import StreamTransport
 from .._waiters import InterruptSafeEvent
-from ._base import Endpoints
+from ._base import Endpoints, check_cancelled, check_open
 from ._tls import require_context, upgrade_options
 
 if TYPE_CHECKING:
@@ -63,7 +61,7 @@ class StartTLSEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
         """
-        await self._check_open("start_tls")
+        await check_open(self._core, "start_tls")
         require_context(sslcontext)
         if not isinstance(transport, StreamTransport):
             raise TypeError(f"transport {transport!r} is not supported by start_tls()")
@@ -113,8 +111,7 @@ class StartTLSEndpoints(Endpoints):
             raise
         try:
             if failure is not None:
-                if not self._core.open:  # A task of the group gets its cancellation instead.
-                    await anyio.lowlevel.checkpoint_if_cancelled()
+                await check_cancelled(self._core)
                 raise failure
         finally:
             failure = None  # Its traceback has this frame: no cycle.

@@ -1,7 +1,8 @@
 """TCP: `create_connection`, `create_server`, and `connect_accepted_socket` for any stream socket.
 
 Holds: the endpoint functions, and how the sockets of a server are bound.
-May know: `_endpoints`, `_errors`, `_server`, `_sockets`, `_types`, anyio.
+May know: `_addresses`, `_base`, `_happy_eyeballs`, `_tls`, `_errors`, `_server`, `_sockets`, `_types`, `abc`, `anyio`,
+`os`, `socket`, `ssl`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .._server import Server
 from .._sockets import bind, check_stream_socket, refuse_tls_socket, set_option
 from .._types import AnyProtocol, StreamProtocolT
 from ._addresses import AddressInfo, Host, Port, local_parts, resolve
-from ._base import Endpoints
+from ._base import Endpoints, check_open
 from ._happy_eyeballs import connect_to_any, interleave as interleaved
 from ._tls import client_options, server_options
 
@@ -92,7 +93,7 @@ class TCPEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_connection
         """
-        await self._check_open("create_connection", protocol_factory)
+        await check_open(self._core, "create_connection", protocol_factory)
         tls = client_options(
             ssl,
             host=host,
@@ -168,7 +169,7 @@ class TCPEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_server
         """
-        await self._check_open("create_server", protocol_factory)
+        await check_open(self._core, "create_server", protocol_factory)
         tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
         if sock is not None:
             refuse_tls_socket(sock)
@@ -185,7 +186,7 @@ class TCPEndpoints(Endpoints):
             addresses: dict[AddressInfo, None] = {}  # Without duplicates, in order.
             for name in hosts:
                 addresses.update(dict.fromkeys(await resolve(name, port, family=family, flags=flags)))
-            await self._check_open()
+            await check_open(self._core)
             if reuse_address is None:
                 reuse_address = os.name == "posix" and sys.platform != "cygwin"
             options = [
@@ -230,7 +231,7 @@ class TCPEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_accepted_socket
         """
-        await self._check_open("connect_accepted_socket", protocol_factory)
+        await check_open(self._core, "connect_accepted_socket", protocol_factory)
         check_stream_socket(sock)
         if ssl is True:
             raise ValueError("the server's end of TLS needs an SSLContext with a certificate")

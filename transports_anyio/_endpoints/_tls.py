@@ -1,7 +1,7 @@
 """The TLS parameters of endpoint functions.
 
 Holds: the checks of these parameters, and the options of a TLS channel made from them.
-May know: `_channels/_tls_engine`.
+May know: `_channels`, `ssl`.
 
 Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_connection
 """

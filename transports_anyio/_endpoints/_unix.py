@@ -1,7 +1,7 @@
 """UNIX domain sockets: `create_unix_connection` and `create_unix_server`.
 
 Holds: the endpoint functions, and the files of bound sockets.
-May know: `_endpoints`, `_errors`, `_server`, `_sockets`, `_types`, anyio.
+May know: `_base`, `_tls`, `_errors`, `_server`, `_sockets`, `_types`, `abc`, `anyio`, `os`, `socket`, `ssl`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .._errors import logger
 from .._server import Server
 from .._sockets import bind, check_stream_socket, connect, is_file, refuse_tls_socket
 from .._types import AnyProtocol, StreamProtocolT
-from ._base import Endpoints
+from ._base import Endpoints, check_open
 from ._tls import client_options, server_options
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class UNIXEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_unix_connection
         """
-        await self._check_open("create_unix_connection", protocol_factory)
+        await check_open(self._core, "create_unix_connection", protocol_factory)
         family = unix_family()
         tls = client_options(
             ssl,
@@ -134,7 +134,7 @@ class UNIXEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_unix_server
         """
-        await self._check_open("create_unix_server", protocol_factory)
+        await check_open(self._core, "create_unix_server", protocol_factory)
         family = unix_family()
         tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
         if sock is not None:
@@ -148,7 +148,7 @@ class UNIXEndpoints(Endpoints):
                 raise ValueError("path was not specified, and no sock specified")
             path = os.fspath(path)
             await anyio.lowlevel.checkpoint()
-            await self._check_open()  # Before a socket file is replaced.
+            await check_open(self._core)  # Before a socket file is replaced.
             sock = bound(path)
         cleanup = SocketFile(sock).remove if cleanup_socket else None
         return Server(self._core, protocol_factory, [sock], backlog, tls, start_serving=start_serving, on_close=cleanup)

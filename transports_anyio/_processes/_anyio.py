@@ -1,7 +1,7 @@
 """A child process that AnyIO has started.
 
 Holds: how its end is noticed, and how it is signalled and reaped.
-May know: `_errors`, `_processes`, `_waiters`, anyio.
+May know: `_child`, `_exit_status`, `_errors`, `_waiters`, `anyio`, `signal`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Look at the exit status of a child without reaping it.
 
 Holds: the calls of `os.waitid`.
-May know: nothing.
+May know: `os`.
 """
 
 from __future__ import annotations

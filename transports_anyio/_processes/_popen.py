@@ -1,7 +1,7 @@
 """A child process that `subprocess.Popen` has started.
 
 Holds: how its end is noticed, and how it is signalled and reaped.
-May know: `_errors`, `_poller`, `_processes`, `_selector`, anyio.
+May know: `_child`, `_exit_status`, `_errors`, `_poller`, `_selector`, `anyio`, `os`, `signal`, `subprocess`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Find programs along `PATH`, and start them.
 
 Holds: the search, which is faster than `Popen`'s.
-May know: nothing.
+May know: `os`, `subprocess`.
 """
 
 from __future__ import annotations
