@@ -19,8 +19,8 @@ import pytest
 from support import GUARD, HOST, Peer, Recorder, collect_contexts, connected, raises_inside, turns, until
 
 from transports_anyio import TransportGroup, current_group
-from transports_anyio._loop_poller import LoopPoller
-from transports_anyio._poller import WaitingListPoller
+from transports_anyio._driver import TaskDriver
+from transports_anyio._loop_driver import LoopDriver
 
 #: More than the kernel's buffers of a connection hold, and the high mark.
 MUCH = bytes(4 << 20)
@@ -371,7 +371,7 @@ def test_a_group_on_trio_as_a_guest_of_asyncio(request: pytest.FixtureRequest) -
 
     async def serve(peers: list[bytes]) -> None:
         async with TransportGroup() as group:
-            kinds.append(type(group._core.poller))
+            kinds.append(type(group._core.driver))
             contexts = collect_contexts(group)
             async with connected(group, echo()) as (_, _, peer):
                 for place in PLACES:
@@ -398,6 +398,6 @@ def test_a_group_on_trio_as_a_guest_of_asyncio(request: pytest.FixtureRequest) -
         await serve(done)
         (await over).unwrap()
         assert done == [b"done"] * 2
-        assert set(kinds) == {LoopPoller, WaitingListPoller}
+        assert set(kinds) == {LoopDriver, TaskDriver}
 
     asyncio.run(asyncio.wait_for(main(), GUARD))

@@ -34,8 +34,9 @@ from support import (
 
 import transports_anyio._group
 from transports_anyio import TransportGroup
-from transports_anyio._loop_poller import LoopPoller, make_poller
-from transports_anyio._poller import Poller, TaskPoller, WaitingListPoller
+from transports_anyio._driver import TaskDriver
+from transports_anyio._loop_driver import LoopDriver
+from transports_anyio._poller import Poller, make_poller
 from transports_anyio._selector import (
     BATCH_SIZE,
     READ,
@@ -44,8 +45,10 @@ from transports_anyio._selector import (
     PlatformSelector,
     Registration,
     Selector,
-    make_selector,
+    SystemSelector,
+    make_system_selector,
 )
+from transports_anyio._task_selector import TaskSelector
 
 pytestmark = pytest.mark.anyio
 
@@ -89,18 +92,22 @@ def raise_failure(registration: Registration, exc: BaseException) -> None:
     raise exc
 
 
+def task_driven(selector: Selector) -> Poller:
+    return Poller(selector, TaskDriver(selector, anyio.current_time))
+
+
 def waiting_poller() -> Poller:
-    selector = make_selector()
+    selector = make_system_selector()
     assert selector is not None
-    return WaitingListPoller(selector)
+    return task_driven(selector)
 
 
 #: Every kind of poller: what is made here, what other backends, other systems with a selector, and Windows have.
 POLLERS: dict[str, Callable[[], Poller]] = {
     "made here": make_poller,
     "waiting": waiting_poller,
-    "selector": lambda: WaitingListPoller(PlatformSelector()),
-    "tasks": TaskPoller,
+    "selector": lambda: task_driven(PlatformSelector()),
+    "tasks": lambda: task_driven(TaskSelector()),
 }
 
 
@@ -115,7 +122,7 @@ async def running(make: Callable[[], Poller]) -> AsyncIterator[tuple[Poller, Tur
     turns = Turns(poller)
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(poller.run, turns)
+            tasks.start_soon(poller.driver.run, turns)
             await anyio.sleep(0.005)
             yield poller, turns
             tasks.cancel_scope.cancel()
@@ -134,7 +141,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 async def test_the_best_poller_is_chosen(anyio_backend: Any) -> None:
     poller = make_poller()
-    assert type(poller) is (WaitingListPoller if anyio_backend[0] == "trio" else LoopPoller)
+    assert type(poller.driver) is (TaskDriver if anyio_backend[0] == "trio" else LoopDriver)
     poller.close()
 
 
@@ -176,7 +183,7 @@ async def test_a_descriptor_that_has_to_be_watched_and_cannot(anyio_backend: Any
         poller.register(registration)
         with pytest.raises(OSError):
             poller.set_interest(registration, WRITE)
-        assert not poller.is_ready
+        assert not poller.selector.always_ready
         poller.unregister(registration)
 
 
@@ -259,19 +266,19 @@ async def test_a_callback_may_take_out_others_of_its_batch(anyio_backend: Any, m
 async def test_deadlines(anyio_backend: Any, make: Any) -> None:
     async with running(make) as (poller, turns):
         turns.deadline = poller.time() + 0.02
-        poller.wake()
+        poller.driver.wake()
         await until(lambda: turns.deadline == inf)
 
 
 async def test_waking(anyio_backend: Any, make: Any) -> None:
     async with running(make) as (poller, turns):
-        for wake in (poller.wake, poller.wake_threadsafe):
+        for wake in (poller.driver.wake, poller.driver.wake_threadsafe):
             before = turns.count
             wake()
             await until(lambda before=before: turns.count > before)
             await anyio.sleep(0.005)
         before = turns.count
-        thread = threading.Thread(target=poller.wake_threadsafe)
+        thread = threading.Thread(target=poller.driver.wake_threadsafe)
         thread.start()
         await until(lambda: turns.count > before)
         thread.join()
@@ -284,7 +291,7 @@ async def test_what_a_turn_raises_comes_out_of_run(anyio_backend: Any, make: Any
     try:
         turns.deadline = -inf
         with anyio.fail_after(GUARD), pytest.raises(BaseException) as caught:
-            await poller.run(turns)
+            await poller.driver.run(turns)
         assert "ZeroDivisionError" in repr(caught.value)
     finally:
         poller.close()
@@ -315,7 +322,7 @@ async def test_hundreds_of_descriptors(anyio_backend: Any, make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [EpollSelector, PlatformSelector])
-def test_g1_one_batch_has_all_that_is_ready(make: Callable[[], Selector]) -> None:
+def test_g1_one_batch_has_all_that_is_ready(make: Callable[[], SystemSelector]) -> None:
     selector = make()
     called: list[int] = []
     with ExitStack() as exits:

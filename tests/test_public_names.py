@@ -8,18 +8,19 @@ import sys
 from typing import Any
 
 import pytest
-from support import HOST, Recorder
+from support import HOST
 
 from transports_anyio import DatagramProtocol, Protocol, Server, SubprocessProtocol, TransportGroup
 
 pytestmark = pytest.mark.anyio
 
 #: Documented, and not asyncio's.
-OF_WRITING = {"is_writing_paused", "abort", "get_write_buffer_size", "get_write_buffer_limits", "set_write_buffer_limits"}
+OF_WRITING = {"is_writing_paused", "get_write_buffer_size", "get_write_buffer_limits", "set_write_buffer_limits"}
 OF_STREAMS = OF_WRITING | {"is_eof_received"}
 
 #: What `TransportGroup` has beside the methods of asyncio's event loop.
 OF_GROUPS = {
+    "cancel_scope",
     "connect_datagram_socket",
     "connect_process",
     "connect_stream",

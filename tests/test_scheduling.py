@@ -43,8 +43,9 @@ from support import (
 )
 
 from transports_anyio import DatagramProtocol, SubprocessProtocol, TransportGroup, current_group
-from transports_anyio._core import SERVED_IN_A_TURN, Core
-from transports_anyio._scheduling import Handle
+from transports_anyio._core import Core
+from transports_anyio._handles import Handle
+from transports_anyio._scheduler import SERVED_IN_A_TURN
 from transports_anyio._selector import BATCH_SIZE
 
 pytestmark = pytest.mark.anyio

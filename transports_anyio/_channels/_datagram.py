@@ -21,7 +21,7 @@ from ._receive_buffers import RECEIVE_SIZE, buffers
 from ._socket import describe_socket, take_error_queue
 
 if TYPE_CHECKING:
-    from .._scheduling import TimerHandle
+    from .._handles import TimerHandle
 
 
 # The largest datagram that is received, in bytes: asyncio's figure. A larger one is dropped.

@@ -15,7 +15,7 @@ import anyio.to_thread
 from .._channels._abc import FileError
 from .._transports._sendfile import SendfileOperation
 from .._transports._stream import StreamTransport
-from ._base import Endpoints
+from ._base import Endpoints, check_cancelled, check_open
 
 if TYPE_CHECKING:
     from asyncio import WriteTransport
@@ -63,6 +63,7 @@ class FileEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sendfile
         """
+        await check_open(self._core, "sendfile")
         if isinstance(transport, StreamTransport):
             transport._check_not_upgraded("sendfile")
         if transport.is_closing():
@@ -84,6 +85,9 @@ class FileEndpoints(Endpoints):
                     if not fallback:
                         raise
             return await send_by_reading(operation, file, offset, count)
+        except Exception:
+            await check_cancelled(self._core)
+            raise
         finally:
             operation.end()
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from .._callbacks import check_given_protocol
 from .._channels._tls import TLSChannel
 from .._transports._stream import StreamTransport
-from ._base import Endpoints
+from ._base import Endpoints, check_cancelled, check_open
 from ._tls import require_context, upgrade_options
 
 if TYPE_CHECKING:
-    from asyncio import BaseTransport, Transport
+    from asyncio import BaseTransport
 
     from .._channels._abc import StreamChannel
+    from ..abc import Transport
 
 
 class StartTLSEndpoints(Endpoints):
@@ -58,6 +59,7 @@ class StartTLSEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
         """
+        await check_open(self._core, "start_tls")
         require_context(sslcontext)
         if not isinstance(transport, StreamTransport):
             raise TypeError(f"transport {transport!r} is not supported by start_tls()")
@@ -78,4 +80,8 @@ class StartTLSEndpoints(Endpoints):
             return TLSChannel(plain, options, self._core, unsent=unsent, received=bytes(received))
 
         upgrade = transport._begin_upgrade(make_channel, protocol)
-        return await upgrade.wait(transport)
+        try:
+            return await upgrade.wait(transport)
+        except Exception:
+            await check_cancelled(self._core)
+            raise

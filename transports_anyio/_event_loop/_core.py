@@ -24,6 +24,7 @@ from .._errors import NotOpenError
 from ._sides import library
 
 if TYPE_CHECKING:
+    from .._poller import Poller
     from ._loop import EventLoop
 
 T = TypeVar("T")
@@ -103,8 +104,8 @@ class LoopCore(Core):
                 self._leave(before)
         self._running = True
         self._outside = before
-        poller = self.live_poller()
-        waiting, poller.waiting = poller.waiting, False
+        driver = self.driver
+        waiting, driver.waiting = driver.waiting, False
         try:
             return function(*args)
         finally:
@@ -113,11 +114,11 @@ class LoopCore(Core):
             self._running = False
             self._leave(before)
             if waiting:
-                poller.waiting = True
-                if self.ready or poller.is_ready:
-                    poller.wake()
+                driver.waiting = True
+                if self.ready or self.poller.selector.always_ready:
+                    driver.wake()
                 elif self.timers.heap:
-                    poller.wait_until(self.timers.next_deadline())
+                    driver.wait_until(self.timers.next_deadline())
 
     def _run_on(self) -> None:
         """Run what is ready. If that makes something ready, go on as a turn does, in which I/O has its turn, too."""
@@ -132,13 +133,13 @@ class LoopCore(Core):
 
     def _start_turns(self) -> None:
         # Not by AnyIO, whose own lines would not be protected from Ctrl-C.
-        self._loop._spawner.start(self._take_turns)  # noqa: SLF001
+        self._loop._spawner.start(self._run_turns)  # noqa: SLF001
 
-    async def _take_turns(self) -> None:
+    async def _run_turns(self) -> None:
         with self.turns:
             while True:
                 try:
-                    await self.live_poller().run(self)
+                    await self.driver.run(self)
                 except Exception as exc:
                     self.leave_by(exc)  # The turns go on, for the clean-ups.
 
@@ -184,13 +185,14 @@ class LoopCore(Core):
     def not_open(self, name: str = "") -> NotOpenError:
         return NotOpenError("Event loop is closed", self.group)
 
-    def require_callable(self, name: str, called_as: str) -> None:
+    def check_open(self, name: str = "", called_as: str = "") -> Poller:
         if not self.open:
             raise self.not_open(name)
         if get_ident() != self.thread:
             raise RuntimeError(
                 f"{name}() was called in another thread than the event loop's: use asyncio.run_coroutine_threadsafe()"
             )
+        return self.poller
 
     # What a group does in another way
 

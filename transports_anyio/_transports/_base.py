@@ -125,6 +125,10 @@ class ChannelTransport(asyncio.BaseTransport):
     def _belongs_to(self, group: object) -> bool:
         return self._callback_context.group is group
 
+    def _abort(self) -> None:
+        """End the connection at once: the end of the group calls this."""
+        self.abort()
+
     def _traffic(self) -> tuple[int, int, int]:
         """Return how many bytes were received, were sent, and are buffered."""
         return self._bytes_received, self._bytes_sent, self._buffer.size

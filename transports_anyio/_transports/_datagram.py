@@ -9,12 +9,12 @@ Callbacks of a protocol, in order: `connection_made [datagram_received | error_r
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .. import abc
 from .._channels._abc import ADDRESS_ERRORS, ChannelEnded, pause_after
 from .._errors import has_callback
 from .._selector import READ, WRITE
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 RECEIVES_AT_ONCE = 16
 
 
-class DatagramTransport(ChannelTransport, asyncio.DatagramTransport):
+class DatagramTransport(ChannelTransport, abc.DatagramTransport):
     """A datagram endpoint, as asyncio's documentation describes `asyncio.DatagramTransport`.
 
     `TransportGroup.create_datagram_endpoint` and `connect_datagram_socket` create it. Every method is synchronous and

@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from .. import abc
 from .._errors import log_debug, logger
 from ._base import CLOSING, LOST, OPEN, SHUTTING_DOWN, UPGRADED, ChannelTransport
 from ._flow_control import WriteBuffer, are_large, as_bytes_view, copied_rest
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .._channels._tls import TLSChannel
 
 
-class StreamTransport(ChannelTransport, asyncio.Transport):
+class StreamTransport(ChannelTransport, abc.Transport):
     """A connection, as asyncio's documentation describes `asyncio.Transport`.
 
     The endpoint functions of a `TransportGroup` create it. Every method is synchronous and never blocks, and none of

@@ -15,15 +15,16 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .. import abc
 from .._callbacks import check_given_protocol
-from .._channels._child import KILLED
 from .._errors import failed_callback, log_debug
+from .._processes._child import KILLED
 from .._waiters import InterruptSafeEvent
 from ._pipe import WritePipeTransport
 
 if TYPE_CHECKING:
     from .._callbacks import CallbackContext
-    from .._channels._child import Child
+    from .._processes._child import Child
     from ._stream import StreamTransport
 
 
@@ -52,7 +53,7 @@ class PipeProtocol(asyncio.Protocol):
         self._child._call_nested("pipe_connection_lost", self._fd, exc)
 
 
-class SubprocessTransport(asyncio.SubprocessTransport):
+class SubprocessTransport(abc.SubprocessTransport):
     """A child process, as asyncio's documentation describes `asyncio.SubprocessTransport`.
 
     `TransportGroup.subprocess_exec`, `subprocess_shell` and `connect_process` create it. Every method is synchronous.
@@ -182,7 +183,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             pass  # It has ended already, or runs as another user.
         self._drop_input()
 
-    def abort(self) -> None:
+    def _abort(self) -> None:
         """Kill the process, wait for its end, and drop what is buffered. The end of the group calls this."""
         self._closed = True
         for pipe in self._pipes.values():
@@ -259,7 +260,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _exited(self, returncode: int) -> None:
         if self._returncode is not None:
-            return  # `abort` has ended it already.
+            return  # `_abort` has ended it already.
         self._returncode = returncode
         self._ended.set()
         log_debug(self._callback_context.group, "%r: exited", self)

@@ -1,10 +1,11 @@
-"""The poller where an asyncio event loop runs, and the choice of a poller.
+"""The driver where an asyncio event loop runs: asyncio's own or uvloop.
 
-May know: asyncio's public event loop methods, and sniffio, by which AnyIO is told what runs. No other module knows it.
+Holds: a driver whose turns run in callbacks of the event loop.
+May know: `asyncio`, `anyio`, `sniffio`, `_driver`, `_selector`.
 
-A wait through AnyIO registers our list in the loop's selector and takes it out again, and switches tasks, for every
-batch: with one connection in lock-step that is for every message, and costs more than everything else together. So the
-list stays registered in the loop, and the turn is taken in the loop's own callback.
+A wait through AnyIO adds our selector to the loop's selector, removes it again, and switches tasks, for every batch.
+With one request at a time, that costs more than everything else together. So the selector stays registered in the
+loop, and turns run in the loop's own callback.
 """
 
 from __future__ import annotations
@@ -15,35 +16,36 @@ from typing import Any
 
 import anyio
 
-from ._poller import RESOLUTION, ListPoller, Poller, TaskPoller, Turns, WaitingListPoller
-from ._selector import Selector, make_selector
+from ._driver import RESOLUTION, Driver, Turns
+from ._selector import SystemSelector
 
+# AnyIO asks sniffio which backend runs, if it is installed (trio brings it). sniffio recognizes asyncio by the current
+# task, and callbacks of the loop have none, so turns name the backend here.
+running: Any
 try:
-    # How AnyIO finds out what runs, where it is installed (trio brings it). It knows asyncio by the current task, and
-    # there is none in a callback of the loop, unless `anyio.run` has left word.
-    from sniffio import thread_local as running  # type: ignore[import-not-found,unused-ignore]
+    from sniffio import thread_local as running
 except ImportError:
-    running: Any = None  # type: ignore[no-redef,unused-ignore]  # AnyIO asks for the running loop.
+    running = None  # AnyIO looks for a running loop.
 
-# How long to wait, in seconds, for the rest of a time that a loop has cut short: uvloop rounds to milliseconds.
+# How long to wait, in seconds, for the rest of a time that the loop has cut short: uvloop rounds to milliseconds.
 ROUNDED_OFF = 0.001
 
 
-class LoopPoller(ListPoller):
-    """A list of descriptors that is registered in the running event loop, asyncio's or uvloop's."""
+class LoopDriver(Driver):
+    """Keeps the selector registered in the running event loop, and takes turns in the loop's callbacks."""
 
-    def __init__(self, selector: Selector, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(selector)
+    def __init__(self, selector: SystemSelector, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop.time)
+        self._selector = selector
         self._fd = selector.fileno()
-        self.time = loop.time
         self._loop = loop
         self._turns: Turns | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._deadline = inf  # That of the loop's timer.
-        self._wanted = inf
+        self._deadline = inf  # Of the loop's timer.
+        self._wanted = inf  # The deadline that the timer is moved to.
         self._moving = False
         self._scheduled = False
-        self._woken = False
+        self._wake_sent = False
         self._failure: BaseException | None = None
         self._stopped = anyio.Event()
 
@@ -61,7 +63,7 @@ class LoopPoller(ListPoller):
     def _turn(self) -> None:
         turns = self._turns
         if turns is None:
-            return  # A wake-up that comes before the first turn, or after the last.
+            return  # Woken before the first turn, or after the last one.
         self.waiting = False
         try:
             if running is None:
@@ -73,7 +75,7 @@ class LoopPoller(ListPoller):
                 finally:
                     running.name = before
         except BaseException as exc:
-            # Out of the task that awaits `run`, as on every backend, and not out of the loop's callback.
+            # `run` raises it, as on every backend, instead of the loop's callback.
             self._failure = exc
             self._stop()
             self._stopped.set()
@@ -86,7 +88,7 @@ class LoopPoller(ListPoller):
         if deadline != self._deadline:
             self._set_timer(deadline)
 
-    # One turn in each round of the loop, however many reasons there are.
+    # At most one turn in each iteration of the loop, whatever asks for it.
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -100,8 +102,8 @@ class LoopPoller(ListPoller):
     def _ready(self) -> None:
         turns = self._turns
         if turns is not None and turns.tasks_started:
-            self._schedule()  # uvloop is quicker to call a reader than a task that has been started before.
-        elif not self._scheduled:  # Or else one is about to come.
+            self._schedule()  # uvloop may call a reader before a task that was started earlier.
+        elif not self._scheduled:
             self._turn()
 
     def _set_timer(self, deadline: float) -> None:
@@ -112,7 +114,7 @@ class LoopPoller(ListPoller):
 
     def _timer_due(self) -> None:
         if self.time() + RESOLUTION < self._deadline:
-            # A loop that has rounded this off would also round off what is left, and come back at once, for all of it.
+            # uvloop rounds to milliseconds: a timer for the remainder would fire at once, again and again.
             self._timer = self._loop.call_later(ROUNDED_OFF, self._timer_due)
             return
         self._deadline = inf
@@ -128,7 +130,7 @@ class LoopPoller(ListPoller):
 
     def wait_until(self, deadline: float) -> None:
         self._wanted = deadline
-        # A task may set and cancel many timers in a row: the loop's own is moved once for all of them.
+        # A task may set and cancel many timers in a row: the loop's own timer is moved once for all of them.
         if not self._moving:
             self._moving = True
             self._loop.call_soon(self._move_timer)
@@ -144,38 +146,18 @@ class LoopPoller(ListPoller):
             self._schedule()
 
     def wake_threadsafe(self) -> None:
-        if self._woken:
-            return  # By another call, and whatever this one was for will be seen in the same turn.
-        self._woken = True
+        if self._wake_sent:
+            return  # The turn that an earlier call asked for serves this call, too.
+        self._wake_sent = True
         try:
-            self._loop.call_soon_threadsafe(self._woken_turn)
+            self._loop.call_soon_threadsafe(self._woken)
         except BaseException:  # `RuntimeError` when the loop is closed.
-            self._woken = False
+            self._wake_sent = False
             raise
 
-    def _woken_turn(self) -> None:
-        self._woken = False
+    def _woken(self) -> None:
+        self._wake_sent = False
         self._ready()
 
-
-def make_poller() -> Poller:
-    """Return the best poller that there is for what runs here."""
-    try:
-        # A current task, because a loop may also run beside another backend that drives this task (trio's guest mode).
-        loop = asyncio.get_running_loop() if asyncio.current_task() is not None else None
-    except RuntimeError:
-        loop = None
-    selector = make_selector()
-    poller: Poller
-    if selector is None:
-        poller = TaskPoller()
-    elif loop is None:
-        poller = WaitingListPoller(selector)
-    else:
-        poller = LoopPoller(selector, loop)
-    if getattr(running, "name", None) == "trio":
-        from ._trio import clock
-
-        poller.time = clock()  # Not AnyIO's: whatever calls, it is this clock.
-    poller.loop = loop
-    return poller
+    def close(self) -> None:
+        """Do nothing: `run` has removed everything from the loop."""
