@@ -751,7 +751,7 @@ async def test_a_stream_that_a_transport_uses_already(anyio_backend: Any, pair: 
     async with pair as (ours, theirs), TransportGroup() as group:
 
         async def connect_again(group: TransportGroup) -> None:
-            with pytest.raises(RuntimeError, match="used already, by another transport"):
+            with pytest.raises(RuntimeError, match="is already in use by another transport"):
                 await group.connect_stream(lambda: second, ours)
             refused.append(group)
 

@@ -366,9 +366,9 @@ async def test_a_listener_that_is_adopted_already(stack: Stack, start_serving: b
             name = sock.getsockname()
             server = await group.create_server(made, sock=sock, start_serving=start_serving)
             for serve in (False, True):
-                with pytest.raises(RuntimeError, match="is used already"):
+                with pytest.raises(RuntimeError, match="is already in use by another transport"):
                     await group.create_server(others, sock=sock, start_serving=serve)
-            with pytest.raises(RuntimeError, match="is used already"):
+            with pytest.raises(RuntimeError, match="is already in use by another transport"):
                 await group.connect_accepted_socket(others, sock)
             assert sock.fileno() != -1
             await server.start_serving()

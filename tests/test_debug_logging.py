@@ -92,13 +92,17 @@ async def test_an_echo(anyio_backend: Any) -> None:
         "open buffered=0 eof written>: end of file sent",
         "open buffered=0 eof written>: end of file received",
         "open buffered=0 eof received eof written>: closing",
-        "closing buffered=0 eof received eof written>: lost, all is flushed",
+        "closing buffered=0 eof received eof written>: everything is sent",
+        "closing buffered=0 eof received eof written>: connection lost",
+        "closed buffered=0 eof received eof written>: closed",
     ]
     server = [
         "open buffered=0>: connection made, with a Echo",
         "open buffered=0>: end of file received",
         "open buffered=0 eof received>: closing",
-        "closing buffered=0 eof received>: lost, all is flushed",
+        "closing buffered=0 eof received>: everything is sent",
+        "closing buffered=0 eof received>: connection lost",
+        "closed buffered=0 eof received>: closed",
     ]
     assert [line for line in streams if line in client] == client
     assert [line for line in streams if line in server] == server
@@ -145,7 +149,7 @@ async def test_flow_control_and_a_failure(anyio_backend: Any) -> None:
         "open buffered=N>: resume_writing()",
     ]
     assert re.match(r"open .*: (read|write) failed: \w+Error\(", told[3])
-    assert re.match(r"open .*: lost by \w+Error\(", told[4])
+    assert re.match(r"open .*: connection lost: \w+Error\(", told[4])
 
 
 async def test_an_end_by_an_exception(anyio_backend: Any) -> None:
@@ -156,10 +160,12 @@ async def test_an_end_by_an_exception(anyio_backend: Any) -> None:
                 raise ZeroDivisionError
         except BaseException as exc:
             assert "ZeroDivisionError" in repr(exc)
-    assert lines[-4:] == [
+    assert lines[-6:] == [
         "<TransportGroup closing transports=2 buffered=0>: leaving by ZeroDivisionError(), everything is aborted",
         "<StreamTransport open buffered=0>: aborted",
         "<StreamTransport open buffered=0>: aborted",
+        "<StreamTransport closed buffered=0>: closed",
+        "<StreamTransport closed buffered=0>: closed",
         "<TransportGroup closed transports=0 buffered=0>: left",
     ]
 
@@ -237,16 +243,21 @@ async def test_datagrams_and_pipes(anyio_backend: Any) -> None:
     assert about(lines, "DatagramTransport") == [
         "open buffered=0>: connection made, with a DatagramProtocol",
         "open buffered=0>: closing",
-        "closing buffered=0>: lost, all is flushed",
+        "closing buffered=0>: connection lost",
+        "closed buffered=0>: closed",
     ]
     assert about(lines, "WritePipeTransport") == [
         "open buffered=0>: connection made, with a Protocol",
         "open buffered=0>: closing",
-        "closing buffered=0>: lost, all is flushed",
+        "closing buffered=0>: everything is sent",
+        "closing buffered=0>: connection lost",
+        "closed buffered=0>: closed",
     ]
     assert about(lines, "ReadPipeTransport") == [
         "open buffered=0>: connection made, with a Protocol",
         "open buffered=0>: end of file received",
         "open buffered=0 eof received>: closing",
-        "closing buffered=0 eof received>: lost, all is flushed",
+        "closing buffered=0 eof received>: everything is sent",
+        "closing buffered=0 eof received>: connection lost",
+        "closed buffered=0 eof received>: closed",
     ]

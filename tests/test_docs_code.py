@@ -264,7 +264,14 @@ def described_names() -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", [transports_anyio, transports_anyio.testing, transports_anyio.to_asyncio, transports_anyio.from_asyncio]
+    "module",
+    [
+        transports_anyio,
+        transports_anyio.abc,
+        transports_anyio.testing,
+        transports_anyio.to_asyncio,
+        transports_anyio.from_asyncio,
+    ],
 )
 def test_every_public_name_is_in_the_reference(module: Any) -> None:
     missing = {f"{module.__name__}.{name}" for name in module.__all__} - described_names()

@@ -36,6 +36,15 @@ ENDPOINTS = {
 }
 
 
+def required_arguments(name: str) -> list[Any]:
+    """Arguments for the parameters of an endpoint function that have no default."""
+    parameters = inspect.signature(getattr(TransportGroup, name)).parameters.values()
+    required = [
+        each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    return [Protocol if each == "protocol_factory" else None for each in required if each != "self"]
+
+
 def test_the_list_of_endpoint_functions() -> None:
     assert {"create_connection", "create_server", "subprocess_exec", "start_tls", "sendfile"} <= set(ENDPOINTS)
     assert not ENDPOINTS["start_tls"]
@@ -49,11 +58,11 @@ def test_the_list_of_endpoint_functions() -> None:
 async def test_before_and_after_the_block(anyio_backend: Any, name: str) -> None:
     group = TransportGroup()
     with pytest.raises(RuntimeError, match=rf"{name}\(\): the group is not open yet: enter it.*async with"):
-        await getattr(group, name)()
+        await getattr(group, name)(*required_arguments(name))
     async with group:
         pass
     with pytest.raises(RuntimeError, match=rf"{name}\(\): the group is not open any more: .*before .* new"):
-        await getattr(group, name)()
+        await getattr(group, name)(*required_arguments(name))
 
 
 async def test_while_the_block_is_being_left(anyio_backend: Any) -> None:
@@ -95,6 +104,14 @@ async def test_callbacks_outside_the_block(anyio_backend: Any, name: str, argume
         getattr(group, name)(*arguments)
 
 
+async def test_the_traceback_shows_the_endpoint_function_itself(anyio_backend: Any) -> None:
+    """There is no wrapper between the caller and the endpoint function."""
+    async with TransportGroup() as group:
+        with pytest.raises(ValueError, match="host and port was not specified") as caught:
+            await group.create_connection(Protocol)
+    assert [entry.name for entry in caught.traceback][1:] == ["create_connection"]
+
+
 # -- another thread ---------------------------------------------------------------------------------------
 
 
@@ -118,7 +135,7 @@ def in_a_thread(function: Callable[[], object]) -> list[BaseException]:
 async def test_from_another_thread(anyio_backend: Any, name: str) -> None:
     async with TransportGroup() as group:
         # As any event loop of that thread would drive it.
-        (error,) = in_a_thread(lambda: getattr(group, name)().send(None))
+        (error,) = in_a_thread(lambda: getattr(group, name)(*required_arguments(name)).send(None))
     assert isinstance(error, RuntimeError)
     assert str(error).startswith(f"{name}() was called in another thread than the group's")
     assert f"anyio.from_thread.run(group.{name}, ...)" in str(error)
@@ -209,9 +226,7 @@ async def test_a_coroutine_function_as_a_factory(anyio_backend: Any, name: str, 
     """Refused at the call, before anything is done, wherever it stands."""
     async with TransportGroup() as group:
         with pytest.raises(TypeError, match=rf"{name}\(\) takes .* got the coroutine function .*start_soon\(\)"):
-            await getattr(group, name)(factory)
-        with pytest.raises(TypeError, match="coroutine function"):
-            await getattr(group, name)(protocol_factory=factory)
+            await getattr(group, name)(factory, *required_arguments(name)[1:])
 
 
 async def test_either_factory_of_a_memory_connection(anyio_backend: Any) -> None:

@@ -40,7 +40,7 @@ from support import (
 )
 
 from transports_anyio import TransportGroup, current_group
-from transports_anyio._channels import _child
+from transports_anyio._processes import _anyio as _anyio_child, _popen
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -1155,7 +1155,8 @@ async def test_p14_a_child_that_does_not_end_when_it_is_killed(
         process = await anyio.open_process(["cat"])
     for name in missing:
         monkeypatch.delattr(os, name)
-    monkeypatch.setattr(_child, "TIME_TO_END", 1.0)
+    monkeypatch.setattr(_popen, "TIME_TO_END", 1.0)
+    monkeypatch.setattr(_anyio_child, "TIME_TO_END", 1.0)
     child = Child()
     ticks: list[float] = []
     left: list[float] = []
@@ -1194,7 +1195,7 @@ async def test_p14_a_child_that_does_not_end_when_it_is_killed(
             tasks.cancel_scope.cancel()
     assert child.transport.get_returncode() == -signal.SIGKILL
     assert [record.getMessage() for record in records] == [
-        f"process {pid} was killed and still runs after 1.0 seconds: it is left to the system"
+        f"process {pid} was killed but still runs after 1.0 seconds: the system will reap it"
     ]
     if kind == "program":
         assert child.transport.get_extra_info("subprocess").wait() == -signal.SIGKILL
@@ -1787,10 +1788,10 @@ async def test_an_anyio_process_that_a_transport_uses_already(anyio_backend: Any
         process = await anyio.open_process(["cat"])
         transport, child = await group.connect_process(Child, process)
         second = Child()
-        with pytest.raises(RuntimeError, match="used already, by another transport"):
+        with pytest.raises(RuntimeError, match="is already in use by another transport"):
             await group.connect_process(lambda: second, process)
         for stream in (process.stdin, process.stdout, process.stderr):
-            with pytest.raises(RuntimeError, match="used already, by another transport"):
+            with pytest.raises(RuntimeError, match="is already in use by another transport"):
                 await group.connect_stream(Recorder, stream)
         transport.get_pipe_transport(0).write(b"data")
         transport.get_pipe_transport(0).write_eof()
@@ -1803,7 +1804,7 @@ async def test_an_anyio_process_one_of_whose_pipes_is_used_already(anyio_backend
     async with TransportGroup() as group:
         process = await anyio.open_process(["cat"])
         _, reader = await group.connect_stream(Recorder, process.stdout)
-        with pytest.raises(RuntimeError, match="used already, by another transport"):
+        with pytest.raises(RuntimeError, match="is already in use by another transport"):
             await group.connect_process(Child, process)
         await process.stdin.send(b"data")
         await reader.wait_received(4)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from ._callbacks import CallbackContext
     from ._channels._abc import Channel
-    from ._channels._datagram import DatagramChannel
     from ._channels._tls import TLSChannel
     from ._poller import Poller
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 LAST_ITERATIONS = 100
 
 ProtocolT = TypeVar("ProtocolT")
-ChannelT = TypeVar("ChannelT", bound="Channel | DatagramChannel")
+ChannelT = TypeVar("ChannelT", bound="Channel")
 TransportT = TypeVar("TransportT", bound=Resource)
 
 
@@ -134,7 +133,7 @@ class Core(Scheduler):
     def remove_resource(self, transport: Resource) -> None:
         """Forget `transport`, whose `connection_lost` has been called."""
         self.transports.discard(transport)
-        received, sent, _ = transport.traffic()
+        received, sent, _ = transport._traffic()
         self.bytes_received += received
         self.bytes_sent += sent
         self.changed.notify()
@@ -176,7 +175,7 @@ class Core(Scheduler):
         if not isinstance(coroutine, Coroutine):
             raise TypeError(f"start_soon() takes an async function, but {async_function!r} returned {coroutine!r}")
         try:
-            self.as_backend(partial(self.task_group.start_soon, self._run_task, coroutine, name=name))
+            self.task_group.start_soon(self._run_task, coroutine, name=name)
         except BaseException:
             coroutine.close()
             raise
@@ -230,7 +229,7 @@ class Core(Scheduler):
         for pending in tuple(self.handshakes):
             pending.abort()
         for transport in tuple(self.transports):
-            transport.abort()
+            transport._abort()
 
     def abort_all(self) -> None:
         """Abort what is left, and call every `connection_lost`.

@@ -27,13 +27,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import anyio
 
-from ._endpoints._memory import MemoryEndpoints
+from . import abc
+from ._endpoints._memory import connect_in_memory
 from ._transports._stream import StreamTransport
 
 if TYPE_CHECKING:
-    from ._endpoints._base import ProtocolT
+    from . import abc
     from ._endpoints._memory import OtherProtocolT
     from ._group import TransportGroup
+    from ._types import StreamProtocolT
 
 __all__ = ["BufferedRecorder", "Call", "DatagramRecorder", "Recorder", "SubprocessRecorder", "memory_connection"]
 
@@ -324,14 +326,14 @@ class SubprocessRecorder(_Recorder[asyncio.SubprocessProtocol], asyncio.Subproce
 
 async def memory_connection(
     group: TransportGroup,
-    factory_a: Callable[[], ProtocolT],
+    factory_a: Callable[[], StreamProtocolT],
     factory_b: Callable[[], OtherProtocolT],
     *,
     chunk_size: int | None = None,
     buffer_size: int = 65536,
     info_a: Mapping[str, Any] | None = None,
     info_b: Mapping[str, Any] | None = None,
-) -> tuple[tuple[asyncio.Transport, ProtocolT], tuple[asyncio.Transport, OtherProtocolT]]:
+) -> tuple[tuple[abc.Transport, StreamProtocolT], tuple[abc.Transport, OtherProtocolT]]:
     """Join two protocols in memory and return `((transport_a, protocol_a), (transport_b, protocol_b))`.
 
     `factory_a` and `factory_b` are protocol factories, as the endpoint functions of `group` take them.
@@ -356,7 +358,8 @@ async def memory_connection(
             raise TypeError(f"{name} must be a number of bytes, got {size!r}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size!r}")
-    return await MemoryEndpoints(group).memory_connection(
+    return await connect_in_memory(
+        group,
         factory_a,
         factory_b,
         chunk_size=chunk_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import index
 from typing import Any
 
@@ -11,8 +11,9 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import ConnectedUDPSocket, ConnectedUNIXDatagramSocket, SocketAttribute, UDPSocket, UNIXDatagramSocket
 
+from ._abc import ADDRESS_ERRORS, ChannelEnded, DatagramChannel, pause_after
 from ._anyio import AnyIOChannel, as_os_error, typed_attributes
-from ._datagram import ADDRESS_ERRORS, ChannelEnded, DatagramChannel, rest_after, truncated
+from ._datagram import truncated
 from ._socket import transport_socket
 
 # The highest port there is, of UDP as of TCP.
@@ -80,8 +81,8 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         if not 0 <= port <= HIGHEST_PORT:
             raise OverflowError(f"port must be 0-{HIGHEST_PORT}, got {port}")
 
-    def extra_info(self) -> dict[str, Any]:
-        return dict(self._info)
+    def extra_info(self) -> Mapping[str, Any]:
+        return self._info
 
     async def _receive_next(self) -> tuple[bytes, Any] | ChannelEnded:
         try:
@@ -119,7 +120,7 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
                     self._raw_socket.send(data)  # The peer may have no name.
             except BlockingIOError:
                 count += 1
-                await anyio.sleep(rest_after(count))
+                await anyio.sleep(pause_after(count))
             else:
                 return
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -12,7 +12,7 @@ from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
 from .._errors import logger
-from ._abc import Channel, joined
+from ._abc import StreamChannel, joined
 from ._anyio import AnyIOChannel, typed_attributes
 from ._socket import transport_socket
 
@@ -35,7 +35,7 @@ EXTRA_INFO: dict[str, Any] = {
 }
 
 
-class AnyIOStreamChannel(AnyIOChannel, Channel):
+class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
     """Moves the bytes of an AnyIO stream."""
 
     __slots__ = (
@@ -100,8 +100,8 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
             return self.stream.send_stream, self.stream.receive_stream
         return super()._parts()
 
-    def extra_info(self) -> dict[str, Any]:
-        return dict(self._info)
+    def extra_info(self) -> Mapping[str, Any]:
+        return self._info
 
     async def _receive_next(self) -> bytes:
         try:

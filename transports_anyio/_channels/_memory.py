@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ._abc import Channel
+from ._abc import StreamChannel
 from ._receive_buffers import RECEIVE_SIZE
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Direction:
         self.reset = False  # The sender has left with something unread: the receiver is told of it once.
 
 
-class MemoryChannel(Channel):
+class MemoryChannel(StreamChannel):
     """One end of a connection in memory; `pair` makes both."""
 
     __slots__ = (
@@ -162,8 +162,8 @@ class MemoryChannel(Channel):
             self._outgoing.reset = True
         self.send_eof()
 
-    def extra_info(self) -> dict[str, Any]:
-        return dict(self._info)
+    def extra_info(self) -> Mapping[str, Any]:
+        return self._info
 
 
 def pair(

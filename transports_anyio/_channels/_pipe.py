@@ -7,7 +7,7 @@ import select
 import socket
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from threading import RLock
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._poller import Poller
 from .._selector import HANGUP, READ
-from ._abc import Channel
+from ._abc import StreamChannel
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE
 from ._socket import GATHER_LIMIT, take_error_queue
@@ -61,7 +61,7 @@ def require_pipes() -> None:
         )
 
 
-class PipeChannel(Polled, Channel):
+class PipeChannel(Polled, StreamChannel):
     """Moves bytes in one direction; the channel owns `pipe`, a file object, and closes it.
 
     The descriptor becomes non-blocking. That is a property of the open file, which other processes may share (a
@@ -172,7 +172,7 @@ class PipeChannel(Polled, Channel):
                 return True
         return False
 
-    def extra_info(self) -> dict[str, Any]:
+    def extra_info(self) -> Mapping[str, Any]:
         return {"pipe": self._pipe}
 
 

@@ -8,13 +8,13 @@ import socket
 import struct
 import sys
 from asyncio.trsock import TransportSocket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .._poller import Poller
-from ._abc import Channel, FileError, joined
+from ._abc import FileError, StreamChannel, joined
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE, buffers
 
@@ -150,7 +150,7 @@ def failing_as(exc: OSError) -> Callable[..., Any]:
 
 
 def send_from_file(to: int, fd: int, offset: int, count: int) -> int:
-    """Call `os.sendfile` for the socket `to`. Raises as `Channel.send_file` does."""
+    """Call `os.sendfile` for the socket `to`. Raises as `StreamChannel.send_file` does."""
     if not hasattr(os, "sendfile"):
         raise FileError(OSError(errno.ENOSYS, "os.sendfile() is not available"))
     try:
@@ -164,7 +164,7 @@ def send_from_file(to: int, fd: int, offset: int, count: int) -> int:
     return sent
 
 
-class SocketChannel(Polled, Channel):
+class SocketChannel(Polled, StreamChannel):
     """Moves the bytes of a connected, non-blocking stream socket that the channel owns."""
 
     __slots__ = ("_buffer", "_bulk", "_info", "_receive", "_socket", "receive_into", "send")
@@ -232,5 +232,5 @@ class SocketChannel(Polled, Channel):
         self._poller.unregister(self)
         self._socket.close()
 
-    def extra_info(self) -> dict[str, Any]:
+    def extra_info(self) -> Mapping[str, Any]:
         return self._info

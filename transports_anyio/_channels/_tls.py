@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import errno
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
-from ._abc import Channel, joined
+from ._abc import StreamChannel, joined
 from ._receive_buffers import buffers
 from ._tls_engine import ENCRYPT_SIZE, Scheduler, TLSEngine, TLSOptions
 from ._tls_handshake import Handshake
@@ -50,7 +50,7 @@ HANDSHAKE, CONNECTED, SHUTDOWN, CLOSED = Phase
 def noop() -> None: ...
 
 
-class TLSChannel(Channel):
+class TLSChannel(StreamChannel):
     """Moves the plaintext of a TLS connection over `inner`, which it owns.
 
     `handshake` comes first, before or after a transport has opened the channel: until it has succeeded, nothing
@@ -90,7 +90,13 @@ class TLSChannel(Channel):
     drops_after_close = True
 
     def __init__(
-        self, inner: Channel, options: TLSOptions, scheduler: Scheduler, *, unsent: bytes = b"", received: bytes = b""
+        self,
+        inner: StreamChannel,
+        options: TLSOptions,
+        scheduler: Scheduler,
+        *,
+        unsent: bytes = b"",
+        received: bytes = b"",
     ) -> None:
         self._engine = engine = TLSEngine(inner, options, scheduler, unsent)
         if received:
@@ -390,7 +396,5 @@ class TLSChannel(Channel):
         self.set_callbacks(noop, noop)
         self._failure = self._handshake = self._shutdown = None
 
-    def extra_info(self) -> dict[str, Any]:
-        # The transport keeps this very dictionary, and so learns what becomes known later.
-        self._info = {**self._inner.extra_info(), "sslcontext": self._engine.options.context, **self._info}
-        return self._info
+    def extra_info(self) -> Mapping[str, Any]:
+        return {**self._inner.extra_info(), "sslcontext": self._engine.options.context, **self._info}

@@ -22,7 +22,7 @@ from ._receive_buffers import buffers
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ._abc import Channel
+    from ._abc import StreamChannel
 
 # How much plaintext is encrypted before the ciphertext is sent. It bounds what waits, twice, behind a peer that does
 # not read. Both sizes also bound what the memory buffers of a connection keep allocated once they were that full.
@@ -84,7 +84,7 @@ class TLSEngine:
         "unsent",
     )
 
-    def __init__(self, inner: Channel, options: TLSOptions, scheduler: Scheduler, unsent: bytes) -> None:
+    def __init__(self, inner: StreamChannel, options: TLSOptions, scheduler: Scheduler, unsent: bytes) -> None:
         self.incoming = ssl.MemoryBIO()
         self.outgoing = ssl.MemoryBIO()
         self.tls = options.context.wrap_bio(

@@ -13,8 +13,9 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol
 import anyio.to_thread
 
 from .._channels._abc import FileError
+from .._transports._sendfile import SendfileOperation
 from .._transports._stream import StreamTransport
-from ._base import Endpoints
+from ._base import Endpoints, check_cancelled, check_open
 
 if TYPE_CHECKING:
     from asyncio import WriteTransport
@@ -62,29 +63,33 @@ class FileEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sendfile
         """
+        await check_open(self._core, "sendfile")
         if isinstance(transport, StreamTransport):
-            transport.refuse_after_upgrade("sendfile")
+            transport._check_not_upgraded("sendfile")
         if transport.is_closing():
             raise RuntimeError("Transport is closing")
-        if not isinstance(transport, StreamTransport) or not transport.can_send:
-            # A datagram transport, one that only reads, or one that is not ours.
+        if not isinstance(transport, StreamTransport) or not transport._channel.can_send:
+            # A datagram transport, one that only reads, or one of another library.
             raise RuntimeError(f"sendfile is not supported for transport {transport!r}")
         check_arguments(file, offset, count)
-        if not transport.can_send_file and not fallback:
+        if not transport._channel.can_send_file and not fallback:
             raise SendfileNotAvailableError(
                 f"fallback is disabled and native sendfile is not supported for transport {transport!r}"
             )
-        transport.begin_sendfile()
+        operation = transport._begin_sendfile()
         try:
-            if transport.can_send_file:
+            if transport._channel.can_send_file:
                 try:
-                    return await send_by_system(transport, file, offset, count)
+                    return await send_by_system(operation, file, offset, count)
                 except SendfileNotAvailableError:
                     if not fallback:
                         raise
-            return await send_by_reading(transport, file, offset, count)
+            return await send_by_reading(operation, file, offset, count)
+        except Exception:
+            await check_cancelled(self._core)
+            raise
         finally:
-            transport.end_sendfile()
+            operation.end()
 
 
 def check_arguments(file: Any, offset: Any, count: Any) -> None:
@@ -149,19 +154,19 @@ def descriptor_of(file: Any) -> int:
     return fd
 
 
-async def send_by_system(transport: SendsFiles, file: IO[bytes], offset: int, count: int | None) -> int:
+async def send_by_system(sender: SendsFiles, file: IO[bytes], offset: int, count: int | None) -> int:
     """Send with `os.sendfile`. Raises `SendfileNotAvailableError`, before anything was sent, when it refuses."""
     fd = descriptor_of(file)
     sent = 0
     refused = False
     try:
         while count is None or sent < count:
-            await transport.flush()
+            await sender.flush()
             try:
                 size = MOST_AT_ONCE if count is None else min(count - sent, MOST_AT_ONCE)
-                more = transport.send_file(fd, offset + sent, size)
+                more = sender.send_file(fd, offset + sent, size)
             except (BlockingIOError, InterruptedError):
-                await transport.until_writable()
+                await sender.until_writable()
                 continue
             except FileError as exc:
                 if sent:
@@ -182,7 +187,7 @@ async def send_by_system(transport: SendsFiles, file: IO[bytes], offset: int, co
             os.lseek(fd, offset + sent, os.SEEK_SET)
 
 
-async def send_by_reading(transport: StreamTransport, file: BinaryIO, offset: int, count: int | None) -> int:
+async def send_by_reading(operation: SendfileOperation, file: BinaryIO, offset: int, count: int | None) -> int:
     """Read blocks in a thread, and send each before the next is read."""
     seekable = can_seek(file)
     if offset or seekable:
@@ -190,15 +195,15 @@ async def send_by_reading(transport: StreamTransport, file: BinaryIO, offset: in
     sent = 0
     try:
         while count is None or sent < count:
-            await transport.flush()
+            await operation.flush()
             size = BLOCK_SIZE if count is None else min(count - sent, BLOCK_SIZE)
             # A pipe may keep the thread waiting for ever. A read of a file ends, and must not move it any later.
             block = await anyio.to_thread.run_sync(file.read, size, abandon_on_cancel=not seekable)
             if not block:
                 break
-            transport.send_block(block)
+            operation.send_block(block)
             sent += len(block)
-        await transport.flush()
+        await operation.flush()
         return sent
     finally:
         if seekable:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import ssl
 from typing import TYPE_CHECKING, Any
 
 from .._callbacks import check_given_protocol
 from .._channels._tls import TLSChannel
 from .._transports._stream import StreamTransport
-from .._waiters import InterruptSafeEvent
-from ._base import Endpoints
+from ._base import Endpoints, check_cancelled, check_open
 from ._tls import require_context, upgrade_options
 
 if TYPE_CHECKING:
-    from asyncio import BaseTransport, Transport
+    from asyncio import BaseTransport
 
-    from .._channels._abc import Channel
+    from .._channels._abc import StreamChannel
+    from ..abc import Transport
 
 
 class StartTLSEndpoints(Endpoints):
@@ -60,6 +59,7 @@ class StartTLSEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
         """
+        await check_open(self._core, "start_tls")
         require_context(sslcontext)
         if not isinstance(transport, StreamTransport):
             raise TypeError(f"transport {transport!r} is not supported by start_tls()")
@@ -73,45 +73,15 @@ class StartTLSEndpoints(Endpoints):
         check_given_protocol(protocol, "start_tls")
         if not isinstance(received, (bytes, bytearray, memoryview)):
             raise TypeError(f"received must be a bytes-like object, not {type(received).__name__!r}")
-        if not transport.belongs_to(self):
+        if not transport._belongs_to(self):
             raise RuntimeError(f"transport {transport!r} belongs to another group")
-        over = InterruptSafeEvent()
-        failure: Exception | None = None
-        successor: StreamTransport | None = None
 
-        def wrap(inner: Channel, unsent: bytes) -> TLSChannel:
-            return TLSChannel(inner, options, self._core, unsent=unsent, received=bytes(received))
+        def make_channel(plain: StreamChannel, unsent: bytes) -> TLSChannel:
+            return TLSChannel(plain, options, self._core, unsent=unsent, received=bytes(received))
 
-        def done(exc: Exception | None) -> None:
-            nonlocal failure, successor
-            closed = transport.is_closing()
-            if exc is None:
-                successor = transport.succeed()
-            if closed and exc is None:
-                failure = ConnectionAbortedError(errno.ECONNABORTED, "the transport was closed during the handshake")
-                if successor is not None:  # What was written before the `close` is flushed.
-                    successor.resume_after_upgrade()
-                    successor.close()
-            elif exc is not None:
-                transport.break_off(exc)
-                failure = exc
-            over.set()
-
-        channel = transport.interpose(wrap, protocol)
-        if transport.is_eof_received():
-            done(ConnectionResetError(errno.ECONNRESET, "the peer has ended the stream already"))
-        else:
-            channel.handshake(done)
+        upgrade = transport._begin_upgrade(make_channel, protocol)
         try:
-            await over.wait()
-        except BaseException:
-            transport.abort()
+            return await upgrade.wait(transport)
+        except Exception:
+            await check_cancelled(self._core)
             raise
-        try:
-            if failure is not None:
-                raise failure
-        finally:
-            failure = None  # Its traceback has this frame: no cycle.
-        assert successor is not None
-        successor.resume_after_upgrade()
-        return successor
