@@ -6,7 +6,7 @@ May know: `anyio`, `_selector`, `_waiters`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio
@@ -67,7 +67,7 @@ class TaskSelector(Selector):
         return self._running()
 
     @asynccontextmanager
-    async def _running(self) -> AsyncIterator[None]:
+    async def _running(self) -> AsyncGenerator[None, None]:
         async with anyio.create_task_group() as task_group:
             self._task_group = task_group
             try:

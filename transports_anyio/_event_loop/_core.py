@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class LoopDoor(CallbackContext):
+class LoopCallbackContext(CallbackContext):
     """The way from a connection into asyncio code, which knows no group."""
 
     __slots__ = ("_core",)
@@ -197,7 +197,7 @@ class LoopCore(Core):
     # What a group does in another way
 
     def callback_context(self) -> CallbackContext:
-        return LoopDoor(self)
+        return LoopCallbackContext(self)
 
     def context_for(self, callback: object, given: Context | None) -> Context:
         return copy_context() if given is None else given
