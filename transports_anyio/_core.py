@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ._poller import Poller
 
 # How many times callbacks may schedule other callbacks after everything else has ended.
-LAST_TURNS = 100
+LAST_ITERATIONS = 100
 
 ProtocolT = TypeVar("ProtocolT")
 ChannelT = TypeVar("ChannelT", bound="Channel | DatagramChannel")
@@ -45,7 +45,7 @@ class Core(Scheduler):
 
     # These exist once the group is entered.
     task_group: TaskGroup
-    turns: CancelScope
+    scheduler_scope: CancelScope
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
@@ -57,37 +57,37 @@ class Core(Scheduler):
         self.bytes_received: int = 0  # By transports that have ended.
         self.bytes_sent: int = 0
         self.changed: Waiters = Waiters()  # Notified when a transport, handshake or task ends.
-        self._ending = False  # The turns end with the last task of the user.
+        self._ending = False  # The scheduler stops after the last task of the user.
 
     # Life cycle
 
     async def enter(self, stack: AsyncExitStack) -> None:
-        """Open the poller, and run the turns in a task until `stack` is left."""
+        """Open the poller, and run the scheduler in a task until `stack` is left."""
         poller = make_poller()
         stack.callback(poller.close)
         self.open_poller(poller)
-        self.turns = anyio.CancelScope(shield=True)
+        self.scheduler_scope = anyio.CancelScope(shield=True)
         self.task_group = await stack.enter_async_context(anyio.create_task_group())
-        self._start_turns()
+        self._start_scheduler()
         # Registered twice on purpose: a `KeyboardInterrupt` may interrupt the first call on trio.
-        stack.callback(self.end_turns)
-        stack.callback(self.end_turns)
+        stack.callback(self.stop_after_tasks)
+        stack.callback(self.stop_after_tasks)
 
-    def _start_turns(self) -> None:
-        self.task_group.start_soon(self._run_turns, name="transports_anyio: turns of a group")
+    def _start_scheduler(self) -> None:
+        self.task_group.start_soon(self._run_scheduler, name="transports_anyio: scheduler of a group")
 
     def opened(self) -> None:
         """Accept connections and callbacks from now on, in this thread."""
         self.thread = get_ident()
         self.open = self.alive = True
 
-    async def _run_turns(self) -> None:
-        with self.turns:
+    async def _run_scheduler(self) -> None:
+        with self.scheduler_scope:
             try:
                 await self.driver.run(self)
             finally:
-                # After a failure no turns come any more, for which a task, perhaps a shielded one, could wait.
-                if not self.turns.cancel_called:
+                # The scheduler has failed: end the tasks, perhaps shielded ones, that wait for it.
+                if not self.scheduler_scope.cancel_called:
                     self.task_group.cancel_scope.cancel()
                 self.call(self.finish)
 
@@ -195,7 +195,7 @@ class Core(Scheduler):
             self.tasks_running -= 1
             self.changed.notify()
             if self._ending:
-                self.end_turns()
+                self.stop_after_tasks()
 
     def start_internal_task(self, async_function: Callable[[], Coroutine[Any, Any, None]], name: object = None) -> None:
         """Start a task of ours."""
@@ -205,13 +205,13 @@ class Core(Scheduler):
 
     async def until_empty(self) -> None:
         """Wait until no connection is left, no task of the user, and no callback that may start one."""
-        turns = LAST_TURNS
+        iterations = LAST_ITERATIONS
         while True:
             while self.has_connections or self.tasks_running:
                 await self.changed.wait()
-            if not self.ready or not turns:
+            if not self.ready or not iterations:
                 return
-            turns -= 1
+            iterations -= 1
             self.call(self._run_ready)
 
     def close_all(self) -> None:
@@ -260,8 +260,8 @@ class Core(Scheduler):
         finally:
             self.end()
 
-    def end_turns(self) -> None:
-        """End the turns with the last task of the user: tasks may need them while they clean up."""
+    def stop_after_tasks(self) -> None:
+        """Stop the scheduler after the last task of the user: tasks may need it while they clean up."""
         self._ending = True
         if not self.tasks_running:
-            self.turns.cancel()
+            self.scheduler_scope.cancel()

@@ -22,45 +22,45 @@ from ._selector import READ, Registration, Selector
 RESOLUTION = 1e-9
 
 
-class Turns(Protocol):
-    """What a driver calls: the scheduler, whose iterations are called turns."""
+class DrivenScheduler(Protocol):
+    """What a driver needs of the scheduler."""
 
-    #: Whether tasks were started since the last turn began. They run before the next one.
+    #: Whether tasks were started since the last iteration began. They run before the next one.
     tasks_started: bool
 
-    def turn(self) -> float:
-        """Call the callbacks of ready file descriptors, and run what is due.
+    def run_once(self) -> float:
+        """Run one iteration: scheduled callbacks, callbacks of ready file descriptors, and timers that are due.
 
-        Return the deadline of the next turn, which comes earlier if a file descriptor is ready: minus infinity means
-        at once, infinity means no deadline.
+        Return the deadline of the next iteration, which comes earlier if a file descriptor is ready. Minus infinity
+        means at once, infinity means no deadline.
         """
         ...
 
 
 class Driver(ABC):
-    """Calls `turn` whenever a file descriptor is ready, the deadline has come, or `wake` is called."""
+    """Runs an iteration when a file descriptor is ready, when the deadline has come, and after `wake`."""
 
     def __init__(self, time: Callable[[], float]) -> None:
         #: The clock, in seconds.
         self.time: Callable[[], float] = time
-        #: Whether the next turn comes only when it is due: `wake` makes it come at once.
+        #: Whether it waits for the next iteration, so that `wake` is needed to begin it at once.
         self.waiting = False
 
     @abstractmethod
-    async def run(self, turns: Turns) -> None:
-        """Call `turns.turn` until cancelled. Raises what a turn raises."""
+    async def run(self, scheduler: DrivenScheduler) -> None:
+        """Run iterations until cancelled. Raises what `scheduler.run_once` raises."""
 
     @abstractmethod
     def wait_until(self, deadline: float) -> None:
-        """Change the deadline of the next turn. May only be called while `waiting`."""
+        """Change the deadline of the next iteration. May only be called while `waiting`."""
 
     @abstractmethod
     def wake(self) -> None:
-        """Let the next turn come at once. May only be called in the thread that runs the turns."""
+        """Begin the next iteration at once. May only be called in the thread of the scheduler."""
 
     @abstractmethod
     def wake_threadsafe(self) -> None:
-        """Let the next turn come at once, from any thread. Raises `RuntimeError` when the driver is closed."""
+        """Begin the next iteration at once, from any thread. Raises `RuntimeError` if the driver is closed."""
 
     @abstractmethod
     def close(self) -> None:
@@ -84,7 +84,7 @@ class TaskDriver(Driver):
         selector.registrations[waker.fd] = waker
         selector.set_interest(waker, READ)
 
-    async def run(self, turns: Turns) -> None:
+    async def run(self, scheduler: DrivenScheduler) -> None:
         selector = self._selector
         deadline = -inf
         async with selector.running():
@@ -102,10 +102,10 @@ class TaskDriver(Driver):
                     finally:
                         self.waiting = False
                         self._scope = None
-                if turns.tasks_started:
+                if scheduler.tasks_started:
                     # trio runs ready tasks in random order; only a second checkpoint is sure to come after them.
                     await anyio.lowlevel.checkpoint()
-                deadline = turns.turn()
+                deadline = scheduler.run_once()
 
     def wait_until(self, deadline: float) -> None:
         if self._scope is None:

@@ -134,7 +134,7 @@ class Timers:
             self._first_cancelled()
 
     def next_deadline(self) -> float:
-        """Return the deadline of the first pending timer, or infinity if there is none."""
+        """Return the deadline of the first pending timer, or infinity without one."""
         heap = self.heap
         while heap and heap[0][2] is None:
             heapq.heappop(heap)

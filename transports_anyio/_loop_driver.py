@@ -1,11 +1,11 @@
 """The driver where an asyncio event loop runs: asyncio's own or uvloop.
 
-Holds: a driver whose turns run in callbacks of the event loop.
+Holds: a driver that runs the iterations in callbacks of the event loop.
 May know: `asyncio`, `anyio`, `sniffio`, `_driver`, `_selector`.
 
 A wait through AnyIO adds our selector to the loop's selector, removes it again, and switches tasks, for every batch.
 With one request at a time, that costs more than everything else together. So the selector stays registered in the
-loop, and turns run in the loop's own callback.
+loop, and the loop's own callback runs the iteration.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 import anyio
 
-from ._driver import RESOLUTION, Driver, Turns
+from ._driver import RESOLUTION, DrivenScheduler, Driver
 from ._selector import SystemSelector
 
 # AnyIO asks sniffio which backend runs, if it is installed (trio brings it). sniffio recognizes asyncio by the current
-# task, and callbacks of the loop have none, so turns name the backend here.
+# task, and callbacks of the loop have none, so iterations name the backend here.
 running: Any
 try:
     from sniffio import thread_local as running
@@ -32,14 +32,14 @@ ROUNDED_OFF = 0.001
 
 
 class LoopDriver(Driver):
-    """Keeps the selector registered in the running event loop, and takes turns in the loop's callbacks."""
+    """Keeps the selector registered in the running event loop, and runs iterations in the loop's callbacks."""
 
     def __init__(self, selector: SystemSelector, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop.time)
         self._selector = selector
         self._fd = selector.fileno()
         self._loop = loop
-        self._turns: Turns | None = None
+        self._scheduler: DrivenScheduler | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = inf  # Of the loop's timer.
         self._wanted = inf  # The deadline that the timer is moved to.
@@ -49,10 +49,10 @@ class LoopDriver(Driver):
         self._failure: BaseException | None = None
         self._stopped = anyio.Event()
 
-    async def run(self, turns: Turns) -> None:
-        self._turns = turns
+    async def run(self, scheduler: DrivenScheduler) -> None:
+        self._scheduler = scheduler
         self._loop.add_reader(self._fd, self._ready)
-        self._turn()
+        self._run_once()
         try:
             await self._stopped.wait()
         finally:
@@ -60,18 +60,18 @@ class LoopDriver(Driver):
         if self._failure is not None:
             raise self._failure
 
-    def _turn(self) -> None:
-        turns = self._turns
-        if turns is None:
-            return  # Woken before the first turn, or after the last one.
+    def _run_once(self) -> None:
+        scheduler = self._scheduler
+        if scheduler is None:
+            return  # Woken before the first iteration, or after the last one.
         self.waiting = False
         try:
             if running is None:
-                deadline = turns.turn()
+                deadline = scheduler.run_once()
             else:
                 before, running.name = running.name, "asyncio"
                 try:
-                    deadline = turns.turn()
+                    deadline = scheduler.run_once()
                 finally:
                     running.name = before
         except BaseException as exc:
@@ -88,23 +88,23 @@ class LoopDriver(Driver):
         if deadline != self._deadline:
             self._set_timer(deadline)
 
-    # At most one turn in each iteration of the loop, whatever asks for it.
+    # At most one iteration of ours in each iteration of the loop.
 
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._scheduled_turn)
+            self._loop.call_soon(self._scheduled_run)
 
-    def _scheduled_turn(self) -> None:
+    def _scheduled_run(self) -> None:
         self._scheduled = False
-        self._turn()
+        self._run_once()
 
     def _ready(self) -> None:
-        turns = self._turns
-        if turns is not None and turns.tasks_started:
+        scheduler = self._scheduler
+        if scheduler is not None and scheduler.tasks_started:
             self._schedule()  # uvloop may call a reader before a task that was started earlier.
         elif not self._scheduled:
-            self._turn()
+            self._run_once()
 
     def _set_timer(self, deadline: float) -> None:
         if self._timer is not None:
@@ -119,11 +119,11 @@ class LoopDriver(Driver):
             return
         self._deadline = inf
         self._timer = None
-        self._turn()
+        self._run_once()
 
     def _stop(self) -> None:
-        if self._turns is not None:
-            self._turns = None
+        if self._scheduler is not None:
+            self._scheduler = None
             self.waiting = False
             self._loop.remove_reader(self._fd)
             self._set_timer(inf)
@@ -147,7 +147,7 @@ class LoopDriver(Driver):
 
     def wake_threadsafe(self) -> None:
         if self._wake_sent:
-            return  # The turn that an earlier call asked for serves this call, too.
+            return  # The iteration that an earlier call asked for serves this call, too.
         self._wake_sent = True
         try:
             self._loop.call_soon_threadsafe(self._woken)

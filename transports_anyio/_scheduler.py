@@ -1,9 +1,7 @@
 """The scheduler: callbacks and timers, and the iterations of the event loop in which they run.
 
-Holds: the queue of callbacks, the timers, and the order of one iteration.
+Holds: the queue of callbacks, the timers, and the order in which one iteration runs them.
 May know: `_callbacks`, `_driver`, `_errors`, `_handles`, `_poller`, `_selector`.
-
-One iteration is called a turn.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ if TYPE_CHECKING:
     from ._poller import Poller
     from ._selector import Failed, Registration
 
-# A turn ends after so many file descriptors, or so many seconds, so that tasks can run.
-SERVED_IN_A_TURN = 64
-LENGTH_OF_A_TURN = 0.002
+# An iteration serves this number of file descriptors, or lasts this number of seconds; then tasks can run.
+MAX_SERVED = 64
+MAX_SECONDS = 0.002
 
 # How many iterations of the backend a due timer waits for tasks to receive what arrived before it was due. In the first
 # one the backend may only poll the system. trio runs tasks in random order, so all of them have run only after a
@@ -50,7 +48,7 @@ def wrong_thread(name: str, instead: str) -> RuntimeError:
 class Scheduler:
     """Runs callbacks, timers and the callbacks of file descriptors, in asyncio's order."""
 
-    #: Whether a turn goes on while callbacks schedule other callbacks, and not only while file descriptors are ready.
+    #: Whether an iteration continues while callbacks schedule callbacks, and not only while descriptors are ready.
     goes_on = False
 
     # These exist once the poller is open.
@@ -65,10 +63,10 @@ class Scheduler:
         self.timers: Timers = Timers(self._first_timer_cancelled)
         self.entered: bool = False  # The poller has been opened.
         self.alive: bool = False  # Callbacks can be scheduled.
-        self.thread: int = 0  # The thread that runs the turns. No thread has the number 0.
+        self.thread: int = 0  # The thread that runs the iterations. No thread has the number 0.
         # Makes scheduling from other threads atomic with the end. Reentrant, for signal handlers.
         self.handing_over: RLock = RLock()
-        self.tasks_started: bool = False  # Since the turn began.
+        self.tasks_started: bool = False  # Since the iteration began.
         self.receiving_tasks: int = 0  # Our tasks that receive for a transport, or wait for a file descriptor.
         self._rounds_for_tasks = 0  # How many iterations of the backend due timers have waited for these tasks.
 
@@ -92,12 +90,12 @@ class Scheduler:
         """Return `function(*args)`, which runs user code. A task of ours calls this."""
         return function(*args)
 
-    # The turn
+    # One iteration
 
-    def turn(self) -> float:
+    def run_once(self) -> float:
         """Run scheduled callbacks, then the callbacks of file descriptors that are ready, then the timers that are due.
 
-        That is asyncio's order. Return the deadline of the next turn: minus infinity means at once.
+        That is asyncio's order. Return the deadline of the next iteration: minus infinity means at once.
         """
         dispatch = self.dispatch
         failed = self._fd_callback_failed
@@ -106,7 +104,7 @@ class Scheduler:
         ready = self.ready
         served = 0
         self.tasks_started = False
-        until = monotonic() + LENGTH_OF_A_TURN
+        until = monotonic() + MAX_SECONDS
         while True:
             if ready:
                 self._run_ready()
@@ -125,7 +123,7 @@ class Scheduler:
             # arrives then belongs to the handshake.
             if (
                 not (count or (ready and self.goes_on))
-                or served >= SERVED_IN_A_TURN
+                or served >= MAX_SERVED
                 or self.tasks_started
                 or monotonic() >= until
             ):
@@ -199,7 +197,7 @@ class Scheduler:
     # Scheduling
 
     def call_internal(self, callback: Callable[..., object], *args: Any) -> None:
-        """Run `callback` in the next turn, without a context or a handle."""
+        """Run `callback` in the next iteration, without a context or a handle."""
         self.ready.append(partial(callback, *args) if args else callback)
         self.driver.wake()
 

@@ -118,8 +118,8 @@ def test_ctrl_c_between_two_turns():
     import asyncio
 
     from transports_anyio import open_event_loop, to_asyncio
+    from transports_anyio._driver import TaskDriver
     from transports_anyio._event_loop._core import LoopCore
-    from transports_anyio._poller import WaitingPoller
 
     events = []
 
@@ -150,7 +150,7 @@ def test_ctrl_c_between_two_turns():
             sys.settrace(None)
 
     reached = 0
-    for function in (WaitingPoller.run, LoopCore._take_turns, LoopCore.turn, LoopCore.call):
+    for function in (TaskDriver.run, LoopCore._run_scheduler, LoopCore.run_once, LoopCore.call):
         code = function.__code__
         for line in sorted({line for _, _, line in code.co_lines() if line}):
             events.clear()

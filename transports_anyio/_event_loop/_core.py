@@ -1,7 +1,7 @@
-"""The inside of an event loop: a group's core, whose turns are taken with the event loop set as the running one.
+"""The inside of an event loop: a group's core, whose iterations run with the event loop set as the running one.
 
 Holds: the two sides and the way from one to the other. *asyncio code* runs while the event loop is set as running: in
-turns, and in `call`. *Backend code* runs in the backend's own tasks, and in `as_backend`.
+iterations, and in `call`. *Backend code* runs in the backend's own tasks, and in `as_backend`.
 """
 
 # The event loop's own modules know what it hides from users.
@@ -51,7 +51,7 @@ class LoopDoor(CallbackContext):
 
 
 class LoopCore(Core):
-    """What an event loop owns, and its turn."""
+    """The scheduler of an event loop, with all that it owns."""
 
     goes_on = True  # A task takes several steps for most things, and a round through the backend costs more than those.
 
@@ -62,7 +62,7 @@ class LoopCore(Core):
         self.leaving: BaseException | None = None
         #: Ends the block of the event loop.
         self.end_block: Callable[[], object] = bool
-        self._running = False  # In a turn or a call: callbacks are under way.
+        self._running = False  # An iteration or a call is running.
 
     # The two sides
 
@@ -121,40 +121,40 @@ class LoopCore(Core):
                     driver.wait_until(self.timers.next_deadline())
 
     def _run_on(self) -> None:
-        """Run what is ready. If that makes something ready, go on as a turn does, in which I/O has its turn, too."""
+        """Run what is ready. If that makes something ready, run an iteration, which includes I/O."""
         if self.ready:
             self._run_ready()
             if self.ready:
-                self._turn()
+                self._run_once()
 
     def run_callback(self, callback: Callable[[], object]) -> None:
         """Run a callback; what it raises is reported."""
         self._run_callback(callback)
 
-    def _start_turns(self) -> None:
+    def _start_scheduler(self) -> None:
         # Not by AnyIO, whose own lines would not be protected from Ctrl-C.
-        self._loop._spawner.start(self._run_turns)  # noqa: SLF001
+        self._loop._spawner.start(self._run_scheduler)  # noqa: SLF001
 
-    async def _run_turns(self) -> None:
-        with self.turns:
+    async def _run_scheduler(self) -> None:
+        with self.scheduler_scope:
             while True:
                 try:
                     await self.driver.run(self)
                 except Exception as exc:
-                    self.leave_by(exc)  # The turns go on, for the clean-ups.
+                    self.leave_by(exc)  # The scheduler continues, for the clean-ups.
 
-    def turn(self) -> float:
+    def run_once(self) -> float:
         before = self._outside = self._enter()
         self._running = True
         try:
-            return self._turn()
+            return self._run_once()
         finally:
             self._running = False
             self._leave(before)
 
-    def _turn(self) -> float:
+    def _run_once(self) -> float:
         try:
-            return super().turn()
+            return super().run_once()
         except BaseException as exc:  # What a protocol's callback raises to leave, or a failure of the poller.
             self.leave_by(exc)
             return -inf
