@@ -7,7 +7,7 @@ Knows neither endpoint functions nor transports.
 
 from __future__ import annotations
 
-from asyncio import AbstractServer
+from asyncio import AbstractServer, _get_running_loop  # pyright: ignore[reportPrivateUsage]  # for code that makes loops
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from functools import partial
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # How many times callbacks may schedule other callbacks after everything else has ended.
 LAST_ITERATIONS = 100
 
+T = TypeVar("T")
 ProtocolT = TypeVar("ProtocolT")
 ChannelT = TypeVar("ChannelT", bound="Channel")
 TransportT = TypeVar("TransportT", bound=Resource)
@@ -60,6 +61,14 @@ class Core(Scheduler):
         self.tasks_running: int = 0
 
         self.changed: Waiters = Waiters()  # Notified when a transport, handshake or task ends.
+
+    def as_backend(self, function: Callable[..., T], *args: Any) -> T:
+        """Return `function(*args)`, which needs the backend: it starts a task, for example."""
+        if self.poller.loop is None:
+            core: Core | None = getattr(_get_running_loop(), "_core", None)
+            if core is not None:  # Asyncio code in an event loop of this package calls a group that runs on trio.
+                return core.as_backend(function, *args)
+        return function(*args)
 
     # Life cycle
 
@@ -178,7 +187,7 @@ class Core(Scheduler):
         if not isinstance(coroutine, Coroutine):
             raise TypeError(f"start_soon() takes an async function, but {async_function!r} returned {coroutine!r}")
         try:
-            self.task_group.start_soon(self._run_task, coroutine, name=name)
+            self.as_backend(partial(self.task_group.start_soon, self._run_task, coroutine, name=name))
         except BaseException:
             coroutine.close()
             raise

@@ -57,7 +57,7 @@ class DatagramEndpoints(Endpoints):
         - `reuse_port`: allow other sockets, also those of other processes, to bind to the same local port
         - `allow_broadcast`: allow to send to broadcast addresses
         - `sock`: a socket of type `SOCK_DGRAM`, `SOCK_RAW` or `SOCK_RDM` and of any family, used instead of the other
-          parameters. If it is connected, its peer is the remote address; a netlink socket has none. The group owns the
+          parameters. If it is connected, its peer is the remote address (not for netlink sockets). The group owns the
           socket from now on, and closes it on every error. The transport empties its error queue (`IP_RECVERR`).
 
         Raises, and leaves no socket open:
