@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,3 +87,9 @@ async def test_the_states_of_a_connection(stack: Stack) -> None:
         await group.wait_closed()
         states.append(transport._state)
     assert states == [State.OPEN, State.LOST, State.LOST, State.CLOSED]
+
+
+def test_the_drawings_are_up_to_date() -> None:
+    script = Path(__file__).parents[1] / "docs" / "draw_states.py"
+    run = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

@@ -137,13 +137,13 @@ def joined(chunks: Iterable[bytes | memoryview], most: int) -> bytes | memoryvie
 #: What a `send` raises for an object that cannot be an address: a mistake of the caller, not an error of the network.
 ADDRESS_ERRORS = (TypeError, ValueError, OverflowError)
 
-# After readiness was reported in vain: how long not to watch, in seconds. It doubles each time in a row.
+# How long not to watch, in seconds, after the channel was reported ready and could move nothing. It doubles each time.
 FIRST_PAUSE = 0.001
 LONGEST_PAUSE = 0.05
 
 
 def pause_after(count: int) -> float:
-    """Return how long to pause, in seconds, after readiness was reported in vain `count` times in a row."""
+    """Return how long to pause, in seconds, after the channel was reported ready wrongly `count` times in a row."""
     return min(FIRST_PAUSE * (1 << min(count - 1, 16)), LONGEST_PAUSE)
 
 
@@ -179,7 +179,7 @@ class DatagramChannel(Channel):
         return []
 
     def pause(self, event: int, delay: float) -> None:  # not needed where readiness is exact
-        """Do not watch for `event`, `READ` or `WRITE`, for `delay` seconds: it was reported in vain.
+        """Do not watch for `event`, `READ` or `WRITE`, for `delay` seconds: nothing could be moved.
 
         `set_reading` and `set_writing` end the pause.
         """

@@ -35,27 +35,33 @@ class StartTLSEndpoints(Endpoints):
     ) -> Transport:
         """Encrypt the connection of `transport` from here on and return its new transport, for `protocol`.
 
-        `transport` is any stream transport of this library, over TLS too (TLS in TLS). What was written to it before is
-        sent before the handshake, in the clear; what has not been given to its protocol yet belongs to the handshake.
-        A protocol that has been given bytes of the handshake, because they came with the last of its own, hands them
-        back as `received` (not in asyncio). One that has answered in the clear, and calls this later than from a task
-        that it starts at once, calls `pause_reading` meanwhile.
+        - `transport`: any stream transport of this library, over TLS too (TLS in TLS). What was written to it before is
+          sent before the handshake, in the clear. What its protocol has not received yet belongs to the handshake.
+        - `sslcontext`: the settings; that of a server (`server_side` true) needs a certificate.
+        - `server_hostname`: the name that a client verifies. `None` or `""` leaves the name in the certificate
+          unchecked, which the context has to allow.
+        - `ssl_handshake_timeout`, `ssl_shutdown_timeout`: in seconds, 60 and 30 by default.
+        - `received`: bytes of the handshake that the old protocol has received with its last data (not in asyncio).
 
-        `connection_made` is not called again. Nothing is received from the new transport before this returns, and it
-        is not paused. After it, `transport` only serves to `close` or `abort` the connection; `write` raises
-        `RuntimeError`.
+        A protocol that answers in the clear, and does not call this in a task that it starts at once, has to call
+        `pause_reading` until then. `connection_made` is not called again. Nothing is received from the new transport
+        before this returns, and it is not paused. Afterwards `transport` can only `close` or `abort` the connection;
+        `write` raises `RuntimeError`.
 
-        `sslcontext` has the settings; a server (`server_side` true) needs one with its certificate. A client gives the
-        name to verify as `server_hostname`; `None` or `""` leaves the name in the certificate unchecked, which the
-        context has to allow. `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
+        Raises, with the connection unchanged:
 
-        Raises, with the connection untouched, `TypeError` for another kind of transport, protocol or context,
-        `ValueError` for options that contradict each other, and `RuntimeError` when the transport is another group's,
-        is closing, has sent its end of file, has been upgraded, or is busy with `sendfile` or another `start_tls`.
-        Raises `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves,
-        `ConnectionAbortedError` when the handshake takes too long or the transport is closed meanwhile; the connection
-        is then aborted, by a cancellation too, and `connection_lost` of `protocol` called. A `close` flushes first, as
-        ever: what was written since the call goes encrypted, or not at all if the handshake fails.
+        - `TypeError` for another kind of transport, protocol or context,
+        - `ValueError` for options that contradict each other,
+        - `RuntimeError` when the transport is another group's, is closing, has sent its end of file, has been upgraded,
+          or is busy with `sendfile` or another `start_tls`.
+
+        Raises, after the connection was aborted and with `connection_lost` of `protocol` called (a cancellation aborts
+        it too):
+
+        - `ssl.SSLError` when the ends do not agree,
+        - `ConnectionResetError` when the peer leaves,
+        - `ConnectionAbortedError` when the handshake takes too long or the transport is closed during it. A `close`
+          sends first what was written, encrypted; if the handshake fails it is dropped.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
         """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .._callbacks import CallbackContext
     from .._channels._abc import DatagramChannel
 
-# How many datagrams one readiness event may receive: a flood costs less, and other connections still have their turn.
+# How many datagrams one readiness event may receive: a flood costs less, and other connections do not wait long.
 # Measured, in processor time for each datagram of a flood: 5.9 µs one by one, 3.8 by fours, 3.1 by sixteens, and no
 # less by more.
 RECEIVES_AT_ONCE = 16

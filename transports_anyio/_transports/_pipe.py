@@ -52,8 +52,8 @@ class WritePipeTransport(StreamTransport):
         if self._channel.has_hung_up():
             self._reader_gone()
         else:
-            # Input, on a file descriptor that can read too. It is not read, so where the system cannot tell it from a
-            # hang-up it would be reported again and again. The next write shows whether the reader has gone.
+            # Input, on a file descriptor that can read too. It is not read, so it would be reported again and again
+            # where the system does not distinguish it from a hang-up. The next write shows whether the reader has gone.
             self._channel.set_reading(False)
 
     def _reader_gone(self) -> None:

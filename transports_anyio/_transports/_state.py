@@ -41,9 +41,9 @@ TRANSITIONS: Mapping[State, Mapping[State, str]] = {
         State.LOST: "abort or error",
         State.UPGRADED: "start_tls",
     },
-    State.SHUTTING_DOWN: {State.LOST: "shut down, abort or error"},
+    State.SHUTTING_DOWN: {State.LOST: "shut down or error"},
     State.LOST: {State.CLOSED: "connection_lost"},
-    State.UPGRADED: {State.CLOSED: "the new transport is closed"},
+    State.UPGRADED: {State.CLOSED: "new transport closed"},
     State.CLOSED: {},
 }
 
