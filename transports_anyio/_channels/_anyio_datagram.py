@@ -1,7 +1,7 @@
 """A channel over one of AnyIO's datagram sockets.
 
 Holds: the channel.
-May know: `_anyio`, `_datagram`, `_socket`, `anyio`.
+May know: `_abc`, `_anyio`, `_datagram`, `_socket`, `anyio`.
 """
 
 from __future__ import annotations

@@ -278,9 +278,13 @@ class ChannelTransport(asyncio.BaseTransport):
         write sets `_write_error` and `_write_blocked` without calling a function.
         """
         exc = self._write_error
-        if exc is not None and self._state < LOST:
-            if self._callback_context.leaves(exc):
-                self._lose(None, aborted=True)
+        if exc is None:
+            return
+        if self._callback_context.leaves(exc):
+            self._lose(None, aborted=True)
+            self._write_error = None  # It is raised once.
+            raise exc
+        if self._state < LOST:
             self._broken(exc, "write")
 
     def _broken(self, exc: BaseException, doing: str) -> None:
