@@ -309,7 +309,7 @@ async def test_s12_the_first_mistake_is_raised(stack: Stack, function: str, mist
                 assert contexts == []
 
 
-def test_mistakes_are_made_together() -> None:
+def test_mistakes_are_tested_in_pairs() -> None:
     """Or else the order of the tables would be tested by nothing."""
     counts = {name: sum(len(list(together(name, each))) for each in table) for name, table in TABLES.items()}
     assert all(counts[name] > len(table) for name, table in TABLES.items()), counts

@@ -483,7 +483,7 @@ async def test_a_group_cancelled_at_every_checkpoint(anyio_backend: Any, certifi
 
 
 @pytest.mark.parametrize("path", ["no server", "no listener"])
-async def test_a_connection_that_fails_at_once_lets_others_have_their_turn(
+async def test_a_connection_that_fails_at_once_still_yields(
     anyio_backend: Any, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or else a program that tries again and again would do nothing else."""

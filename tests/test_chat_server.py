@@ -65,7 +65,7 @@ async def chatting(stack: Stack, room: Room) -> AsyncIterator[Door]:
         await until(lambda: not room.members)
 
 
-async def test_everybody_hears_everybody(stack: Stack) -> None:
+async def test_every_guest_gets_every_message(stack: Stack) -> None:
     async with chatting(stack, Room()) as door:
         anna = await door.enter("anna")
         bert = await door.enter("bert", anna)
@@ -78,7 +78,7 @@ async def test_everybody_hears_everybody(stack: Stack) -> None:
         assert await anna.hear() == "* bert has left"
 
 
-async def test_names(stack: Stack) -> None:
+async def test_rules_for_names(stack: Stack) -> None:
     async with chatting(stack, Room()) as door:
         anna = await door.enter("anna")
         guest = door.knock()
@@ -131,7 +131,7 @@ async def test_a_reset(stack: Stack) -> None:
         assert (await anna.hear()).startswith("* bert has left (")
 
 
-async def test_a_slow_reader_holds_up_nobody(stack: Stack) -> None:
+async def test_a_slow_reader_does_not_delay_the_others(stack: Stack) -> None:
     """What waits for it is bounded, it is dropped beyond that, and the others miss nothing."""
     room = Room(limit=128 * 1024)
     async with chatting(stack, room) as door:

@@ -96,7 +96,7 @@ async def test_scope_ids(stack: Stack, by: str) -> None:
             assert info["peername"] == (address, listener.getsockname()[1], 0, number)
 
 
-async def test_no_host_is_the_loopback(stack: Stack) -> None:
+async def test_a_host_of_none_means_the_loopback(stack: Stack) -> None:
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             info = await visit(group, listener, None, listener.getsockname()[1])
@@ -104,7 +104,7 @@ async def test_no_host_is_the_loopback(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("host", ["localhost", HOST])
-async def test_a_protocol(stack: Stack, host: str) -> None:
+async def test_a_protocol_number(stack: Stack, host: str) -> None:
     """By its number. Which there are besides the one of TCP depends on the system."""
     async with stack.open() as group:
         with bound(backlog=1) as listener:
@@ -122,7 +122,7 @@ async def test_a_protocol(stack: Stack, host: str) -> None:
 
 @needs_ipv6
 @pytest.mark.parametrize("host", [HOST, HOST.encode()])
-async def test_flags_of_the_resolver(stack: Stack, host: Any) -> None:
+async def test_flags_are_passed_to_the_resolver(stack: Stack, host: Any) -> None:
     """IPv4 by way of an IPv6 socket: without the flag the host has no address of the family."""
     async with stack.open() as group:
         with bound(backlog=1) as listener:
@@ -152,7 +152,7 @@ def a_service() -> tuple[str, int] | None:
 
 
 @pytest.mark.skipif(a_service() is None, reason="no service is known here")
-async def test_the_name_of_a_service(stack: Stack) -> None:
+async def test_a_service_name_as_port(stack: Stack) -> None:
     name, port = a_service() or ("", 0)
     async with stack.open() as group:
         with bound(port=port, backlog=1) as listener:
@@ -162,7 +162,7 @@ async def test_the_name_of_a_service(stack: Stack) -> None:
 
 @pytest.mark.skipif(a_service() is None, reason="no service is known here")
 @pytest.mark.skipif(a_link_local_address() is None, reason="there is no link-local address")
-async def test_the_name_of_a_service_behind_a_scope(stack: Stack) -> None:
+async def test_a_service_name_with_a_scoped_address(stack: Stack) -> None:
     name, port = a_service() or ("", 0)
     address, interface = a_link_local_address() or ("", "")
     number = socket.if_nametoindex(interface)
@@ -189,7 +189,9 @@ async def test_the_name_of_a_service_behind_a_scope(stack: Stack) -> None:
         (HOST, 1, {"proto": 12345}),
     ],
 )
-async def test_what_cannot_be_resolved(stack: Stack, host: str, port: Any, options: dict[str, Any]) -> None:
+async def test_hosts_and_ports_that_cannot_be_resolved(
+    stack: Stack, host: str, port: Any, options: dict[str, Any]
+) -> None:
     expected = socket.gaierror
     if port == -1 and not stack.is_oracle:
         expected = OverflowError  # type: ignore[assignment]
@@ -208,7 +210,7 @@ async def test_a_name_with_a_label_of_a_wrong_length(stack: Stack, host: str) ->
 
 
 @pytest.mark.ours_only("asyncio has IDNA 2003")
-async def test_names_beyond_ascii(stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_non_ascii_host_names(stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """IDNA 2008, which has a sharp s, and no snowman."""
     async with stack.open() as group:
         known = {"stra\xdfe.test": [HOST], "xn--strae-oqa.test": [HOST]}  # The first is for uvloop's resolver.
@@ -241,7 +243,7 @@ class Ports(enum.IntEnum):
 
 
 @pytest.mark.parametrize("port", [Ports.TOP, " 65535", "+65535"], ids=repr)
-async def test_what_is_a_number_too(stack: Stack, port: Any) -> None:
+async def test_ports_of_other_number_types(stack: Stack, port: Any) -> None:
     async with stack.open() as group:
         with bound(port=65535, backlog=1) as listener:
             await visit(group, listener, HOST, port)
@@ -301,7 +303,7 @@ async def test_numeric_addresses_need_no_thread(stack: Stack, monkeypatch: pytes
 
 @linux_only
 @pytest.mark.parametrize("options", [{}, {"happy_eyeballs_delay": 1000}, {"interleave": 2}], ids=str)
-async def test_a_name_whose_first_address_refuses(
+async def test_the_next_address_is_tried_without_delay_after_a_refusal(
     stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """With the delay of an hour: the second attempt begins as soon as the first has failed."""
@@ -340,7 +342,7 @@ async def test_happy_eyeballs_does_not_wait_for_a_black_hole(
 
 @needs_ipv6
 @linux_only
-async def test_families_take_turns(stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_address_families_alternate(stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried, and in which order, stands in the error."""
     addresses = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "::1", "127.0.0.4"]
     port = unused_port()
@@ -363,7 +365,7 @@ async def test_families_take_turns(stack: Stack, anyio_backend: Any, monkeypatch
 
 @needs_ipv6
 @pytest.mark.parametrize("delay", [None, 0, 0.001])
-async def test_one_error_names_every_address(stack: Stack, delay: float | None) -> None:
+async def test_the_error_names_every_address(stack: Stack, delay: float | None) -> None:
     port = unused_port()
     async with stack.open() as group:
         with pytest.raises(OSError, match="Multiple exceptions") as caught:
@@ -372,7 +374,7 @@ async def test_one_error_names_every_address(stack: Stack, delay: float | None) 
         assert f"'{HOST_6}', {port}" in str(caught.value)
 
 
-async def test_a_single_error_is_the_one_of_the_system(stack: Stack) -> None:
+async def test_a_single_failure_is_raised_unchanged(stack: Stack) -> None:
     port = unused_port()
     async with stack.open() as group:
         with pytest.raises(ConnectionRefusedError, match=rf"Connect call failed.*127\.0\.0\.1', {port}") as caught:
@@ -382,7 +384,7 @@ async def test_a_single_error_is_the_one_of_the_system(stack: Stack) -> None:
 
 @needs_ipv6
 @pytest.mark.parametrize("delay", [None, 0.001])
-async def test_all_errors(stack: Stack, delay: float | None) -> None:
+async def test_all_errors_raises_an_exception_group(stack: Stack, delay: float | None) -> None:
     stack.needs_python(3, 12, why="there is no all_errors")
     async with stack.open() as group:
         with pytest.raises(ExceptionGroup) as caught:
@@ -398,7 +400,7 @@ async def test_all_errors(stack: Stack, delay: float | None) -> None:
 @needs_ipv6
 @pytest.mark.parametrize("listening", [False, True])
 @pytest.mark.parametrize("options", [{}, {"all_errors": True}, {"happy_eyeballs_delay": 0.001}], ids=str)
-async def test_errors_are_not_kept(stack: Stack, options: dict[str, Any], listening: bool) -> None:
+async def test_errors_leave_no_reference_cycle(stack: Stack, options: dict[str, Any], listening: bool) -> None:
     """Not even until the collector runs: who tries again and again would gather errors, and the frames behind them."""
     if stack.is_oracle and (options or listening):
         pytest.skip("asyncio lets go of them where every address fails, one after the other")
@@ -533,7 +535,7 @@ async def test_s5_a_socket_that_cannot_be_made_among_others(stack: Stack) -> Non
 @pytest.mark.parametrize(
     ("delay", "error"), [("soon", TypeError), ([1], TypeError), (10**400, OverflowError)], ids=["str", "list", "huge"]
 )
-async def test_what_is_no_delay(stack: Stack, delay: Any, error: type[Exception]) -> None:
+async def test_invalid_happy_eyeballs_delay(stack: Stack, delay: Any, error: type[Exception]) -> None:
     """It comes out alone, and not in a group of the tasks that race."""
     async with stack.open() as group:
         with bound(backlog=1) as listener:
@@ -547,7 +549,7 @@ async def test_what_is_no_delay(stack: Stack, delay: Any, error: type[Exception]
 
 @needs_ipv6
 @pytest.mark.parametrize("delay", [float("nan"), float("inf"), -1, True, 1e300], ids=str)
-async def test_delays_of_a_strange_kind(stack: Stack, delay: float) -> None:
+async def test_unusual_but_valid_happy_eyeballs_delay(stack: Stack, delay: float) -> None:
     """Each is a number, and so some head start or none."""
     async with stack.open() as group:
         for host in (HOST, HOST_6):
@@ -561,7 +563,7 @@ async def test_delays_of_a_strange_kind(stack: Stack, delay: float) -> None:
 @pytest.mark.parametrize(
     ("scope", "error"), [((1 << 21, 0), OverflowError), ((0, "lo"), TypeError)], ids=["flow", "scope"]
 )
-async def test_a_local_address_that_no_socket_takes(
+async def test_an_invalid_local_address(
     stack: Stack, scope: tuple[Any, ...], error: type[Exception], delay: float | None
 ) -> None:
     """A mistake of the caller's, which is no reason to try another address: it comes out alone, whatever races."""
@@ -595,7 +597,7 @@ async def test_a_local_address(stack: Stack, host: Any) -> None:
 
 
 @needs_ipv6
-async def test_a_local_address_of_the_right_family(stack: Stack) -> None:
+async def test_the_local_address_of_the_matching_family_is_used(stack: Stack) -> None:
     """`None` is both loopback addresses."""
     async with stack.open() as group:
         for host in (HOST, HOST_6):
@@ -623,7 +625,7 @@ async def test_every_local_address_is_tried(
             assert info["sockname"] == ("127.0.0.6", port)
 
 
-async def test_a_local_address_that_cannot_be_had(stack: Stack) -> None:
+async def test_an_unavailable_local_address(stack: Stack) -> None:
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             name = listener.getsockname()
@@ -633,7 +635,7 @@ async def test_a_local_address_that_cannot_be_had(stack: Stack) -> None:
 
 
 @linux_only
-async def test_a_local_address_that_fails_for_every_remote_one(
+async def test_a_local_address_that_fails_for_every_remote_address(
     stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is one failure, and has the number of one."""
@@ -650,14 +652,14 @@ async def test_a_local_address_that_fails_for_every_remote_one(
     [((HOST,), ValueError), ((), ValueError), (HOST, TypeError), (5, TypeError), ((HOST, 0, 0, 0, 0), TypeError)],
     ids=str,
 )
-async def test_what_is_no_local_address(stack: Stack, local_addr: Any, error: type[Exception]) -> None:
+async def test_malformed_local_address(stack: Stack, local_addr: Any, error: type[Exception]) -> None:
     async with stack.open() as group:
         with bound(backlog=1) as listener, pytest.raises(error):
             await group.create_connection(Recorder, *listener.getsockname(), local_addr=local_addr)
 
 
 @needs_ipv6
-async def test_no_local_address_of_the_family(stack: Stack) -> None:
+async def test_no_local_address_of_a_matching_family(stack: Stack) -> None:
     stack.needs_python(3, 12, why="it connects as if there were no local_addr")
     async with stack.open() as group:
         with bound(backlog=1) as listener:
@@ -666,7 +668,7 @@ async def test_no_local_address_of_the_family(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("all_errors came with Python 3.12")
-async def test_failures_to_bind_are_among_all_errors(stack: Stack) -> None:
+async def test_all_errors_includes_failures_to_bind(stack: Stack) -> None:
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             name = listener.getsockname()
@@ -763,9 +765,7 @@ async def test_an_adopted_socket_is_closed_whatever_happens(stack: Stack) -> Non
 @linux_only
 @pytest.mark.ours_only("asyncio reports it, and leaves a connection that hears nothing")
 @pytest.mark.parametrize("adopted", [False, True])
-async def test_a_system_that_watches_no_more_descriptors(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch, adopted: bool
-) -> None:
+async def test_epoll_refuses_the_socket(stack: Stack, monkeypatch: pytest.MonkeyPatch, adopted: bool) -> None:
     """ENOSPC of epoll (`max_user_watches`): it costs the connection, and not the group."""
     failure = OSError(errno.ENOSPC, "as the system would")
     refused = Recorder()
@@ -810,14 +810,14 @@ async def test_neither_an_address_nor_a_socket(stack: Stack) -> None:
     ("name", "value", "version"),
     [("server_hostname", "x", (3, 10)), ("ssl_handshake_timeout", 1, (3, 10)), ("ssl_shutdown_timeout", 1, (3, 11))],
 )
-async def test_parameters_of_tls_without_tls(stack: Stack, name: str, value: Any, version: tuple[int, int]) -> None:
+async def test_tls_parameters_without_ssl(stack: Stack, name: str, value: Any, version: tuple[int, int]) -> None:
     stack.needs_python(*version, why=f"there is no {name}")
     async with stack.open() as group:
         with pytest.raises(ValueError, match="only meaningful with ssl"):
             await group.create_connection(Recorder, HOST, 1, **{name: value})
 
 
-async def test_tls_needs_a_name(stack: Stack) -> None:
+async def test_tls_needs_a_server_name(stack: Stack) -> None:
     ours, theirs = socket.socketpair()
     async with stack.open() as group:
         with ours, theirs, pytest.raises(ValueError, match="server_hostname"):
@@ -872,7 +872,7 @@ async def test_nagles_algorithm_is_off_on_both_sides(stack: Stack) -> None:
         server.close()
 
 
-async def test_a_transports_socket_is_to_look_at(stack: Stack) -> None:
+async def test_a_transport_socket_cannot_do_io(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         sock = transport.get_extra_info("socket")
         assert sock.family == socket.AF_INET
@@ -899,7 +899,7 @@ async def test_a_transports_socket_is_to_look_at(stack: Stack) -> None:
             sock.getpeername()
 
 
-async def test_a_transports_socket_is_asyncios_class(stack: Stack) -> None:
+async def test_a_transport_socket_behaves_as_asyncios(stack: Stack) -> None:
     """Programs and type checkers know it by its name, and it shuts down and duplicates as everywhere."""
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         sock = transport.get_extra_info("socket")

@@ -76,7 +76,7 @@ def addresses(server: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("host", [HOST, "localhost", [HOST], (HOST,), {HOST}, [HOST, HOST], [b"127.0.0.1"]], ids=str)
-async def test_the_forms_of_host(stack: Stack, host: Any) -> None:
+async def test_forms_of_host(stack: Stack, host: Any) -> None:
     async with stack.open() as group:
         server = await group.create_server(Echo, host, 0, family=socket.AF_INET)
         (address,) = addresses(server)
@@ -123,7 +123,7 @@ async def test_s11_port_0_is_the_same_port_on_every_address(stack: Stack, host: 
 
 @linux_only
 @pytest.mark.ours_only("asyncio gives them two ports")
-async def test_port_0_when_the_port_is_taken_on_another_address(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_port_0_chooses_again_if_taken_on_another_address(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody has what the system has chosen for the first: it chooses again."""
     bind = socket.socket.bind
     taken: list[int] = []
@@ -168,7 +168,7 @@ async def test_ipv6_sockets_take_no_ipv4(stack: Stack) -> None:
         server.close()
 
 
-async def test_a_family(stack: Stack) -> None:
+async def test_the_family_parameter(stack: Stack) -> None:
     async with stack.open() as group:
         server = await group.create_server(Echo, None, 0, family=socket.AF_INET)
         assert [sock.family for sock in server.sockets] == [socket.AF_INET]
@@ -184,7 +184,7 @@ async def test_flags_without_passive_are_the_loopback(stack: Stack) -> None:
         server.close()
 
 
-async def test_no_address_at_all(stack: Stack) -> None:
+async def test_a_host_without_addresses(stack: Stack) -> None:
     stack.needs_python(3, 13, why="it makes a server that serves nothing")
     async with stack.open() as group:
         with pytest.raises(OSError, match="could not bind on any address"):
@@ -195,7 +195,7 @@ async def test_no_address_at_all(stack: Stack) -> None:
 
 
 @linux_only
-async def test_s7_one_bind_fails_and_all_are_closed(stack: Stack) -> None:
+async def test_s7_one_failing_bind_closes_all_listeners(stack: Stack) -> None:
     async with stack.open() as group:
         with bound("127.0.0.5", backlog=1) as taken:
             before = open_descriptors()
@@ -207,7 +207,7 @@ async def test_s7_one_bind_fails_and_all_are_closed(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("asyncio takes another port for each address")
-async def test_s7_a_chosen_port_is_not_looked_for_for_ever(stack: Stack) -> None:
+async def test_s7_the_search_for_a_common_port_is_bounded(stack: Stack) -> None:
     """All interfaces are taken as soon as one is, whichever port the system chooses."""
     async with stack.open() as group:
         before = open_descriptors()
@@ -218,7 +218,7 @@ async def test_s7_a_chosen_port_is_not_looked_for_for_ever(stack: Stack) -> None
 
 
 @linux_only
-async def test_an_address_that_this_machine_does_not_have(stack: Stack) -> None:
+async def test_binding_to_an_address_of_another_machine(stack: Stack) -> None:
     """As asyncio: a name may have addresses of a family that is turned off."""
     stack.needs_python(3, 13, why="it is an error: bpo-30945")
     elsewhere = "198.51.100.1"  # Set aside for documentation (RFC 5737).
@@ -296,7 +296,7 @@ async def test_keep_alive_is_inherited(stack: Stack) -> None:
         server.close()
 
 
-async def test_two_servers_share_a_port(stack: Stack) -> None:
+async def test_reuse_port_lets_two_servers_share_a_port(stack: Stack) -> None:
     async with stack.open() as group:
         first = await group.create_server(Echo, HOST, 0, reuse_port=True)
         second = await group.create_server(Echo, *addresses(first)[0], reuse_port=True)
@@ -308,14 +308,14 @@ async def test_two_servers_share_a_port(stack: Stack) -> None:
         second.close()
 
 
-async def test_reuse_port_where_it_is_missing(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reuse_port_on_a_system_without_it(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     async with stack.open() as group:
         monkeypatch.delattr(socket, "SO_REUSEPORT")
         with pytest.raises(ValueError, match="not supported"):
             await group.create_server(Echo, HOST, 0, reuse_port=True)
 
 
-async def test_start_serving(stack: Stack) -> None:
+async def test_start_serving_false(stack: Stack) -> None:
     async with stack.open() as group:
         server = await group.create_server(Echo, HOST, 0, start_serving=False)
         (address,) = addresses(server)
@@ -358,7 +358,7 @@ async def test_an_adopted_listener_is_closed_by_a_cancellation(stack: Stack) -> 
 
 @pytest.mark.ours_only("the second server of asyncio's takes the place of the first, which never accepts again")
 @pytest.mark.parametrize("start_serving", [False, True])
-async def test_a_listener_that_is_adopted_already(stack: Stack, start_serving: bool) -> None:
+async def test_a_listener_in_use_by_another_server(stack: Stack, start_serving: bool) -> None:
     """The first server goes on, and so does a connection: both are owners."""
     made, others = Made(Echo), Made()
     async with stack.open() as group:
@@ -416,7 +416,7 @@ async def test_bad_arguments(stack: Stack) -> None:
 # -- accepting --------------------------------------------------------------------------------------------------------
 
 
-async def test_many_connections_a_turn_up_to_the_backlog(stack: Stack) -> None:
+async def test_accepts_up_to_the_backlog_in_one_iteration(stack: Stack) -> None:
     """Twenty clients wait; each turn takes as many as the backlog holds, and then gives way."""
     stack.needs_python(3, 14, 10, why="it takes one less than Linux lets wait")
     made = Made()
@@ -498,7 +498,7 @@ async def test_s6_no_descriptor_for_a_connection(stack: Stack) -> None:
 
 @pytest.mark.parametrize("name", ["ENFILE", "ENOBUFS", "ENOMEM"])
 @pytest.mark.ours_only("asyncio reports it as often as the backlog is long")
-async def test_s6_a_system_that_is_out_of_something(stack: Stack, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_s6_accept_fails_for_lack_of_resources(stack: Stack, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transports_anyio._server.RETRY_DELAY", 0.01)
     failures = [OSError(getattr(errno, name), "as the system would")]
     accept = socket.socket.accept
@@ -580,7 +580,7 @@ def test_a_server_without_descriptors_tries_again_after_a_second() -> None:
 
 @linux_only
 @pytest.mark.ours_only("asyncio keeps its listeners in the selector")
-async def test_s6_a_listener_that_cannot_be_watched_again(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_s6_epoll_refuses_the_listener_after_a_pause(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOSPC of epoll, when the server has waited for a descriptor: it waits once more."""
     from transports_anyio._selector import EpollSelector
 
@@ -610,7 +610,7 @@ async def test_s6_a_listener_that_cannot_be_watched_again(stack: Stack, monkeypa
 
 @linux_only
 @pytest.mark.ours_only("about our poller")
-async def test_a_server_that_cannot_be_watched_does_not_serve(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_epoll_refuses_the_listener(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "as the system would")
 
@@ -744,7 +744,7 @@ async def test_a_connection_may_close_the_server_while_others_wait(stack: Stack)
         assert contexts == []
 
 
-async def test_connections_see_the_variables_of_whoever_made_the_server(stack: Stack) -> None:
+async def test_connections_run_in_the_context_of_create_server(stack: Stack) -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
     seen = []
     made = Made(lambda: Recorder(on_connection_made=lambda *_: seen.append(variable.get())))

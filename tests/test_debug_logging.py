@@ -105,13 +105,13 @@ async def test_an_echo(anyio_backend: Any) -> None:
     assert len(streams) == len(client) + len(server)  # Nothing was said of the hundred messages.
 
 
-async def test_nothing_is_said_at_info(anyio_backend: Any) -> None:
+async def test_nothing_is_logged_at_info(anyio_backend: Any) -> None:
     with story(logging.INFO) as lines:
         await converse()
     assert lines == []
 
 
-async def test_messages_cost_nothing(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_messages_are_not_logged(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The logger is asked as often for a hundred messages as for one, and that is when something changes."""
     asked = 0
     is_enabled_for = LOGGER.isEnabledFor

@@ -56,12 +56,12 @@ def test_difference(name: str) -> None:
             assert recorded_on_asyncio(scenario, carrier, "ours") != theirs, f"{scenario} over {carrier}"
 
 
-def test_scenarios_have_names_of_their_own() -> None:
+def test_scenario_names_are_unique() -> None:
     assert len(BY_NAME) == len(SCENARIOS)
     assert {scenario for shows in DIFFERENCES.values() for scenario in shows} <= set(BY_NAME)
 
 
-def test_bytes_that_were_not_sent_are_no_event_like_others(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+def test_unsent_bytes_are_recorded_as_a_mistake(anyio_backend: tuple[str, dict[str, Any]]) -> None:
     """An assertion in a callback ends the connection, equally on both sides: that alone would show nothing."""
     backend, options = anyio_backend
     strange = Scenario("strange", [("a", "write_anything", b"none of the script's")])
@@ -69,7 +69,7 @@ def test_bytes_that_were_not_sent_are_no_event_like_others(anyio_backend: tuple[
         anyio.run(run_scenario, strange, CARRIERS["tcp"], Stack("ours"), backend=backend, backend_options=options)
 
 
-def test_what_a_script_raises_is_what_is_reported(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+def test_the_report_has_the_error_of_the_script(anyio_backend: tuple[str, dict[str, Any]]) -> None:
     """And not a mistake of the recorder's instead, which would be equal on both sides, too."""
     backend, options = anyio_backend
     raising = [each for each in SCENARIOS if any(("self", "raise") in steps for steps in each.reactions.values())]

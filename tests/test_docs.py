@@ -42,6 +42,6 @@ def test_every_row_names_tests_that_exist(name: str) -> None:
     assert [test for row in rows for test in named_tests(row) if not exists(test, tests)] == []
 
 
-def test_every_difference_of_the_scenarios_is_told() -> None:
+def test_every_difference_of_the_scenarios_is_documented() -> None:
     text = (DOCS / "differences.md").read_text()
     assert [name for name in DIFFERENCES if f"\n| {name} |" not in text] == []

@@ -227,7 +227,7 @@ def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Pa
 
 
 @pytest.mark.parametrize("page", list(PAGES))
-def test_every_link_leads_somewhere(page: str) -> None:
+def test_every_link_has_a_target(page: str) -> None:
     """In the checkout too, where Sphinx does not look."""
     text = PAGES[page].read_text(encoding="utf-8")
     targets = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target}
@@ -237,7 +237,7 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("[!_]*.py")))
-def test_every_example_says_what_it_is(example: str) -> None:
+def test_every_example_has_a_docstring_in_the_documentation(example: str) -> None:
     """Its docstring stands in docs/examples.md, which has them all."""
     docstring = ast.get_docstring(ast.parse((ROOT / "examples" / example).read_text(encoding="utf-8")))
     assert docstring
@@ -314,7 +314,7 @@ def test_every_module_is_in_the_architecture() -> None:
     assert {module for module in modules if not re.search(rf"`(?:\w+/)?{module}`", text)} == set()
 
 
-def test_imports_lead_down_only() -> None:
+def test_modules_import_only_lower_layers() -> None:
     """No room knows one that knows it, not for annotations either."""
     package = Path(transports_anyio.__file__).parent
     rooms: dict[str, set[str]] = {}

@@ -172,7 +172,7 @@ async def test_a1_a_peer_that_has_reset_a_tls_connection(anyio_backend: Any, cer
 
 
 @pytest.mark.parametrize("server_side", [True, False], ids=["server", "client"])
-async def test_a1_a_handshake_with_a_peer_that_has_gone(
+async def test_a1_a_handshake_after_the_peer_has_gone(
     anyio_backend: Any, server_side: bool, certificate_authority: trustme.CA
 ) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
@@ -192,9 +192,7 @@ def memory_stream() -> StapledByteStream:
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix", "tls", "memory", "receiving", "sending"])
-async def test_a1_a_stream_that_is_closed_already(
-    anyio_backend: Any, kind: str, certificate_authority: trustme.CA
-) -> None:
+async def test_a1_a_closed_stream(anyio_backend: Any, kind: str, certificate_authority: trustme.CA) -> None:
     async with TransportGroup() as group:
         stream: Any
         if kind == "tcp":
@@ -233,7 +231,7 @@ class Datagrams(Recorder, asyncio.DatagramProtocol):
 
 
 @pytest.mark.parametrize("kind", ["UDP", "connected UDP", "UNIX", "connected UNIX"])
-async def test_a1_a_datagram_socket_that_is_closed_already(anyio_backend: Any, kind: str, tmp_path: Path) -> None:
+async def test_a1_a_closed_datagram_socket(anyio_backend: Any, kind: str, tmp_path: Path) -> None:
     async with TransportGroup() as group:
         sock: Any
         if kind == "UDP":
@@ -296,7 +294,7 @@ class Child(asyncio.SubprocessProtocol):
 
 
 @pytest.mark.parametrize("how", ["ended", "waited for", "closed", "killed and closed", "a pipe closed"])
-async def test_a1_a_process_that_has_ended_already(anyio_backend: Any, how: str) -> None:
+async def test_a1_an_ended_process(anyio_backend: Any, how: str) -> None:
     # Output that nobody can read would end it by a signal.
     program = {"killed and closed": "sleep 1000", "closed": "exit 3", "a pipe closed": "exit 3"}.get(
         how, "echo output; exit 3"

@@ -140,7 +140,7 @@ async def test_a_client_without_a_server(anyio_backend: Any) -> None:
     assert "no answer" in said
 
 
-async def test_the_date(anyio_backend: Any) -> None:
+async def test_the_date_of_a_subprocess(anyio_backend: Any) -> None:
     said = await output(*command("subprocess_date", "--backend", name_of(anyio_backend)))
     assert said.startswith("Current date: 20")
 
@@ -166,7 +166,7 @@ print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the memory is not told there")
-async def test_a_filter_of_a_large_file_needs_no_more_memory(anyio_backend: Any, tmp_path: Path) -> None:
+async def test_filtering_a_large_file_uses_constant_memory(anyio_backend: Any, tmp_path: Path) -> None:
     """Nobody takes the result for a while: without back-pressure, on either side, all of it would wait in memory."""
     source, target, result = tmp_path / "source", tmp_path / "target", tmp_path / "result"
     os.mkfifo(target)
@@ -227,7 +227,7 @@ async def test_a_memory_connection(anyio_backend: Any, size: int | None) -> None
 
 
 @pytest.mark.parametrize("wrong", [b"x", b"5hello,", b"5:hello!", b":", b"100001:", b"9999999"])
-async def test_no_netstring(anyio_backend: Any, wrong: bytes) -> None:
+async def test_malformed_netstrings(anyio_backend: Any, wrong: bytes) -> None:
     async with TransportGroup() as group:
         (transport, recorder), (_, netstrings) = await memory_connection(group, Recorder, Netstrings, chunk_size=1)
         transport.write(b"0:,6:100000,")
@@ -238,7 +238,7 @@ async def test_no_netstring(anyio_backend: Any, wrong: bytes) -> None:
         assert recorder.received == b""
 
 
-async def test_a_stream_of_another_library(anyio_backend: Any) -> None:
+async def test_a_protocol_over_a_stream_of_another_library(anyio_backend: Any) -> None:
     """The pipes of `cat`, and of a relay to our own server."""
     backend = name_of(anyio_backend)
     said = await output(*command("foreign_stream", "--backend", backend, "--message", "hello", "cat"))
@@ -264,7 +264,7 @@ async def test_a_stream_of_httpcore(anyio_backend: Any) -> None:
     assert said.splitlines() == [f"{word:8}  'Hello, is this an echo?'" for word in ("sent", "received")]
 
 
-async def test_the_addresses_and_the_end_of_a_tunnel(anyio_backend: Any) -> None:
+async def test_a_tunnel_has_addresses_and_ends(anyio_backend: Any) -> None:
     with socket.create_server((HOST, 0)) as listener:
         async with http_proxy() as proxy, open_tunnel(proxy, HOST, listener.getsockname()[1]) as tunnel:
             async with TransportGroup() as group:
@@ -305,7 +305,7 @@ while data := sock.recv(65536):
 """
 
 
-async def test_tls_of_another_library(anyio_backend: Any, certificate_authority: trustme.CA) -> None:
+async def test_anyios_tls_over_a_process(anyio_backend: Any, certificate_authority: trustme.CA) -> None:
     """AnyIO's TLS, over the pipes of a process, with a server of AnyIO's too: nothing of ours below the protocol."""
     certificates = Certificates(certificate_authority)
     listener = await anyio.create_tcp_listener(local_host=HOST)

@@ -611,7 +611,7 @@ async def test_a_call_that_fails_at_every_position(anyio_backend: Any, scenario:
     assert await every_position(scenario, fault)
 
 
-async def test_w6_nothing_leaves_the_buffer_when_the_call_would_block(anyio_backend: Any, scenario: Scenario) -> None:
+async def test_w6_a_blocked_call_keeps_the_buffer(anyio_backend: Any, scenario: Scenario) -> None:
     """Every other call would block, then is interrupted; and each of several calls in a row."""
     for fault in ("EAGAIN", "EINTR"):
         for period, phase in ((2, 0), (2, 1), (5, 4)):

@@ -266,7 +266,7 @@ class TwoWorlds(RuleBasedStateMachine):
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="asyncio of an older Python is no oracle")
 # Hypothesis says so of its own generator, which Python 3.14 does not let it see in the thread's variables.
 @pytest.mark.filterwarnings("ignore:It looks like `register_random`")
-def test_no_difference_is_found(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+def test_generated_scripts_show_no_difference(anyio_backend: tuple[str, dict[str, Any]]) -> None:
     run_state_machine_as_test(
         type("Machine", (TwoWorlds,), {"backend": anyio_backend}),
         settings=settings(

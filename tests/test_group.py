@@ -136,7 +136,7 @@ async def test_connect_stream_outside_the_block(anyio_backend: Any) -> None:
         assert await receiver.receive() == b"still the caller's"
 
 
-async def test_what_was_made_is_harmless_after_the_block(anyio_backend: Any) -> None:
+async def test_objects_are_harmless_after_the_block(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         server = await group.create_server(Recorder, HOST, 0)
         async with connected(group) as (transport, protocol, _):
@@ -159,7 +159,7 @@ async def test_what_was_made_is_harmless_after_the_block(anyio_backend: Any) -> 
         await server.start_serving()
 
 
-async def test_a_group_says_what_it_is(anyio_backend: Any) -> None:
+async def test_repr_of_a_group(anyio_backend: Any) -> None:
     group = TransportGroup()
     assert repr(group) == "<TransportGroup new transports=0 buffered=0 servers=0 tasks=0 timers=0>"
     seen = []
@@ -171,7 +171,7 @@ async def test_a_group_says_what_it_is(anyio_backend: Any) -> None:
     assert repr(group) == "<TransportGroup closed transports=0 buffered=0 servers=0 tasks=0 timers=0>"
 
 
-async def test_without_a_descriptor_for_the_poller(anyio_backend: Any) -> None:
+async def test_no_fd_for_the_poller(anyio_backend: Any) -> None:
     """The group cannot be entered, keeps nothing, and can be entered once there are descriptors again."""
     group = TransportGroup()
     for spare in (0, 1, 2):
@@ -225,7 +225,7 @@ async def test_leaving_normally_flushes_and_waits(anyio_backend: Any) -> None:
     assert received == sizes
 
 
-async def test_leaving_normally_ends_both_ends_of_a_connection(anyio_backend: Any) -> None:
+async def test_leaving_normally_closes_both_ends_of_a_connection(anyio_backend: Any) -> None:
     made: list[Recorder] = []
 
     def factory() -> Recorder:
@@ -290,7 +290,7 @@ async def test_a_callback_that_raises_while_the_block_is_left_normally(anyio_bac
         await until(lambda: received == [size])
 
 
-async def test_a_deadline_for_leaving_counts_from_where_it_is_set(anyio_backend: Any) -> None:
+async def test_a_deadline_bounds_the_flush(anyio_backend: Any) -> None:
     protocol = Recorder()
     async with AsyncExitStack() as peers:
         with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
@@ -336,7 +336,7 @@ either_way = pytest.mark.parametrize("how", ["exception", "cancellation"])
 
 
 @either_way
-async def test_leaving_early_aborts_and_tells_the_protocols_first(anyio_backend: Any, how: str) -> None:
+async def test_leaving_early_aborts_and_calls_connection_lost_first(anyio_backend: Any, how: str) -> None:
     order: list[str] = []
     protocols = [Recorder(on_connection_lost=lambda *_: order.append("connection_lost")) for _ in range(3)]
     async with AsyncExitStack() as peers:
@@ -382,7 +382,7 @@ async def test_leaving_early_while_a_close_still_flushes(anyio_backend: Any, how
 
 
 @either_way
-async def test_leaving_early_when_connection_lost_is_on_its_way(anyio_backend: Any, how: str) -> None:
+async def test_leaving_early_when_connection_lost_is_scheduled(anyio_backend: Any, how: str) -> None:
     """It keeps its reason, and comes once."""
     protocols = [Recorder() for _ in range(3)]
     async with AsyncExitStack() as peers:
@@ -402,7 +402,7 @@ async def test_leaving_early_when_connection_lost_is_on_its_way(anyio_backend: A
 
 
 @either_way
-async def test_connections_live_on_while_the_block_cleans_up(anyio_backend: Any, how: str) -> None:
+async def test_connections_work_in_a_shielded_finally(anyio_backend: Any, how: str) -> None:
     """A `finally` of the block may still talk to its peers, shielded: the group's turns are not cancelled before."""
     async with AsyncExitStack() as peers:
         async with left_by(how) as leave, TransportGroup() as group:
@@ -437,7 +437,7 @@ async def test_connection_lost_that_raises_while_the_block_is_left(anyio_backend
 
 
 @either_way
-async def test_nothing_new_begins_while_the_block_is_left(anyio_backend: Any, how: str) -> None:
+async def test_new_connections_are_refused_while_the_block_is_left(anyio_backend: Any, how: str) -> None:
     """`connection_lost` may call what it likes: what would open something is refused, or cancelled already."""
     seen: list[Any] = []
 
@@ -513,7 +513,7 @@ async def test_g2_a_task_sees_its_cancellation_and_no_error(anyio_backend: Any, 
 
 @either_way
 @pytest.mark.parametrize("when", ["connecting", "handshake"])
-async def test_g2_a_connection_under_way_is_cancelled(
+async def test_g2_a_pending_connection_is_cancelled(
     anyio_backend: Any, how: str, when: str, certificate_authority: Any
 ) -> None:
     outcomes: list[type[BaseException] | None] = []
@@ -574,7 +574,7 @@ async def test_g2_a_task_cleans_up_with_the_groups_help(anyio_backend: Any, how:
 
 @pytest.mark.parametrize("asks_first", [False, True])
 @pytest.mark.parametrize("how", ["start_soon", "call_soon", "call_soon twice", "call_later", "TLS"])
-async def test_g3_a_protocol_that_connects_again_does_not_spoil_a_normal_end(
+async def test_g3_a_reconnecting_protocol_does_not_fail_a_normal_exit(
     anyio_backend: Any, how: str, asks_first: bool, certificate_authority: Any
 ) -> None:
     certificates = Certificates(certificate_authority)
@@ -608,7 +608,7 @@ async def test_g3_a_protocol_that_connects_again_does_not_spoil_a_normal_end(
     assert contexts == []
 
 
-async def test_g3_what_a_task_is_refused_is_logged(anyio_backend: Any) -> None:
+async def test_g3_the_refusal_of_a_task_is_logged(anyio_backend: Any) -> None:
     stack = Stack(anyio_backend[0])
 
     async def connect() -> None:
@@ -666,7 +666,7 @@ async def test_g3_a_task_that_fails_beside_a_refusal(anyio_backend: Any) -> None
     assert BoomError in {type(leaf) for leaf in leaves(caught.value)}
 
 
-async def test_g3_a_handshake_that_the_end_of_the_block_breaks_off(
+async def test_g3_a_handshake_interrupted_by_the_end_of_the_block(
     anyio_backend: Any, certificate_authority: Any
 ) -> None:
     """As a connection that is not made yet: the task has its `RuntimeError`, and the block ends normally."""
@@ -710,7 +710,7 @@ WAITS: dict[str, Callable[[TransportGroup, Any, Any, Any], Awaitable[object]]] =
 
 @pytest.mark.parametrize("where", ["the block", "a task"])
 @pytest.mark.parametrize("name", WAITS)
-def test_g4_a_shielded_wait_ends_when_something_leaves_through_the_group(
+def test_g4_a_shielded_wait_ends_when_an_error_propagates(
     anyio_backend: Any, name: str, where: str, certificate_authority: Any
 ) -> None:
     """What it waits for would come once the block is left, which waits for it."""
@@ -866,7 +866,7 @@ async def test_exceptions_of_the_block_and_of_a_task_come_out_together(anyio_bac
     assert sorted(str(leaf) for leaf in leaves(caught.value)) == ["the block's", "the task's"]
 
 
-async def test_what_is_caught_inside_the_block_does_not_end_it(anyio_backend: Any) -> None:
+async def test_an_exception_caught_inside_the_block_does_not_end_it(anyio_backend: Any) -> None:
     async with TransportGroup() as group, connected(group, echo()) as (_, _, peer):
         try:
             raise BoomError
@@ -1012,7 +1012,7 @@ async def test_an_accepted_connection_whose_callback_raises(stack: Stack, callba
 
 
 @pytest.mark.ours_only("asyncio leaves the socket to the garbage collector", before=(3, 14, 10))
-async def test_a_factory_that_raises_is_the_callers_business(stack: Stack) -> None:
+async def test_a_factory_that_raises_fails_the_call_only(stack: Stack) -> None:
     """It comes out of the endpoint function, and the other connections go on."""
     async with stack.open() as group, connected(group, echo()) as (_, _, peer):
         contexts = collect_contexts(group)
@@ -1101,7 +1101,7 @@ leaving_errors = pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit
 
 @leaving_errors
 @pytest.mark.parametrize("where", [*TRIGGERS, "factory", "handler", "call_soon", "call_later", "the block"])
-def test_what_ends_a_program_leaves_through_the_group(anyio_backend: Any, where: str, error: Any) -> None:
+def test_keyboard_interrupt_and_system_exit_propagate(anyio_backend: Any, where: str, error: Any) -> None:
     """And every connection is told once, the one whose callback raised as well."""
     others = [Recorder() for _ in range(3)]
     protocols = list(others)
@@ -1147,7 +1147,7 @@ def test_what_ends_a_program_leaves_through_the_group(anyio_backend: Any, where:
 
 @leaving_errors
 @pytest.mark.parametrize("how", ["normally", "by an exception"])
-def test_what_ends_a_program_comes_while_the_block_is_left(anyio_backend: Any, how: str, error: Any) -> None:
+def test_system_exit_from_connection_lost_while_the_block_is_left(anyio_backend: Any, how: str, error: Any) -> None:
     """From the `connection_lost` of one connection: those of the others still come."""
     protocols = [Recorder(), Recorder(on_connection_lost=raiser(error())), Recorder()]
     at_the_end: list[int] = []
@@ -1170,7 +1170,7 @@ def test_what_ends_a_program_comes_while_the_block_is_left(anyio_backend: Any, h
 
 
 @pytest.mark.parametrize("where", ["the block", "data_received", "while leaving"])
-def test_control_c(anyio_backend: Any, where: str) -> None:
+def test_ctrl_c_with_a_real_signal(anyio_backend: Any, where: str) -> None:
     """A real signal, whatever runs when it comes."""
     protocols = [Recorder() for _ in range(3)]
     at_the_end: list[int] = []
@@ -1357,7 +1357,7 @@ async def test_a_task_outside_the_block_has_no_group(anyio_backend: Any) -> None
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nobody's")
 
 
-async def test_callbacks_see_the_variables_of_whoever_connected(stack: Stack) -> None:
+async def test_callbacks_run_in_the_context_of_the_connecting_task(stack: Stack) -> None:
     seen: list[str] = []
 
     def note(*_: Any) -> None:
@@ -1377,7 +1377,7 @@ async def test_callbacks_see_the_variables_of_whoever_connected(stack: Stack) ->
         assert seen == ["the caller's"] * 4
 
 
-async def test_a_connection_does_not_see_the_variables_of_another(stack: Stack) -> None:
+async def test_connections_do_not_share_context_variables(stack: Stack) -> None:
     """Nor does whoever accepted or connected it."""
     seen: dict[str, str] = {}
 
@@ -1439,7 +1439,7 @@ async def test_the_callbacks_of_a_connection_share_one_context(stack: Stack) -> 
 
 
 @pytest.mark.parametrize("callback", FATAL_IN_ASYNCIO)
-async def test_the_exception_handler_sees_the_variables_of_the_connection(stack: Stack, callback: str) -> None:
+async def test_the_exception_handler_runs_in_the_connections_context(stack: Stack, callback: str) -> None:
     """Those of whoever connected, and what the callback that failed has set."""
     seen: list[str] = []
 
@@ -1483,7 +1483,7 @@ async def test_the_exception_handler_shares_the_context_of_the_connection(stack:
     assert variable.get() == "nobody's"
 
 
-async def test_resume_writing_sees_the_variables_of_the_connection(stack: Stack) -> None:
+async def test_resume_writing_runs_in_the_connections_context(stack: Stack) -> None:
     """`pause_writing` comes from inside `write`, in the context of whoever writes."""
     seen: list[str] = []
 
@@ -1522,9 +1522,7 @@ def nothing_more_is_watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @linux_only
 @pytest.mark.ours_only("asyncio reports it, and leaves the connection to the garbage collector")
 @pytest.mark.parametrize("tls", [False, True])
-async def test_an_accepted_connection_that_the_system_does_not_watch(
-    stack: Stack, tls: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_epoll_refuses_an_accepted_connection(stack: Stack, tls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs this connection, not the group, nor the server and its other clients."""
     made: list[Recorder] = []
 
@@ -1596,7 +1594,7 @@ async def write_to_a_pipe(address: Any, group: Any, protocol: Recorder) -> Any:
     "make",
     [connect_to, connect_to_with_tls, listen, make_an_endpoint, read_from_a_pipe, write_to_a_pipe],
 )
-async def test_an_endpoint_that_the_system_does_not_watch(
+async def test_epoll_refuses_the_connection_of_an_endpoint_function(
     anyio_backend: Any, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caller is told, nothing is left, and the group goes on."""
@@ -1757,7 +1755,7 @@ async def leaves_nothing_to_collect(group: Any, live: Callable[[Any], Awaitable[
 
 
 @pytest.mark.parametrize("live", LIVES)
-async def test_an_ended_connection_leaves_nothing_to_the_garbage_collector(stack: Stack, live: Any) -> None:
+async def test_an_ended_connection_leaves_no_reference_cycle(stack: Stack, live: Any) -> None:
     """Whatever a protocol holds, a large message for example, goes at once: the collector may come much later."""
     async with stack.open() as group:
         # By its loop: the oracle's group remembers what it has made, for the end of the test.
@@ -1766,7 +1764,7 @@ async def test_an_ended_connection_leaves_nothing_to_the_garbage_collector(stack
 
 @pytest.mark.ours_only("asyncio has no such connections")
 @pytest.mark.parametrize("live", OUR_LIVES)
-async def test_an_ended_connection_of_ours_leaves_nothing_to_the_garbage_collector(stack: Stack, live: Any) -> None:
+async def test_an_ended_connection_of_any_kind_leaves_no_reference_cycle(stack: Stack, live: Any) -> None:
     async with stack.open() as group:
         await leaves_nothing_to_collect(group, live)
 
@@ -1785,7 +1783,7 @@ async def test_an_ended_transport_has_no_protocol(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("asyncio leaves the socket to the garbage collector")
-async def test_a_handshake_that_cannot_begin_leaves_nothing(stack: Stack) -> None:
+async def test_a_handshake_that_cannot_begin_leaves_no_reference_cycle(stack: Stack) -> None:
     """Nor is the number of its descriptor still known as another's, when the system gives it away again."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     async with stack.open() as group:
@@ -1896,7 +1894,7 @@ async def test_cancelling_the_outer_group_ends_the_inner_one_first(anyio_backend
         assert order == ["inner", "outer"]
 
 
-async def test_an_error_of_the_inner_group_leaves_through_the_outer_one(anyio_backend: Any) -> None:
+async def test_an_error_of_the_inner_group_propagates_to_the_outer_one(anyio_backend: Any) -> None:
     protocols = [Recorder(), Recorder()]
     async with AsyncExitStack() as peers:
         with raises_inside(BoomError) as caught:
@@ -2003,7 +2001,7 @@ async def test_many_groups_side_by_side(anyio_backend: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["normally", "exception", "cancellation"])
-async def test_nothing_is_left(anyio_backend: Any, how: str) -> None:
+async def test_no_task_fd_or_object_is_left(anyio_backend: Any, how: str) -> None:
     """No task, no descriptor, no object: the moment the block has been left."""
 
     class Plain(Protocol):

@@ -176,7 +176,7 @@ async def test_a_big_download_to_a_slow_reader(stack: Stack) -> None:
         assert await peer.receive() == b""
 
 
-async def test_a_fast_reader_does_not_keep_everybody_else_waiting(stack: Stack) -> None:
+async def test_a_fast_reader_does_not_delay_other_clients(stack: Stack) -> None:
     """A long body is sent in many turns, so that another client is answered in the midst of it."""
     async with stack.open() as group, visiting(group) as (greedy, made):
         await greedy.send(b"GET /bytes/40000000 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -225,7 +225,7 @@ async def test_expect_100_continue(stack: Stack) -> None:
         assert (head.status_code, body.split()[0]) == (200, b"3")
 
 
-async def test_nobody_wants_the_body_of_who_asks_first(stack: Stack) -> None:
+async def test_an_unwanted_body_of_a_client_that_expects_100_continue(stack: Stack) -> None:
     """The answer comes at once, and with it the end, since the client may or may not send the body."""
     async with stack.open() as group, visiting(group) as (peer, _):
         client = Client(peer)
@@ -238,7 +238,7 @@ async def test_nobody_wants_the_body_of_who_asks_first(stack: Stack) -> None:
         assert await until_end(peer) == b""
 
 
-async def test_a_body_that_nobody_wants(stack: Stack) -> None:
+async def test_an_unwanted_body_is_discarded(stack: Stack) -> None:
     async with stack.open() as group, visiting(group) as (peer, _):
         client = Client(peer)
         head, _ = await client.ask("POST", "/nowhere", ("Content-Length", "500000"), body=bytes(500_000))
@@ -258,7 +258,7 @@ async def test_a_body_that_nobody_wants(stack: Stack) -> None:
     ],
     ids=["nonsense", "no host", "too large", "bad chunk", "bad coding"],
 )
-async def test_what_cannot_be_understood(stack: Stack, request_: bytes, status: int) -> None:
+async def test_malformed_requests(stack: Stack, request_: bytes, status: int) -> None:
     """It is answered and ends the connection, and the answer is not lost in a reset."""
     async with stack.open() as group, visiting(group) as (peer, _):
         await peer.send(request_)
@@ -267,7 +267,7 @@ async def test_what_cannot_be_understood(stack: Stack, request_: bytes, status: 
         assert b"connection: close" in answer.lower()
 
 
-async def test_a_target_that_is_no_url(stack: Stack) -> None:
+async def test_a_malformed_target(stack: Stack) -> None:
     """It is the client's mistake and no failure of ours; and the next request is understood."""
     async with stack.open() as group, visiting(group) as (peer, _):
         contexts = collect_contexts(group)
@@ -321,7 +321,7 @@ async def test_a_client_that_does_not_read(stack: Stack) -> None:
         await until(lambda: made[0].body is None)
 
 
-async def test_an_application_that_fails(stack: Stack) -> None:
+async def test_an_application_that_raises(stack: Stack) -> None:
     def fails(request: h11.Request) -> Response:
         raise ZeroDivisionError
 

@@ -90,7 +90,7 @@ def test_every_test_named_after_a_row_is_in_the_table() -> None:
 @pytest.mark.anyio
 @pytest.mark.ours_only("asyncio joins or copies, which its users cannot see")
 @pytest.mark.parametrize("limit", [1000, 30_000])
-async def test_w12_nothing_is_copied_on_its_way_out(stack: Stack, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+async def test_w12_writes_do_not_copy_the_data(stack: Stack, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Whatever the number of partial sends: what the system is offered is what was written, or a view of it."""
     blocks = [pattern(65536 + number) for number in range(16)]
     written = {id(block) for block in blocks}
@@ -208,9 +208,7 @@ async def test_r7_a_buffered_protocol_over_tls_takes_many_records_at_once(
 
 @pytest.mark.anyio
 @pytest.mark.ours_only("asyncio's server would wait for them for a minute")
-async def test_t3_a_thousand_silent_clients_do_not_keep_the_next_one_waiting(
-    stack: Stack, certificates: Certificates
-) -> None:
+async def test_t3_a_thousand_silent_clients_do_not_delay_the_next_one(stack: Stack, certificates: Certificates) -> None:
     resource = pytest.importorskip("resource", reason="no limits of descriptors here")
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     count = min(1000, (soft - len(open_descriptors()) - 50) // 2)

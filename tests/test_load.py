@@ -79,7 +79,7 @@ async def test_ten_thousand_connections_at_once(anyio_backend: Any, descriptors:
     assert (Counting.made, Counting.lost, Counting.failed) == (count, count, 0)
 
 
-async def test_soak_in_short(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+async def test_a_short_soak(anyio_backend: tuple[str, dict[str, Any]]) -> None:
     """Connections come and go, half of them rude, and the memory stays as it is."""
     name, options = anyio_backend
     backend = "uvloop" if options.get("use_uvloop") else name

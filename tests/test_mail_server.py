@@ -161,7 +161,7 @@ async def test_pythons_smtplib(stack: Stack, certificates: Certificates, monkeyp
         )
 
 
-async def test_nothing_is_taken_in_the_clear(stack: Stack, certificates: Certificates) -> None:
+async def test_commands_before_starttls_are_refused(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, serving(group, certificates) as server, visiting(server) as client:
         assert await client.ask("EHLO me") == "250"
         assert await client.ask("MAIL FROM:<me@example.org>") == "530"
@@ -171,7 +171,7 @@ async def test_nothing_is_taken_in_the_clear(stack: Stack, certificates: Certifi
 
 
 @pytest.mark.parametrize("behind", ["MAIL FROM:<evil@example.org>\r\n", "EH"], ids=["a command", "half a command"])
-async def test_what_comes_behind_starttls_ends_the_connection(
+async def test_pipelined_data_after_starttls_ends_the_connection(
     stack: Stack, certificates: Certificates, behind: str
 ) -> None:
     """In one segment with it: nothing of it is done, and there is no encrypted connection to be confused."""
@@ -183,7 +183,7 @@ async def test_what_comes_behind_starttls_ends_the_connection(
         assert not server.clients[0].encrypted
 
 
-async def test_what_comes_later_in_the_clear_is_no_handshake(
+async def test_plaintext_instead_of_a_handshake_ends_the_connection(
     stack: Stack, certificates: Certificates, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with stack.open() as group, serving(group, certificates) as server, visiting(server) as client:
@@ -195,7 +195,7 @@ async def test_what_comes_later_in_the_clear_is_no_handshake(
     assert "no encryption" in capsys.readouterr().out
 
 
-async def test_tls_forgets_what_was_said_before(stack: Stack, certificates: Certificates) -> None:
+async def test_starttls_resets_the_session(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, serving(group, certificates) as server:
         async with encrypted(server, certificates) as client:
             assert await client.ask("STARTTLS") == "503"
@@ -255,7 +255,7 @@ async def test_too_many_recipients(stack: Stack, certificates: Certificates) -> 
 @pytest.mark.parametrize(
     "line", [b"NOOP\nNOOP\r\n", b"NOOP\rNOOP\r\n", b"x" * 3000, b"x" * 3000 + b"\r\n"], ids=["lf", "cr", "half", "long"]
 )
-async def test_what_is_no_line(stack: Stack, certificates: Certificates, line: bytes) -> None:
+async def test_malformed_lines(stack: Stack, certificates: Certificates, line: bytes) -> None:
     async with stack.open() as group, serving(group, certificates) as server, visiting(server) as client:
         await client.peer.send(line)
         assert (await client.hear())[:3] == "500"

@@ -164,7 +164,7 @@ def fifo() -> Iterator[tuple[Any, Any]]:
             yield writer, reader
 
 
-async def test_what_breaks_a_read_pipe_is_reported(stack: Stack) -> None:
+async def test_a_failing_read_pipe_is_reported(stack: Stack) -> None:
     with connection() as (near, far):
         async with stack.open() as group:
             contexts = collect_contexts(group)
@@ -179,7 +179,7 @@ async def test_what_breaks_a_read_pipe_is_reported(stack: Stack) -> None:
             assert context["protocol"] is protocol
 
 
-async def test_a_terminal_that_has_gone_is_not_reported(stack: Stack) -> None:
+async def test_a_closed_terminal_is_not_reported(stack: Stack) -> None:
     """It is how the end of a terminal's output looks to its master, on Linux."""
     with terminal() as (program, user):
         async with stack.open() as group:
@@ -295,7 +295,7 @@ GOING: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
 
 
 @pytest.mark.ours_only("asyncio's have no such methods")
-async def test_a_writer_that_is_told_to_read_and_to_pause_still_notices_it(stack: Stack) -> None:
+async def test_a_writer_notices_it_despite_reading_methods(stack: Stack) -> None:
     with anyio.fail_after(GUARD), pipe() as (reader, writer):
         async with stack.open() as group:
             transport, protocol = await connect_writer(group, writer)
@@ -308,7 +308,7 @@ async def test_a_writer_that_is_told_to_read_and_to_pause_still_notices_it(stack
 
 
 @pytest.mark.parametrize("how", GOING)
-async def test_a_writer_on_anything_notices_that_its_reader_has_gone(stack: Stack, how: str) -> None:
+async def test_a_writer_on_any_file_notices_that_its_reader_has_gone(stack: Stack, how: str) -> None:
     """As asyncio: a socket's reader has gone for it when it will not speak any more, whether or not it listens."""
     connect, go = GOING[how]
     with connect() as (writer, reader):
@@ -325,7 +325,7 @@ async def test_a_writer_on_anything_notices_that_its_reader_has_gone(stack: Stac
 
 
 @pytest.mark.parametrize("how", ["TCP shutdown", "UNIX shutdown", "FIFO"])
-async def test_a_writer_on_anything_with_a_full_buffer_notices_it(stack: Stack, how: str) -> None:
+async def test_a_writer_with_a_full_buffer_notices_that_its_reader_has_gone(stack: Stack, how: str) -> None:
     connect, go = GOING[how]
     with connect() as (writer, reader):
         async with stack.open() as group:
@@ -339,7 +339,7 @@ async def test_a_writer_on_anything_with_a_full_buffer_notices_it(stack: Stack, 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a hang-up cannot be told from input")
 @pytest.mark.ours_only("asyncio takes input for a hang-up")
 @pytest.mark.parametrize("how", [how for how in GOING if how != "FIFO"])
-async def test_p6_a_writer_notices_it_behind_input_that_nobody_wants(stack: Stack, how: str) -> None:
+async def test_p6_a_writer_notices_a_close_after_unread_input(stack: Stack, how: str) -> None:
     connect, go = GOING[how]
     with connect() as (writer, reader):
         async with stack.open() as group:
@@ -423,7 +423,7 @@ async def test_sockets(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("asyncio takes input for a hang-up")
-async def test_p6_input_does_not_end_a_writer_that_can_do_both(stack: Stack) -> None:
+async def test_p6_input_does_not_end_a_writer_on_a_two_way_file(stack: Stack) -> None:
     a, b = socket.socketpair()
     with b:
         b.setblocking(False)
@@ -622,7 +622,7 @@ async def test_a_file_that_its_owner_has_closed_before_the_block_is_left(anyio_b
         assert contexts == []
 
 
-async def test_a_number_that_is_a_strangers_by_now_is_left_alone(stack: Stack) -> None:
+async def test_an_fd_reused_by_another_file_is_left_alone(stack: Stack) -> None:
     """The descriptor blocked once, and would block again: but it is not the same any more."""
     with anyio.fail_after(GUARD), unix_connection() as (near, far), pipe() as (reader, _):
         near.setblocking(False)
@@ -674,7 +674,7 @@ async def test_one_file_for_both_directions_in_two_groups(anyio_backend: Any) ->
 
 
 @pytest.mark.ours_only("asyncio stops to watch the second one with the first")
-async def test_a_number_that_is_another_pipes_by_now_is_left_alone(stack: Stack) -> None:
+async def test_an_fd_reused_by_another_pipe_is_left_alone(stack: Stack) -> None:
     with anyio.fail_after(GUARD), pipe() as (first, _), pipe() as (second, writer):
         async with stack.open() as group:
             transport, protocol = await connect_reader(group, first)
@@ -694,7 +694,7 @@ async def test_a_number_that_is_another_pipes_by_now_is_left_alone(stack: Stack)
 
 
 @pytest.mark.ours_only("asyncio's transport then never lets go of the file, and warns of it")
-async def test_a_file_that_cannot_be_closed_without_an_error_ends_all_the_same(stack: Stack) -> None:
+async def test_a_file_whose_close_fails(stack: Stack) -> None:
     """Its own buffer is flushed then, to a reader who has gone."""
     with anyio.fail_after(GUARD):
         read, write = os.pipe()
@@ -714,7 +714,7 @@ async def test_a_file_that_cannot_be_closed_without_an_error_ends_all_the_same(s
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is epoll's")
 @pytest.mark.parametrize("connect", [connect_reader, connect_writer])
-async def test_a_pipe_that_cannot_be_watched(anyio_backend: Any, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_epoll_refuses_the_pipe(anyio_backend: Any, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user has as many descriptors in epoll as may be: that is raised, and need not be reported as well."""
     from transports_anyio._selector import EpollSelector
 
@@ -825,7 +825,7 @@ async def test_the_memory_of_a_filter_is_bounded(anyio_backend: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["connect_read_pipe", "connect_write_pipe", "subprocess_exec", "subprocess_shell"])
-async def test_a_platform_that_cannot_wait_for_pipes(
+async def test_a_platform_without_pipe_readiness(
     anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Windows: as asyncio's selector event loop there."""
@@ -849,7 +849,7 @@ def poller_of_a_thread() -> WaitingListPoller:
     return WaitingListPoller(readiness)
 
 
-def test_g6_a_terminal_that_groups_in_two_threads_use(anyio_backend: Any) -> None:
+def test_g6_a_terminal_used_by_groups_in_two_threads(anyio_backend: Any) -> None:
     """One gives the open file back as it was while the other takes it: the last of them makes it blocking again."""
     name, options = anyio_backend
     first, second = os.openpty()
@@ -888,7 +888,7 @@ def test_g6_a_terminal_that_groups_in_two_threads_use(anyio_backend: Any) -> Non
         os.close(second)
 
 
-def test_g6_what_groups_share_is_changed_by_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_g6_shared_state_is_changed_under_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that closes a channel is stopped half-way: another one has to wait before it makes one."""
     reader, writer = os.pipe()
     half_way, go_on, made = threading.Event(), threading.Event(), threading.Event()

@@ -155,7 +155,7 @@ def test_a_callback_wakes_a_task(run: Run) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_what_ends_a_program_leaves_through_the_group(run: Run, error: type[BaseException]) -> None:
+def test_keyboard_interrupt_and_system_exit_propagate(run: Run, error: type[BaseException]) -> None:
     protocol = Recorder()
     contexts: list[Any] = []
 
@@ -283,7 +283,7 @@ def test_a_callback_starts_a_task_that_begins_at_once(run: Run, place: str) -> N
     run(main)
 
 
-def test_the_word_that_is_left_for_anyio_lasts_for_the_callbacks_only(run: Run) -> None:
+def test_backend_hint_is_set_only_during_callbacks(run: Run) -> None:
     """Whatever else runs in this thread, before, after and in between, is another's."""
     sniffio = pytest.importorskip("sniffio")
     seen: list[object] = []
@@ -341,7 +341,7 @@ def test_a_cancelled_serve_forever_does_not_wait_for_its_clients(run: Run) -> No
     run(main)
 
 
-def test_a_native_time_out_ends_a_group(run: Run) -> None:
+def test_an_asyncio_time_out_ends_a_group(run: Run) -> None:
     """Whether it comes in the block, or while the block is left and a peer that never reads holds up the flush."""
 
     async def main() -> None:

@@ -323,7 +323,7 @@ DATAGRAMS: list[Callable[..., Any]] = [
 
 
 @pytest.mark.parametrize("state", [*STREAMS, *DATAGRAMS], ids=lambda state: state.__name__)
-async def test_d10_nothing_is_reported_again_and_again(
+async def test_d10_no_state_makes_the_selector_spin(
     anyio_backend: Any, state: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with reports(monkeypatch) as counts:
@@ -356,7 +356,7 @@ async def test_d10_a_full_receiver_of_an_anyio_socket(anyio_backend: Any, monkey
                 assert protocol.errors == []
 
 
-async def test_a_receiver_that_has_room_again_gets_the_rest_at_once(anyio_backend: Any) -> None:
+async def test_a_receiver_with_space_again_gets_the_rest_at_once(anyio_backend: Any) -> None:
     """A rest begins anew with the shortest once something has been sent: the whole takes far less than a second."""
     async with TransportGroup() as group, full(group, "socket") as (_, _, peer, sent):
         await anyio.sleep(IDLE)
@@ -432,7 +432,7 @@ async def test_d11_errors_of_many_peers_at_a_time(anyio_backend: Any) -> None:
         transport.abort()
 
 
-async def test_aborting_in_the_middle_of_the_queue(anyio_backend: Any) -> None:
+async def test_aborting_while_the_error_queue_is_read(anyio_backend: Any) -> None:
     class Ending(Endpoint):
         def error_received(self, exc: Exception) -> None:
             super().error_received(exc)
@@ -541,7 +541,7 @@ async def test_d11_notifications_for_a_connection_that_waits_to_write(
 
 
 @pytest.mark.parametrize("direction", ["read", "write", "both"])
-async def test_d11_notifications_for_a_socket_that_is_a_pipe(
+async def test_d11_notifications_for_a_socket_used_as_a_pipe(
     anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, direction: str
 ) -> None:
     with reports(monkeypatch) as counts, bound(backlog=1) as listener:

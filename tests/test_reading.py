@@ -189,7 +189,7 @@ async def test_bytes_arrive_in_order_and_complete(stack: Stack) -> None:
         assert await protocol.wait_received(len(data)) == data
 
 
-async def test_data_received_gets_objects_of_its_own(stack: Stack) -> None:
+async def test_data_received_gets_its_own_bytes_object(stack: Stack) -> None:
     """What was received stays as it was when more comes."""
     async with stack.open() as group, connected(group) as (_, protocol, peer):
         await peer.send(b"first")
@@ -204,7 +204,7 @@ async def test_data_received_gets_objects_of_its_own(stack: Stack) -> None:
 
 @pytest.mark.parametrize("size", [DIRECT_SIZE - 1, DIRECT_SIZE, DIRECT_SIZE + 1, 2 * DIRECT_SIZE])
 @pytest.mark.parametrize("then", ["nothing", "the end", "a reset"])
-async def test_what_has_arrived_comes_in_one_piece(stack: Stack, size: int, then: str) -> None:
+async def test_received_data_comes_in_one_piece(stack: Stack, size: int, then: str) -> None:
     """However it is received; and what comes behind it, an error too, comes after it."""
     ours, theirs = socket.socketpair()
     for sock in (ours, theirs):
@@ -236,7 +236,7 @@ async def test_what_has_arrived_comes_in_one_piece(stack: Stack, size: int, then
 
 
 @pytest.mark.parametrize("size", [DIRECT_SIZE - 1, DIRECT_SIZE, DIRECT_SIZE + 1])
-async def test_a_reset_behind_the_data_reaches_a_protocol_that_takes_over(stack: Stack, size: int) -> None:
+async def test_a_reset_after_data_reaches_the_new_protocol(stack: Stack, size: int) -> None:
     """A `BufferedProtocol`, which receives in another way than the one before it."""
     buffer = bytearray(1000)
     ends: list[Exception | None] = []

@@ -54,7 +54,7 @@ async def test_streams(anyio_backend: Any) -> None:
     check_end(group, transport)
 
 
-async def test_a_file_under_way(anyio_backend: Any, tmp_path: Path) -> None:
+async def test_sendfile_in_progress(anyio_backend: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(1 << 23))
     async with TransportGroup() as group, connected(group, small=True) as (transport, _, peer):
         with (tmp_path / "file").open("rb") as file:
@@ -215,7 +215,7 @@ async def test_processes_and_streams_of_anyio(anyio_backend: Any) -> None:
     check_end(group, child, transport, nameless)
 
 
-async def test_memory(anyio_backend: Any) -> None:
+async def test_memory_connections(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         (a, _), (b, _) = await memory_connection(group, Protocol, Protocol, info_a={"peername": "b"}, buffer_size=10)
         assert repr(a) == "<StreamTransport open peername='b' buffered=0>"

@@ -279,7 +279,7 @@ async def test_a_pipe(stack: Stack) -> None:
 
 @pytest.mark.ours_only("the oracle goes by the size that the file claims to have")
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
-async def test_a_file_that_has_more_than_its_size(stack: Stack) -> None:
+async def test_a_file_with_more_data_than_its_size(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, _, peer):
         with open("/proc/version", "rb") as file:
             assert os.fstat(file.fileno()).st_size == 0
@@ -292,7 +292,7 @@ async def test_a_file_that_has_more_than_its_size(stack: Stack) -> None:
 
 
 @files
-async def test_behind_what_is_buffered_and_before_what_follows(stack: Stack, make_file: Any) -> None:
+async def test_the_file_is_sent_in_order_with_writes(stack: Stack, make_file: Any) -> None:
     async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
         written = fill(transport, at_least=200_000)
         with make_file(LARGE_CONTENT[:300_000]) as file:
@@ -330,7 +330,7 @@ async def test_resume_writing_waits(stack: Stack, make_file: Any) -> None:
 
 @files
 @pytest.mark.ours_only("the fallback of the oracle lets others write in between")
-async def test_writing_is_refused_meanwhile(stack: Stack, make_file: Any) -> None:
+async def test_writing_is_refused_during_sendfile(stack: Stack, make_file: Any) -> None:
     async with clogged(stack, make_file) as (group, transport, _, peer, file, sending):
         for write in (lambda: transport.write(b"x"), lambda: transport.writelines([b"x"])):
             with pytest.raises(RuntimeError, match="sendfile is in progress"):
@@ -360,7 +360,7 @@ async def test_write_eof_waits(stack: Stack, make_file: Any) -> None:
         await protocol.wait_for("connection_lost")
 
 
-async def test_nothing_is_read_meanwhile(stack: Stack) -> None:
+async def test_nothing_is_received_during_sendfile(stack: Stack) -> None:
     async with clogged(stack) as (_, transport, protocol, peer, _, sending):
         assert not transport.is_reading()
         await peer.send(b"hello")
@@ -373,7 +373,7 @@ async def test_nothing_is_read_meanwhile(stack: Stack) -> None:
 
 
 @files
-async def test_a_transport_that_does_not_read_stays_so(stack: Stack, make_file: Any) -> None:
+async def test_reading_stays_paused_after_sendfile(stack: Stack, make_file: Any) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         transport.pause_reading()
         with make_file(SMALL_CONTENT) as file:
@@ -439,7 +439,7 @@ async def test_text_mode(stack: Stack, tmp_path: Path) -> None:
 
 
 @pytest.mark.ours_only("asyncio asks for `readinto`, which gives bytes or is not there")
-async def test_a_file_that_reads_text_and_does_not_say_so(stack: Stack) -> None:
+async def test_a_text_file_without_an_encoding_attribute(stack: Stack) -> None:
     """The error is the caller's alone."""
     async with stack.open() as group, connected(group) as (transport, _, peer):
         contexts = collect_contexts(group)
@@ -520,7 +520,7 @@ class Slow(io.BytesIO):
 
 
 @pytest.mark.ours_only("the oracle waits for ever")
-async def test_a_block_that_is_read_in_vain(stack: Stack) -> None:
+async def test_a_block_that_was_read_but_not_sent(stack: Stack) -> None:
     """Nothing of it is sent, so the file stands where it is to be read from again."""
     async with stack.open() as group, connected(group) as (transport, protocol, _):
         file = Slow(SMALL_CONTENT)
@@ -680,7 +680,7 @@ async def connect_tls(group: Any, sock: socket.socket, context: Any, protocol: A
 @pytest.mark.parametrize("over", [over_tcp, over_tls])
 @pytest.mark.parametrize("kind", OTHER_FILES)
 @pytest.mark.ours_only("asyncio sends what the descriptor holds over plain sockets, and what is read over TLS")
-async def test_f4_what_arrives_is_what_the_file_reads(
+async def test_f4_the_peer_gets_what_the_file_reads(
     stack: Stack, server_context: ssl.SSLContext, tmp_path: Path, kind: str, over: Any
 ) -> None:
     with contextlib.closing(OTHER_FILES[kind](tmp_path / "file")) as file:
@@ -697,7 +697,7 @@ async def test_f4_what_arrives_is_what_the_file_reads(
 
 @pytest.mark.parametrize("over", [over_tcp, over_tls])
 @pytest.mark.ours_only("asyncio sends nothing of it over plain sockets")
-async def test_f4_what_was_not_flushed(stack: Stack, server_context: ssl.SSLContext, over: Any) -> None:
+async def test_f4_unflushed_data_of_the_file(stack: Stack, server_context: ssl.SSLContext, over: Any) -> None:
     with tempfile.TemporaryFile() as file:
         file.write(b"content")
         async with stack.open() as group, over(group, server_context) as (transport, receive):
@@ -774,7 +774,7 @@ async def test_f3_the_peer_resets_in_the_middle(stack: Stack, make_file: Any) ->
 
 
 @pytest.mark.ours_only("the oracle reports it from a callback, or waits for ever")
-async def test_f3_the_peer_resets_before_the_file_has_its_turn(stack: Stack) -> None:
+async def test_f3_the_peer_resets_before_the_file_is_sent(stack: Stack) -> None:
     async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
         contexts = collect_contexts(group)
         fill(transport, at_least=200_000)
@@ -794,7 +794,7 @@ async def test_f3_the_peer_resets_before_the_file_has_its_turn(stack: Stack) -> 
 
 @files
 @pytest.mark.ours_only("the oracle reports it from a callback, or waits for ever")
-async def test_f3_the_peer_has_reset_and_nobody_has_noticed(stack: Stack, make_file: Any) -> None:
+async def test_f3_an_unnoticed_reset_before_sendfile(stack: Stack, make_file: Any) -> None:
     """Not even the file's first byte is sent. It is no reason to read the file instead."""
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         transport.pause_reading()

@@ -104,7 +104,7 @@ async def test_a_server_is_one_of_asyncios(stack: Stack) -> None:
         server.close()
 
 
-async def test_the_sockets_are_to_look_at(stack: Stack) -> None:
+async def test_the_sockets_of_a_server_cannot_do_io(stack: Stack) -> None:
     async with stack.open() as group:
         server = await group.create_server(Echo, HOST, 0)
         assert isinstance(server.sockets, tuple)
@@ -119,7 +119,7 @@ async def test_the_sockets_are_to_look_at(stack: Stack) -> None:
         assert sock.fileno() == -1
 
 
-async def test_a_server_says_what_it_is(anyio_backend: Any) -> None:
+async def test_repr_of_a_server(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         server = await group.create_server(Echo, HOST, 0, start_serving=False)
         names = [sock.getsockname() for sock in server.sockets]
@@ -216,7 +216,7 @@ async def test_serve_forever_after_one_that_was_cancelled(stack: Stack) -> None:
             await server.serve_forever()
 
 
-async def test_serve_forever_twice_at_a_time(stack: Stack) -> None:
+async def test_two_concurrent_serve_forever_calls(stack: Stack) -> None:
     """The second is refused, and the first goes on."""
     async with stack.open() as group, anyio.create_task_group() as tasks:
         stack.expected_tasks = 1
@@ -332,7 +332,7 @@ async def test_closing_the_server_in_a_callback(stack: Stack, callback: str) -> 
         assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
 
 
-async def test_clients_that_nobody_has_accepted_are_cut_off(stack: Stack) -> None:
+async def test_closing_resets_clients_waiting_to_be_accepted(stack: Stack) -> None:
     async with stack.open() as group:
         made = Made()
         server = await group.create_server(made, HOST, 0)
@@ -632,7 +632,7 @@ async def checkpoint_and_call(function: Callable[[], object]) -> None:
 
 @linux_only
 @pytest.mark.ours_only("asyncio reports it in every turn, for ever")
-async def test_a_listener_that_breaks_is_reported_once(stack: Stack) -> None:
+async def test_a_broken_listener_is_reported_once(stack: Stack) -> None:
     """The other sockets of the server go on, and its connections too."""
     made = Made()
     async with stack.open() as group:

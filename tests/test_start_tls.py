@@ -151,7 +151,7 @@ async def test_reading_is_paused_before(stack: Stack, certificates: Certificates
             await protocol.wait_for("connection_lost")
 
 
-async def test_data_that_waits_goes_first_in_the_clear(stack: Stack, certificates: Certificates) -> None:
+async def test_buffered_data_is_sent_in_plaintext_first(stack: Stack, certificates: Certificates) -> None:
     data = pattern(3_000_000)
 
     async def read_then_accept(peer: Peer) -> TLSPeer:
@@ -376,7 +376,7 @@ async def test_state_of_the_old_transport(stack: Stack, certificates: Certificat
 
 
 @pytest.mark.ours_only("asyncio goes on with the old transport, in the midst of the new one's TLS")
-async def test_the_old_transport_says_which_one_goes_on(stack: Stack, certificates: Certificates) -> None:
+async def test_the_old_transport_names_its_successor(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         new, tls = await upgrade_client(group, transport, protocol, peer, certificates)
         with tls:
@@ -488,7 +488,7 @@ async def failed_upgrade(*arguments: Any, **options: Any) -> Exception | None:
     return None
 
 
-async def test_what_waits_in_the_clear_is_sent_when_closed_during_the_handshake(
+async def test_buffered_plaintext_is_sent_when_closed_during_the_handshake(
     stack: Stack, certificates: Certificates
 ) -> None:
     data = pattern(3_000_000)
@@ -557,7 +557,7 @@ async def test_what_is_written_during_the_handshake_and_closed(
 
 @pytest.mark.ours_only("asyncio lets a closing transport be upgraded")
 @pytest.mark.parametrize("how", ["cancelled", "aborted", "peer resets", "takes too long"])
-async def test_flush_of_a_close_during_the_handshake_that_is_broken_off(
+async def test_a_close_during_the_handshake_whose_flush_is_aborted(
     stack: Stack, certificates: Certificates, how: str
 ) -> None:
     errors: list[Any] = []
@@ -706,7 +706,7 @@ async def test_t13_transport_that_is_closing(stack: Stack, certificates: Certifi
 
 
 @pytest.mark.ours_only("asyncio does not look")
-async def test_what_cannot_be_done_during_the_handshake(stack: Stack, certificates: Certificates) -> None:
+async def test_calls_that_are_refused_during_the_handshake(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
 
         async def try_again() -> TLSPeer:
@@ -730,7 +730,7 @@ async def test_what_cannot_be_done_during_the_handshake(stack: Stack, certificat
 
 
 @pytest.mark.ours_only("asyncio does not look")
-async def test_while_a_file_is_sent(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
+async def test_start_tls_while_a_file_is_sent(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
     path = tmp_path / "file"
     data = pattern(1_000_000)
     path.write_bytes(data)
@@ -995,7 +995,7 @@ async def test_tls_in_tls_that_is_closed_by_its_server_name_callback(stack: Stac
         assert contexts == []
 
 
-async def test_tls_in_tls_leaves_nothing_to_the_garbage_collector(stack: Stack, certificates: Certificates) -> None:
+async def test_tls_in_tls_leaves_no_reference_cycle(stack: Stack, certificates: Certificates) -> None:
     contexts = {"server": certificates.server(), "client": certificates.client()}
 
     async def upgrade(name: str, protocol: Recorder) -> None:

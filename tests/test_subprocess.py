@@ -200,7 +200,7 @@ async def test_files_and_descriptors(stack: Stack, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == b"from a file"
 
 
-async def test_the_options_of_popen(stack: Stack, tmp_path: Path) -> None:
+async def test_options_of_popen(stack: Stack, tmp_path: Path) -> None:
     read, write = os.pipe()
     program = f"import os; os.write({write}, b'!'); print(os.getcwd(), os.environ['X'], os.getsid(0) == os.getpid())"
     async with stack.open() as group, Children(group) as children:
@@ -219,7 +219,7 @@ async def test_the_options_of_popen(stack: Stack, tmp_path: Path) -> None:
     os.close(write)
 
 
-async def test_another_executable_than_the_name_that_it_is_told(stack: Stack) -> None:
+async def test_executable_and_argv_0_may_differ(stack: Stack) -> None:
     async with stack.open() as group, Children(group) as children:
         transport, child = await children.exec("hello", "-c", "echo $0", executable="sh")
         assert transport.get_extra_info("subprocess").args == ("hello", "-c", "echo $0")
@@ -238,7 +238,7 @@ def program(directory: Path, text: str, mode: int = 0o755) -> None:
     "in_the_way",
     ["nothing", "no directory", "not to be run", "no interpreter", "no format", "a directory", "a loop"],
 )
-async def test_the_program_is_the_first_of_its_name_that_can_be_run(
+async def test_the_first_executable_program_on_the_path_is_run(
     stack: Stack, tmp_path: Path, in_the_way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program(tmp_path / "not to be run", "#!/bin/sh\necho wrong", 0o644)
@@ -257,7 +257,9 @@ async def test_the_program_is_the_first_of_its_name_that_can_be_run(
         assert child.output[1].decode() == f"right {tmp_path / 'right' / 'which'}\n"
 
 
-async def test_a_program_that_comes_and_goes(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_program_that_appears_and_disappears(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with stack.open() as group, Children(group) as children:
 
         async def told() -> bytes:
@@ -277,7 +279,7 @@ async def test_a_program_that_comes_and_goes(stack: Stack, tmp_path: Path, monke
             await children.exec("which")
 
 
-async def test_where_a_program_is_looked_for(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_search_path_of_a_program(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for each in ("ours", "the child's", "below"):
         program(tmp_path / each, f"#!/bin/sh\necho '{each[:3]}'")
     monkeypatch.chdir(tmp_path / "ours")
@@ -312,7 +314,7 @@ async def main():
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-async def test_the_rights_that_count_are_the_effective_ones(anyio_backend: Any) -> None:
+async def test_effective_rights_decide_what_can_be_run(anyio_backend: Any) -> None:
     with tempfile.TemporaryDirectory() as directory:  # Not `tmp_path`, which nobody else may look into.
         roots, everybodys = Path(directory, "root's"), Path(directory, "everybody's")
         for each, copied, mode in ((roots, "true", 0o700), (everybodys, "false", 0o755)):
@@ -340,7 +342,7 @@ async def main():
 
 
 @pytest.mark.parametrize("in_the_way", [False, True])
-async def test_an_audit_hook_is_told_which_program_it_is(anyio_backend: Any, in_the_way: bool, tmp_path: Path) -> None:
+async def test_an_audit_hook_gets_the_program(anyio_backend: Any, in_the_way: bool, tmp_path: Path) -> None:
     broken, true = tmp_path / "true", shutil.which("true")
     if in_the_way:
         broken.write_text("#!/does/not/exist\n")
@@ -350,7 +352,7 @@ async def test_an_audit_hook_is_told_which_program_it_is(anyio_backend: Any, in_
     assert result.stdout.decode().split() == [*([str(broken), "true"] if in_the_way else [true]), "/bin/sh"]
 
 
-async def test_who_and_with_whom_a_child_is(stack: Stack) -> None:
+async def test_user_group_and_process_group_of_a_child(stack: Stack) -> None:
     """`user` and `group`, of which anybody may name their own, `process_group`, `umask` and `preexec_fn`."""
     root = os.getuid() == 0
     user, group_id = (65534, 65533) if root else (os.getuid(), os.getgid())
@@ -410,7 +412,7 @@ async def test_a_wrong_shell_or_command_is_refused(stack: Stack) -> None:
         ([3], {}, TypeError),
     ],
 )
-async def test_what_cannot_be_run_raises_and_leaves_nothing(stack: Stack, args: Any, options: Any, error: Any) -> None:
+async def test_a_program_that_cannot_be_run(stack: Stack, args: Any, options: Any, error: Any) -> None:
     async with stack.open() as group:
         with pytest.raises(error):
             await group.subprocess_exec(Child, *args, **options)
@@ -451,7 +453,7 @@ ODD_PROGRAMS = [
 
 @pytest.mark.parametrize("args", [(), ("",)], ids=["alone", "with an argument"])
 @pytest.mark.parametrize("program", ODD_PROGRAMS, ids=lambda program: ascii(program)[:12])
-async def test_p13_an_odd_program_raises_what_popen_raises(stack: Stack, program: Any, args: Any) -> None:
+async def test_p13_an_invalid_program_raises_popens_error(stack: Stack, program: Any, args: Any) -> None:
     with pytest.raises(Exception) as expected, subprocess.Popen([program, *args]):
         pass
     async with stack.open() as group:
@@ -503,7 +505,7 @@ async def test_signals_after_the_end(stack: Stack) -> None:
 @pytest.mark.ours_only("asyncio signals whoever has the number")
 @pytest.mark.parametrize("reaped", ["not yet", "by somebody else"])
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
-async def test_signals_after_an_end_that_nobody_has_noticed(
+async def test_signals_after_an_unnoticed_exit(
     stack: Stack, reaped: str, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in missing:
@@ -624,7 +626,7 @@ async def with_grandchild(group: Any, kind: str, program: str) -> AsyncIterator[
 @pytest.mark.ours_only("asyncio waits for the grandchild")
 @pytest.mark.parametrize("when", ["closed while it runs", "closed after its end", "closed in process_exited"])
 @pytest.mark.parametrize("kind", ["program", "AnyIO process"])
-async def test_p12_a_grandchild_that_keeps_the_input_is_not_waited_for(stack: Stack, kind: str, when: str) -> None:
+async def test_p12_a_grandchild_that_keeps_stdin_is_not_waited_for(stack: Stack, kind: str, when: str) -> None:
     program = "" if when == "closed after its end" else "time.sleep(1000)"
     descriptors = own_descriptors()
     async with stack.open() as group, with_grandchild(group, kind, program) as (transport, child):
@@ -695,7 +697,7 @@ if not os.fork():
 
 
 @pytest.mark.exhaustive
-async def test_p5_a_child_that_ends_at_once(stack: Stack) -> None:
+async def test_p5_a_child_that_exits_at_once(stack: Stack) -> None:
     async with stack.open() as group:
         for _ in range(1000):
             child = Child()
@@ -703,7 +705,7 @@ async def test_p5_a_child_that_ends_at_once(stack: Stack) -> None:
             await child.end()
 
 
-async def test_hundreds_at_once(stack: Stack) -> None:
+async def test_hundreds_of_children_at_once(stack: Stack) -> None:
     async with stack.open() as group:
         made = [Child() for _ in range(200)]
         for number, child in enumerate(made):
@@ -779,7 +781,7 @@ async def test_a_sigchld_handler_that_reaps(
 
 
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
-async def test_a_child_that_ends_and_is_reaped_while_we_look(
+async def test_a_child_reaped_during_our_poll(
     anyio_backend: Any, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handler of SIGCHLD may run between any two steps of ours: its victim's status is not taken for success."""
@@ -861,7 +863,7 @@ async def test_a_child_that_another_thread_waits_for(
             waiting.join()
 
 
-async def test_a_child_that_somebody_else_reaps(stack: Stack) -> None:
+async def test_a_child_reaped_by_other_code(stack: Stack) -> None:
     async with stack.open() as group, Children(group) as children:
         transport, child = await children.exec("cat")
         pid = transport.get_pid()
@@ -908,7 +910,7 @@ class Feeder(Child):
         self.feed()
 
 
-async def test_w15_much_through_cat(stack: Stack) -> None:
+async def test_w15_bulk_data_through_cat(stack: Stack) -> None:
     if stack.is_oracle:
         pytest.skip("asyncio loses what is buffered when resume_writing closes")
     data = pattern(16 << 20)
@@ -921,7 +923,7 @@ async def test_w15_much_through_cat(stack: Stack) -> None:
 
 
 @pytest.mark.exhaustive
-async def test_much_on_both_outputs_at_once(stack: Stack) -> None:
+async def test_bulk_data_on_both_outputs_at_once(stack: Stack) -> None:
     size = 100 << 20
     program = f"""
 import os, threading
@@ -942,7 +944,7 @@ threads = [threading.Thread(target=work, args=[fd]) for fd in (1, 2)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pipes of any size")
-async def test_pipes_of_a_size_that_was_asked_for_keep_it(stack: Stack) -> None:
+async def test_pipes_keep_a_requested_size(stack: Stack) -> None:
     """Whatever goes through them: we make those of a child larger that carry much, but not these smaller."""
     import fcntl
 
@@ -964,7 +966,7 @@ with_usual_pipes = pytest.mark.skipif(
 
 
 @with_usual_pipes
-async def test_a_small_pipe_that_was_asked_for_stays_small(stack: Stack) -> None:
+async def test_a_requested_small_pipe_stays_small(stack: Stack) -> None:
     import fcntl
 
     size = 4096
@@ -980,7 +982,7 @@ async def test_a_small_pipe_that_was_asked_for_stays_small(stack: Stack) -> None
 
 @with_usual_pipes
 @pytest.mark.parametrize("method", ["write", "writelines"])
-async def test_a_pipe_without_room_is_enlarged(anyio_backend: Any, method: str) -> None:
+async def test_a_full_pipe_is_enlarged(anyio_backend: Any, method: str) -> None:
     import fcntl
 
     data = pattern(1 << 20)
@@ -1000,7 +1002,7 @@ async def test_a_pipe_without_room_is_enlarged(anyio_backend: Any, method: str) 
 
 
 @with_usual_pipes
-async def test_only_so_many_pipes_are_enlarged_at_once(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_enlarged_pipes_is_limited(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's programs have 64 MiB in all: beyond that, every new pipe of each of them holds two pages."""
     import fcntl
 
@@ -1074,7 +1076,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-async def test_p3_leaving_the_block_kills_what_runs(anyio_backend: Any) -> None:
+async def test_p3_leaving_the_block_kills_running_children(anyio_backend: Any) -> None:
     child = Child()
     async with TransportGroup() as group:
         transport, _ = await group.subprocess_exec(lambda: child, "sleep", "1000")
@@ -1207,7 +1209,7 @@ async def test_p14_a_child_that_does_not_end_when_it_is_killed(
 @needs_tracer
 @pytest.mark.ours_only("asyncio waits in its event loop, and nothing else runs")
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",), ("pidfd_open", "waitid")])
-async def test_p14_a_child_whose_end_is_held_back_by_a_tracer_takes_no_time(
+async def test_p14_a_child_held_by_a_tracer_does_not_block(
     stack: Stack, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its descriptor is ready, and there is nothing to reap yet."""
@@ -1248,7 +1250,7 @@ async def test_p1_cancelled_at_every_checkpoint(anyio_backend: Any) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs descriptors of processes")
-async def test_no_thread_waits_for_a_child_that_has_a_descriptor(anyio_backend: Any) -> None:
+async def test_no_thread_waits_for_a_child_with_a_pidfd(anyio_backend: Any) -> None:
     threads = set(threading.enumerate())
     made = [Child() for _ in range(20)]
     async with TransportGroup() as group:
@@ -1300,7 +1302,7 @@ async def test_a_python_that_was_built_without_pidfd(anyio_backend: Any) -> None
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs descriptors of processes")
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS], ids=errno.errorcode.get)
 @pytest.mark.parametrize("how", ["kill", "close", "leave"])
-async def test_a_sandbox_that_sends_no_signal_to_a_descriptor(
+async def test_a_sandbox_without_pidfd_send_signal(
     anyio_backend: Any, how: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -1343,9 +1345,7 @@ def full_list(number: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is epoll's")
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs descriptors of processes")
-async def test_a_thread_waits_for_a_child_whose_descriptor_cannot_be_watched(
-    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_epoll_refuses_the_pidfd(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async with TransportGroup() as group:
         descriptors = own_descriptors()
         child = Child()
@@ -1364,7 +1364,7 @@ async def test_a_thread_waits_for_a_child_whose_descriptor_cannot_be_watched(
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is epoll's")
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
 @pytest.mark.parametrize("fd", range(3))
-async def test_a_child_whose_pipe_cannot_be_watched(
+async def test_epoll_refuses_a_pipe(
     anyio_backend: Any, fd: int, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody would ever read from it, or learn that it has gone: the spawn fails as a whole."""
@@ -1432,7 +1432,7 @@ async def test_p11_a_child_that_is_stopped_has_not_ended(anyio_backend: Any, mon
 
 
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",), ("pidfd_open", "waitid")])
-async def test_the_exit_is_told_to_a_shielded_task_of_a_cancelled_block(
+async def test_the_exit_reaches_a_shielded_task_of_a_cancelled_block(
     anyio_backend: Any, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in missing:
@@ -1450,7 +1450,7 @@ async def test_the_exit_is_told_to_a_shielded_task_of_a_cancelled_block(
                     assert child.transport.get_returncode() == 0
 
 
-async def test_without_a_thread_for_the_child(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_thread_can_be_started_for_the_child(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system starts no more of them: the end is noticed all the same, and nobody else's child ends with it."""
 
     async def refuse(*_: object, **__: object) -> None:
@@ -1475,7 +1475,7 @@ async def test_without_a_thread_for_the_child(anyio_backend: Any, monkeypatch: p
         assert not other.exited.is_set()
 
 
-async def test_without_a_descriptor_for_the_child(anyio_backend: Any) -> None:
+async def test_no_fd_for_the_pidfd(anyio_backend: Any) -> None:
     """The last of them are gone: the child is spawned all the same, and a thread waits for it."""
     descriptors = own_descriptors()
     async with TransportGroup() as group:
@@ -1492,7 +1492,7 @@ async def test_without_a_descriptor_for_the_child(anyio_backend: Any) -> None:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Popen of Python 3.10 leaks pipes then")
-async def test_out_of_descriptors_for_the_pipes(anyio_backend: Any) -> None:
+async def test_no_fds_for_the_pipes(anyio_backend: Any) -> None:
     """Wherever in the spawn they come to an end: it fails as a whole, or goes through."""
     results = set()
     async with TransportGroup() as group:
@@ -1551,7 +1551,7 @@ async def test_a_callback_that_raises_is_reported_and_ends_the_child(anyio_backe
 
 @pytest.mark.parametrize("kind", ["program", "program without pidfd", "AnyIO process"])
 @pytest.mark.parametrize("caught", [False, True])
-async def test_an_exit_in_connection_made_leaves_through_the_group(
+async def test_system_exit_in_connection_made_propagates(
     anyio_backend: Any, kind: str, caught: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "program without pidfd":
@@ -1749,13 +1749,13 @@ async def main():
 """
 
 
-async def test_pipes_that_have_the_numbers_of_standard_streams_are_closed(anyio_backend: Any) -> None:
+async def test_pipes_with_fds_0_to_2_are_closed_in_the_child(anyio_backend: Any) -> None:
     """In a process whose standard streams are closed; `cat` would never see its end of file."""
     result = await run_main(LOW_NUMBERS, anyio_backend, check=False)
     assert result.stderr == b"1through closed"
 
 
-async def test_a_telling_repr(anyio_backend: Any) -> None:
+async def test_repr_of_a_subprocess_transport(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         transport, child = await group.subprocess_exec(Child, "cat")
         assert f"pid={transport.get_pid()} running" in repr(transport)
@@ -1782,7 +1782,7 @@ async def test_an_anyio_process(anyio_backend: Any) -> None:
         assert transport.get_returncode() == 0
 
 
-async def test_an_anyio_process_that_a_transport_uses_already(anyio_backend: Any) -> None:
+async def test_an_anyio_process_in_use_by_another_transport(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         process = await anyio.open_process(["cat"])
         transport, child = await group.connect_process(Child, process)
@@ -1799,7 +1799,7 @@ async def test_an_anyio_process_that_a_transport_uses_already(anyio_backend: Any
         assert second.calls == []
 
 
-async def test_an_anyio_process_one_of_whose_pipes_is_used_already(anyio_backend: Any) -> None:
+async def test_an_anyio_process_with_a_pipe_in_use(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         process = await anyio.open_process(["cat"])
         _, reader = await group.connect_stream(Recorder, process.stdout)
@@ -1836,7 +1836,7 @@ async def test_an_anyio_process_is_signalled_and_closed(anyio_backend: Any) -> N
 
 
 @pytest.mark.parametrize("number", [0, signal.SIGRTMIN + 1])
-async def test_any_signal_for_an_anyio_process(anyio_backend: Any, number: int) -> None:
+async def test_every_signal_reaches_an_anyio_process(anyio_backend: Any, number: int) -> None:
     async with TransportGroup() as group:
         transport, child = await group.connect_process(Child, await anyio.open_process(["cat"]))
         transport.send_signal(number)
@@ -1865,7 +1865,7 @@ async def about_to_exit(status: int) -> AsyncIterator[tuple[anyio.abc.Process, C
         os.close(write)
 
 
-async def test_an_anyio_process_whose_end_nobody_has_noticed(anyio_backend: Any) -> None:
+async def test_an_anyio_process_with_an_unnoticed_exit(anyio_backend: Any) -> None:
     child = Child()
     with pytest.raises(BaseException) as caught:
         async with about_to_exit(3) as (process, end), TransportGroup() as group:
@@ -1883,7 +1883,7 @@ async def test_an_anyio_process_whose_end_nobody_has_noticed(anyio_backend: Any)
 
 # uvloop keeps what it has of such a process until its loop is closed, and warns of it then.
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
-async def test_an_anyio_process_that_somebody_else_has_reaped(anyio_backend: Any) -> None:
+async def test_an_anyio_process_reaped_by_other_code(anyio_backend: Any) -> None:
     """uvloop never hears of its end then: to leave the group must not wait for that."""
     child = Child()
     with pytest.raises(BaseException) as caught, anyio.fail_after(GUARD):
@@ -1900,7 +1900,7 @@ async def test_an_anyio_process_that_somebody_else_has_reaped(anyio_backend: Any
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="asyncio has no such thread")
-async def test_an_anyio_process_that_a_thread_of_asyncios_has_reaped(anyio_backend: Any) -> None:
+async def test_an_anyio_process_reaped_by_asyncios_thread(anyio_backend: Any) -> None:
     if anyio_backend != ("asyncio", {"use_uvloop": False}):
         pytest.skip("only asyncio has such a thread")
     async with about_to_exit(3) as (process, end), TransportGroup() as group:

@@ -103,7 +103,7 @@ async def test_a_fast_sender_waits_for_a_slow_reader(stack: Stack, direction: st
 
 
 @pytest.mark.parametrize("from_client", [True, False], ids=["client", "server"])
-async def test_a_reset_is_carried_through(stack: Stack, from_client: bool) -> None:
+async def test_a_reset_is_passed_on(stack: Stack, from_client: bool) -> None:
     async with stack.open() as group, passing(group) as (client, behind, _):
         one, other = (client, behind) if from_client else (behind, client)
         await one.send(b"x")
@@ -126,7 +126,7 @@ async def test_a_reset_after_the_end_of_the_other_side(stack: Stack, from_client
         await group.wait_closed()
 
 
-async def test_nobody_is_there(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_target_refuses_connections(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
     with listening() as listener:
         address = listener.getsockname()
     async with stack.open() as group:

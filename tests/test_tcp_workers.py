@@ -120,7 +120,7 @@ async def test_workers_end_with_a_supervisor_that_is_killed(stack: Stack, busy: 
             assert await peer.gone()
 
 
-async def test_one_worker_that_ends_ends_the_others(stack: Stack) -> None:
+async def test_one_exiting_worker_ends_the_others(stack: Stack) -> None:
     async with supervisor(stack) as supervised:
         os.kill(int(min(supervised.workers)), signal.SIGKILL)
         with anyio.fail_after(2 * GUARD):

@@ -295,7 +295,7 @@ async def test_full_duplex_with_small_buffers(stack: Stack, certificates: Certif
 
 
 @pytest.mark.ours_only("asyncio pauses at the high mark already, plain transports above it")
-async def test_t12_one_rule_for_all_watermarks(stack: Stack, certificates: Certificates) -> None:
+async def test_t12_watermarks_count_as_over_tcp(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, peer):
         written = fill(transport)
         size = transport.get_write_buffer_size()
@@ -331,7 +331,7 @@ async def test_nothing_is_buffered_once_everything_is_sent(stack: Stack, certifi
         await protocol.wait_for("connection_lost")
 
 
-async def test_callbacks_see_the_variables_of_whoever_made_the_server(stack: Stack, certificates: Certificates) -> None:
+async def test_callbacks_run_in_the_context_of_create_server(stack: Stack, certificates: Certificates) -> None:
     variable.set("server")
     seen: list[str] = []
     protocol = Recorder(
@@ -350,7 +350,7 @@ async def test_callbacks_see_the_variables_of_whoever_made_the_server(stack: Sta
     assert seen == ["server", "server"]
 
 
-async def test_sslobject_that_writes_only_a_part(stack: Stack, certificates: Certificates) -> None:
+async def test_sslobject_with_partial_writes(stack: Stack, certificates: Certificates) -> None:
     # What a context's own `sslobject_class` returns counts, as for any `write`.
     class Partial(ssl.SSLObject):
         def write(self, data: Any) -> int:
@@ -477,7 +477,7 @@ async def test_answers_to_key_updates_do_not_pile_up(
 
 @pytest.mark.exhaustive
 @pytest.mark.ours_only("asyncio keeps the answers without end")
-async def test_answers_to_key_updates_do_not_pile_up_during_the_farewell(
+async def test_answers_to_key_updates_do_not_pile_up_during_the_shutdown(
     stack: Stack, certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transports_anyio._channels._tls_wire.ANSWERS_LIMIT", 4096, raising=False)
@@ -501,7 +501,7 @@ async def test_answers_to_key_updates_do_not_pile_up_during_the_farewell(
         serving.server.close()
 
 
-def test_what_is_written_never_stops_reading() -> None:
+def test_written_data_never_stops_reading() -> None:
     # Or two ends that both write and do not read before the other has read would wait for each other for ever.
     from transports_anyio._channels import _tls_engine
 
@@ -602,7 +602,7 @@ async def test_t10_extra_info_after_two_closes(stack: Stack, certificates: Certi
 
 
 @pytest.mark.ours_only("asyncio has them over TLS, and on no page")
-async def test_no_methods_that_no_page_has(stack: Stack, certificates: Certificates) -> None:
+async def test_a_tls_transport_has_only_documented_methods(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
         for name in ("get_read_buffer_size", "get_read_buffer_limits", "set_read_buffer_limits"):
             assert not hasattr(transport, name)
@@ -611,7 +611,7 @@ async def test_no_methods_that_no_page_has(stack: Stack, certificates: Certifica
 
 
 @pytest.mark.ours_only("asyncio does not count them")
-async def test_the_time_out_of_the_handshake_ends_with_it(stack: Stack, certificates: Certificates) -> None:
+async def test_the_handshake_time_out_ends_with_the_handshake(stack: Stack, certificates: Certificates) -> None:
     """Or else it would end the connection later on."""
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, _):
         assert group.statistics().pending_timers == 0
@@ -633,7 +633,7 @@ async def test_no_write_eof(stack: Stack, certificates: Certificates) -> None:
 # -- the end ----------------------------------------------------------------------------------------------
 
 
-async def test_close_says_close_notify_and_waits_for_the_peers(
+async def test_close_sends_close_notify_and_waits_for_the_peers(
     stack: Stack, certificates: Certificates, version: str
 ) -> None:
     async with stack.open() as group:
@@ -723,9 +723,7 @@ async def test_true_value_from_eof_received_still_closes(stack: Stack, certifica
 
 @pytest.mark.ours_only("asyncio warns whatever the callback has done")
 @pytest.mark.parametrize("end", ["close", "abort"])
-async def test_a_true_answer_of_eof_received_that_has_ended_the_transport(
-    stack: Stack, certificates: Certificates, end: str
-) -> None:
+async def test_eof_received_that_aborts_and_returns_true(stack: Stack, certificates: Certificates, end: str) -> None:
     def eof_received(protocol: Any) -> bool:
         getattr(protocol.transport, end)()
         return True
@@ -748,7 +746,7 @@ async def test_what_is_written_in_eof_received_is_sent(stack: Stack, certificate
         await protocol.wait_for("connection_lost")
 
 
-async def test_abort_says_nothing(stack: Stack, certificates: Certificates) -> None:
+async def test_abort_sends_no_close_notify(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, peer):
         fill(transport)
         transport.abort()
@@ -759,7 +757,7 @@ async def test_abort_says_nothing(stack: Stack, certificates: Certificates) -> N
             await peer.receive_all()
 
 
-async def test_abort_during_the_farewell(stack: Stack, certificates: Certificates) -> None:
+async def test_abort_during_the_shutdown(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
         transport.close()
         assert await peer.receive() == b""
@@ -770,7 +768,7 @@ async def test_abort_during_the_farewell(stack: Stack, certificates: Certificate
         assert protocol.lost_with is None
 
 
-async def test_abort_when_the_peers_farewell_has_come(stack: Stack, certificates: Certificates) -> None:
+async def test_abort_after_the_peers_close_notify(stack: Stack, certificates: Certificates) -> None:
     # Both become readable at once, and the callback of the first aborts the second.
     def abort(_: Recorder, data: bytes) -> None:
         if data == b"now":
@@ -807,7 +805,7 @@ async def test_t8_peer_that_never_answers_close_notify(stack: Stack, certificate
             assert await peer.receive() == b""
 
 
-async def test_peer_that_just_leaves_after_our_close(stack: Stack, certificates: Certificates) -> None:
+async def test_peer_that_disconnects_after_our_close_notify(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
         contexts = collect_contexts(group)
         transport.close()
@@ -819,7 +817,7 @@ async def test_peer_that_just_leaves_after_our_close(stack: Stack, certificates:
         assert contexts == []
 
 
-async def test_writing_during_the_farewell(stack: Stack, certificates: Certificates) -> None:
+async def test_writing_during_the_shutdown(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
         transport.close()
         transport.write(b"too late")
@@ -884,7 +882,7 @@ async def test_r3_close_in_the_middle_of_an_endless_download(stack: Stack, certi
 
 
 @pytest.mark.parametrize("unread", [False, True], ids=["nothing unread", "unread data"])
-async def test_t9_cut_without_close_notify(
+async def test_t9_eof_without_close_notify(
     stack: Stack, certificates: Certificates, version: str, unread: bool
 ) -> None:
     async with stack.open() as group, tls_client(group, certificates, version=version) as (transport, protocol, peer):
@@ -902,7 +900,7 @@ async def test_t9_cut_without_close_notify(
             assert transport.get_extra_info("close_notify") is False
 
 
-async def test_t9_gone_without_close_notify_over_a_unix_socket(stack: Stack, certificates: Certificates) -> None:
+async def test_t9_eof_without_close_notify_over_a_unix_socket(stack: Stack, certificates: Certificates) -> None:
     """Our own farewell is then a broken pipe at once, where TCP takes it first; neither is an error."""
     ours, theirs = socket.socketpair()
     async with stack.open() as group:
@@ -929,7 +927,7 @@ async def test_an_end_of_file_without_close_notify_is_answered(stack: Stack, cer
 
 
 @pytest.mark.parametrize("size", [5, 100_000])
-async def test_client_that_speaks_and_leaves_at_once(
+async def test_client_that_sends_and_disconnects_at_once(
     stack: Stack, certificates: Certificates, recorder: type[Any], size: int
 ) -> None:
     """It is through with the handshake before the server's session tickets are on their way, which then fails."""
@@ -969,7 +967,7 @@ async def test_client_that_speaks_and_leaves_at_once(
 
 
 @pytest.mark.ours_only("asyncio has no way to tell")
-async def test_t9_a_way_to_tell_an_orderly_end(stack: Stack, certificates: Certificates) -> None:
+async def test_t9_truncation_can_be_detected(stack: Stack, certificates: Certificates) -> None:
     seen: list[object] = []
     protocol = Recorder(
         on_connection_made=lambda _, transport: seen.append(transport.get_extra_info("close_notify")),
@@ -1057,7 +1055,7 @@ async def test_sslobject_that_fails_to_read(stack: Stack, certificates: Certific
 
 
 @pytest.mark.ours_only("asyncio's ends with SSLError: application data after close notify")
-async def test_sslobject_that_fails_to_read_the_farewell(stack: Stack, certificates: Certificates) -> None:
+async def test_sslobject_that_fails_to_read_during_the_shutdown(stack: Stack, certificates: Certificates) -> None:
     context = certificates.client()
     context.sslobject_class = FailingObject
     async with stack.open() as group:
@@ -1104,7 +1102,7 @@ async def test_leaving_the_group_in_order(stack: Stack, certificates: Certificat
 
 
 @pytest.mark.ours_only("asyncio has no group")
-async def test_cancelling_the_group_during_a_farewell(stack: Stack, certificates: Certificates) -> None:
+async def test_cancelling_the_group_during_a_shutdown(stack: Stack, certificates: Certificates) -> None:
     scope = anyio.CancelScope()
 
     async def drive(peer: TLSPeer, protocol: Recorder) -> None:
@@ -1197,7 +1195,7 @@ def speak_http(sock: socket.socket) -> None:
     ],
     ids=["closes", "reads four bytes and closes", "reads and closes", "resets", "answers by half", "speaks HTTP"],
 )
-async def test_t4_peer_that_leaves_in_mid_handshake(
+async def test_t4_peer_that_disconnects_in_mid_handshake(
     stack: Stack, certificates: Certificates, answer: Any, expected: type[Exception]
 ) -> None:
     async with stack.open() as group:
@@ -1616,7 +1614,7 @@ async def test_timeouts_that_are_not_positive(
 
 
 @pytest.mark.ours_only("asyncio refuses it since Python 3.14, once it has connected")
-async def test_context_that_is_to_check_a_name_and_has_none(stack: Stack, certificates: Certificates) -> None:
+async def test_check_hostname_without_a_name(stack: Stack, certificates: Certificates) -> None:
     context = certificates.client()
     ours, theirs = socket.socketpair()
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
@@ -1638,7 +1636,7 @@ async def test_context_that_is_to_check_a_name_and_has_none(stack: Stack, certif
 
 
 @pytest.mark.ours_only("asyncio fails in a callback, and the client waits for ever")
-async def test_timeouts_of_another_kind_of_number(stack: Stack, certificates: Certificates) -> None:
+async def test_timeouts_of_other_number_types(stack: Stack, certificates: Certificates) -> None:
     timeouts: Any = {"ssl_handshake_timeout": Decimal(60), "ssl_shutdown_timeout": Decimal(30)}
     async with stack.open() as group:
         serving = await serve(group, certificates.server(), **timeouts)
@@ -1654,7 +1652,7 @@ async def test_timeouts_of_another_kind_of_number(stack: Stack, certificates: Ce
 
 
 @pytest.mark.ours_only("asyncio leaks the socket")
-async def test_context_of_another_kind(stack: Stack, certificates: Certificates) -> None:
+async def test_ssl_of_a_wrong_type(stack: Stack, certificates: Certificates) -> None:
     # It must not pass for `True`: whoever gave it wanted something else than the default.
     async with stack.open() as group:
         serving = await serve(group, certificates.server())
@@ -1945,7 +1943,7 @@ async def test_session_resumption_by_a_client(stack: Stack, certificates: Certif
     ],
     ids=["IPv4", "IPv6", "IDNA", "wildcard"],
 )
-async def test_names(stack: Stack, certificates: Certificates, certified: str, name: str) -> None:
+async def test_server_hostname_is_verified(stack: Stack, certificates: Certificates, certified: str, name: str) -> None:
     host = name if name == "::1" else HOST
     if host == "::1" and not socket.has_ipv6:
         pytest.skip("no IPv6")
@@ -1985,7 +1983,7 @@ async def test_host_with_an_internationalised_name(
         serving.server.close()
 
 
-async def test_ssl_true_trusts_the_systems_authorities(
+async def test_ssl_true_uses_the_systems_authorities(
     stack: Stack, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with stack.open() as group:
@@ -2011,7 +2009,7 @@ async def test_ssl_true_trusts_the_systems_authorities(
         serving.server.close()
 
 
-async def test_settings_of_the_context(stack: Stack, certificates: Certificates) -> None:
+async def test_settings_of_the_context_are_used(stack: Stack, certificates: Certificates) -> None:
     ours, theirs = certificates.server(), certificates.client()
     ours.maximum_version = ssl.TLSVersion.TLSv1_2
     ours.options |= ssl.OP_NO_TICKET

@@ -226,7 +226,7 @@ async def test_renegotiation_under_a_writer(stack: Stack, certificates: Certific
 @pytest.mark.ours_only("asyncio waits for ever")
 @pytest.mark.parametrize("paused", [False, True], ids=["reading", "paused"])
 @pytest.mark.parametrize("over", ["socket", "stream"])
-async def test_peer_that_leaves_in_a_renegotiation_under_a_writer(
+async def test_peer_that_disconnects_in_a_renegotiation_under_a_writer(
     stack: Stack, certificates: Certificates, paused: bool, over: str
 ) -> None:
     # What OpenSSL has to read before it can write never comes.

@@ -251,7 +251,9 @@ async def test_stream_that_ends_without_close_notify(anyio_backend: Any, certifi
         assert transport.get_extra_info("close_notify") is False
 
 
-async def test_client_that_speaks_in_pieces_and_leaves_at_once(anyio_backend: Any, certificates: Certificates) -> None:
+async def test_client_that_sends_in_pieces_and_disconnects_at_once(
+    anyio_backend: Any, certificates: Certificates
+) -> None:
     """The server's session tickets cannot be sent any more, and what the client has sent comes piece by piece."""
     pieces = [b"piece %d" % number for number in range(10)]
     protocol = Recorder()
@@ -361,7 +363,7 @@ class Breaking(ByteStream):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-async def test_stream_that_breaks_during_the_farewell(
+async def test_stream_that_breaks_during_the_shutdown(
     anyio_backend: Any, certificates: Certificates, layers: int
 ) -> None:
     client, server = Recorder(), Recorder()
@@ -412,7 +414,9 @@ async def test_certificate_that_is_refused(anyio_backend: Any, certificates: Cer
         assert any("ALERT" in str(error) for error in errors)
 
 
-async def test_peer_that_leaves(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
+async def test_peer_that_disconnects_during_the_handshake(
+    anyio_backend: Any, certificates: Certificates, pair: Any
+) -> None:
     async with TransportGroup() as group, pair as (a, b):
 
         async def leave() -> None:
@@ -440,7 +444,7 @@ class NoReceiver(ByteStream):
         self.closed = True
 
 
-async def test_peer_that_has_left(anyio_backend: Any, certificates: Certificates) -> None:
+async def test_peer_that_disconnected_before_the_handshake(anyio_backend: Any, certificates: Certificates) -> None:
     # A broken pipe is a connection reset too: which of them one meets is chance.
     stream = NoReceiver()
     async with TransportGroup() as group:
@@ -484,7 +488,7 @@ class Refusing(ByteStream):
 
 
 @pytest.mark.parametrize("words", ["at once", "bytewise", "none", "broken"])
-async def test_the_last_words_of_a_peer_that_has_left(
+async def test_the_last_data_of_a_peer_that_has_disconnected(
     anyio_backend: Any, certificates: Certificates, words: str
 ) -> None:
     server = certificates.server()

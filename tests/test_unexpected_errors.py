@@ -288,7 +288,7 @@ class ChildProtocol(SubprocessProtocol):
 
 @pytest.mark.ours_only("asyncio waits in a thread")
 @every_error
-async def test_g5_looking_at_a_child_fails(stack: Stack, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+async def test_g5_polling_a_child_fails(stack: Stack, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
     """It is looked at again."""
     original = os.waitid
     failures = 0
@@ -328,7 +328,7 @@ class Unprintable:
 
 @pytest.mark.ours_only("asyncio's transports do not show their pipes")
 @every_error
-async def test_g5_what_is_logged_cannot_be_printed(stack: Stack, error: Any) -> None:
+async def test_g5_the_repr_of_a_logged_object_fails(stack: Stack, error: Any) -> None:
     """Every callback comes all the same, and the transport is closed."""
     logger = logging.getLogger(stack.logger)
     level = logger.level
@@ -358,7 +358,7 @@ async def test_g5_what_is_logged_cannot_be_printed(stack: Stack, error: Any) -> 
 
 @every_error
 @pytest.mark.ours_only("asyncio's transports do not show their pipes")
-async def test_g5_a_callback_that_cannot_be_printed_fails(stack: Stack, error: Any) -> None:
+async def test_g5_a_failing_callback_with_a_failing_repr(stack: Stack, error: Any) -> None:
     class Callback:
         def __call__(self) -> None:
             raise ZeroDivisionError
@@ -380,7 +380,7 @@ async def test_g5_a_callback_that_cannot_be_printed_fails(stack: Stack, error: A
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 @pytest.mark.ours_only("asyncio's loop would end")
-async def test_g5_what_ends_the_program_still_does(stack: Stack, faults: Faults, error: Any) -> None:
+async def test_g5_system_exit_still_propagates(stack: Stack, faults: Faults, error: Any) -> None:
     if stack.name != "trio":
         pytest.skip("such an error ends the event loop of asyncio")
     faults.let_fail(socket.socket, error, "recv")

@@ -130,7 +130,7 @@ WRITES = pytest.mark.parametrize(
 @WAYS
 @WRITES
 @pytest.mark.ours_only("asyncio copies nothing, and keeps a buffer that its owner may change")
-async def test_w17_a_write_that_fails_half_way_ends_the_connection(
+async def test_w17_a_partly_sent_write_that_fails_ends_the_connection(
     stack: Stack, certificates: Certificates, connect: Any, write: Any
 ) -> None:
     message = bytearray(HUGE)
@@ -152,7 +152,7 @@ async def test_w17_a_write_that_fails_half_way_ends_the_connection(
 @WAYS
 @WRITES
 @pytest.mark.ours_only("asyncio copies nothing, and keeps a buffer that its owner may change")
-async def test_w17_a_write_behind_others_that_fails_leaves_them_alone(
+async def test_w17_a_failing_write_leaves_earlier_ones_alone(
     stack: Stack, certificates: Certificates, connect: Any, write: Any
 ) -> None:
     """Nothing of it was taken, and the caller knows."""
@@ -176,7 +176,7 @@ async def test_w17_a_write_behind_others_that_fails_leaves_them_alone(
 @pytest.mark.ours_only("asyncio raises it, behind a hole")
 @pytest.mark.parametrize("connect", [tcp, unix, tls, pipe])
 @WRITES
-async def test_w17_no_descriptor_can_be_watched_for_writing(
+async def test_w17_epoll_refuses_a_write_registration(
     stack: Stack, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, connect: Any, write: Any
 ) -> None:
     """ENOSPC of epoll (`max_user_watches`) for a transport that has paused reading, and so is not watched yet."""
@@ -435,7 +435,7 @@ async def test_w17_an_error_of_the_connection_in_sendfile(
 
 @pytest.mark.parametrize("connect", [tcp, unix, tls, pipe])
 @WRITES
-async def test_what_is_written_after_close_while_it_flushes(
+async def test_writing_during_the_flush_of_close(
     stack: Stack, certificates: Certificates, connect: Any, write: Any
 ) -> None:
     """Sent over plain sockets; dropped over TLS and pipes."""
