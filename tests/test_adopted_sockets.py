@@ -1,4 +1,4 @@
-"""Sockets that others have made: `connect_accepted_socket`, inetd, systemd, a parent process, another process."""
+"""Sockets that were made elsewhere: `connect_accepted_socket`, inetd, systemd, a parent process, another process."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ async def test_a_closed_group_refuses_a_socket(stack: Stack) -> None:
 @pytest.mark.parametrize("paused", [False, True], ids=["reading", "paused"])
 @pytest.mark.parametrize("again", ["create_connection", "create_unix_connection", "connect_accepted_socket"])
 async def test_a_socket_in_use_by_another_transport(stack: Stack, again: str, paused: bool) -> None:
-    """Two owners would take each other's bytes, and wait for each other's end. Its first owner hears nothing of it."""
+    """Two transports would take each other's bytes, and wait for each other's end. The first one is not affected."""
     stack.only_python_before(3, 14, why="it closes the socket under its first owner")
     ours, theirs = socket.socketpair()
     other = Recorder()
@@ -192,7 +192,8 @@ async def test_one_socket_adopted_by_two_calls_at_once(stack: Stack, again: str)
 @pytest.mark.parametrize("end", ["close", "abort", "write", "nothing"])
 @pytest.mark.ours_only("asyncio has a RuntimeError for the second connection")
 async def test_a_reused_fd_after_the_owner_closed_the_socket(stack: Stack, end: str) -> None:
-    """Who closes what he gave away learns of it when he uses it; the connection that gets its number does not."""
+    """A transport whose socket was closed by its maker fails when it is used; a connection that got its fd is not
+    affected."""
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             ours, theirs = socket.socketpair()
@@ -219,7 +220,7 @@ async def test_a_reused_fd_after_the_owner_closed_the_socket(stack: Stack, end: 
 
 
 async def test_an_fd_still_in_use_by_another_transport(stack: Stack) -> None:
-    """It cannot be known that its socket has been closed: it has to be ended first."""
+    """The transport cannot know that its socket was closed, so it must be ended first."""
     stack.only_python_before(3, 14, why="it closes the new socket")
     ours, theirs = socket.socketpair()
     with theirs:
@@ -246,7 +247,7 @@ async def test_an_fd_still_in_use_by_another_transport(stack: Stack) -> None:
 
 @asynccontextmanager
 async def child(stack: Stack, *arguments: object, command: tuple[str, ...] = (), **options: Any) -> AsyncIterator[Any]:
-    """A process that serves what it is handed, with a group on the backend of the test."""
+    """A process that serves the sockets it gets, with a group on the backend of the test."""
     backend = stack.name
     program = [*command, sys.executable, str(SERVER), backend, *map(str, arguments)]
     process = await anyio.open_process(program, stderr=None, **options)
@@ -318,7 +319,7 @@ async def test_another_process_sends_a_connection_over_a_unix_socket(stack: Stac
 async def test_systemd_hands_over_a_socket(stack: Stack, accept: bool) -> None:
     """`LISTEN_FDS` descriptors from 3 on: see sd_listen_fds(3)."""
     port = unused_port()
-    # It hands over nothing of the environment that it is not told to.
+    # It passes on only the variables that it is given.
     packages = os.pathsep.join(filter(None, sys.path))
     command = ["systemd-socket-activate", f"--listen={HOST}:{port}", "-E", f"PYTHONPATH={packages}"]
     if accept:

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def visit(group: Any, listener: socket.socket, *address: Any, **options: Any) -> Any:
-    """Connect, exchange a word with the listener, close; returns the transport's extra info of the socket's names."""
+    """Connect, exchange a word with the listener, close; return `sockname` and `peername`."""
     with anyio.fail_after(GUARD):
         transport, protocol = await group.create_connection(Recorder, *address, **options)
     sock, _ = listener.accept()
@@ -105,7 +105,7 @@ async def test_a_host_of_none_means_the_loopback(stack: Stack) -> None:
 
 @pytest.mark.parametrize("host", ["localhost", HOST])
 async def test_a_protocol_number(stack: Stack, host: str) -> None:
-    """By its number. Which there are besides the one of TCP depends on the system."""
+    """A protocol by its number. Other numbers than that of TCP depend on the system."""
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             port = listener.getsockname()[1]
@@ -115,8 +115,8 @@ async def test_a_protocol_number(stack: Stack, host: str) -> None:
             assert transport.get_extra_info("socket").proto == socket.IPPROTO_TCP
             listener.accept()[0].close()
             if stack.is_oracle and host == HOST:
-                return  # Which takes TCP whatever it is told, where it need not ask the resolver.
-            with pytest.raises(socket.gaierror):  # It has no streams.
+                return  # uvloop uses TCP whatever it is given, for numeric addresses.
+            with pytest.raises(socket.gaierror):  # UDP has no streams.
                 await group.create_connection(Recorder, host, port, family=socket.AF_INET, proto=socket.IPPROTO_UDP)
 
 
@@ -140,7 +140,7 @@ async def test_flags_are_passed_to_the_resolver(stack: Stack, host: Any) -> None
 
 
 def a_service() -> tuple[str, int] | None:
-    """A service whose port an ordinary user may bind, and nobody has bound."""
+    """Return a service with a free port that an ordinary user may bind."""
     for name in ("nfs", "x11", "git", "svn", "postgresql", "mysql", "ircd", "irc", "sip", "openvpn", "rfb", "amqp"):
         try:
             port = socket.getservbyname(name, "tcp")
@@ -213,7 +213,7 @@ async def test_a_name_with_a_label_of_a_wrong_length(stack: Stack, host: str) ->
 async def test_non_ascii_host_names(stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """IDNA 2008, which has a sharp s, and no snowman."""
     async with stack.open() as group:
-        known = {"stra\xdfe.test": [HOST], "xn--strae-oqa.test": [HOST]}  # The first is for uvloop's resolver.
+        known = {"stra\xdfe.test": [HOST], "xn--strae-oqa.test": [HOST]}  # The first form is for uvloop's resolver.
         with bound(backlog=1) as listener, names(monkeypatch, known, anyio_backend):
             await visit(group, listener, "stra\xdfe.test", listener.getsockname()[1])
         with pytest.raises(UnicodeError):
@@ -251,7 +251,7 @@ async def test_ports_of_other_number_types(stack: Stack, port: Any) -> None:
 
 @pytest.mark.parametrize("host", [f"{HOST}\0.example", f"{HOST}\0.example".encode()])
 async def test_a_nul_in_a_host(stack: Stack, host: Any) -> None:
-    """Nobody listens behind it, and somebody before it: what a C string would end with is not the host."""
+    """A listener at the part before the NUL must not be reached: the host does not end where a C string would."""
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             with pytest.raises(ValueError, match="null"):
@@ -317,7 +317,7 @@ async def test_the_next_address_is_tried_without_delay_after_a_refusal(
 @pytest.mark.parametrize("options", [{}, {"happy_eyeballs_delay": 1000}], ids=str)
 async def test_the_second_address_when_the_first_refuses(stack: Stack, options: dict[str, Any]) -> None:
     async with stack.open() as group:
-        for host in (HOST, HOST_6):  # Whichever the system sorts first.
+        for host in (HOST, HOST_6):  # The order depends on the system.
             with bound(host, backlog=1) as listener:
                 await visit(group, listener, None, listener.getsockname()[1], **options)
 
@@ -326,7 +326,7 @@ async def test_the_second_address_when_the_first_refuses(stack: Stack, options: 
 async def test_happy_eyeballs_does_not_wait_for_a_black_hole(
     stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system would wait for minutes. Both addresses of a kind: nothing but the delay can help."""
+    """The system would wait for minutes. Both addresses have one family, so only the delay can help."""
     async with stack.open() as group:
         with bound(backlog=1) as listener, black_hole("127.0.0.77", listener.getsockname()[1]) as port:
             before = open_descriptors()
@@ -334,7 +334,7 @@ async def test_happy_eyeballs_does_not_wait_for_a_black_hole(
                 with anyio.fail_after(GUARD):
                     transport, _ = await group.create_connection(Recorder, "two.test", port, happy_eyeballs_delay=0.01)
                 assert transport.get_extra_info("peername") == listener.getsockname()
-            # The loser is closed as soon as there is a winner.
+            # The losing attempt is closed as soon as another one has connected.
             after = open_descriptors()
             assert set(after) - set(before) == {transport.get_extra_info("socket").fileno()}
             listener.accept()[0].close()
@@ -343,7 +343,7 @@ async def test_happy_eyeballs_does_not_wait_for_a_black_hole(
 @needs_ipv6
 @linux_only
 async def test_address_families_alternate(stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is tried, and in which order, stands in the error."""
+    """The error names the addresses in the order in which they were tried."""
     addresses = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "::1", "127.0.0.4"]
     port = unused_port()
     async with stack.open() as group:
@@ -401,7 +401,7 @@ async def test_all_errors_raises_an_exception_group(stack: Stack, delay: float |
 @pytest.mark.parametrize("listening", [False, True])
 @pytest.mark.parametrize("options", [{}, {"all_errors": True}, {"happy_eyeballs_delay": 0.001}], ids=str)
 async def test_errors_leave_no_reference_cycle(stack: Stack, options: dict[str, Any], listening: bool) -> None:
-    """Not even until the collector runs: who tries again and again would gather errors, and the frames behind them."""
+    """Not even until the garbage collector runs: retrying would pile up errors and their frames."""
     if stack.is_oracle and (options or listening):
         pytest.skip("asyncio lets go of them where every address fails, one after the other")
 
@@ -413,10 +413,10 @@ async def test_errors_leave_no_reference_cycle(stack: Stack, options: dict[str, 
         gc.disable()
         try:
             before = errors()
-            for host in (HOST, HOST_6):  # Whichever the system sorts first, the other one refuses.
+            for host in (HOST, HOST_6):  # The order depends on the system; the other address refuses.
                 with bound(host, backlog=1 if listening else None) as listener, suppress(OSError, ExceptionGroup):
                     await visit(group, listener, None, listener.getsockname()[1], **options)
-                await turns()  # The event loop's own callbacks let go of theirs.
+                await turns()  # The event loop's own callbacks release their references.
             assert errors() == before
         finally:
             gc.enable()
@@ -426,7 +426,7 @@ async def test_errors_leave_no_reference_cycle(stack: Stack, options: dict[str, 
 @pytest.mark.ours_only("the oracle has an IndexError for it: CPython 135836")
 @pytest.mark.parametrize("delay", [0, 0.001, 1000])
 async def test_s3_every_attempt_fails_at_every_point(stack: Stack, delay: float) -> None:
-    """Refused at once, refused later, and without a descriptor for a socket: an `OSError` that names what was tried."""
+    """Refused at once, refused later, and no file descriptor for a socket: an `OSError` that names the addresses."""
     async with stack.open() as group:
         for more in range(3):
             with few_descriptors(more), pytest.raises(OSError) as caught:
@@ -520,7 +520,7 @@ async def test_s5_a_socket_that_cannot_be_made_counts_as_a_failed_address(stack:
 
 @needs_ipv6
 async def test_s5_a_socket_that_cannot_be_made_among_others(stack: Stack) -> None:
-    """Room for one socket: of two attempts at a time, one has to do without."""
+    """Only one socket can be opened: of two concurrent attempts, one fails."""
     async with stack.open() as group:
         with bound(HOST, backlog=1) as listener, bound(HOST_6, listener.getsockname()[1], backlog=1):
             with few_descriptors(1):
@@ -536,7 +536,7 @@ async def test_s5_a_socket_that_cannot_be_made_among_others(stack: Stack) -> Non
     ("delay", "error"), [("soon", TypeError), ([1], TypeError), (10**400, OverflowError)], ids=["str", "list", "huge"]
 )
 async def test_invalid_happy_eyeballs_delay(stack: Stack, delay: Any, error: type[Exception]) -> None:
-    """It comes out alone, and not in a group of the tasks that race."""
+    """The error is raised alone, not in the exception group of the racing tasks."""
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             before = open_descriptors()
@@ -550,7 +550,7 @@ async def test_invalid_happy_eyeballs_delay(stack: Stack, delay: Any, error: typ
 @needs_ipv6
 @pytest.mark.parametrize("delay", [float("nan"), float("inf"), -1, True, 1e300], ids=str)
 async def test_unusual_but_valid_happy_eyeballs_delay(stack: Stack, delay: float) -> None:
-    """Each is a number, and so some head start or none."""
+    """Each is a number, and so a valid delay."""
     async with stack.open() as group:
         for host in (HOST, HOST_6):
             with bound(host, backlog=1) as listener:
@@ -566,7 +566,7 @@ async def test_unusual_but_valid_happy_eyeballs_delay(stack: Stack, delay: float
 async def test_an_invalid_local_address(
     stack: Stack, scope: tuple[Any, ...], error: type[Exception], delay: float | None
 ) -> None:
-    """A mistake of the caller's, which is no reason to try another address: it comes out alone, whatever races."""
+    """It is the caller's mistake, so no other address is tried; it is raised alone."""
     async with stack.open() as group:
         with bound(HOST_6, backlog=1) as listener:
             before = open_descriptors()
@@ -638,7 +638,7 @@ async def test_an_unavailable_local_address(stack: Stack) -> None:
 async def test_a_local_address_that_fails_for_every_remote_address(
     stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is one failure, and has the number of one."""
+    """It is a single failure, with its errno."""
     async with stack.open() as group:
         with bound(backlog=1) as listener, names(monkeypatch, {"two.test": ["127.0.0.77", HOST]}, anyio_backend):
             name = listener.getsockname()
@@ -712,7 +712,7 @@ async def test_an_adopted_unix_socket(stack: Stack) -> None:
 
 
 async def test_an_adopted_socket_that_is_not_connected(stack: Stack) -> None:
-    """As asyncio: nothing tells it from a connection that the peer has just reset."""
+    """As asyncio: it cannot be distinguished from a connection that the peer has just reset."""
     async with stack.open() as group:
         _, protocol = await group.create_connection(Recorder, sock=socket.socket())
         await protocol.wait_for("connection_lost")
@@ -766,7 +766,7 @@ async def test_an_adopted_socket_is_closed_whatever_happens(stack: Stack) -> Non
 @pytest.mark.ours_only("asyncio reports it, and leaves a connection that hears nothing")
 @pytest.mark.parametrize("adopted", [False, True])
 async def test_epoll_refuses_the_socket(stack: Stack, monkeypatch: pytest.MonkeyPatch, adopted: bool) -> None:
-    """ENOSPC of epoll (`max_user_watches`): it costs the connection, and not the group."""
+    """ENOSPC of epoll (`max_user_watches`) ends the connection, not the group."""
     failure = OSError(errno.ENOSPC, "as the system would")
     refused = Recorder()
 
@@ -794,7 +794,7 @@ async def test_epoll_refuses_the_socket(stack: Stack, monkeypatch: pytest.Monkey
             assert await protocol.wait_received(5) == b"alive"
             transport.write(b"answer")
             assert await peer.receive_exactly(6) == b"answer"
-            await visit(group, listener, *address)  # There is room again.
+            await visit(group, listener, *address)  # epoll accepts file descriptors again.
 
 
 # -- what goes wrong, and what is set ---------------------------------------------------------------------------------
@@ -888,7 +888,7 @@ async def test_a_transport_socket_cannot_do_io(stack: Stack) -> None:
             sock.settimeout(1)
         with pytest.raises(ValueError):
             sock.setblocking(True)
-        if sys.version_info >= (3, 11):  # Python 3.10 still has, and deprecates, what it means to take away.
+        if sys.version_info >= (3, 11):  # Python 3.10 still has the deprecated methods.
             for name in ("recv", "recv_into", "recvfrom", "recvmsg", "send", "sendall", "sendto", "sendmsg", "close"):
                 assert not hasattr(sock, name), name
             assert not hasattr(sock, "detach")
@@ -900,7 +900,7 @@ async def test_a_transport_socket_cannot_do_io(stack: Stack) -> None:
 
 
 async def test_a_transport_socket_behaves_as_asyncios(stack: Stack) -> None:
-    """Programs and type checkers know it by its name, and it shuts down and duplicates as everywhere."""
+    """It has asyncio's class name, and `shutdown` and `dup` work."""
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         sock = transport.get_extra_info("socket")
         assert type(sock) is TransportSocket

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Endpoint(asyncio.DatagramProtocol):
-    """Record what comes, and answer if asked to."""
+    """Record datagrams, and answer if `echo` is set."""
 
     def __init__(self, *, echo: bool = False) -> None:
         self.echo = echo
@@ -80,7 +80,7 @@ class Endpoint(asyncio.DatagramProtocol):
 @contextmanager
 def udp_peer(family: int = socket.AF_INET, host: str = HOST) -> Iterator[socket.socket]:
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.bind(socket.getaddrinfo(host, 0, family, socket.SOCK_DGRAM)[0][4])  # A scope and all.
+        sock.bind(socket.getaddrinfo(host, 0, family, socket.SOCK_DGRAM)[0][4])  # With its scope.
         sock.setblocking(False)
         yield sock
 
@@ -95,7 +95,7 @@ async def receive(sock: socket.socket, size: int = 65536) -> tuple[bytes, Any]:
 
 
 class Endpoints:
-    """Makes endpoints of a stack's, and sees them closed at the end, on the oracle too."""
+    """Make endpoints of a stack, and wait at the end until all are closed, on the oracle too."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -151,7 +151,7 @@ async def test_a_datagram_transport_has_no_stream_methods(stack: Stack) -> None:
 
 
 async def test_a_transport_takes_attributes(stack: Stack) -> None:
-    """Programs keep what belongs to an endpoint with its transport, and tests put a function in a method's place."""
+    """Programs store their own attributes on a transport, and tests replace its methods."""
     async with stack.open() as group, Endpoints(group) as endpoints:
         transport, _ = await endpoints.make(local_addr=(HOST, 0))
         sent: list[tuple[bytes, Any]] = []
@@ -223,9 +223,9 @@ async def test_names_are_resolved(stack: Stack) -> None:
 
 @needs_ipv6
 async def test_the_second_address_is_used_when_the_first_is_taken(stack: Stack) -> None:
-    """No host is the loopback, of which one is IPv4 and one is IPv6."""
+    """A host of `None` means the loopback, IPv4 or IPv6."""
     async with stack.open() as group, Endpoints(group) as endpoints:
-        for host, other in ((HOST, "::1"), ("::1", HOST)):  # Whichever the system sorts first.
+        for host, other in ((HOST, "::1"), ("::1", HOST)):  # The order depends on the system.
             with udp_peer(socket.AF_INET6 if ":" in host else socket.AF_INET, host) as taken:
                 port = taken.getsockname()[1]
                 transport, _ = await endpoints.make(local_addr=(None, port))
@@ -238,7 +238,7 @@ async def test_the_second_address_is_used_when_the_first_is_taken(stack: Stack) 
 async def test_every_resolved_address_is_tried(
     stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, free: int, connected: bool
 ) -> None:
-    """Addresses of one family: the first that can be had."""
+    """Of the addresses of one family, the first that can be bound is used."""
     if stack.is_oracle and free != 2:
         pytest.skip("asyncio keeps the last address of each family only")
     addresses = ["127.0.0.5", "127.0.0.6", "127.0.0.7"]
@@ -279,15 +279,15 @@ async def test_flags_are_passed_to_the_resolver(stack: Stack) -> None:
 
 
 async def test_a_protocol_number(stack: Stack) -> None:
-    """By its number. Which there are besides the one of UDP depends on the system."""
+    """A protocol by its number. Other numbers than that of UDP depend on the system."""
     async with stack.open() as group, Endpoints(group) as endpoints:
         for where in ({"local_addr": (HOST, 0)}, {"remote_addr": ("localhost", 9)}, {}):
             options: dict[str, Any] = {"family": socket.AF_INET, **where}
             transport, _ = await endpoints.make(proto=socket.IPPROTO_UDP, **options)
             assert transport.get_extra_info("socket").proto == socket.IPPROTO_UDP
             if stack.is_oracle and where.get("local_addr"):
-                continue  # Which takes UDP whatever it is told, where it need not ask the resolver.
-            with pytest.raises(OSError):  # It has no datagrams.
+                continue  # uvloop uses UDP whatever it is given, for numeric addresses.
+            with pytest.raises(OSError):  # TCP has no datagrams.
                 await group.create_datagram_endpoint(Endpoint, proto=socket.IPPROTO_TCP, **options)
 
 
@@ -337,7 +337,7 @@ async def test_an_adopted_socket(stack: Stack) -> None:
 
 
 async def test_a_socket_in_use_by_another_endpoint(stack: Stack) -> None:
-    """Two owners would take each other's datagrams. Its first owner hears nothing of it."""
+    """Two transports would take each other's datagrams. The first one is not affected."""
     with udp_peer() as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -409,7 +409,7 @@ async def test_d9_sendto_another_address_on_an_adopted_unix_socket(stack: Stack,
                 transport, _ = await endpoints.make(Endpoint(echo=True), sock=ours)
                 with pytest.raises(ValueError, match="address"):
                     transport.sendto(b"for the other", other.getsockname())
-                theirs.send(b"hello")  # Answered to the address that it came from.
+                theirs.send(b"hello")  # The answer goes to the sender's address.
                 assert (await receive(theirs))[0] == b"hello"
                 with pytest.raises(BlockingIOError):
                     other.recv(1)
@@ -418,7 +418,7 @@ async def test_d9_sendto_another_address_on_an_adopted_unix_socket(stack: Stack,
 @pytest.mark.skipif(not hasattr(UDPSocket, "from_socket"), reason="this AnyIO makes its sockets itself")
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
 async def test_d9_sendto_another_address_on_an_anyio_socket(anyio_backend: Any, tmp_path: Path, family: int) -> None:
-    """AnyIO calls it unconnected, and it was made from a socket that is connected."""
+    """AnyIO's object is the unconnected one, but was made from a connected socket."""
     unix = family == socket.AF_UNIX
     with clogged_unix_peer(tmp_path) if unix else udp_peer() as peer, udp_peer() as other:
         sock = socket.socket(family, socket.SOCK_DGRAM)
@@ -494,7 +494,7 @@ async def test_an_adopted_socket_is_closed_by_a_cancellation(stack: Stack) -> No
 
 @contextmanager
 def clogged_unix_peer(directory: Path) -> Iterator[socket.socket]:
-    """A peer whose queue can be filled: UNIX datagrams wait, where UDP's are dropped."""
+    """A peer whose queue can be filled: UNIX datagrams wait, while UDP drops them."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(directory / "peer"))
         sock.setblocking(False)
@@ -520,7 +520,7 @@ async def test_unsent_datagrams_wait_in_order(stack: Stack, tmp_path: Path) -> N
 
 
 async def test_new_datagrams_queue_after_waiting_ones(stack: Stack, tmp_path: Path) -> None:
-    """There is room again, and the transport has had no turn yet."""
+    """The receiver has space again, and the transport has not run yet."""
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             transport, _ = await endpoints.make(family=socket.AF_UNIX, remote_addr=peer.getsockname())
@@ -536,7 +536,7 @@ async def test_new_datagrams_queue_after_waiting_ones(stack: Stack, tmp_path: Pa
 
 @pytest.mark.parametrize("end", ["close", "abort"])
 async def test_nothing_is_received_after_close(stack: Stack, tmp_path: Path, end: str) -> None:
-    """Neither at once, when something has arrived already, nor while `close` flushes."""
+    """Neither a datagram that has already arrived, nor one that arrives while `close` flushes."""
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             ours = str(tmp_path / "ours")
@@ -703,7 +703,7 @@ async def test_d1_a_peer_that_refuses(stack: Stack) -> None:
 
 
 async def test_an_unconnected_endpoint_ignores_a_refused_datagram(stack: Stack) -> None:
-    """The system tells it only of sockets that are connected to one address."""
+    """The system reports a refusal only to connected sockets."""
     with udp_peer() as peer:
         nobody = peer.getsockname()
     async with stack.open() as group, Endpoints(group) as endpoints:
@@ -730,7 +730,7 @@ async def test_d1_a_datagram_that_is_too_large(stack: Stack) -> None:
 
 
 class Exhausted(socket.socket):
-    """A socket of a system that has no room for a datagram now and then: Linux says so of a device's queue only."""
+    """A socket whose `sendto` sometimes fails with ENOBUFS, which Linux raises only for a full device queue."""
 
     failures: list[OSError]
 
@@ -747,7 +747,7 @@ class Exhausted(socket.socket):
 
 @pytest.mark.parametrize("connected", [False, True])
 async def test_sendto_without_buffer_space(stack: Stack, connected: bool) -> None:
-    """It costs the datagram, and the endpoint lives on."""
+    """The datagram is lost, and the endpoint lives on."""
     with udp_peer() as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             sock = Exhausted(socket.AF_INET, socket.SOCK_DGRAM)
@@ -767,7 +767,7 @@ async def test_sendto_without_buffer_space(stack: Stack, connected: bool) -> Non
 
 
 async def test_a_waiting_datagram_without_buffer_space(stack: Stack, tmp_path: Path) -> None:
-    """It costs the one whose turn it was: the others are sent, in order."""
+    """Only the datagram at the head is lost: the others are sent, in order."""
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             sock = Exhausted(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -795,7 +795,7 @@ async def test_a_waiting_datagram_without_buffer_space(stack: Stack, tmp_path: P
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no epoll")
 @pytest.mark.ours_only("asyncio reports it, and leaves an endpoint that hears nothing")
 async def test_epoll_refuses_the_endpoint(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ENOSPC of epoll (`max_user_watches`): it costs the endpoint, and not the group."""
+    """ENOSPC of epoll (`max_user_watches`) ends the endpoint, not the group."""
     failure = OSError(errno.ENOSPC, "as the system would")
 
     def full(*_: object) -> None:
@@ -915,7 +915,7 @@ async def test_a_callback_that_raises_is_reported_and_the_endpoint_lives_on(
 @pytest.mark.parametrize("kind", ["socket", "AnyIO socket"])
 @pytest.mark.parametrize("caught", [False, True])
 async def test_system_exit_in_connection_made_propagates(anyio_backend: Any, kind: str, caught: bool) -> None:
-    """The caller gets no endpoint then, and none is left."""
+    """The call raises, and no endpoint is left."""
 
     class Leaving(Endpoint):
         def connection_made(self, transport: Any) -> None:
@@ -1002,7 +1002,7 @@ async def test_an_invalid_address_is_reported_and_the_endpoint_stays_open(
 @pytest.mark.ours_only("it has no such sockets")
 @pytest.mark.parametrize("kind", ["udp", "unix", "adopted unix", "anyio udp", "anyio unix"])
 async def test_a_send_error_loses_no_received_datagram(stack: Stack, kind: str, tmp_path: Path) -> None:
-    """To look for more errors must not take a datagram: UNIX and netlink sockets have no queue of errors."""
+    """Reading the error queue must not take a datagram: UNIX and netlink sockets have no error queue."""
     async with stack.open() as group, Endpoints(group) as endpoints:
         transport, protocol, own = await make_endpoint(endpoints, kind, tmp_path)
         family = socket.AF_UNIX if "unix" in kind else socket.AF_INET
@@ -1012,7 +1012,7 @@ async def test_a_send_error_loses_no_received_datagram(stack: Stack, kind: str, 
                 transport.sendto(bytes(4 << 20), own)  # Too large.
             await until(lambda: len(protocol.received) == 3)
         assert protocol.data == [b"0", b"1", b"2"]
-        if kind != "anyio udp":  # On asyncio AnyIO keeps it to itself.
+        if kind != "anyio udp":  # On asyncio AnyIO does not report it.
             await until(lambda: len(protocol.errors) == 3)
         assert protocol.lost == []
 
@@ -1050,7 +1050,7 @@ async def test_sendto_without_an_address(stack: Stack, kind: str, tmp_path: Path
 @pytest.mark.ours_only("asyncio ends the endpoint")
 @pytest.mark.parametrize("kind", ["unix", "adopted unix", "anyio unix"])
 async def test_d8_a_reply_to_an_unnamed_sender(stack: Stack, kind: str, tmp_path: Path) -> None:
-    """It cannot be sent to, which does not concern the other peers."""
+    """Sending to it fails, which does not affect the other peers."""
     async with stack.open() as group, Endpoints(group) as endpoints:
         contexts = collect_contexts(group)
         transport, protocol, own = await make_endpoint(endpoints, kind, tmp_path)
@@ -1068,7 +1068,7 @@ async def test_d8_a_reply_to_an_unnamed_sender(stack: Stack, kind: str, tmp_path
 
 @pytest.mark.ours_only("asyncio ends the endpoint")
 async def test_an_invalid_address_after_waiting_datagrams(stack: Stack, tmp_path: Path) -> None:
-    """It costs its own datagram, and not the order of the others."""
+    """Only its own datagram is lost, and the others keep their order."""
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             contexts = collect_contexts(group)
@@ -1325,7 +1325,7 @@ async def test_r5_a_flood_does_not_starve_other_endpoints(stack: Stack) -> None:
 
 
 class Restless(Endpoint):
-    """Send itself one more for each that comes: there is always another."""
+    """An endpoint that sends itself a datagram for each that it receives."""
 
     def __init__(self, *, at_most: int, burn: float = 0) -> None:
         super().__init__()
@@ -1343,7 +1343,7 @@ class Restless(Endpoint):
 
 
 async def test_an_always_ready_endpoint_does_not_starve_timers(stack: Stack) -> None:
-    """Counted and not measured: a timer of some milliseconds, against so many datagrams that they take a second."""
+    """Counted, not measured: a timer of some milliseconds, against datagrams that take a second."""
     at_most = 200_000
     async with stack.open() as group, Endpoints(group) as endpoints:
         transport, protocol = await endpoints.make(Restless(at_most=at_most), local_addr=(HOST, 0))
@@ -1361,7 +1361,8 @@ async def test_an_always_ready_endpoint_does_not_starve_timers(stack: Stack) -> 
 
 
 async def test_slow_callbacks_do_not_starve_tasks(stack: Stack) -> None:
-    """Each takes a millisecond: what bounds a turn cannot be a number of them. Counted and not measured."""
+    """Each callback takes a millisecond, so an iteration must be bounded by time, not by a count. Counted, not
+    measured."""
     at_most = 3_000
     counts = []
     async with stack.open() as group, Endpoints(group) as endpoints:
@@ -1524,7 +1525,7 @@ async def test_an_anyio_socket_that_fails_to_send(anyio_backend: Any, tmp_path: 
 
 
 async def test_an_anyio_socket_that_a_peer_refuses(anyio_backend: Any) -> None:
-    """AnyIO tells of it on trio, and keeps it to itself on asyncio; either way the endpoint lives on."""
+    """AnyIO raises it on trio and hides it on asyncio; in both cases the endpoint lives on."""
     with udp_peer() as peer:
         address = peer.getsockname()
     async with TransportGroup() as group:
@@ -1540,7 +1541,7 @@ async def test_an_anyio_socket_that_a_peer_refuses(anyio_backend: Any) -> None:
             peer.bind(address)
             peer.setblocking(False)
             if anyio_backend[0] != "trio":
-                # A refusal that asyncio has not noticed yet takes the place of a datagram.
+                # asyncio drops a datagram if it has not noticed a refusal yet.
                 transport.sendto(b"now?")
                 await until(lambda: transport.get_write_buffer_size() == 0)
             transport.sendto(b"now!")
@@ -1587,7 +1588,7 @@ async def test_an_anyio_socket_closed_by_its_owner(anyio_backend: Any) -> None:
 
 
 async def test_an_anyio_socket_that_another_task_reads(anyio_backend: Any) -> None:
-    """AnyIO says so without giving way: to try again and again would stop everything else."""
+    """AnyIO raises without yielding: retrying in a loop would stop everything else."""
 
     async def receive_first() -> None:
         with suppress(anyio.ClosedResourceError):
@@ -1607,7 +1608,7 @@ async def test_an_anyio_socket_that_another_task_reads(anyio_backend: Any) -> No
 
 
 async def test_an_anyio_socket_with_a_closed_fd(anyio_backend: Any, tmp_path: Path) -> None:
-    """It is so for every datagram, and not told for each."""
+    """Every datagram fails, but not every failure is reported."""
     async with TransportGroup() as group:
         sock = await anyio.create_unix_datagram_socket(local_path=str(tmp_path / "socket"))
         _, protocol = await group.connect_datagram_socket(Endpoint, sock)

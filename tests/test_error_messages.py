@@ -1,4 +1,4 @@
-"""What is told about calls that cannot work: it names the function, and says what to do instead."""
+"""Messages of calls that cannot work: they name the function and say what to do instead."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_endpoint_functions_before_and_after_the_block(anyio_backend: Any,
 
 
 async def test_endpoint_functions_while_the_block_is_being_left(anyio_backend: Any) -> None:
-    """`connection_lost` is too late for new connections, and is told so; callbacks can still be scheduled."""
+    """In `connection_lost` new connections are refused with a message; callbacks can still be scheduled."""
     coroutines: list[Any] = []
 
     def reconnect(recorder: Recorder, exc: Exception | None) -> None:
@@ -99,7 +99,7 @@ async def test_callbacks_outside_the_block(anyio_backend: Any, name: str, argume
 
 
 def in_a_thread(function: Callable[[], object]) -> list[BaseException]:
-    """What `function` raises in a thread of its own."""
+    """Return what `function` raises in another thread."""
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -117,7 +117,7 @@ def in_a_thread(function: Callable[[], object]) -> list[BaseException]:
 @pytest.mark.parametrize("name", ENDPOINTS)
 async def test_from_another_thread(anyio_backend: Any, name: str) -> None:
     async with TransportGroup() as group:
-        # As any event loop of that thread would drive it.
+        # As an event loop of that thread would do.
         (error,) = in_a_thread(lambda: getattr(group, name)().send(None))
     assert isinstance(error, RuntimeError)
     assert str(error).startswith(f"{name}() was called in another thread than the group's")
@@ -141,7 +141,7 @@ async def test_start_soon_from_another_thread(anyio_backend: Any) -> None:
 
 
 async def test_the_advice_of_the_messages_works(anyio_backend: Any) -> None:
-    """Each of the ways that the messages name."""
+    """Try each way that the messages name."""
     done = anyio.Event()
 
     async def task() -> None:
@@ -189,7 +189,7 @@ async def test_messages_about_datagram_addresses(
     async with stack.open() as group:
         with pytest.raises(error) as caught:
             await group.create_datagram_endpoint(Recorder, **parameters)
-        # asyncio says the first of it.
+        # asyncio's message has the first part.
         assert message.startswith(str(caught.value)) if stack.is_oracle else str(caught.value) == message
 
 
@@ -206,7 +206,7 @@ COROUTINE_FUNCTIONS: dict[str, Any] = {"plain": make_protocol, "partial": functo
 @pytest.mark.parametrize("name", [name for name, takes_factory in ENDPOINTS.items() if takes_factory])
 @pytest.mark.parametrize("factory", COROUTINE_FUNCTIONS.values(), ids=COROUTINE_FUNCTIONS)
 async def test_a_coroutine_function_as_a_factory(anyio_backend: Any, name: str, factory: Any) -> None:
-    """Refused at the call, before anything is done, wherever it stands."""
+    """Refused at the call, before anything is done, for every parameter."""
     async with TransportGroup() as group:
         with pytest.raises(TypeError, match=rf"{name}\(\) takes .* got the coroutine function .*start_soon\(\)"):
             await getattr(group, name)(factory)
@@ -263,7 +263,7 @@ class Nothing:
 async def test_factory_returning_a_non_protocol(
     stack: Stack, factory: Any, error: type[Exception], message: str
 ) -> None:
-    """It comes out of the endpoint function, and nothing is left behind; also not a coroutine that nobody awaited."""
+    """The endpoint function raises it, and nothing is left open; no coroutine stays unawaited."""
     before = open_descriptors()
     async with stack.open() as group:
         contexts = collect_contexts(group)
@@ -283,7 +283,7 @@ async def test_factory_returning_a_non_protocol(
 
 
 async def test_a_servers_factory_that_returns_none(anyio_backend: Any) -> None:
-    """It shows with the first client, and is told like any failure of the factory."""
+    """It is noticed with the first client, and reported like any failure of the factory."""
     async with TransportGroup() as group:
         contexts = collect_contexts(group)
         server = await group.create_server(lambda: None, HOST, 0)
@@ -295,7 +295,7 @@ async def test_a_servers_factory_that_returns_none(anyio_backend: Any) -> None:
 
 
 async def test_a_class_whose_callbacks_are_class_methods_is_a_protocol(stack: Stack) -> None:
-    """As any object with the right methods."""
+    """Like any object with the right methods."""
     calls: list[str] = []
 
     class Everybody:
@@ -315,7 +315,7 @@ async def test_a_class_whose_callbacks_are_class_methods_is_a_protocol(stack: St
 
 @pytest.mark.parametrize("function", [subprocess.Popen, asyncio.create_subprocess_exec], ids=["Popen", "asyncio's"])
 async def test_a_process_that_is_not_anyios(anyio_backend: Any, function: Any) -> None:
-    """Refused at the call, and left alone: what waits for its end would fail later, and take the group with it."""
+    """Refused at the call and left untouched: waiting for its exit would fail later and end the group."""
     if function is not subprocess.Popen and anyio_backend[0] != "asyncio":
         return  # asyncio's processes need its loop.
     command = [sys.executable, "-c", "input()"]

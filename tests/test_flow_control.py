@@ -1,4 +1,4 @@
-"""Back-pressure on the writing side: watermarks, buffered sizes, and what may never be lost."""
+"""Flow control of writing: watermarks, buffer sizes, and data that must not be lost."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ async def test_lowering_the_limits_pauses_at_once(stack: Stack) -> None:
 
 @pytest.mark.ours_only("asyncio looks at the low limit only when something has been sent")
 async def test_raising_the_limits_does_not_strand_a_paused_protocol(stack: Stack) -> None:
-    """However soon the protocol hears of it: it must hear of it, when the buffer is at or under low."""
+    """The moment of `resume_writing` may differ, but it must come once the buffer is at or below the low watermark."""
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         transport.set_write_buffer_limits(high=0)
         written = fill(transport)
@@ -235,7 +235,7 @@ async def test_w2_writelines_pauses_the_protocol(stack: Stack) -> None:
 @pytest.mark.parametrize("clogged", [False, True])
 @pytest.mark.parametrize(("count", "size"), [(200, 5000), (40_000, 50)])
 async def test_writelines_of_chunks_of_every_kind(stack: Stack, count: int, size: int, clogged: bool) -> None:
-    """Joined or not: what the system does not take at once is kept."""
+    """Joined or not, the data that the system does not take at once is kept."""
     data = pattern(4 << 20)
     async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
         written = fill(transport) if clogged else 0
@@ -249,7 +249,7 @@ async def test_writelines_of_chunks_of_every_kind(stack: Stack, count: int, size
         transport.writelines(iter(chunks))
         assert transport.get_write_buffer_size() > 0
         assert protocol.count("pause_writing") == 1
-        for chunk in chunks:  # The caller's again.
+        for chunk in chunks:  # It belongs to the caller again.
             if isinstance(chunk, bytearray):
                 chunk[:] = bytes(len(chunk))
                 chunk.clear()
@@ -337,7 +337,7 @@ async def test_w5_the_size_of_many_small_writes_is_exact(stack: Stack) -> None:
 
 @pytest.mark.ours_only("asyncio looks at the whole buffer for each write")
 async def test_w5_a_write_does_not_scan_the_buffer(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a matter of time; what can be counted is how many chunks are looked at, and that is linear."""
+    """The cost is time; the test counts the chunks that are visited, which must be linear."""
     count = 2000
     looked_at = 0
 
@@ -393,7 +393,7 @@ async def test_w7_ending_inside_a_flow_control_callback(
 
 @pytest.mark.ours_only("the oracle's connection_lost may starve: python/asyncio 301")
 async def test_w8_a_busy_writer_does_not_delay_connection_lost(stack: Stack) -> None:
-    """A writer that gives way and writes again, whatever happens, does not keep the end away."""
+    """A writer that yields and writes again without end does not delay `connection_lost`."""
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         with capture_log(stack):
             peer.reset()
@@ -437,7 +437,7 @@ async def test_w9_a_bytearray_may_be_changed_after_write(stack: Stack, clogged: 
         assert transport.get_write_buffer_size() > 0
         if method == "write":
             mutable[:] = bytes(len(mutable))
-            mutable.clear()  # a BufferError here would mean that somebody still holds the array
+            mutable.clear()  # a BufferError here would mean that a view of the array is still held
         else:
             mutable[:] = bytes(len(mutable))
         transport.close()

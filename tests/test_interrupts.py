@@ -1,4 +1,4 @@
-"""Ctrl-C while a task is about to wait: the group ends in order."""
+"""Ctrl-C while a task is about to wait: the group still ends in order."""
 
 from __future__ import annotations
 

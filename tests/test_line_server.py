@@ -1,4 +1,4 @@
-"""The line server of the examples, visited over a bare socket: its time-outs, its pings, its end."""
+"""The line server of the examples over a bare socket: time-outs, pings, and the end."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ async def test_a_line_that_is_too_long_but_complete(stack: Stack) -> None:
 
 @pytest.mark.exhaustive
 async def test_many_lines_at_once(stack: Stack) -> None:
-    """To take the rest of them along from line to line would be quadratic: hundreds of gigabytes."""
+    """Copying the rest for each line would be quadratic: hundreds of gigabytes."""
     count = 1_000_000
 
     class Counting(Line):
@@ -184,7 +184,7 @@ async def test_many_netstrings_at_once(stack: Stack) -> None:
 
 
 async def test_a_client_that_does_not_read(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing piles up for them, they are out of the room when their time has come, and gone soon after."""
+    """Its buffer is bounded; it leaves the chat when its time-out expires, and its connection ends soon after."""
     monkeypatch.setattr(line_server, "GRACE", 0.02)
     room = Room(ping_interval=0.01)
     async with stack.open() as group:

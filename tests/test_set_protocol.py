@@ -1,4 +1,4 @@
-"""A protocol that takes a connection over: what `set_protocol` and `start_tls` refuse, and what the new one is told."""
+"""A protocol that takes over a connection: what `set_protocol` and `start_tls` refuse, and the new one's callbacks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ClassMethods:
 
 
 class WithoutConnectionMade:
-    """It is never called on a protocol that comes later."""
+    """`connection_made` is never called on a later protocol."""
 
     def __init__(self) -> None:
         self.received = b""
@@ -104,10 +104,10 @@ async def test_r8_start_tls_refuses_a_non_protocol(stack: Stack, certificates: C
 
 
 async def test_set_protocol_accepts_duck_types(stack: Stack) -> None:
-    """Any object that can be told of the end: also a class of class methods, and one without `connection_made`."""
+    """Any object with `connection_lost`: also a class with class methods, and one without `connection_made`."""
     ClassMethods.lost = []
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
-        protocol.state = "lost"  # Another one hears of the end.
+        protocol.state = "lost"  # Another protocol gets `connection_lost`.
         other = WithoutConnectionMade()
         transport.set_protocol(other)
         await peer.send(b"hello")
@@ -309,7 +309,7 @@ async def test_r8_a_new_protocol_can_ask_for_the_state(stack: Stack, over: str) 
                 await first.wait_for("eof_received")
             assert transport.is_eof_received() is True
             third = PublicRecorder(transport=transport)
-            third.data_received(b"late")  # It knows that nothing may come any more.
+            third.data_received(b"late")  # It knows that no more data can come.
             with pytest.raises(AssertionError, match=r"data_received\(\) after"):
                 third.check(finished=False)
             second = PublicRecorder(transport=transport)

@@ -1,4 +1,4 @@
-"""Every method of the stream transport, as a protocol or its owner may call it."""
+"""Every method of the stream transport, called by a protocol or by its owner."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_extra_info_outlives_the_connection(stack: Stack) -> None:
 
 
 async def test_a_transport_takes_attributes(stack: Stack) -> None:
-    """Programs keep what belongs to a connection with its transport, and tests put a function in a method's place."""
+    """Programs store their own attributes on a transport, and tests replace its methods."""
     async with stack.open() as group, connected(group) as (transport, _, peer):
         transport.user = "somebody"
         assert transport.user == "somebody"
@@ -126,7 +126,7 @@ async def test_duck_typed_protocols_work(stack: Stack) -> None:
 
 
 class StandIn:
-    """For something that cannot be had now, as some frameworks have them: it fails when it is looked at."""
+    """A proxy object as some frameworks have them: any use fails."""
 
     def __init__(self) -> None:
         self.lost_with: list[BaseException | None] = []
@@ -142,7 +142,7 @@ class StandIn:
 
 
 async def test_a_protocol_that_fails_when_it_is_looked_at(stack: Stack) -> None:
-    """It ends its own connection, and no other."""
+    """Only its own connection ends."""
     failing, other = StandIn(), Recorder()
     async with stack.open() as group:
         contexts = collect_contexts(group)
@@ -193,7 +193,7 @@ async def test_close(stack: Stack) -> None:
 @pytest.mark.parametrize("end", ["close", "abort"])
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
 async def test_a_connection_aborted_by_another_receives_no_more(stack: Stack, kind: Any, end: str) -> None:
-    """Both have received something, and are served in the same turn."""
+    """Both have received data, and are served in the same iteration."""
     protocols: list[Any] = []
 
     def end_the_other(protocol: Any, *_: Any) -> None:
@@ -214,7 +214,7 @@ async def test_a_connection_aborted_by_another_receives_no_more(stack: Stack, ki
 
 @pytest.mark.parametrize("end", ["close", "abort"])
 async def test_no_resume_writing_after_abort_in_data_received(stack: Stack, end: str) -> None:
-    """There is room again and something to receive, in the same turn."""
+    """The socket becomes writable and readable in the same iteration."""
     protocol = Recorder(on_data_received=lambda p, _: getattr(p.transport, end)())
     async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
         transport.pause_reading()

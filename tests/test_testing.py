@@ -164,7 +164,7 @@ async def test_waiting_after_connection_lost_raises(stack: Stack) -> None:
 
 
 async def test_callbacks_that_are_left_out_do_nothing(stack: Stack) -> None:
-    """Of the abstract classes none has to be implemented but a `BufferedProtocol`'s `get_buffer`."""
+    """Every callback is optional except a `BufferedProtocol`'s `get_buffer`."""
 
     class Buffered(asyncio.BufferedProtocol):
         def get_buffer(self, sizehint: int) -> bytearray:
@@ -203,7 +203,7 @@ async def test_callbacks_that_are_left_out_do_nothing(stack: Stack) -> None:
             process.get_pipe_transport(0).write(b"x")
             process.get_pipe_transport(0).write_eof()
             await child.wait_for("connection_lost")
-            process.close()  # For asyncio, which complains of it otherwise.
+            process.close()  # asyncio warns about it otherwise.
             assert child.received == {1: b"x"}
             assert child.count("pipe_connection_lost") == 3
             assert child.count("process_exited") == 1
@@ -454,7 +454,7 @@ async def test_a_callback_that_interrupts_ends_both(anyio_backend: Any) -> None:
         recorders.append(Recorder(*protocol))
         return recorders[-1]
 
-    with pytest.raises(BaseException) as caught:  # alone or in a group: the backend's habit
+    with pytest.raises(BaseException) as caught:  # alone or in a group, depending on the backend
         async with TransportGroup() as group:
             await memory_connection(group, lambda: factory(Interrupting()), factory)
     assert [type(leaf) for leaf in leaves(caught.value)] == [KeyboardInterrupt]
@@ -489,7 +489,7 @@ async def test_a_group_that_is_not_open(anyio_backend: Any) -> None:
 
 
 async def test_a_busy_connection_does_not_starve_tasks_and_timers(anyio_backend: Any) -> None:
-    """Two ends that write to each other without end in memory starve neither the tasks nor the timers."""
+    """Two ends that write to each other without end in memory do not starve tasks or timers."""
 
     class Endless(asyncio.Protocol):
         transport: Any

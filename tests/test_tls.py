@@ -211,7 +211,7 @@ async def test_a_buffer_whose_items_are_not_bytes(
     async with stack.open() as group, tls_client(group, certificates, protocol) as (transport, _, peer):
         expected = b""
         for lengths in ((1, 2, 3), (1, RECORD), (size // 8, 1, size // 4), (size, 1), (3 * size, 7, 5)):
-            # All of it arrives together, so that one call finds many records and goes on behind the first.
+            # All of it arrives together, so that one call finds many records and goes on after the first.
             transport.pause_reading()
             for length in lengths:
                 expected += (data := pattern(length))
@@ -275,8 +275,8 @@ async def test_full_duplex_with_small_buffers(stack: Stack, certificates: Certif
     with certificates.files() as files:
         async with stack.open() as group:
             serving = await serve(group, certificates.server())
-            # Before there is a connection: made smaller afterwards, a buffer has no room for what the system has
-            # invited already, drops it, and every packet has to be sent again after 0.2 s.
+            # Before there is a connection: a buffer that is made smaller later drops data that the peer was allowed to
+            # send, and every packet has to be sent again after 0.2 s.
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 serving.server.sockets[0].setsockopt(socket.SOL_SOCKET, option, 8192)
             async with tls_peer_process("exchange", serving.port, files["ca"], NAME, size, version) as peer:
@@ -317,7 +317,7 @@ async def test_t12_watermarks_count_as_over_tcp(stack: Stack, certificates: Cert
 
 @pytest.mark.ours_only("asyncio counts differently what its two transports hold")
 async def test_nothing_is_buffered_once_everything_is_sent(stack: Stack, certificates: Certificates) -> None:
-    # With the marks at zero a protocol learns when the operating system has taken the last byte, ciphertext included.
+    # With watermarks of zero a protocol knows when the system has taken the last byte, ciphertext included.
     async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, peer):
         transport.set_write_buffer_limits(0)
         data = bytes(5_000_000)
@@ -351,7 +351,7 @@ async def test_callbacks_run_in_the_context_of_create_server(stack: Stack, certi
 
 
 async def test_sslobject_with_partial_writes(stack: Stack, certificates: Certificates) -> None:
-    # What a context's own `sslobject_class` returns counts, as for any `write`.
+    # The return value of a context's own `sslobject_class` counts, as for any `write`.
     class Partial(ssl.SSLObject):
         def write(self, data: Any) -> int:
             return super().write(bytes(data)[:10_000])
@@ -369,7 +369,7 @@ async def test_sslobject_with_partial_writes(stack: Stack, certificates: Certifi
 
 
 class KeyUpdates:
-    """A client that has its keys updated at will, for which Python has no call.
+    """A client that can update its keys at any time, for which Python has no call.
 
     Python's own makes the handshake and reads; what is sent after that is encrypted here (RFC 8446, sections 5.2, 7.1
     and 7.2).
@@ -422,9 +422,9 @@ class KeyUpdates:
         return announcement
 
     async def send_unread(self, data: memoryview) -> memoryview:
-        """Send and read nothing, as long as anything is taken; return the rest."""
+        """Send without reading until the buffers are full; return the rest."""
         while data:
-            with anyio.move_on_after(0.3):  # Whoever takes anything takes it in no time.
+            with anyio.move_on_after(0.3):  # A peer that reads does so at once.
                 await anyio.wait_writable(self.peer.socket)
                 data = data[self.peer.socket.send(data) :]
                 continue
@@ -448,7 +448,7 @@ class KeyUpdates:
 async def test_answers_to_key_updates_do_not_pile_up(
     stack: Stack, certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The smaller limit spares the test to fill the real one, and what the system buffers.
+    # The smaller limit saves filling the real one and the system's buffers.
     monkeypatch.setattr("transports_anyio._channels._tls_wire.ANSWERS_LIMIT", 4096, raising=False)
 
     def answer(protocol: Recorder, _: bytes) -> None:
@@ -502,7 +502,7 @@ async def test_answers_to_key_updates_do_not_pile_up_during_the_shutdown(
 
 
 def test_written_data_never_stops_reading() -> None:
-    # Or two ends that both write and do not read before the other has read would wait for each other for ever.
+    # Otherwise two ends that both write before they read would wait for each other without end.
     from transports_anyio._channels import _tls_engine
 
     records = -(-_tls_engine.ENCRYPT_SIZE // RECORD) + 1
@@ -548,7 +548,7 @@ async def test_socket_accepted_elsewhere(stack: Stack, certificates: Certificate
 
 @pytest.mark.parametrize("count", [None, 300_001])
 async def test_f1_f2_sendfile(stack: Stack, certificates: Certificates, tmp_path: Path, count: int | None) -> None:
-    # Through the fall-back: from the offset given, exactly so many bytes.
+    # Through the fall-back: exactly `count` bytes from the given offset.
     data = pattern(1_000_000)
     path = tmp_path / "file"
     path.write_bytes(data)
@@ -648,7 +648,7 @@ async def test_close_sends_close_notify_and_waits_for_the_peers(
             await peer.say_goodbye()
             await protocol.wait_for("connection_lost")
             assert await peer.receive_raw() == b""
-        # asyncio too tells of the end of file here.
+        # asyncio calls `eof_received` here too.
         assert protocol.names == ["connection_made", "eof_received", "connection_lost"]
         assert protocol.lost_with is None
 
@@ -901,7 +901,7 @@ async def test_t9_eof_without_close_notify(
 
 
 async def test_t9_eof_without_close_notify_over_a_unix_socket(stack: Stack, certificates: Certificates) -> None:
-    """Our own farewell is then a broken pipe at once, where TCP takes it first; neither is an error."""
+    """Our own `close_notify` then fails with EPIPE at once, while TCP accepts it first; neither is an error."""
     ours, theirs = socket.socketpair()
     async with stack.open() as group:
         (_, protocol), peer = await together(
@@ -930,7 +930,7 @@ async def test_an_end_of_file_without_close_notify_is_answered(stack: Stack, cer
 async def test_client_that_sends_and_disconnects_at_once(
     stack: Stack, certificates: Certificates, recorder: type[Any], size: int
 ) -> None:
-    """It is through with the handshake before the server's session tickets are on their way, which then fails."""
+    """It has finished the handshake before the server sends its session tickets, which then fails."""
     legal(stack, recorder)
     data = pattern(size)
     ours, theirs = socket.socketpair()
@@ -961,7 +961,7 @@ async def test_client_that_sends_and_disconnects_at_once(
         await protocol.wait_for("connection_lost")
         assert protocol.received == data
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-        if not stack.is_oracle:  # asyncio's has the broken pipe, which is no news after `close_notify`.
+        if not stack.is_oracle:  # asyncio reports the broken pipe, which does not matter after `close_notify`.
             assert protocol.lost_with is None
             assert protocol.transport.get_extra_info("close_notify") is True
 
@@ -997,7 +997,7 @@ async def test_damaged_record(stack: Stack, certificates: Certificates) -> None:
         socket.socket.send(peer.socket, b"\x17\x03\x03\x00\x20" + bytes(32))
         await protocol.wait_for("connection_lost")
         assert isinstance(protocol.lost_with, ssl.SSLError)
-        if not stack.is_oracle:  # asyncio's keeps the alert to itself
+        if not stack.is_oracle:  # asyncio does not report the alert
             with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):
                 await peer.receive()
 
@@ -1005,7 +1005,7 @@ async def test_damaged_record(stack: Stack, certificates: Certificates) -> None:
 @pytest.mark.ours_only("asyncio loses the data")
 async def test_data_before_a_damaged_record(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
-        transport.pause_reading()  # It is to be received together.
+        transport.pause_reading()  # Both must be received together.
         await peer.send(b"good")
         socket.socket.send(peer.socket, b"\x17\x03\x03\x00\x20" + bytes(32))
         transport.resume_reading()
@@ -1015,7 +1015,7 @@ async def test_data_before_a_damaged_record(stack: Stack, certificates: Certific
 
 
 async def is_dropped(connecting: Awaitable[TLSPeer]) -> bool:
-    """Whether the other end goes without a farewell, during or after what is the handshake for the peer."""
+    """The other end disconnects without `close_notify`, during or after the peer's handshake."""
     with pytest.raises(DROPPED):
         with await connecting as peer:
             await peer.receive_all()
@@ -1023,7 +1023,7 @@ async def is_dropped(connecting: Awaitable[TLSPeer]) -> bool:
 
 
 class FailingObject(ssl.SSLObject):
-    """One that fails in its own way as soon as there is something to read."""
+    """An `SSLObject` that fails with its own error as soon as there is something to read."""
 
     def read(self, *arguments: Any) -> Any:
         super().read(*arguments)
@@ -1043,7 +1043,7 @@ async def test_sslobject_that_fails_to_read(stack: Stack, certificates: Certific
             with pytest.raises(DROPPED):
                 await peer.receive_all()
         assert peers_contexts(contexts) == [protocol.lost_with]
-        if not stack.is_oracle:  # asyncio tells of its own inside.
+        if not stack.is_oracle:  # asyncio reports its own internals.
             assert contexts[0]["message"] == "Fatal read error on stream transport"
             assert contexts[0]["transport"] is transport
             assert contexts[0]["protocol"] is protocol
@@ -1124,7 +1124,7 @@ async def test_cancelling_the_group_during_a_shutdown(stack: Stack, certificates
 
 
 async def connect_to(group: Any, address: Any, **options: Any) -> BaseException:
-    """Connect and return the error that this gives."""
+    """Connect and return the error."""
     options.setdefault("server_hostname", NAME)
     with anyio.fail_after(GUARD):
         try:
@@ -1289,7 +1289,7 @@ def count_of_openssls_objects() -> int:
 @pytest.mark.exhaustive
 @pytest.mark.ours_only("about our own objects")
 async def test_t6_failed_handshakes_keep_no_memory(stack: Stack, certificates: Certificates) -> None:
-    # Counted without the collector's help: a cycle for each failure would grow until it runs.
+    # Counted without the garbage collector: a cycle for each failure would pile up until it runs.
     context = certificates.client()
     server = certificates.server()
     async with stack.open() as group:
@@ -1329,7 +1329,7 @@ async def test_certificate_that_is_refused(stack: Stack, certificates: Certifica
         assert error.reason == "CERTIFICATE_VERIFY_FAILED"
         assert error.verify_code == (62 if what == "name" else 20)
         if not stack.is_oracle:
-            # asyncio's client keeps the alert to itself, and its server reports to nobody but in debug mode.
+            # asyncio's client does not report the alert, and its server does so only in debug mode.
             await until(lambda: contexts)
             (context_,) = contexts
             assert "ALERT" in str(context_["exception"])
@@ -1339,7 +1339,7 @@ async def test_certificate_that_is_refused(stack: Stack, certificates: Certifica
 
 
 async def echoes(group: Any, serving: Any, certificates: Certificates) -> bool:
-    """Whether a new client of the server gets an answer."""
+    """Return whether a new client of the server gets an answer."""
     with anyio.fail_after(GUARD):
         peer = await TLSPeer.connect_to(serving.address, certificates.client())
     with peer:
@@ -1372,7 +1372,7 @@ async def test_server_survives_a_failing_handshake(stack: Stack, certificates: C
                 peer.reset()
             elif kind == "slow":
                 assert await peer.gone()
-        if not stack.is_oracle:  # asyncio reports to nobody but in debug mode.
+        if not stack.is_oracle:  # asyncio reports it only in debug mode.
             await until(lambda: contexts)
             expected = {"garbage": ssl.SSLError, "slow": ConnectionAbortedError}.get(kind, ConnectionResetError)
             assert [type(context["exception"]) for context in contexts] == [expected]
@@ -1629,13 +1629,13 @@ async def test_check_hostname_without_a_name(stack: Stack, certificates: Certifi
                     await call()
             listener.setblocking(False)
             with pytest.raises(BlockingIOError):
-                listener.accept()  # Nobody has come.
+                listener.accept()  # No client has connected.
         transport.write(b"in the clear")
         assert await peer.receive_exactly(12) == b"in the clear"
         transport.abort()
 
 
-@pytest.mark.ours_only("asyncio fails in a callback, and the client waits for ever")
+@pytest.mark.ours_only("asyncio fails in a callback, and the client never ends")
 async def test_timeouts_of_other_number_types(stack: Stack, certificates: Certificates) -> None:
     timeouts: Any = {"ssl_handshake_timeout": Decimal(60), "ssl_shutdown_timeout": Decimal(30)}
     async with stack.open() as group:
@@ -1653,7 +1653,7 @@ async def test_timeouts_of_other_number_types(stack: Stack, certificates: Certif
 
 @pytest.mark.ours_only("asyncio leaks the socket")
 async def test_ssl_of_a_wrong_type(stack: Stack, certificates: Certificates) -> None:
-    # It must not pass for `True`: whoever gave it wanted something else than the default.
+    # It must not count as `True`: the caller wanted something else than the default.
     async with stack.open() as group:
         serving = await serve(group, certificates.server())
         with pytest.raises(AttributeError):
@@ -1699,7 +1699,7 @@ async def test_shutdown_timeout_of_a_server(stack: Stack, certificates: Certific
 
 
 def test_default_timeouts(certificates: Certificates) -> None:
-    """A minute for the handshake, half of one for the farewell; on a clock that the test moves."""
+    """One minute for the handshake and half a minute for the shutdown, on a clock that the test moves."""
     trio = pytest.importorskip("trio")
     clock = pytest.importorskip("trio.testing").MockClock()
     errors: list[Exception] = []
@@ -1734,10 +1734,10 @@ def test_default_timeouts(certificates: Certificates) -> None:
                 assert isinstance(protocol.lost_with, TimeoutError)
                 assert "30" in str(protocol.lost_with)
 
-    trio.run(main, clock=clock)  # AnyIO 4.10 keeps the clock to itself.
+    trio.run(main, clock=clock)  # AnyIO 4.10 does not export the clock.
 
 
-# -- what contexts can do ---------------------------------------------------------------------------------
+# -- features of contexts ---------------------------------------------------------------------------------
 
 
 async def test_server_name_indication(stack: Stack, certificates: Certificates) -> None:
@@ -1770,7 +1770,7 @@ async def test_server_name_indication(stack: Stack, certificates: Certificates) 
 async def test_server_name_callback_is_called_as_a_callback(
     stack: Stack, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # In the context of whoever made the server; what it raises or refuses ends that handshake alone.
+    # It runs in the context of `create_server`; if it raises or refuses, only that handshake ends.
     seen: list[Any] = []
     unraisable: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda args: unraisable.append(args.exc_type))
@@ -1794,7 +1794,7 @@ async def test_server_name_callback_is_called_as_a_callback(
                 await TLSPeer.connect_to(serving.address, certificates.client(), name)
         assert await echoes(group, serving, certificates)
         assert seen == [(name, "server", True) for name in ("raises.example", "unknown.example", NAME)]
-        assert unraisable == [ZeroDivisionError]  # Python's `ssl` passes it on to nobody.
+        assert unraisable == [ZeroDivisionError]  # Python's `ssl` does not pass it on.
         if not stack.is_oracle:
             assert ["CALLBACK_FAILED" in str(error) for error in peers_contexts(contexts)] == [True, True]
         serving.server.close()
@@ -1862,7 +1862,7 @@ async def test_client_certificates(
         if required and not given:  # asyncio's server keeps the alert to itself.
             if version == "1.2":
                 error = await connect_to(group, serving.address, ssl=theirs)
-            else:  # In TLS 1.3 the client is through before the server has looked at its certificate.
+            else:  # In TLS 1.3 the client finishes before the server has checked its certificate.
                 await group.create_connection(lambda: client, *serving.address, ssl=theirs, server_hostname=NAME)
                 await client.wait_for("connection_lost")
                 error = client.lost_with
@@ -1970,7 +1970,7 @@ async def test_host_with_an_internationalised_name(
     stack: Stack, certificates: Certificates, certified: str, host: str, anyio_backend: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """It is resolved and verified without being given again; the second one by the system's own resolver."""
+    """It is resolved and verified without `server_hostname`; the second one by the system's own resolver."""
     async with stack.open() as group:
         serving = await serve(group, certificates.server(certified))
         client = Recorder()

@@ -30,7 +30,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="a matter of Lin
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder with a short name: that of a UNIX socket has room for about a hundred characters."""
+    """A folder with a short name: the path of a UNIX socket may have about a hundred characters."""
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="ta") as name:
         yield Path(name)
 
@@ -136,7 +136,7 @@ async def test_paths_that_cannot_be_bound(stack: Stack, folder: Path) -> None:
 
 
 async def test_a_path_that_is_too_long(stack: Stack, folder: Path) -> None:
-    """Python finds it out, and not the system: the error has no number, and says no number."""
+    """Python raises it, not the system: the error has no errno, and its message does not mention one."""
     path = str(folder / ("long" * 50))
     async with stack.open() as group:
         for function, options in (
@@ -152,7 +152,7 @@ async def test_a_path_that_is_too_long(stack: Stack, folder: Path) -> None:
             assert stack.is_oracle or path in str(caught.value)
 
 
-# -- files that are there, and files that are left --------------------------------------------------------------------
+# -- existing files, and files that are left --------------------------------------------------------------------
 
 
 async def test_a_stale_socket_is_replaced(stack: Stack, folder: Path) -> None:
@@ -211,7 +211,7 @@ async def test_the_file_is_removed_when_the_block_is_left(stack: Stack, folder: 
 async def test_a_group_that_ends_during_create_server_touches_no_file(
     stack: Stack, folder: Path, kind: int, stale: bool
 ) -> None:
-    """Whichever of the turns until the socket would be there is the group's last."""
+    """The group ends at each iteration until the socket would exist."""
 
     def look() -> Any:
         return (path.stat().st_ino, path.stat().st_ctime_ns) if path.exists() else None
@@ -281,7 +281,7 @@ async def test_s8_a_file_that_replaced_the_socket_is_not_removed(stack: Stack, f
         path.unlink()
         server = await group.create_unix_server(Echo, path)
         path.unlink()
-        server.close()  # Nothing there, nothing to say.
+        server.close()  # No file, no report.
 
 
 @pytest.mark.ours_only("asyncio looks for the file where it is not")
@@ -301,7 +301,7 @@ async def test_a_relative_path_and_another_working_directory(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root is kept out by nothing but this")
 @pytest.mark.ours_only("about our log")
 async def test_a_file_that_cannot_be_removed(stack: Stack, folder: Path) -> None:
-    """The folder turns into a file: nothing that one can do about it, but it is told."""
+    """The folder turns into a file: the removal fails, and that is reported."""
     path = folder / "within" / "socket"
     path.parent.mkdir()
     async with stack.open() as group:
@@ -411,7 +411,7 @@ async def test_a_path_without_a_listener(stack: Stack, folder: Path) -> None:
 @linux_only
 @pytest.mark.ours_only("asyncio reports a connection that does not exist")
 async def test_a_full_backlog_is_an_error(stack: Stack, folder: Path) -> None:
-    """There is nothing that one could wait for: the system does not go on trying by itself."""
+    """There is nothing to wait for: the system does not retry."""
     path = folder / "socket"
     async with stack.open() as group:
         with listening(path, backlog=0), dial(path):
@@ -513,7 +513,7 @@ async def test_nc_as_the_server(stack: Stack, folder: Path) -> None:
             assert process.stdout is not None
             await until(lambda: is_socket(path))
             with anyio.fail_after(GUARD):
-                while True:  # The file is there a moment before anybody listens.
+                while True:  # The file exists a moment before the socket listens.
                     try:
                         transport, protocol = await group.create_unix_connection(Recorder, path)
                         break
