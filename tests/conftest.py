@@ -11,6 +11,7 @@ import functools
 import gc
 import inspect
 import itertools
+import os
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ import pytest
 import support
 import trustme
 from support import BACKENDS, ORACLE, Stack, open_descriptors
+from tls_support import Certificates
 
 if sys.platform == "win32":
     # About pipes, children, UNIX sockets and terminals, which Windows does not have.
@@ -138,6 +140,11 @@ def certificate_authority() -> trustme.CA:
     return trustme.CA()
 
 
+@pytest.fixture(scope="session")
+def certificates(certificate_authority: trustme.CA) -> Certificates:
+    return Certificates(certificate_authority)
+
+
 def _left_over_threads(before: set[threading.Thread]) -> list[threading.Thread]:
     # trio keeps idle worker threads for some seconds, shared by the whole process.
     return [
@@ -145,6 +152,17 @@ def _left_over_threads(before: set[threading.Thread]) -> list[threading.Thread]:
         for thread in threading.enumerate()
         if thread not in before and not thread.name.lower().startswith("trio")
     ]
+
+
+def _check_no_child_is_left() -> None:
+    """Fail if this process has a child, running or a zombie."""
+    if sys.platform == "win32":
+        return
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return
+    raise AssertionError(f"zombie left: {pid} with status {status}" if pid else "child process left running")
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +183,7 @@ def no_leaks() -> Iterator[None]:
     assert _left_over_threads(threads_before) == []
     after = open_descriptors()
     leaked = {fd: what for fd, what in after.items() if descriptors_before.get(fd) != what}
-    assert leaked == {}, "descriptors left open"
+    assert leaked == {}, "file descriptors left open"
+    _check_no_child_is_left()
     for recorder in recorders:
-        recorder.check_finished()
+        recorder.check()

@@ -295,7 +295,9 @@ ENDPOINTS = {
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_every_parameter_is_described(function: Any) -> None:
-    quoted = " ".join(re.findall(r"`([^`]+)`", inspect.getdoc(function) or ""))
+    docstring = inspect.getdoc(function) or ""
+    # Between backticks, or at the beginning of a line of a list: `name, name: ...`.
+    quoted = " ".join(a or b for a, b in re.findall(r"`([^`]+)`|^((?:\w+(?:, )?)+): ", docstring, re.MULTILINE))
     parameters = [name for name in inspect.signature(function).parameters if name != "self"]
     assert [name for name in parameters if not re.search(rf"\b{name}\b", quoted)] == []
 

@@ -1410,7 +1410,7 @@ async def test_the_default_handler_cannot_tell_what_it_cannot_print(stack: Stack
             with capture_log(stack) as records:
                 await peer.send(b"x")
                 await failing.wait_for("connection_lost")
-            assert isinstance(failing.lost_with, ZeroDivisionError)
+            assert isinstance(failing.exception, ZeroDivisionError)
             await other_peer.send(b"still here")
             await other.wait_received(10)
     (record,) = records
@@ -1587,7 +1587,7 @@ async def test_a_failing_task_aborts_the_connections(anyio_backend: Any) -> None
             group.start_soon(failing)
             await anyio.sleep(GUARD)
     assert protocol.lost
-    assert protocol.lost_with is None
+    assert protocol.exception is None
     assert [type(leaf) for leaf in leaves(caught.value)] == [LookupError]
 
 

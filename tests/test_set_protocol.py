@@ -18,11 +18,6 @@ from transports_anyio.testing import DatagramRecorder, Recorder as PublicRecorde
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(scope="module")
-def certificates(certificate_authority: Any) -> Certificates:
-    return Certificates(certificate_authority)
-
-
 class ClassMethods:
     """A class that is a protocol itself."""
 
@@ -107,7 +102,7 @@ async def test_set_protocol_accepts_duck_types(stack: Stack) -> None:
     """Any object with `connection_lost`: also a class with class methods, and one without `connection_made`."""
     ClassMethods.lost = []
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
-        protocol.state = "lost"  # Another protocol gets `connection_lost`.
+        protocol.hand_over()  # Another protocol gets `connection_lost`.
         other = WithoutConnectionMade()
         transport.set_protocol(other)
         await peer.send(b"hello")

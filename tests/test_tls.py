@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.lowlevel
 import pytest
-import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -68,11 +67,6 @@ pytestmark = pytest.mark.anyio
 variable: ContextVar[str] = ContextVar("variable")
 
 
-@pytest.fixture(scope="session")
-def certificates(certificate_authority: trustme.CA) -> Certificates:
-    return Certificates(certificate_authority)
-
-
 @pytest.fixture(params=list(VERSIONS))
 def version(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -117,8 +111,8 @@ async def test_client_and_server(stack: Stack, certificates: Certificates, versi
         transport.close()
         await client.wait_for("connection_lost")
         await serving.protocols[0].wait_for("connection_lost")
-        assert client.lost_with is None
-        assert serving.protocols[0].lost_with is None
+        assert client.exception is None
+        assert serving.protocols[0].exception is None
         serving.server.close()
     assert serving.protocols[0].names[-2:] == ["eof_received", "connection_lost"]
     assert client.names[-2:] == ["eof_received", "connection_lost"]
@@ -171,7 +165,7 @@ async def test_t11_all_that_is_decrypted_is_delivered(
 ) -> None:
     # Sizes at the end of a record, of a read and of the protocol's buffer: nothing may wait for more to come.
     sizes = [1, RECORD - 1, RECORD, RECORD + 1, 4 * RECORD, 131072 - 1, 131072, 131072 + 1, 262144, 262144 + 1]
-    protocol = Recorder() if buffer_size is None else ViewRecorder(buffer_size)
+    protocol = Recorder() if buffer_size is None else ViewRecorder(buffer_size=buffer_size)
     async with stack.open() as group, tls_client(group, certificates, protocol, version=version) as (*_, peer):
         expected = b""
         for size in sizes:
@@ -187,7 +181,7 @@ async def test_t11_all_that_is_decrypted_is_delivered(
 @pytest.mark.ours_only("asyncio reads into a copy of a slice and loses the bytes")
 async def test_t14_buffer_that_is_a_bytearray(stack: Stack, certificates: Certificates) -> None:
     data = pattern(300_000)
-    protocol = BufferedRecorder(1000)
+    protocol = BufferedRecorder(buffer_size=1000)
     async with stack.open() as group, tls_client(group, certificates, protocol) as (transport, _, peer):
         await peer.send(data)
         assert await protocol.wait_received(len(data)) == data
@@ -265,7 +259,7 @@ async def test_writes_that_do_not_fit(stack: Stack, certificates: Certificates, 
             assert await peer.receive_all() == expected
             await peer.say_goodbye()
             await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_full_duplex_with_small_buffers(stack: Stack, certificates: Certificates, version: str) -> None:
@@ -290,7 +284,7 @@ async def test_full_duplex_with_small_buffers(stack: Stack, certificates: Certif
             assert got == hashlib.sha256(to_send).hexdigest()
             assert sent == hashlib.sha256(received).hexdigest()
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             serving.server.close()
 
 
@@ -497,7 +491,7 @@ async def test_answers_to_key_updates_do_not_pile_up_during_the_shutdown(
             assert rest, "everything was taken"
             await together(peer.receive_all, lambda: peer.send(rest))
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         serving.server.close()
 
 
@@ -543,7 +537,7 @@ async def test_socket_accepted_elsewhere(stack: Stack, certificates: Certificate
             assert await tls.receive_exactly(5) == b"hello"
             await tls.say_goodbye()
             await server.wait_for("connection_lost")
-        assert server.lost_with is None
+        assert server.exception is None
 
 
 @pytest.mark.parametrize("count", [None, 300_001])
@@ -650,7 +644,7 @@ async def test_close_sends_close_notify_and_waits_for_the_peers(
             assert await peer.receive_raw() == b""
         # asyncio calls `eof_received` here too.
         assert protocol.names == ["connection_made", "eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_peer_closes(stack: Stack, certificates: Certificates, version: str, recorder: type[Any]) -> None:
@@ -665,7 +659,7 @@ async def test_peer_closes(stack: Stack, certificates: Certificates, version: st
             assert await peer.receive_raw() == b""
         assert protocol.received == data
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("leaves", [True, False], ids=["peer has left", "peer stays"])
@@ -693,7 +687,7 @@ async def test_close_in_a_callback_while_more_is_in_memory(
             await protocol.wait_for("connection_lost")
         assert protocol.count(name) == 1
         assert protocol.names[-3:] == [name, "eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_peer_closes_while_reading_is_paused(stack: Stack, certificates: Certificates) -> None:
@@ -717,7 +711,7 @@ async def test_true_value_from_eof_received_still_closes(stack: Stack, certifica
             async with tls_client(group, certificates, protocol) as (_, _, peer):
                 await peer.say_goodbye()
                 await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert [record.levelname for record in records] == ["WARNING"]
 
 
@@ -752,7 +746,7 @@ async def test_abort_sends_no_close_notify(stack: Stack, certificates: Certifica
         transport.abort()
         assert not protocol.lost
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         with pytest.raises(DROPPED):
             await peer.receive_all()
 
@@ -765,7 +759,7 @@ async def test_abort_during_the_shutdown(stack: Stack, certificates: Certificate
         transport.abort()
         await protocol.wait_for("connection_lost")
         assert protocol.names == ["connection_made", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_abort_after_the_peers_close_notify(stack: Stack, certificates: Certificates) -> None:
@@ -789,7 +783,7 @@ async def test_abort_after_the_peers_close_notify(stack: Stack, certificates: Ce
         await protocol.wait_for("connection_lost")
         assert other.received == b"firstnow"
         assert protocol.names == ["connection_made", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         other.transport.abort()
         await other.wait_for("connection_lost")
 
@@ -800,7 +794,7 @@ async def test_t8_peer_that_never_answers_close_notify(stack: Stack, certificate
             contexts = collect_contexts(group)
             transport.close()
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, TimeoutError)
+            assert isinstance(protocol.exception, TimeoutError)
             assert contexts == []
             assert await peer.receive() == b""
 
@@ -813,7 +807,7 @@ async def test_peer_that_disconnects_after_our_close_notify(stack: Stack, certif
         peer.close()
         await protocol.wait_for("connection_lost")
         assert protocol.names == ["connection_made", "eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert contexts == []
 
 
@@ -843,7 +837,7 @@ async def test_t8_peer_that_goes_on_sending_after_our_close(
             assert not protocol.lost
             await peer.say_goodbye()
             await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert len(protocol.received) == before
         assert contexts == []
 
@@ -876,7 +870,7 @@ async def test_r3_close_in_the_middle_of_an_endless_download(stack: Stack, certi
                 await flood(peer)
             await protocol.wait_for("connection_lost")
         assert protocol.names == ["connection_made", "data_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert sent - closed_at < 16_000_000
         assert contexts == []
 
@@ -895,7 +889,7 @@ async def test_t9_eof_without_close_notify(
         await protocol.wait_for("connection_lost")
         assert protocol.received == (b"unread" if unread else b"")
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         if not stack.is_oracle:
             assert transport.get_extra_info("close_notify") is False
 
@@ -911,7 +905,7 @@ async def test_t9_eof_without_close_notify_over_a_unix_socket(stack: Stack, cert
         peer.close()
         await protocol.wait_for("connection_lost")
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_an_end_of_file_without_close_notify_is_answered(stack: Stack, certificates: Certificates) -> None:
@@ -920,7 +914,7 @@ async def test_an_end_of_file_without_close_notify_is_answered(stack: Stack, cer
         answer = await peer.receive_raw()
         await protocol.wait_for("connection_lost")
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         # A record of its own; asyncio cuts the connection as well.
         assert answer == b"" if stack.is_oracle else len(answer) > 0
         assert await peer.receive_raw() == b""
@@ -962,7 +956,7 @@ async def test_client_that_sends_and_disconnects_at_once(
         assert protocol.received == data
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
         if not stack.is_oracle:  # asyncio reports the broken pipe, which does not matter after `close_notify`.
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             assert protocol.transport.get_extra_info("close_notify") is True
 
 
@@ -986,7 +980,7 @@ async def test_t7_peer_resets_under_a_writer(stack: Stack, certificates: Certifi
             while not protocol.lost:
                 transport.write(bytes(10_000))
                 await anyio.lowlevel.checkpoint()
-        assert isinstance(protocol.lost_with, ConnectionError)
+        assert isinstance(protocol.exception, ConnectionError)
         assert transport.is_closing()
 
 
@@ -996,7 +990,7 @@ async def test_damaged_record(stack: Stack, certificates: Certificates) -> None:
         await protocol.wait_received(4)
         socket.socket.send(peer.socket, b"\x17\x03\x03\x00\x20" + bytes(32))
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ssl.SSLError)
+        assert isinstance(protocol.exception, ssl.SSLError)
         if not stack.is_oracle:  # asyncio does not report the alert
             with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):
                 await peer.receive()
@@ -1011,7 +1005,7 @@ async def test_data_before_a_damaged_record(stack: Stack, certificates: Certific
         transport.resume_reading()
         await protocol.wait_for("connection_lost")
         assert protocol.received == b"good"
-        assert isinstance(protocol.lost_with, ssl.SSLError)
+        assert isinstance(protocol.exception, ssl.SSLError)
 
 
 async def is_dropped(connecting: Awaitable[TLSPeer]) -> bool:
@@ -1038,11 +1032,11 @@ async def test_sslobject_that_fails_to_read(stack: Stack, certificates: Certific
         async with tls_client(group, certificates, ssl=context) as (transport, protocol, peer):
             await peer.send(b"x")
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, ZeroDivisionError)
+            assert isinstance(protocol.exception, ZeroDivisionError)
             assert protocol.names == ["connection_made", "connection_lost"]
             with pytest.raises(DROPPED):
                 await peer.receive_all()
-        assert peers_contexts(contexts) == [protocol.lost_with]
+        assert peers_contexts(contexts) == [protocol.exception]
         if not stack.is_oracle:  # asyncio reports its own internals.
             assert contexts[0]["message"] == "Fatal read error on stream transport"
             assert contexts[0]["transport"] is transport
@@ -1065,8 +1059,8 @@ async def test_sslobject_that_fails_to_read_during_the_shutdown(stack: Stack, ce
             assert await peer.receive() == b""
             await peer.send(b"x")
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, ZeroDivisionError)
-        assert peers_contexts(contexts) == [protocol.lost_with]
+            assert isinstance(protocol.exception, ZeroDivisionError)
+        assert peers_contexts(contexts) == [protocol.exception]
         async with tls_client(group, certificates) as (transport, protocol, peer):
             await peer.send(b"still alive")
             await protocol.wait_received(11)
@@ -1083,7 +1077,7 @@ async def test_exception_in_a_callback(stack: Stack, certificates: Certificates)
         contexts = collect_contexts(group)
         await peer.send(b"x")
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ZeroDivisionError)
+        assert isinstance(protocol.exception, ZeroDivisionError)
         assert [type(exc) for exc in peers_contexts(contexts)] == [ZeroDivisionError]
 
 
@@ -1098,7 +1092,7 @@ async def test_leaving_the_group_in_order(stack: Stack, certificates: Certificat
             transport.write(b"last words")
             tasks.start_soon(drive, peer)
         assert protocol.lost
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("asyncio has no group")
@@ -1117,7 +1111,7 @@ async def test_cancelling_the_group_during_a_shutdown(stack: Stack, certificates
                 tasks.start_soon(drive, peer, protocol)
         assert scope.cancelled_caught
         assert protocol.lost
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 # -- handshakes that fail ---------------------------------------------------------------------------------
@@ -1474,7 +1468,7 @@ async def test_server_with_a_certificate_that_python_cannot_read(
             error, _ = await together(lambda: connect(group, listener.getsockname()), lambda: accept(listener))
         if how == "start_tls":
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is error
+            assert protocol.exception is error
         else:
             assert protocol.calls == []
         assert stack.is_oracle or contexts == []  # The caller has been told.
@@ -1644,7 +1638,7 @@ async def test_timeouts_of_other_number_types(stack: Stack, certificates: Certif
         transport, protocol = await group.create_connection(Recorder, *serving.address, **options, **timeouts)
         transport.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         for name in timeouts:
             with pytest.raises(OverflowError):
                 await group.create_connection(Recorder, *serving.address, **options, **{name: 10**400})
@@ -1692,8 +1686,8 @@ async def test_shutdown_timeout_of_a_server(stack: Stack, certificates: Certific
             await protocol.wait_for("connection_made")
             protocol.transport.close()
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, TimeoutError)
-            assert "0.05" in str(protocol.lost_with) or stack.is_oracle
+            assert isinstance(protocol.exception, TimeoutError)
+            assert "0.05" in str(protocol.exception) or stack.is_oracle
         if listener is not None:
             listener.close()
 
@@ -1731,8 +1725,8 @@ def test_default_timeouts(certificates: Certificates) -> None:
                 clock.jump(0.2)
                 while not protocol.lost:
                     await anyio.lowlevel.checkpoint()
-                assert isinstance(protocol.lost_with, TimeoutError)
-                assert "30" in str(protocol.lost_with)
+                assert isinstance(protocol.exception, TimeoutError)
+                assert "30" in str(protocol.exception)
 
     trio.run(main, clock=clock)  # AnyIO 4.10 does not export the clock.
 
@@ -1865,7 +1859,7 @@ async def test_client_certificates(
             else:  # In TLS 1.3 the client finishes before the server has checked its certificate.
                 await group.create_connection(lambda: client, *serving.address, ssl=theirs, server_hostname=NAME)
                 await client.wait_for("connection_lost")
-                error = client.lost_with
+                error = client.exception
             if not stack.is_oracle:
                 assert isinstance(error, ssl.SSLError)
                 assert "ALERT" in str(error)

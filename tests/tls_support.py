@@ -34,9 +34,9 @@ VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 class ViewRecorder(BufferedRecorder):
     """A recorder that gives a `memoryview`: asyncio's TLS loses bytes with any other buffer (see T14)."""
 
-    def __init__(self, size: int = 4096, **hooks: Callable[..., Any]) -> None:
-        super().__init__(size, **hooks)
-        self.buffer = memoryview(self.buffer)  # type: ignore[assignment]
+    def __init__(self, *, buffer_size: int = 4096, **hooks: Callable[..., Any]) -> None:
+        super().__init__(buffer_size=buffer_size, **hooks)
+        self.buffer = memoryview(self.buffer)
 
 
 class Certificates:
