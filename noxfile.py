@@ -191,7 +191,44 @@ def checks(session: nox.Session) -> None:
 def ecosystem(session: nox.Session) -> None:
     """Run other people's programs, unmodified, in the event loop on every backend, with real peers."""
     session.install("--editable", ".", *group("ecosystem"), *EXTRAS["trio"], *EXTRAS["uvloop"])
-    session.run("pytest", "ecosystem", *session.posargs)
+    given = any(argument.startswith("--backend") for argument in session.posargs)
+    # Each in a process of its own: what a library leaves behind in one must not disturb another.
+    for chosen in [()] if given else [("--backend", backend) for backend in BACKENDS]:
+        session.run("pytest", "ecosystem", *chosen, *session.posargs)
+
+
+@nox.session(python=ECOSYSTEM_PYTHON)
+def suites(session: nox.Session) -> None:
+    """Run other projects' own tests, unmodified, in our event loop on trio: all of them, or those that are named."""
+    known = nox.project.load_toml("suites/suites.toml")
+    session.install("--editable", ".", *group("ecosystem"), *EXTRAS["trio"])
+    folder = Path(session.create_tmp()).resolve()
+    failed = []
+    for name in session.posargs or known:
+        suite = known[name]
+        release = f"{name}=={suite['release']}"
+        session.install(release, *suite["requires"])
+        session.run(
+            "python", "-m", "pip", "download", "-q", "--no-deps", "--no-binary", name, "-d", str(folder), release
+        )
+        source = folder / f"{name}-{suite['release']}"
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.unpack_archive(f"{source}.tar.gz", folder)
+        deselected = (f"--deselect={test}" for test in suite["deselect"])
+        # Their own options are for their own work: coverage, warnings of this year's libraries as errors.
+        own = ("-o", "addopts=", "-o", "filterwarnings=default", "-o", "faulthandler_timeout=60")
+        with session.chdir(source):
+            try:
+                # Without the folder on the path: what is installed is tested, not what lies there.
+                session.run(
+                    *("python", "-P", "-m", "pytest", "-q", "-p", "on_trio", *own, *suite["options"], *deselected),
+                    *suite["tests"],
+                    env={"PYTHONPATH": str(ROOT / "suites")},
+                )
+            except CommandFailed:
+                failed.append(name)
+    if failed:
+        session.error(f"tests failed of {', '.join(failed)}")
 
 
 @nox.session(python=NEWEST_PYTHON)

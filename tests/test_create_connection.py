@@ -778,7 +778,7 @@ async def test_epoll_refuses_the_socket(stack: Stack, monkeypatch: pytest.Monkey
             address = listener.getsockname()
             before = open_descriptors()
             with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
-                patch.setattr("transports_anyio._readiness.EpollList.add", full)
+                patch.setattr("transports_anyio._selector.EpollSelector.add", full)
                 if adopted:
                     await group.create_connection(lambda: refused, sock=connected_socket(listener))
                 else:

@@ -617,7 +617,7 @@ async def test_epoll_refuses_the_listener(stack: Stack, monkeypatch: pytest.Monk
     async with stack.open() as group:
         server = await group.create_server(Echo, HOST, 0, start_serving=False)
         with monkeypatch.context() as patch, pytest.raises(OSError, match="as the system would"):
-            patch.setattr("transports_anyio._readiness.EpollList.add", full)
+            patch.setattr("transports_anyio._selector.EpollSelector.add", full)
             await server.start_serving()
         assert not server.is_serving()
         await server.start_serving()  # epoll accepts file descriptors again.

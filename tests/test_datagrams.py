@@ -807,7 +807,7 @@ async def test_epoll_refuses_the_endpoint(stack: Stack, monkeypatch: pytest.Monk
         before = open_descriptors()
         refused = Endpoint()
         with monkeypatch.context() as patch:
-            patch.setattr("transports_anyio._readiness.EpollList.add", full)
+            patch.setattr("transports_anyio._selector.EpollSelector.add", full)
             with pytest.raises(OSError) as caught:
                 await group.create_datagram_endpoint(lambda: refused, local_addr=(HOST, 0))
         assert caught.value is failure

@@ -443,7 +443,7 @@ async def test_answers_to_key_updates_do_not_pile_up(
     stack: Stack, certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The smaller limit saves filling the real one and the system's buffers.
-    monkeypatch.setattr("transports_anyio._channels._tls_wire.ANSWERS_LIMIT", 4096, raising=False)
+    monkeypatch.setattr("transports_anyio._channels._tls_engine.ANSWERS_LIMIT", 4096)
 
     def answer(protocol: Recorder, _: bytes) -> None:
         protocol.transport.write(b"with the last key")
@@ -474,7 +474,7 @@ async def test_answers_to_key_updates_do_not_pile_up(
 async def test_answers_to_key_updates_do_not_pile_up_during_the_shutdown(
     stack: Stack, certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transports_anyio._channels._tls_wire.ANSWERS_LIMIT", 4096, raising=False)
+    monkeypatch.setattr("transports_anyio._channels._tls_engine.ANSWERS_LIMIT", 4096)
     async with stack.open() as group:
         serving = await serve(group, certificates.server())
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):

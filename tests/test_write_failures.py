@@ -186,8 +186,8 @@ async def test_w17_epoll_refuses_a_write_registration(
             transport.pause_reading()
         await turns()
         with monkeypatch.context() as patch:
-            patch.setattr("transports_anyio._readiness.EpollList.add", full)
-            patch.setattr("transports_anyio._readiness.EpollList.change", full)
+            patch.setattr("transports_anyio._selector.EpollSelector.add", full)
+            patch.setattr("transports_anyio._selector.EpollSelector.change", full)
             write(transport, bytes(8 << 20))
         assert transport.is_closing()
         transport.write(b"the next message")
@@ -332,7 +332,7 @@ async def test_w17_sendto_that_cannot_wait(stack: Stack, monkeypatch: pytest.Mon
             transport, protocol = await group.create_datagram_endpoint(Endpoint, sock=ours)
             sent = 0
             with monkeypatch.context() as patch:
-                patch.setattr("transports_anyio._readiness.EpollList.change", full)
+                patch.setattr("transports_anyio._selector.EpollSelector.change", full)
                 while not protocol.errors:
                     transport.sendto(b"one")
                     sent += 1
@@ -395,7 +395,7 @@ async def test_w17_sendfile_that_cannot_wait(stack: Stack, monkeypatch: pytest.M
             if native:
                 file.truncate(64 << 20)
             with monkeypatch.context() as patch:
-                patch.setattr("transports_anyio._readiness.EpollList.add", full)
+                patch.setattr("transports_anyio._selector.EpollSelector.add", full)
                 with anyio.fail_after(GUARD), pytest.raises(OSError) as caught:
                     await group.sendfile(transport, file, 0, 64 << 20)
         assert caught.value is failure

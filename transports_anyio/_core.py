@@ -6,7 +6,7 @@ May know: the door, the poller, timers, what is owned, what every channel can. K
 
 from __future__ import annotations
 
-from asyncio import AbstractServer
+from asyncio import AbstractServer, _get_running_loop  # pyright: ignore[reportPrivateUsage]  # for those who make loops
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
@@ -103,6 +103,10 @@ class Core:
 
     def as_backend(self, function: Callable[..., T], *args: Any) -> T:
         """Return `function(*args)`, which needs the backend: it starts a task, for example."""
+        if self.live_poller().loop is None:
+            core: Core | None = getattr(_get_running_loop(), "_core", None)
+            if core is not None:  # A group of trio's, which asyncio code in an event loop of ours has called.
+                return core.as_backend(function, *args)
         return function(*args)
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
@@ -114,6 +118,7 @@ class Core:
         self.poller = poller = make_poller()
         stack.callback(poller.close)
         self.dispatch = poller.dispatch
+        poller.as_backend = self.as_backend
         self.time = poller.time
         self.receiving_tasks += poller.needs_tasks
         self.turns = anyio.CancelScope(shield=True)
@@ -375,7 +380,7 @@ class Core:
         if not isinstance(coroutine, Coroutine):
             raise TypeError(f"start_soon() takes an async function, but {async_function!r} returned {coroutine!r}")
         try:
-            self.task_group.start_soon(self._run_task, coroutine, name=name)
+            self.as_backend(partial(self.task_group.start_soon, self._run_task, coroutine, name=name))
         except BaseException:
             coroutine.close()
             raise

@@ -110,3 +110,57 @@ def test_a_second_ctrl_c_while_the_event_loop_ends_breaks_nothing():
     with pytest.raises(KeyboardInterrupt):
         trio.run(main)
     assert events == ["cleaned up"]
+
+
+def test_ctrl_c_between_two_turns():
+    """At every line of what waits and takes turns, which is no part of a turn."""
+    trio = pytest.importorskip("trio")
+    import asyncio
+
+    from transports_anyio import open_event_loop, to_asyncio
+    from transports_anyio._event_loop._core import LoopCore
+    from transports_anyio._poller import WaitingPoller
+
+    events = []
+
+    async def work():
+        try:
+            while True:
+                await asyncio.sleep(0.001)
+        finally:
+            await asyncio.sleep(0.001)
+            events.append("cleaned up")
+
+    async def main(code, line):
+        async with open_event_loop():
+            await to_asyncio.run(asyncio.sleep, 0)
+
+            def trace(frame, event, _):
+                if frame.f_code is code and frame.f_lineno == line and event == "line":
+                    sys.settrace(None)
+                    events.append("interrupted")
+                    signal.raise_signal(signal.SIGINT)
+                return trace
+
+            for frame in sys._current_frames().values():
+                frame.f_trace = trace
+            sys.settrace(trace)
+            with trio.move_on_after(0.05):
+                await to_asyncio.run(work)
+            sys.settrace(None)
+
+    reached = 0
+    for function in (WaitingPoller.run, LoopCore._take_turns, LoopCore.turn, LoopCore.call):
+        code = function.__code__
+        for line in sorted({line for _, _, line in code.co_lines() if line}):
+            events.clear()
+            try:
+                trio.run(main, code, line)
+            except KeyboardInterrupt:
+                assert sorted(events) == ["cleaned up", "interrupted"]
+                reached += 1
+            else:
+                assert events == ["cleaned up"]
+            finally:
+                sys.settrace(None)
+    assert reached >= 10

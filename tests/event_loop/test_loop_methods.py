@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 
 import pytest
 
@@ -145,6 +146,38 @@ def test_a_thread_hands_callbacks_over(run):
         assert await done == threading.get_ident()
         assert called == list(range(count))
         thread.join()
+
+    run(main)
+
+
+def test_a_handle_that_a_thread_cancels(run):
+    if run.name != "trio":
+        pytest.skip("asyncio's callback may still run")
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        begun = threading.Event()
+        ended = []
+
+        def slow():
+            begun.set()
+            time.sleep(0.02)
+            ended.append(1)
+
+        def in_thread():
+            handle = loop.call_soon_threadsafe(slow)
+            begun.wait()
+            handle.cancel()
+            assert ended == [1]
+            never = loop.call_soon_threadsafe(ended.append, 2)
+            never.cancel()
+            return never.cancelled()
+
+        for _ in range(3):
+            begun.clear()
+            ended.clear()
+            assert await asyncio.to_thread(in_thread)
+            assert ended in ([1], [1, 2])
 
     run(main)
 
@@ -506,6 +539,31 @@ def test_in_debug_mode_reports_say_where_things_were_made(run, caplog):
         run(main, debug=True)
     assert "Object created at (most recent call last)" in caplog.text
     assert __file__ in caplog.text
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_no_cycle_keeps_what_a_task_raised(run, debug):
+    """A task that fails is garbage as soon as nothing refers to it, with its error and the frames of this."""
+
+    async def fail(scheduled):
+        if scheduled:
+            await asyncio.sleep(0.001)
+        raise LookupError
+
+    async def main():
+        for scheduled in (False, True):
+            task = asyncio.create_task(fail(scheduled))
+            await asyncio.wait([task])
+            failed = weakref.ref(task)
+            del task
+            await asyncio.sleep(0)
+            assert failed() is None
+
+    gc.disable()
+    try:
+        run(main, debug=debug)
+    finally:
+        gc.enable()
 
 
 def test_debug_mode_can_be_changed(run):

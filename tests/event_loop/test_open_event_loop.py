@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 from contextlib import asynccontextmanager
 
@@ -168,16 +169,18 @@ async def test_a_group_beside_it(anyio_backend):
 
         async def write():
             transport.write(b"hello")
-            task_done = asyncio.Event()
-
-            async def work():
-                task_done.set()
-
-            group.start_soon(work) if anyio_backend[0] != "trio" else None
+            group.start_soon(work)
             transport.set_write_buffer_limits(0)
             await asyncio.sleep(0)
 
+        tasks = []
+
+        async def work():
+            await anyio.lowlevel.checkpoint()
+            tasks.append(anyio.get_current_task())
+
         await to_asyncio.run(write)
+        await until(lambda: tasks)
         assert await protocol.wait_received(5) == b"hello"
         to_asyncio.run_sync(transport.close)
         await protocol.wait_for("connection_lost")
@@ -559,6 +562,17 @@ def test_run_asyncio_of_a_task_that_is_cancelled(request):
             run_asyncio(cancelled, backend=backend, backend_options=options)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="older Pythons make a new one")
+def test_run_asyncio_leaves_no_event_loop_set(request):
+    async def set_it():
+        asyncio.set_event_loop(asyncio.get_running_loop())
+
+    for backend, options in run_everywhere(request):
+        run_asyncio(set_it, backend=backend, backend_options=options)
+        with pytest.raises(RuntimeError):
+            asyncio.get_event_loop()
+
+
 def test_run_asyncio_uses_trio_unless_told_otherwise():
     pytest.importorskip("trio")
 
@@ -628,3 +642,28 @@ def test_where_neither_an_event_loop_nor_trio_runs():
     coroutine = open_event_loop().__aenter__()
     with pytest.raises(RuntimeError):
         coroutine.send(None)
+
+
+async def test_a_poller_that_fails_ends_the_block_in_order(anyio_backend):
+    only_trio(anyio_backend)
+    events = []
+    failure = OSError("the system's list is gone")
+
+    async def work():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.001)
+            events.append("cleaned up")
+
+    def fail(*_):
+        loop._core.dispatch = dispatch
+        raise failure
+
+    with pytest.raises(OSError, match="the system's list is gone") as caught:
+        async with open_event_loop() as loop:
+            dispatch = loop._core.dispatch
+            loop._core.dispatch = fail
+            await to_asyncio.run(work)
+    assert caught.value is failure
+    assert events == ["cleaned up"]

@@ -4,6 +4,9 @@ Holds: the two sides and the way from one to the other. *asyncio code* runs whil
 turns, and in `call`. *Backend code* runs in the backend's own tasks, and in `as_backend`.
 """
 
+# The event loop's own modules know what it hides from users.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
@@ -151,7 +154,7 @@ class LoopCore(Core):
     def _turn(self) -> float:
         try:
             return super().turn()
-        except (KeyboardInterrupt, SystemExit) as exc:  # Of a protocol's callback.
+        except BaseException as exc:  # What a protocol's callback raises to leave, or a failure of the poller.
             self.leave_by(exc)
             return -inf
 

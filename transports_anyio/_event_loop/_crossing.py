@@ -8,6 +8,9 @@ backend code. The rules are the same:
   caller gets the value, and is cancelled when it next waits.
 """
 
+# The event loop's own modules know what it hides from users.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio

@@ -4,6 +4,9 @@ The plain ones have an `__init__` of their own, because asyncio's costs more tha
 Those of the debug mode are made by asyncio's, which keeps where they were made.
 """
 
+# The event loop's own modules know what it hides from users.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
@@ -143,6 +146,7 @@ def run_timed(handle: DebugHandle | DebugTimerHandle) -> None:
         duration = loop.time() - start
         if duration >= loop.slow_callback_duration:
             logger.warning("Executing %s took %.3f seconds", safe_repr(handle), duration)
+        del handle  # As in `__call__`: no cycle.
 
 
 def safe_repr(handle: DebugHandle | DebugTimerHandle) -> str:
@@ -184,7 +188,10 @@ class DebugHandle(asyncio.Handle):
 
     def __call__(self) -> None:
         with self._lock:
-            run_timed(self)
+            try:
+                run_timed(self)
+            finally:
+                del self
 
 
 class DebugTimerHandle(asyncio.TimerHandle):
@@ -216,4 +223,7 @@ class DebugTimerHandle(asyncio.TimerHandle):
         super().cancel()
 
     def __call__(self) -> None:
-        run_timed(self)
+        try:
+            run_timed(self)
+        finally:
+            del self

@@ -71,7 +71,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     _poller: Poller  # Since it was opened.
 
     def __init__(self, backend: ModuleType) -> None:
-        self._core: LoopCore = LoopCore(self)
+        self._core: LoopCore = LoopCore(self)  # pyright: ignore[reportIncompatibleVariableOverride]
         self._trio = backend
         self._spawner: Any = backend.Spawner()
         self._append = self._core.ready.append
@@ -97,7 +97,6 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         core.opened()
         self._poller = poller = core.live_poller()
         poller.loop = self
-        poller.as_backend = core.as_backend
         self.time = poller.time  # type: ignore[method-assign]  # without the cost of a call
         core.call(anyio.get_cancelled_exc_class)  # Loads AnyIO's asyncio backend, which takes long, not in a turn.
 
@@ -230,7 +229,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             if sys.version_info >= (3, 11):
                 options["context"] = context
             else:
-                return context.run(partial(asyncio.Task, coro, loop=self, name=name, **options))
+                return context.run(lambda: asyncio.Task(coro, loop=self, name=name, **options))
         task: asyncio.Task[T] = asyncio.Task(coro, loop=self, name=name, **options)
         if self._debug:
             del task._source_traceback[-1]  # type: ignore[attr-defined]  # noqa: SLF001  # this line

@@ -1,5 +1,8 @@
 """Context managers of asyncio libraries, for backend code."""
 
+# The event loop's own modules know what it hides from users.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,8 @@
 """Opening an event loop, and ending it."""
 
+# The event loop's own modules know what it hides from users.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
@@ -74,6 +77,8 @@ def run_asyncio(
         return anyio.run(main, backend=backend, backend_options=backend_options)
     except TaskCancelled:
         raise asyncio.CancelledError from None
+    finally:
+        asyncio.set_event_loop(None)  # As `asyncio.run`: the one that asyncio code has set is closed.
 
 
 class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | None"]):

@@ -1,5 +1,8 @@
 """Which side calls, asyncio code or backend code, and which event loop it means."""
 
+# The event loop's own modules know what it hides from users.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
@@ -13,16 +16,18 @@ if TYPE_CHECKING:
     from ._loop import EventLoop
 
 library: Any
+#: Where `anyio.run` says which backend runs.
+library_variable: ContextVar[Any]
 try:
     # trio says so here, and our own event loop, too: in trio's guest mode there is a running event loop that backend
     # code has nothing to do with.
-    from sniffio import current_async_library_cvar, thread_local as library
+    import sniffio
+
+    library = sniffio.thread_local
+    library_variable = sniffio.current_async_library_cvar
 except ImportError:  # Then there is no trio.
     library = SimpleNamespace(name=None)
-    current_async_library_cvar = ContextVar("current_async_library_cvar", default=None)
-
-#: Where `anyio.run` says which backend runs.
-library_variable: ContextVar[str | None] = current_async_library_cvar
+    library_variable = ContextVar("current_async_library_cvar", default=None)
 
 #: The event loop that `open_event_loop` has made for backend code.
 current_loop: ContextVar[EventLoop] = ContextVar("transports_anyio.current_event_loop")
