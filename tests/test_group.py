@@ -79,7 +79,7 @@ def run(backend: Any, main: Callable[[], Awaitable[object]]) -> None:
     anyio.run(main, backend=name, backend_options=options)
 
 
-# -- entering ---------------------------------------------------------------------------------------------------------
+# -- entering -----------------------------------------------------------------------------------------------
 
 
 async def test_a_group_is_entered_once(anyio_backend: Any) -> None:
@@ -188,7 +188,7 @@ async def test_no_fd_for_the_poller(anyio_backend: Any) -> None:
             pass
 
 
-# -- leaving normally -------------------------------------------------------------------------------------------------
+# -- leaving normally ---------------------------------------------------------------------------------------
 
 
 async def test_leaving_normally_flushes_and_waits(anyio_backend: Any) -> None:
@@ -304,7 +304,7 @@ async def test_a_deadline_bounds_the_flush(anyio_backend: Any) -> None:
         assert protocol.exception is None
 
 
-# -- leaving by an exception or a cancellation ------------------------------------------------------------------------
+# -- leaving by an exception or a cancellation --------------------------------------------------------------
 
 
 class LeavingError(Exception):
@@ -569,7 +569,7 @@ async def test_g2_a_task_cleans_up_with_the_groups_help(anyio_backend: Any, how:
     assert done == ["cleaned up"]
 
 
-# -- leaving normally while a protocol connects again -----------------------------------------------------------------
+# -- leaving normally while a protocol connects again -------------------------------------------------------
 
 
 @pytest.mark.parametrize("asks_first", [False, True])
@@ -690,8 +690,7 @@ async def test_g3_a_handshake_interrupted_by_the_end_of_the_block(
     errors.clear()
 
 
-# -- waiting when no callbacks run any more
-# ------------------------------------------------------------------------------
+# -- waiting when no callbacks run any more -----------------------------------------------------------------
 
 
 #: The shielded waits of a task when an error propagates through the group: the call, and its exception.
@@ -840,8 +839,7 @@ async def test_a_group_in_a_task_that_is_cancelled_at_every_point(anyio_backend:
     assert checkpoints > 5
 
 
-# -- exceptions of the block
-# --------------------------------------------------------------------------------------------
+# -- exceptions of the block --------------------------------------------------------------------------------
 
 
 async def test_the_blocks_exception_comes_out_in_a_group(anyio_backend: Any) -> None:
@@ -889,7 +887,7 @@ async def test_a_time_out_around_the_group(anyio_backend: Any) -> None:
         assert protocol.exception is None
 
 
-# -- exceptions in callbacks ------------------------------------------------------------------------------------------
+# -- exceptions in callbacks --------------------------------------------------------------------------------
 
 
 async def nothing(transport: Any, peer: Peer) -> None:
@@ -1096,7 +1094,7 @@ async def test_write_returns_when_pause_writing_raises(stack: Stack) -> None:
             assert len(contexts) == 1
 
 
-# -- exceptions that end the group ------------------------------------------------------------------------------------
+# -- exceptions that end the group --------------------------------------------------------------------------
 
 leaving_errors = pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 
@@ -1234,7 +1232,7 @@ def test_a_cancellation_that_a_callback_raises_ends_the_group(anyio_backend: Any
     run(anyio_backend, main)
 
 
-# -- the current group ------------------------------------------------------------------------------------------------
+# -- the current group --------------------------------------------------------------------------------------
 
 
 async def test_the_current_group(anyio_backend: Any) -> None:
@@ -1354,7 +1352,7 @@ async def test_a_task_outside_the_block_has_no_group(anyio_backend: Any) -> None
                 await looked.wait()
 
 
-# -- context variables ------------------------------------------------------------------------------------------------
+# -- context variables --------------------------------------------------------------------------------------
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nobody's")
 
@@ -1501,8 +1499,7 @@ async def test_resume_writing_runs_in_the_connections_context(stack: Stack) -> N
         assert seen == ["the caller's"]
 
 
-# -- epoll refuses a file descriptor
-# ------------------------------------------------------------------------------------
+# -- epoll refuses a file descriptor ------------------------------------------------------------------------
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the system's limit is one of epoll's")
 
@@ -1619,8 +1616,7 @@ async def test_epoll_refuses_the_connection_of_an_endpoint_function(
         assert await answers(other)
 
 
-# -- no reference cycle of an ended connection
-# ----------------------------------------------------------------------------------
+# -- no reference cycle of an ended connection --------------------------------------------------------------
 
 
 class KeepsTransport(asyncio.Protocol, asyncio.DatagramProtocol, asyncio.SubprocessProtocol):
@@ -1804,7 +1800,7 @@ async def test_a_handshake_that_cannot_begin_leaves_no_reference_cycle(stack: St
             await group.wait_closed()
 
 
-# -- wait_closed ------------------------------------------------------------------------------------------------------
+# -- wait_closed --------------------------------------------------------------------------------------------
 
 
 async def test_wait_closed_waits_for_every_transport(anyio_backend: Any) -> None:
@@ -1864,7 +1860,7 @@ async def test_wait_closed_ends_with_the_last_connection_lost(anyio_backend: Any
         assert open_descriptors() == before
 
 
-# -- groups in groups -------------------------------------------------------------------------------------------------
+# -- groups in groups ---------------------------------------------------------------------------------------
 
 
 async def test_an_inner_group_ends_without_the_outer_one(anyio_backend: Any) -> None:
@@ -2002,7 +1998,7 @@ async def test_many_groups_side_by_side(anyio_backend: Any) -> None:
     assert all(protocol.lost for protocol in protocols)
 
 
-# -- nothing is left --------------------------------------------------------------------------------------------------
+# -- nothing is left ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["normally", "exception", "cancellation"])
