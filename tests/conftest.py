@@ -3,6 +3,17 @@
 A *stack* is something that has the event loop's endpoint functions: asyncio itself (the oracle) or a
 `TransportGroup` on one of the backends. A test that takes the `stack` fixture runs on all of them, so that
 asyncio's own transports say what is right.
+
+Where to find what:
+
+- tests of one subject are in `test_<subject>.py`; the large subjects have folders: `tls/`, `group/`, `processes/`
+  and `event_loop/`;
+- `support.py`: stacks, recorders, raw socket peers, peers in other processes; `network.py`: addresses that behave in a
+  certain way; `tls_support.py`: contexts and TLS peers;
+- `differential.py` runs the scripts of `scenarios.py` on asyncio and on ours; `faults.py` makes system calls fail;
+- `peers.py`, `tls_peers.py`, `load_client.py`, `interrupted.py`, `adopting.py` and `docs_program.py` are programs that
+  tests start;
+- `typing/`: users' code for the type checkers.
 """
 
 from __future__ import annotations
@@ -28,7 +39,7 @@ from tls_support import Certificates
 if sys.platform == "win32":
     # About pipes, children, UNIX sockets and terminals, which Windows does not have.
     collect_ignore = [
-        "test_adopted_sockets.py", "test_pipes.py", "test_subprocess.py", "test_tls_peers.py", "test_unix.py",
+        "test_adopted_sockets.py", "test_pipes.py", "processes", "test_tls_peers.py", "test_unix.py",
     ]  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def rows() -> Iterator[tuple[str, list[str]]]:
 def existing_tests() -> set[str]:
     return {
         node.name
-        for file in TESTS.glob("test_*.py")
+        for file in TESTS.rglob("test_*.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_")
     }
