@@ -243,7 +243,10 @@ class _StreamRecorder(_Recorder[WrappedT]):
             self._state = "ended"
 
     async def wait_received(self, size: int, *, timeout: float | None = TIMEOUT) -> bytes:
-        """Wait until at least `size` bytes have been received in all; return them. `timeout` and errors as of `wait_until`."""
+        """Wait until at least `size` bytes have been received in all; return them.
+
+        `timeout` and errors as of `wait_until`.
+        """
         await self.wait_until(lambda: len(self.received) >= size, timeout=timeout)
         return bytes(self.received)
 

@@ -1,4 +1,4 @@
-"""Helpers for the tests of TLS in this folder; those of the other folders are in `tls_support`."""
+"""Helpers for the tests of TLS in `tls/`; those of other tests too are in `tls_support`."""
 
 from __future__ import annotations
 
