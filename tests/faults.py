@@ -124,9 +124,7 @@ def installed(layer: Layer) -> Iterator[Layer]:
             if layer.fault == "EINTR":
                 # The system continues to connect (connect(2)).
                 real["connect_ex"](sock, address)
-            code = layer.error().errno
-            assert code is not None
-            return code
+            return getattr(errno, layer.fault)
         code: int = real["connect_ex"](sock, address)
         return code
 
@@ -173,7 +171,7 @@ def installed(layer: Layer) -> Iterator[Layer]:
     with pytest.MonkeyPatch.context() as patch:
         for function in (send, sendmsg, recv, recv_into, sendto, recvfrom_into, accept, connect_ex, shutdown):
             patch.setattr(sock_type, function.__name__, function)
-        for function in (read, readv, write, writev, sendfile):
+        for function in (read, readv, write, writev, sendfile):  # type: ignore[assignment]
             if function.__name__ in system:
                 patch.setattr(os, function.__name__, function)
         yield layer

@@ -264,7 +264,7 @@ class Stack:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Any]:
         if self.is_oracle:
-            group = OracleGroup()
+            group: Any = OracleGroup()
             # AnyIO's pytest plugin sets an exception handler that a fresh loop would not have.
             plugins_handler = group.get_exception_handler()
             group.set_exception_handler(None)
@@ -348,7 +348,7 @@ class Peer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         with anyio.fail_after(GUARD):
             while view:

@@ -33,7 +33,7 @@ async def test_sockets_accepted_by_a_blocking_server(stack: Stack, family: int) 
     async with stack.open() as group:
         with socket.socket(family) as listener, socket.socket(family) as client:
             listener.bind(
-                {socket.AF_INET: (HOST, 0), socket.AF_INET6: (HOST_6, 0)}.get(family, f"\0adopted {id(stack)}")
+                {socket.AF_INET: (HOST, 0), socket.AF_INET6: (HOST_6, 0)}.get(family, f"\0adopted {id(stack)}")  # type: ignore[call-overload]
             )
             listener.listen()
             client.connect(listener.getsockname())

@@ -839,7 +839,7 @@ async def test_a_factory_that_raises(stack: Stack) -> None:
 
 @pytest.mark.ours_only("asyncio has no group")
 async def test_a_group_that_ends_while_it_connects(stack: Stack) -> None:
-    errors = []
+    errors: list[Any] = []
 
     async def connect(address: Any) -> None:
         try:

@@ -662,7 +662,7 @@ async def test_a_listener_that_is_broken(stack: Stack) -> None:
 @pytest.mark.ours_only("asyncio tells only in debug mode, and leaves the socket to the garbage collector")
 async def test_s10_a_factory_that_raises_every_other_time(stack: Stack) -> None:
     made: list[Recorder] = []
-    attempts = []
+    attempts: list[Any] = []
 
     def factory() -> Recorder:
         attempts.append(None)
@@ -869,7 +869,7 @@ async def test_nc(stack: Stack) -> None:
 @pytest.mark.ours_only("asyncio's own business")
 async def test_ten_thousand_connections_leave_no_descriptor(stack: Stack) -> None:
     """A hundred at a time; most end by a reset, so that they do not stay in TIME_WAIT."""
-    made = []
+    made: list[Any] = []
     lost = []
 
     class Counted(Protocol):

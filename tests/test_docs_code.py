@@ -197,7 +197,7 @@ async def run_in_place(blocks: list[Block], page: str, namespace: dict[str, Any]
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("page", list(filter(has_code, PAGES)))
+@pytest.mark.parametrize("page", list(filter(has_code, PAGES)))  # type: ignore[arg-type]
 def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     name, options = anyio_backend
     blocks = [block for block in blocks_of(page) if block.kind in ("python", "console")]

@@ -312,6 +312,8 @@ def datagrams(directory: str | None) -> Scenario:
         group = outcome.group
         server, client = DatagramRecorder(on_datagram_received=echo), DatagramRecorder()
         number = next(numbers)
+        here: Any
+        options: dict[str, Any]
         if directory is None:
             here, options = (HOST, 0), {}
         else:
@@ -470,8 +472,8 @@ async def anyio_datagrams(outcome: Outcome) -> None:
     bound = await anyio.create_udp_socket(socket.AF_INET, local_host=HOST)
     await outcome.group.connect_datagram_socket(lambda: server, bound)
     outcome.protocols.append(server)
-    host, port = bound.extra(anyio.abc.SocketAttribute.local_address)
-    connected = await anyio.create_connected_udp_socket(host, port)
+    address: Any = bound.extra(anyio.abc.SocketAttribute.local_address)
+    connected = await anyio.create_connected_udp_socket(*address)
     transport, _ = await outcome.group.connect_datagram_socket(
         lambda: client, FaultyDatagrams(connected, outcome.layer)
     )

@@ -235,7 +235,7 @@ async def test_turns_do_not_multiply_while_a_descriptor_is_always_ready(anyio_ba
         await turns()
         before = protocol.count("data_received")
         await turns(20)
-        transport.abort()
+        transport.abort()  # type: ignore[attr-defined]
         assert 1 <= protocol.count("data_received") - before <= 60
 
 
@@ -688,7 +688,7 @@ async def test_rearming_a_timer_behind_another_one_keeps_nothing_either(stack: S
 
 class CountingCore(Core):
     def turn(self) -> float:
-        self.group.turns += 1
+        self.group.turns += 1  # type: ignore[attr-defined]
         return super().turn()
 
 

@@ -227,16 +227,16 @@ async def test_r8_a_protocol_of_a_child_that_is_set_while_writing_is_paused(anyi
     async with TransportGroup() as group:
         transport, first = await group.subprocess_exec(SubprocessRecorder, sys.executable, "-c", program)
         stdin = transport.get_pipe_transport(0)
-        assert not transport.is_writing_paused()
+        assert not transport.is_writing_paused()  # type: ignore[attr-defined]
         stdin.write(bytes(4 << 20))
-        assert transport.is_writing_paused()
+        assert transport.is_writing_paused()  # type: ignore[attr-defined]
         second = SubprocessRecorder(transport=transport)
         transport.set_protocol(second)
         with anyio.fail_after(GUARD):
             await second.wait_for("pause_writing")
             stdin.write(b"\nrest")
             await second.wait_for("resume_writing")
-            assert not transport.is_writing_paused()
+            assert not transport.is_writing_paused()  # type: ignore[attr-defined]
             stdin.close()
             await second.wait_for("connection_lost")
         first.check()

@@ -501,7 +501,7 @@ async def test_writelines_keeps_the_order(stack: Stack) -> None:
 
 
 async def test_writes_from_connection_made_arrive(stack: Stack) -> None:
-    protocol = Recorder(on_connection_made=lambda p, t: (t.write(b"hel"), t.writelines([b"lo"])) and None)
+    protocol = Recorder(on_connection_made=lambda p, t: [t.write(b"hel"), t.writelines([b"lo"])])
     async with stack.open() as group, connected(group, protocol) as (_, _, peer):
         assert await peer.receive_exactly(5) == b"hello"
 

@@ -294,7 +294,7 @@ async def full_endpoint(group: Any) -> AsyncIterator[tuple[Any, Endpoint, socket
 
 
 async def datagrams(sock: socket.socket, count: int) -> list[bytes]:
-    got = []
+    got: list[bytes] = []
     with anyio.fail_after(GUARD):
         while len(got) < count:
             try:

@@ -79,7 +79,7 @@ class TLSPeer(Peer):
     socket: ssl.SSLSocket
 
     @classmethod
-    async def wrap(cls, sock: socket.socket, context: ssl.SSLContext, **options: Any) -> TLSPeer:
+    async def wrap(cls, sock: Any, context: ssl.SSLContext, **options: Any) -> TLSPeer:
         sock.setblocking(False)
         peer = cls(
             context.wrap_socket(
@@ -109,7 +109,7 @@ class TLSPeer(Peer):
                 except ssl.SSLWantWriteError:
                     await anyio.wait_writable(self.socket)
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes) -> None:  # type: ignore[override]
         view = memoryview(data)
         while view:
             view = view[await self.attempt(self.socket.send, view[:262144]) :]

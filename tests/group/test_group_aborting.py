@@ -257,7 +257,7 @@ async def test_g2_a_pending_connection_is_cancelled(
     outcomes: list[type[BaseException] | None] = []
 
     async def connect() -> None:
-        options = {"ssl": Certificates(certificate_authority).client(), "server_hostname": NAME}
+        options: dict[str, Any] = {"ssl": Certificates(certificate_authority).client(), "server_hostname": NAME}
         try:
             await group.create_connection(Recorder, *address, **(options if when == "handshake" else {}))
         except BaseException as error:

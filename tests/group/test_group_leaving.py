@@ -283,7 +283,7 @@ async def test_g3_a_reconnecting_protocol_does_not_fail_a_normal_exit(
             group.start_soon(connect)
 
     async def connect() -> None:
-        options = {"ssl": certificates.client(), "server_hostname": NAME} if how == "TLS" else {}
+        options: dict[str, Any] = {"ssl": certificates.client(), "server_hostname": NAME} if how == "TLS" else {}
         await group.create_connection(lambda: Recorder(on_connection_lost=connect_again), *address, **options)
 
     with anyio.fail_after(GUARD):
@@ -362,7 +362,7 @@ async def test_g3_a_handshake_interrupted_by_the_end_of_the_block(
     errors: list[BaseException] = []
 
     async def connect() -> None:
-        options = {"ssl": Certificates(certificate_authority).client(), "server_hostname": NAME}
+        options: dict[str, Any] = {"ssl": Certificates(certificate_authority).client(), "server_hostname": NAME}
         try:
             await group.create_connection(Recorder, *listener.getsockname(), **options)
         except RuntimeError as exc:

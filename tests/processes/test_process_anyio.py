@@ -60,7 +60,7 @@ async def test_an_anyio_process_in_use_by_another_transport(anyio_backend: Any) 
             await group.connect_process(lambda: second, process)
         for stream in (process.stdin, process.stdout, process.stderr):
             with pytest.raises(RuntimeError, match="used already, by another transport"):
-                await group.connect_stream(Recorder, stream)
+                await group.connect_stream(Recorder, stream)  # type: ignore[arg-type]
         transport.get_pipe_transport(0).write(b"data")
         transport.get_pipe_transport(0).write_eof()
         await child.end()
@@ -71,7 +71,7 @@ async def test_an_anyio_process_in_use_by_another_transport(anyio_backend: Any) 
 async def test_an_anyio_process_with_a_pipe_in_use(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         process = await anyio.open_process(["cat"])
-        _, reader = await group.connect_stream(Recorder, process.stdout)
+        _, reader = await group.connect_stream(Recorder, process.stdout)  # type: ignore[arg-type]
         with pytest.raises(RuntimeError, match="used already, by another transport"):
             await group.connect_process(Child, process)
         await process.stdin.send(b"data")

@@ -659,7 +659,7 @@ async def test_a_pipe_that_was_given_another_protocol(anyio_backend: Any) -> Non
             stdin, stdout = map(transport.get_pipe_transport, range(2))
             stdout.set_protocol(other)
             assert stdout.get_protocol() is other
-            other.connection_made(stdout)
+            other.connection_made(stdout)  # type: ignore[arg-type]
             stdin.write(b"for the other")
             assert await other.wait_received(13) == b"for the other"
             stdin.write_eof()

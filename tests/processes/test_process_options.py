@@ -70,7 +70,7 @@ async def test_a_shell(stack: Stack) -> None:
         child = Child()
         transport, _ = await group.subprocess_shell(lambda: child, "echo out; echo err >&2; exit 7")
         await child.end()
-        assert (child.output[1], child.output[2]) == (b"out\n", b"err\n")
+        assert (child.output[1], child.output[2]) == (b"out\n", b"err\n")  # type: ignore[comparison-overlap]
         assert transport.get_returncode() == 7
 
 
