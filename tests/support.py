@@ -102,6 +102,23 @@ async def turns(count: int = 10) -> None:
         await anyio.lowlevel.checkpoint()
 
 
+async def settle(group: Any) -> None:
+    """Wait until the group has handled everything that was ready before this call.
+
+    A sentinel shows it: bytes for another connection of the group, which are sent now, have been received. The second
+    of them is received in a later batch of the selector than the first, and so after all that was ready with the first.
+    Use this, and not `turns`, before checking that something has not happened.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs, anyio.fail_after(GUARD):
+        transport, sentinel = await group.create_connection(testing.Recorder, sock=ours)
+        for size in (1, 2):
+            theirs.send(b"x")
+            await sentinel.wait_received(size)
+        transport.close()
+        await sentinel.wait_for("connection_lost")
+
+
 def pattern(size: int) -> bytes:
     """Return bytes in which a lost, doubled or exchanged block is visible."""
     return array.array("I", range(size // 4 + 1)).tobytes()[:size]
@@ -242,6 +259,8 @@ class Stack:
         self.name = name
         #: The number of tasks that the test starts inside the block and that outlive it.
         self.expected_tasks = 0
+        #: Whether the test leaves timers pending when its block ends.
+        self.leaves_timers = False
 
     @property
     def is_oracle(self) -> bool:
@@ -281,9 +300,22 @@ class Stack:
         from transports_anyio import TransportGroup
 
         before = {task.id for task in anyio.get_running_tasks()}
+        group = TransportGroup()
+        leave = group._leave
+        pending_timers = 0
+
+        async def leave_and_count(*exc_info: Any) -> None:
+            nonlocal pending_timers
+            await leave(*exc_info)
+            if exc_info[1] is None:
+                pending_timers = group.statistics().pending_timers
+
+        # Timers have to be counted after the last transport has closed, and before the group drops them.
+        group._leave = leave_and_count
         try:
-            async with TransportGroup() as group:
+            async with group:
                 yield group
+            assert self.leaves_timers or pending_timers == 0, f"{pending_timers} timers left pending"
         finally:
             # Rule 2: when the block has been left, none of the group's tasks remains.
             after = [task for task in anyio.get_running_tasks() if task.id not in before]

@@ -29,6 +29,7 @@ from support import (
     leaves,
     open_descriptors,
     peer_process,
+    settle,
     turns,
     until,
 )
@@ -547,7 +548,7 @@ async def test_nothing_is_received_after_close(stack: Stack, tmp_path: Path, end
                 transport.sendto(b"x")
             peer.sendto(b"too late", ours)
             getattr(transport, end)()
-            await turns()
+            await settle(group)
             if end == "close":
                 assert protocol.lost == []
                 peer.sendto(b"later still", ours)

@@ -23,6 +23,7 @@ from support import (
     fill,
     pattern,
     peer_process,
+    settle,
     turns,
     until,
 )
@@ -386,7 +387,7 @@ async def test_w7_ending_inside_a_flow_control_callback(
         elif callback == "resume_writing":
             assert await peer.gone()
         await protocol.wait_for("connection_lost")
-        await turns()
+        await settle(group)
         assert protocol.count("connection_lost") == 1
         assert protocol.exception is None
 
@@ -464,7 +465,7 @@ async def test_w10_a_flush_that_hangs_ends_with_the_group(stack: Stack) -> None:
             async with stack.open() as group, connected(group) as (transport, protocol, _peer):
                 fill(transport, 65537)
                 transport.close()
-                await turns()
+                await settle(group)
                 assert protocol.count("connection_lost") == 0
                 scope.cancel()
                 await anyio.sleep_forever()

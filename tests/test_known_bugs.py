@@ -26,6 +26,7 @@ from support import (
     connected,
     open_descriptors,
     pattern,
+    settle,
     turns,
     until,
 )
@@ -243,7 +244,7 @@ async def test_p7_on_macos_a_fifo_is_not_asked_whether_its_reader_has_gone(
         os.close(reader)
         far.close()
         await control.wait_for("connection_lost")  # Sockets are asked everywhere.
-        await turns()
+        await settle(group)
         assert protocol.count("connection_lost") == 0
         with anyio.fail_after(GUARD):
             transport.write(b"y")  # Only this shows it.

@@ -34,6 +34,7 @@ from support import (
     listening,
     open_descriptors,
     pattern,
+    settle,
     turns,
     until,
 )
@@ -316,7 +317,7 @@ async def test_a_writer_on_any_file_notices_that_its_reader_has_gone(stack: Stac
         async with stack.open() as group:
             contexts = collect_contexts(group)
             _, protocol = await connect_writer(group, writer)
-            await turns()
+            await settle(group)
             assert protocol.names == ["connection_made"]
             go(reader)
             await protocol.wait_for("connection_lost")
@@ -347,7 +348,7 @@ async def test_p6_a_writer_notices_a_close_after_unread_input(stack: Stack, how:
             _, protocol = await connect_writer(group, writer)
             reader.send(b"input")
             await anyio.wait_readable(writer)
-            await turns()
+            await settle(group)
             assert protocol.names == ["connection_made"]
             go(reader)
             await protocol.wait_for("connection_lost")

@@ -1492,6 +1492,7 @@ async def test_connection_lost_may_schedule_while_the_group_ends(stack: Stack, h
             problems.append(error)
             raise
 
+    stack.leaves_timers = True
     protocol: Any = Recorder(on_connection_lost=connection_lost)
     try:
         async with stack.open() as group, connected(group, protocol):

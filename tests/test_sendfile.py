@@ -46,6 +46,7 @@ from support import (
     pattern,
     peer_process,
     raises_inside,
+    settle,
     turns,
     until,
 )
@@ -361,10 +362,10 @@ async def test_write_eof_waits(stack: Stack, make_file: Any) -> None:
 
 
 async def test_nothing_is_received_during_sendfile(stack: Stack) -> None:
-    async with clogged(stack) as (_, transport, protocol, peer, _, sending):
+    async with clogged(stack) as (group, transport, protocol, peer, _, sending):
         assert not transport.is_reading()
         await peer.send(b"hello")
-        await turns(20)
+        await settle(group)
         assert protocol.received == b""
         assert await peer.receive_exactly(len(LARGE_CONTENT)) == LARGE_CONTENT
         assert await protocol.wait_received(5) == b"hello"
@@ -380,7 +381,7 @@ async def test_reading_stays_paused_after_sendfile(stack: Stack, make_file: Any)
             await send(group, transport, file)
         assert not transport.is_reading()
         await peer.send(b"hello")
-        await turns(20)
+        await settle(group)
         assert protocol.received == b""
         transport.resume_reading()
         assert await protocol.wait_received(5) == b"hello"

@@ -25,6 +25,7 @@ from support import (
     connected,
     fill,
     raises_inside,
+    settle,
     turns,
     until,
 )
@@ -393,7 +394,7 @@ async def test_s2_close_clients_flushes_and_abort_clients_does_not(stack: Stack)
             waiter = Waiter(tasks, server.wait_closed)
             assert len(await clients[0].receive_all()) == size
             await reader.wait_for("connection_lost")
-            await turns()
+            await settle(group)
             assert not silent.lost
             assert not waiter.done
             server.abort_clients()
@@ -463,7 +464,7 @@ async def test_s1_a_server_without_connections(stack: Stack) -> None:
         for start_serving in (False, True):
             server = await group.create_server(Echo, HOST, 0, start_serving=start_serving)
             waiters = [Waiter(tasks, server.wait_closed) for _ in range(3)]
-            await turns()
+            await settle(group)
             assert not any(waiter.done for waiter in waiters)
             waiters[0].scope.cancel()
             await waiters[0].finish()
@@ -486,7 +487,7 @@ async def test_s1_a_half_closed_connection_counts(stack: Stack) -> None:
             waiter = Waiter(tasks, server.wait_closed)
             peer.shutdown()
             await made[0].wait_for("eof_received")
-            await turns()
+            await settle(group)
             assert not waiter.done
             made[0].transport.write(b"still here")
             assert await peer.receive_exactly(10) == b"still here"

@@ -9,7 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
-from support import GUARD, Peer, Recorder, Stack, connected, fill, turns, until
+from support import GUARD, Peer, Recorder, Stack, connected, fill, settle, until
 from tls_support import NAME, Certificates, TLSPeer, together
 
 from transports_anyio import DatagramProtocol, Protocol, SubprocessProtocol, TransportGroup
@@ -138,7 +138,7 @@ async def test_r8_a_protocol_that_is_set_while_writing_is_paused(stack: Stack, d
         with anyio.fail_after(GUARD):
             await second.wait_for("resume_writing")
         assert not transport.is_writing_paused()
-        await turns()
+        await settle(group)
         assert second.names == ["pause_writing", "resume_writing"]
         assert first.names == ["connection_made", "pause_writing"]
         transport.close()
@@ -155,7 +155,7 @@ async def test_setting_a_protocol_back_within_an_iteration_pauses_it_once(stack:
         transport.set_protocol(first)
         transport.set_protocol(second := PublicRecorder(transport=transport))
         transport.set_protocol(first)
-        await turns()
+        await settle(group)
         assert first.count("pause_writing") == 1
         assert second.names == []
         assert len(await peer.receive_exactly(size)) == size
@@ -309,7 +309,7 @@ async def test_r8_a_new_protocol_can_ask_for_the_state(stack: Stack, over: str) 
                 third.check(finished=False)
             second = PublicRecorder(transport=transport)
             transport.set_protocol(second)
-            await turns()
+            await settle(group)
             assert second.names == []
             transport.write(b"answer")
             transport.close()

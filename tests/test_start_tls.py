@@ -25,6 +25,7 @@ from support import (
     fill,
     listening,
     pattern,
+    settle,
     turns,
     until,
 )
@@ -577,7 +578,7 @@ async def test_a_close_during_the_handshake_whose_flush_is_aborted(
             tasks.start_soon(upgrade)
             await turns()
             transport.close()
-            await turns()
+            await settle(group)
             assert not protocol.lost
             if how == "cancelled":
                 tasks.cancel_scope.cancel()

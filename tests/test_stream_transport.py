@@ -20,6 +20,7 @@ from support import (
     connected,
     fill,
     pattern,
+    settle,
     turns,
     until,
 )
@@ -185,7 +186,7 @@ async def test_close(stack: Stack) -> None:
         assert protocol.count("eof_received") == 0
         assert await peer.receive_all() == b""
         transport.close()
-        await turns()
+        await settle(group)
         assert protocol.count("connection_lost") == 1
         assert transport.is_closing()
 
@@ -241,7 +242,7 @@ async def test_is_reading_is_false_after_close(stack: Stack) -> None:
         fill(transport)
         transport.close()
         await peer.send(b"unread too")
-        await turns(30)
+        await settle(group)
         assert protocol.count("data_received") == 0
         transport.abort()
 
@@ -344,7 +345,7 @@ async def test_eof_received_returning_true_keeps_the_sending_side(stack: Stack, 
         await peer.send(b"question")
         peer.shutdown()
         await protocol.wait_for("eof_received")
-        await turns(30)
+        await settle(group)
         assert not transport.is_closing()
         assert protocol.count("connection_lost") == 0
         assert protocol.count("eof_received") == 1
@@ -541,7 +542,7 @@ async def test_pausing_and_resuming_reading(stack: Stack, kind: type[Recorder]) 
         transport.pause_reading()
         assert not transport.is_reading()
         await peer.send(b"held back")
-        await turns(30)
+        await settle(group)
         assert protocol.received == b""
         transport.resume_reading()
         transport.resume_reading()
@@ -555,7 +556,7 @@ async def test_end_of_file_waits_while_reading_is_paused(stack: Stack) -> None:
         transport.pause_reading()
         await peer.send(b"last words")
         peer.close()
-        await turns(30)
+        await settle(group)
         assert protocol.names == ["connection_made"]
         transport.resume_reading()
         await protocol.wait_for("connection_lost")
@@ -567,7 +568,7 @@ async def test_pausing_in_connection_made_stops_all_reading(stack: Stack) -> Non
     protocol = Recorder(on_connection_made=lambda p, transport: transport.pause_reading())
     async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
         await peer.send(b"x")
-        await turns(30)
+        await settle(group)
         assert not transport.is_reading()
         assert protocol.received == b""
         transport.resume_reading()
@@ -607,7 +608,7 @@ async def test_reading_methods_are_harmless_after_close(stack: Stack) -> None:
         transport.pause_reading()
         transport.resume_reading()
         assert not transport.is_reading()
-        await turns()
+        await settle(group)
         assert protocol.count("data_received") == 0
 
 

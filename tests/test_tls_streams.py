@@ -16,7 +16,7 @@ from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSStream
-from support import GUARD, Recorder, pattern, turns, until
+from support import GUARD, Recorder, pattern, settle, turns, until
 from tls_support import NAME, Certificates, ViewRecorder, echo, together
 
 from transports_anyio import TransportGroup
@@ -326,7 +326,7 @@ async def test_peer_that_floods_after_its_close_notify(anyio_backend: Any, certi
         with pytest.raises(ssl.SSLWantReadError):
             tls.unwrap()
         peer.transport.write(outgoing.read() + bytes(10 * space))
-        await turns(100)
+        await settle(group)
         assert not protocol.lost
         assert peer.transport.get_write_buffer_size() >= 5 * space
         peer.transport.resume_reading()

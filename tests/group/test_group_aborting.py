@@ -36,6 +36,7 @@ from support import (
     listening,
     open_descriptors,
     raises_inside,
+    settle,
     turns,
     until,
 )
@@ -113,7 +114,7 @@ async def test_leaving_early_while_a_close_still_flushes(anyio_backend: Any, how
             transport, _, _ = await peers.enter_async_context(connected(group, protocol, small=True))
             fill(transport, 1 << 20)
             transport.close()
-            await turns()
+            await settle(group)
             assert not protocol.lost
             await leave()
         assert protocol.exception is None

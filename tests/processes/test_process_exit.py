@@ -20,7 +20,7 @@ from support import (
     GUARD,
     Stack,
     collect_contexts,
-    turns,
+    settle,
     until,
 )
 
@@ -195,7 +195,7 @@ async def test_p12_a_grandchild_that_keeps_stdin_is_not_waited_for(stack: Stack,
         elif when == "closed after its end":
             with anyio.fail_after(GUARD):
                 await child.exited.wait()
-            await turns(10)
+            await settle(group)
             assert "connection_lost" not in child.names()
             transport.close()
         else:

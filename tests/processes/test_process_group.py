@@ -29,6 +29,7 @@ from support import (
     collect_contexts,
     leaves,
     open_descriptors,
+    settle,
     turns,
     until,
 )
@@ -407,7 +408,7 @@ async def test_p11_a_child_that_is_stopped_has_not_ended(anyio_backend: Any, mon
         await group.subprocess_exec(lambda: child, "cat")
         child.transport.send_signal(signal.SIGSTOP)
         await until(lambda: stops)
-        await turns()
+        await settle(group)
         assert not child.exited.is_set()
         child.transport.send_signal(signal.SIGCONT)  # Refused, were it taken to have ended.
         child.transport.get_pipe_transport(0).write(b"alive")

@@ -19,6 +19,7 @@ from support import (
     collect_contexts,
     fill,
     pattern,
+    settle,
     turns,
 )
 from tls_support import (
@@ -47,7 +48,7 @@ async def test_close_sends_close_notify_and_waits_for_the_peers(
             assert transport.is_closing()
             assert await peer.receive_exactly(10) == b"last words"
             assert await peer.receive() == b""  # `close_notify`: without it `SSLEOFError`.
-            await turns()
+            await settle(group)
             assert not protocol.lost
             await peer.say_goodbye()
             await protocol.wait_for("connection_lost")
@@ -92,7 +93,7 @@ async def test_close_in_a_callback_while_more_is_in_memory(
             await protocol.wait_for(name)
             if not leaves:
                 assert await peer.receive() == b""
-                await turns(100)  # It is left in peace until the peer answers.
+                await settle(group)  # It is left in peace until the peer answers.
                 await peer.say_goodbye()
             await protocol.wait_for("connection_lost")
         assert protocol.count(name) == 1
@@ -106,7 +107,7 @@ async def test_peer_closes_while_reading_is_paused(stack: Stack, certificates: C
         transport.pause_reading()
         await peer.send(data)
         peer.say_goodbye_and_leave()
-        await turns()
+        await settle(group)
         assert protocol.names == ["connection_made"]
         transport.resume_reading()
         await protocol.wait_for("connection_lost")
