@@ -27,13 +27,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import anyio
 import pytest
 import support
 import trustme
-from support import BACKENDS, ORACLE, Stack, open_descriptors
+from support import BACKENDS, ORACLE, Peer, Stack, open_connection, open_descriptors
 from tls_support import Certificates
 
 if sys.platform == "win32":
@@ -154,6 +156,21 @@ def certificate_authority() -> trustme.CA:
 @pytest.fixture(scope="session")
 def certificates(certificate_authority: trustme.CA) -> Certificates:
     return Certificates(certificate_authority)
+
+
+@pytest.fixture
+def connect_peer() -> Iterator[Callable[..., Awaitable[tuple[Any, Any, Peer]]]]:
+    """`connected` of support.py without a block: the peers are closed when the test has ended.
+
+    `transport, protocol, peer = await connect_peer(group, protocol, small=True)`
+    """
+    with ExitStack() as peers:
+
+        async def connect(group: Any, protocol: Any = None, *, small: bool = False) -> tuple[Any, Any, Peer]:
+            transport, protocol, peer = await open_connection(group, protocol, small=small)
+            return transport, protocol, peers.enter_context(peer)
+
+        yield connect
 
 
 def _left_over_threads(before: set[threading.Thread]) -> list[threading.Thread]:

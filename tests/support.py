@@ -440,9 +440,8 @@ def listening(*, receive_buffer: int | None = None) -> Iterator[socket.socket]:
         yield sock
 
 
-@asynccontextmanager
-async def connected(group: Any, protocol: Any = None, *, small: bool = False) -> AsyncIterator[tuple[Any, Any, Peer]]:
-    """Connect the group to a bare socket; yield `(transport, protocol, peer)`.
+async def open_connection(group: Any, protocol: Any = None, *, small: bool = False) -> tuple[Any, Any, Peer]:
+    """Connect the group to a bare socket; return `(transport, protocol, peer)`. The caller closes the peer.
 
     `small` asks for small kernel buffers on both sides.
     """
@@ -454,7 +453,14 @@ async def connected(group: Any, protocol: Any = None, *, small: bool = False) ->
         sock, _ = listener.accept()
     if small:
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
-    with Peer(sock) as peer:
+    return transport, protocol, Peer(sock)
+
+
+@asynccontextmanager
+async def connected(group: Any, protocol: Any = None, *, small: bool = False) -> AsyncIterator[tuple[Any, Any, Peer]]:
+    """As `open_connection`; the peer is closed at the end of the block. Without a block: the fixture `connect_peer`."""
+    transport, protocol, peer = await open_connection(group, protocol, small=small)
+    with peer:
         yield transport, protocol, peer
 
 

@@ -107,37 +107,35 @@ async def test_leaving_early_aborts_and_calls_connection_lost_first(anyio_backen
 
 
 @either_way
-async def test_leaving_early_while_a_close_still_flushes(anyio_backend: Any, how: str) -> None:
+async def test_leaving_early_while_a_close_still_flushes(anyio_backend: Any, how: str, connect_peer: Any) -> None:
     protocol = Recorder()
-    async with AsyncExitStack() as peers:
-        async with left_by(how) as leave, TransportGroup() as group:
-            transport, _, _ = await peers.enter_async_context(connected(group, protocol, small=True))
-            fill(transport, 1 << 20)
-            transport.close()
-            await settle(group)
-            assert not protocol.lost
-            await leave()
-        assert protocol.exception is None
+    async with left_by(how) as leave, TransportGroup() as group:
+        transport, _, _ = await connect_peer(group, protocol, small=True)
+        fill(transport, 1 << 20)
+        transport.close()
+        await settle(group)
+        assert not protocol.lost
+        await leave()
+    assert protocol.exception is None
 
 
 @either_way
-async def test_leaving_early_when_connection_lost_is_scheduled(anyio_backend: Any, how: str) -> None:
+async def test_leaving_early_when_connection_lost_is_scheduled(anyio_backend: Any, how: str, connect_peer: Any) -> None:
     """It keeps its exception, and comes once."""
     protocols = [Recorder() for _ in range(3)]
-    async with AsyncExitStack() as peers:
-        async with left_by(how) as leave, TransportGroup() as group:
-            reset, _, peer = await peers.enter_async_context(connected(group, protocols[0]))
-            closed, _, _ = await peers.enter_async_context(connected(group, protocols[1]))
-            aborted, _, _ = await peers.enter_async_context(connected(group, protocols[2]))
-            peer.reset()
-            closed.close()
-            aborted.abort()
-            while not reset.is_closing():  # The group does not run in between.
-                reset.write(b"x")
-            assert [protocol.lost for protocol in protocols] == [False] * 3
-            await leave()
-        assert isinstance(protocols[0].exception, ConnectionError)
-        assert [protocol.exception for protocol in protocols[1:]] == [None, None]
+    async with left_by(how) as leave, TransportGroup() as group:
+        reset, _, peer = await connect_peer(group, protocols[0])
+        closed, _, _ = await connect_peer(group, protocols[1])
+        aborted, _, _ = await connect_peer(group, protocols[2])
+        peer.reset()
+        closed.close()
+        aborted.abort()
+        while not reset.is_closing():  # The group does not run in between.
+            reset.write(b"x")
+        assert [protocol.lost for protocol in protocols] == [False] * 3
+        await leave()
+    assert isinstance(protocols[0].exception, ConnectionError)
+    assert [protocol.exception for protocol in protocols[1:]] == [None, None]
 
 
 @either_way
@@ -158,25 +156,28 @@ async def test_connections_work_in_a_shielded_finally(anyio_backend: Any, how: s
 
 
 @either_way
-async def test_connection_lost_that_raises_while_the_block_is_left(anyio_backend: Any, how: str) -> None:
+async def test_connection_lost_that_raises_while_the_block_is_left(
+    anyio_backend: Any, how: str, connect_peer: Any
+) -> None:
     """Each error is reported, the other connections are lost in order, and the block ends as it would have."""
 
     def fail(*_: Any) -> None:
         raise BoomError
 
     protocols = [Recorder(on_connection_lost=fail) for _ in range(5)]
-    async with AsyncExitStack() as peers:
-        async with left_by(how) as leave, TransportGroup() as group:
-            contexts = collect_contexts(group)
-            for protocol in protocols:
-                await peers.enter_async_context(connected(group, protocol))
-            await leave()
-        assert [protocol.count("connection_lost") for protocol in protocols] == [1] * 5
-        assert [type(context["exception"]) for context in contexts] == [BoomError] * 5
+    async with left_by(how) as leave, TransportGroup() as group:
+        contexts = collect_contexts(group)
+        for protocol in protocols:
+            await connect_peer(group, protocol)
+        await leave()
+    assert [protocol.count("connection_lost") for protocol in protocols] == [1] * 5
+    assert [type(context["exception"]) for context in contexts] == [BoomError] * 5
 
 
 @either_way
-async def test_new_connections_are_refused_while_the_block_is_left(anyio_backend: Any, how: str) -> None:
+async def test_new_connections_are_refused_while_the_block_is_left(
+    anyio_backend: Any, how: str, connect_peer: Any
+) -> None:
     """`connection_lost` may call anything: a call that would open something is refused or already cancelled."""
     seen: list[Any] = []
 
@@ -198,14 +199,13 @@ async def test_new_connections_are_refused_while_the_block_is_left(anyio_backend
     async def never() -> None:
         await anyio.sleep_forever()
 
-    async with AsyncExitStack() as peers:
-        async with left_by(how) as leave, TransportGroup() as group:
-            assert not group.is_closing()
-            other, _, _ = await peers.enter_async_context(connected(group))
-            await peers.enter_async_context(connected(group, Recorder(on_connection_lost=reconnect)))
-            await leave()
-        await turns()  # Nothing comes later either.
-        cancelled = anyio.get_cancelled_exc_class()
+    async with left_by(how) as leave, TransportGroup() as group:
+        assert not group.is_closing()
+        other, _, _ = await connect_peer(group)
+        await connect_peer(group, Recorder(on_connection_lost=reconnect))
+        await leave()
+    await turns()  # Nothing comes later either.
+    cancelled = anyio.get_cancelled_exc_class()
     assert seen == [cancelled]
     assert group.is_closing()
 

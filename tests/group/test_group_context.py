@@ -58,14 +58,14 @@ async def test_the_current_group(anyio_backend: Any) -> None:
         current_group()
 
 
-async def test_a_callback_belongs_to_the_group_of_its_connection(anyio_backend: Any) -> None:
+async def test_a_callback_belongs_to_the_group_of_its_connection(anyio_backend: Any, connect_peer: Any) -> None:
     """Whatever group is current where the connection is made, or where its transport is used."""
     seen: list[Any] = []
 
     def note(*_: Any) -> None:
         seen.append(current_group())
 
-    async with TransportGroup() as outer, AsyncExitStack() as peers:
+    async with TransportGroup() as outer:
         protocol = Recorder(
             on_connection_made=note,
             on_data_received=note,
@@ -76,7 +76,7 @@ async def test_a_callback_belongs_to_the_group_of_its_connection(anyio_backend: 
         )
         async with TransportGroup() as inner:
             assert current_group() is inner
-            transport, _, peer = await peers.enter_async_context(connected(outer, protocol, small=True))
+            transport, _, peer = await connect_peer(outer, protocol, small=True)
             outer.call_soon(note)
             outer.call_later(0, note)
             transport.write(MUCH)
@@ -323,54 +323,51 @@ async def test_an_inner_group_ends_without_the_outer_one(anyio_backend: Any) -> 
         assert await answers(outer_peer)
 
 
-async def test_cancelling_the_outer_group_ends_the_inner_one_first(anyio_backend: Any) -> None:
+async def test_cancelling_the_outer_group_ends_the_inner_one_first(anyio_backend: Any, connect_peer: Any) -> None:
     order: list[str] = []
 
     def protocol(name: str) -> Recorder:
         return Recorder(on_connection_lost=lambda *_: order.append(name))
 
-    async with AsyncExitStack() as peers:
-        with anyio.CancelScope() as scope:
-            async with TransportGroup() as outer:
-                await peers.enter_async_context(connected(outer, protocol("outer")))
-                async with TransportGroup() as inner:
-                    transport, _, _ = await peers.enter_async_context(connected(inner, protocol("inner"), small=True))
-                    fill(transport, 1 << 20)
-                    scope.cancel()
-                    await anyio.sleep_forever()
-        assert order == ["inner", "outer"]
+    with anyio.CancelScope() as scope:
+        async with TransportGroup() as outer:
+            await connect_peer(outer, protocol("outer"))
+            async with TransportGroup() as inner:
+                transport, _, _ = await connect_peer(inner, protocol("inner"), small=True)
+                fill(transport, 1 << 20)
+                scope.cancel()
+                await anyio.sleep_forever()
+    assert order == ["inner", "outer"]
 
 
-async def test_an_error_of_the_inner_group_propagates_to_the_outer_one(anyio_backend: Any) -> None:
+async def test_an_error_of_the_inner_group_propagates_to_the_outer_one(anyio_backend: Any, connect_peer: Any) -> None:
     protocols = [Recorder(), Recorder()]
-    async with AsyncExitStack() as peers:
-        with raises_inside(BoomError) as caught:
-            async with TransportGroup() as outer:
-                await peers.enter_async_context(connected(outer, protocols[0]))
-                async with TransportGroup() as inner:
-                    await peers.enter_async_context(connected(inner, protocols[1]))
-                    raise BoomError
-        assert len(caught) == 1
-        assert [protocol.exception for protocol in protocols] == [None, None]
+    with raises_inside(BoomError) as caught:
+        async with TransportGroup() as outer:
+            await connect_peer(outer, protocols[0])
+            async with TransportGroup() as inner:
+                await connect_peer(inner, protocols[1])
+                raise BoomError
+    assert len(caught) == 1
+    assert [protocol.exception for protocol in protocols] == [None, None]
 
 
-async def test_a_group_in_a_task_of_a_group(anyio_backend: Any) -> None:
+async def test_a_group_in_a_task_of_a_group(anyio_backend: Any, connect_peer: Any) -> None:
     """It is cancelled with the task when the outer group is."""
     protocol = Recorder()
-    async with AsyncExitStack() as peers:
 
-        async def task() -> None:
-            async with TransportGroup() as inner:
-                await peers.enter_async_context(connected(inner, protocol))
-                await anyio.sleep_forever()
+    async def task() -> None:
+        async with TransportGroup() as inner:
+            await connect_peer(inner, protocol)
+            await anyio.sleep_forever()
 
-        with anyio.CancelScope() as scope:
-            async with TransportGroup() as outer:
-                outer.start_soon(task)
-                await protocol.wait_for("connection_made")
-                scope.cancel()
-                await anyio.lowlevel.checkpoint()
-        assert protocol.exception is None
+    with anyio.CancelScope() as scope:
+        async with TransportGroup() as outer:
+            outer.start_soon(task)
+            await protocol.wait_for("connection_made")
+            scope.cancel()
+            await anyio.lowlevel.checkpoint()
+    assert protocol.exception is None
 
 
 async def test_protocols_of_two_groups_use_each_others_transports(anyio_backend: Any) -> None:

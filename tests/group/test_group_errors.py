@@ -91,16 +91,15 @@ async def test_an_exception_caught_inside_the_block_does_not_end_it(anyio_backen
         assert await answers(peer)
 
 
-async def test_a_time_out_around_the_group(anyio_backend: Any) -> None:
+async def test_a_time_out_around_the_group(anyio_backend: Any, connect_peer: Any) -> None:
     protocol = Recorder()
-    async with AsyncExitStack() as peers:
-        with pytest.raises(TimeoutError):
-            with anyio.fail_after(GUARD) as scope:
-                async with TransportGroup() as group:
-                    await peers.enter_async_context(connected(group, protocol))
-                    scope.deadline = anyio.current_time() + 0.01
-                    await anyio.sleep_forever()
-        assert protocol.exception is None
+    with pytest.raises(TimeoutError):
+        with anyio.fail_after(GUARD) as scope:
+            async with TransportGroup() as group:
+                await connect_peer(group, protocol)
+                scope.deadline = anyio.current_time() + 0.01
+                await anyio.sleep_forever()
+    assert protocol.exception is None
 
 
 # -- exceptions in callbacks --------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ async def test_leaving_normally_closes_both_ends_of_a_connection(anyio_backend: 
     assert [protocol.exception for protocol in (*made, client)] == [None, None]
 
 
-async def test_a_task_that_fails_while_the_block_is_left_normally(anyio_backend: Any) -> None:
+async def test_a_task_that_fails_while_the_block_is_left_normally(anyio_backend: Any, connect_peer: Any) -> None:
     """It ends a flush that would never finish."""
 
     async def fail() -> None:
@@ -202,16 +202,15 @@ async def test_a_task_that_fails_while_the_block_is_left_normally(anyio_backend:
         raise BoomError
 
     other, stuck = Recorder(), Recorder()
-    async with AsyncExitStack() as peers:
-        with raises_inside(BoomError) as caught:
-            async with TransportGroup() as group:
-                transport, _, _ = await peers.enter_async_context(connected(group, stuck, small=True))
-                fill(transport, 1 << 20)
-                await peers.enter_async_context(connected(group, other))
-                group.start_soon(fail)
-        assert len(caught) == 1
-        assert other.exception is None
-        assert stuck.exception is None
+    with raises_inside(BoomError) as caught:
+        async with TransportGroup() as group:
+            transport, _, _ = await connect_peer(group, stuck, small=True)
+            fill(transport, 1 << 20)
+            await connect_peer(group, other)
+            group.start_soon(fail)
+    assert len(caught) == 1
+    assert other.exception is None
+    assert stuck.exception is None
 
 
 async def test_a_callback_that_raises_while_the_block_is_left_normally(anyio_backend: Any) -> None:
@@ -244,18 +243,17 @@ async def test_a_callback_that_raises_while_the_block_is_left_normally(anyio_bac
         await until(lambda: received == [size])
 
 
-async def test_a_deadline_bounds_the_flush(anyio_backend: Any) -> None:
+async def test_a_deadline_bounds_the_flush(anyio_backend: Any, connect_peer: Any) -> None:
     protocol = Recorder()
-    async with AsyncExitStack() as peers:
-        with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
-            async with TransportGroup() as group:
-                transport, _, _ = await peers.enter_async_context(connected(group, protocol, small=True))
-                fill(transport, 1 << 20)
-                await anyio.sleep(0.02)
-                assert not protocol.lost
-                scope.deadline = anyio.current_time() + 0.02
-        assert scope.cancelled_caught
-        assert protocol.exception is None
+    with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
+        async with TransportGroup() as group:
+            transport, _, _ = await connect_peer(group, protocol, small=True)
+            fill(transport, 1 << 20)
+            await anyio.sleep(0.02)
+            assert not protocol.lost
+            scope.deadline = anyio.current_time() + 0.02
+    assert scope.cancelled_caught
+    assert protocol.exception is None
 
 
 # -- leaving normally while a protocol connects again -------------------------------------------------------
@@ -382,10 +380,10 @@ async def test_g3_a_handshake_interrupted_by_the_end_of_the_block(
 # -- wait_closed --------------------------------------------------------------------------------------------
 
 
-async def test_wait_closed_waits_for_every_transport(anyio_backend: Any) -> None:
+async def test_wait_closed_waits_for_every_transport(anyio_backend: Any, connect_peer: Any) -> None:
     """It also waits for transports that are made during the wait, but not for servers."""
     order: list[str] = []
-    async with anyio.create_task_group() as tasks, AsyncExitStack() as peers, TransportGroup() as group:
+    async with anyio.create_task_group() as tasks, TransportGroup() as group:
         with anyio.fail_after(GUARD):
             await group.wait_closed()  # There is no transport yet.
 
@@ -397,12 +395,12 @@ async def test_wait_closed_waits_for_every_transport(anyio_backend: Any) -> None
             return Recorder(on_connection_lost=lambda *_: order.append(name))
 
         server = await group.create_server(Recorder, HOST, 0)
-        first, _, _ = await peers.enter_async_context(connected(group, protocol("first")))
-        second, _, _ = await peers.enter_async_context(connected(group, protocol("second")))
+        first, _, _ = await connect_peer(group, protocol("first"))
+        second, _, _ = await connect_peer(group, protocol("second"))
         for _ in range(2):
             tasks.start_soon(wait)
         await turns()
-        third, _, _ = await peers.enter_async_context(connected(group, protocol("third")))
+        third, _, _ = await connect_peer(group, protocol("third"))
         for number, transport in enumerate((first, third, second), 1):
             assert "closed" not in order
             transport.close()
