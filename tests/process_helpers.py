@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import anyio.abc
 import pytest
 from support import (
     GUARD,
+    SubprocessRecorder,
     open_descriptors,
     until,
 )
@@ -21,54 +21,41 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Child(asyncio.SubprocessProtocol):
-    """Record the callbacks of a child, and check their order."""
+class Child(SubprocessRecorder):
+    """Record the callbacks of a child, with events for its exit and its end."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self.transport: Any = None
-        self.output: dict[int, bytearray] = {1: bytearray(), 2: bytearray()}
+        super().__init__()
         self.finished = anyio.Event()
         self.exited = anyio.Event()
 
-    def record(self, name: str, *args: Any) -> None:
-        assert name == "connection_made" or self.transport is not None, (name, self.calls)
-        assert ("connection_lost", None) not in self.calls, (name, self.calls)
-        self.calls.append((name, *args))
-
-    def connection_made(self, transport: Any) -> None:
-        self.record("connection_made")
-        self.transport = transport
+    @property
+    def output(self) -> dict[int, bytearray]:
+        """The output and the error output of the child."""
+        return {1: bytearray(), 2: bytearray(), **self.received}
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         assert data
-        assert ("pipe_connection_lost", fd) not in self.calls
-        self.record("pipe_data_received", fd)
-        self.output[fd] += data
-
-    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
-        self.record("pipe_connection_lost", fd)
-        self.lost_pipe(fd, exc)
-
-    def lost_pipe(self, fd: int, exc: Exception | None) -> None: ...
+        super().pipe_data_received(fd, data)
 
     def process_exited(self) -> None:
-        self.record("process_exited")
         self.exited.set()
+        super().process_exited()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.record("connection_lost", exc)
         self.finished.set()
+        super().connection_lost(exc)
 
-    def names(self) -> list[str]:
-        return [name for name, *_ in self.calls]
+    def lost_pipes(self) -> list[int]:
+        """The file descriptors of the `pipe_connection_lost` callbacks, in order."""
+        return [call[1] for call in self.calls if call[0] == "pipe_connection_lost"]
 
     async def end(self) -> None:
         with anyio.fail_after(4 * GUARD):
             await self.finished.wait()
-        assert self.names().count("process_exited") == 1
-        assert self.names().count("connection_lost") == 1
-        assert self.names()[0] == "connection_made"
+        assert self.count("process_exited") == 1
+        assert self.count("connection_lost") == 1
+        assert self.names[0] == "connection_made"
         self.transport.close()  # asyncio warns of one that was never closed, even of a child that has ended
 
 

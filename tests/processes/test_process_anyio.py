@@ -144,7 +144,7 @@ async def test_an_anyio_process_with_an_unnoticed_exit(anyio_backend: Any) -> No
                 transport.send_signal(signal.SIGTERM)
             raise LookupError
     assert [type(leaf) for leaf in leaves(caught.value)] == [LookupError]
-    assert child.names()[-1] == "connection_lost"
+    assert child.names[-1] == "connection_lost"
     # If such a thread has reaped it, the status is unknown until asyncio runs.
     assert transport.get_returncode() in ({3} if sys.version_info >= (3, 12) else {3, 255})
     assert gone(process.pid)
@@ -165,7 +165,7 @@ async def test_an_anyio_process_reaped_by_other_code(anyio_backend: Any) -> None
                 transport.send_signal(signal.SIGTERM)
             raise LookupError
     assert [type(leaf) for leaf in leaves(caught.value)] == [LookupError]
-    assert child.names()[-1] == "connection_lost"
+    assert child.names[-1] == "connection_lost"
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="asyncio has no such thread")
@@ -196,15 +196,15 @@ async def test_a_grandchild_that_keeps_the_outputs_of_an_anyio_process(anyio_bac
             process = await anyio.open_process(["sh", "-c", "sleep 1000 & echo $!; exit 4"])
             transport, child = await group.connect_process(Child, process)
             await until(lambda: child.exited.is_set() and child.output[1].endswith(b"\n"))
-            assert ("pipe_connection_lost", 1) not in child.calls
+            assert 1 not in child.lost_pipes()
             if how == "cancellation":
                 scope.cancel()
                 await anyio.sleep_forever()
     try:
         assert own_descriptors() == descriptors
         assert transport.get_returncode() == 4
-        assert child.names()[-1] == "connection_lost"
-        assert child.names().count("pipe_connection_lost") == 3
+        assert child.names[-1] == "connection_lost"
+        assert child.count("pipe_connection_lost") == 3
     finally:
         os.kill(int(child.output[1]), signal.SIGKILL)
 
@@ -310,6 +310,6 @@ async def test_cancelling_the_group_reaps_an_anyio_process(anyio_backend: Any) -
             transport.get_pipe_transport(0).write(bytes(10 << 20))
             scope.cancel()
             await anyio.sleep_forever()
-    assert child.names()[-1] == "connection_lost"
+    assert child.names[-1] == "connection_lost"
     assert process.returncode == -signal.SIGKILL
     assert gone(process.pid)

@@ -39,9 +39,7 @@ async def test_input_and_output(stack: Stack) -> None:
         await child.end()
         assert child.output[1] == b"hello world"
         assert transport.get_returncode() == 0
-        assert sorted(call for call in child.calls if call[0] == "pipe_connection_lost") == [
-            ("pipe_connection_lost", fd) for fd in range(3)
-        ]
+        assert sorted(child.lost_pipes()) == [0, 1, 2]
 
 
 async def test_a_transport_takes_attributes(stack: Stack) -> None:

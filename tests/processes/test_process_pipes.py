@@ -49,10 +49,12 @@ class Feeder(Child):
             self.stdin.write_eof()
 
     def pause_writing(self) -> None:
+        super().pause_writing()
         self.flow.append("pause")
         self.paused = True
 
     def resume_writing(self) -> None:
+        super().resume_writing()
         self.flow.append("resume")
         self.paused = False
         self.feed()
