@@ -74,7 +74,7 @@ class Script:
         self.counts: dict[str, int] = {}
         self.transport: Any = None
         self.recorders: list[Any] = []
-        self.told: list[Any] = []
+        self.received_calls: list[Any] = []
         self.flow: list[Any] = []
         self.accepted = 0
         self.received = 0
@@ -102,7 +102,7 @@ class Script:
     # What happens to it.
 
     def tell(self, number: int, name: str, *what: Any) -> Any:
-        into = self.flow if name in ("pause_writing", "resume_writing") else self.told
+        into = self.flow if name in ("pause_writing", "resume_writing") else self.received_calls
         last = into[-1] if into else None
         if name == "received" and last is not None and last[:2] == (number, name):
             into[-1] = (number, name, last[2] + what[0])
@@ -251,11 +251,13 @@ class Script:
 
     def take(self) -> dict[str, Any]:
         """Return the callbacks since the last call, and the transport's state."""
-        told = self.told
+        received_calls = self.received_calls
         if self.other.truncated:
-            told = [(*entry[:2], "a part") if entry[1:2] == ("received",) else entry for entry in told]
-        taken = {"told": told, "flow": self.flow, **self.state()}
-        self.told, self.flow = [], []
+            received_calls = [
+                (*entry[:2], "a part") if entry[1:2] == ("received",) else entry for entry in received_calls
+            ]
+        taken = {"received_calls": received_calls, "flow": self.flow, **self.state()}
+        self.received_calls, self.flow = [], []
         return taken
 
 
@@ -301,7 +303,7 @@ class Buffered(_Scripted, asyncio.BufferedProtocol):
         self.buffer = memoryview(bytearray(1000))
 
     def get_buffer(self, sizehint: int) -> Any:
-        self.script.react("get_buffer", self.script.told)
+        self.script.react("get_buffer", self.script.received_calls)
         return self.buffer if self.script.buffer is None else self.script.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -324,7 +326,7 @@ class Carrier:
     oracle: str = ""
     one_way: bool = False
     #: Whether each end tells the other that it closes, and waits for the answer.
-    farewell: bool = False
+    has_shutdown: bool = False
 
     def writes(self, end: str) -> bool:
         return not self.one_way or end == "a"
@@ -423,7 +425,7 @@ CARRIERS = {
     for carrier in (
         Carrier("tcp", tcp),
         Carrier("unix", unix),
-        Carrier("tls", tls, farewell=True),
+        Carrier("tls", tls, has_shutdown=True),
         Carrier("pipe", pipe, one_way=True),
         Carrier("memory", memory(), oracle="unix"),
         Carrier("memory_in_small_pieces", memory(chunk_size=997, buffer_size=5003), oracle="unix"),
@@ -449,7 +451,7 @@ class World:
         self.recording: list[Any] = []
         #: The ends that received bytes that were not sent to them.
         self.corrupted: list[str] = []
-        self.farewell = carrier.farewell
+        self.has_shutdown = carrier.has_shutdown
         self._group: Any = None
         self._contexts: list[dict[str, Any]] = []
         self._records: list[Any] = []
@@ -503,7 +505,7 @@ class World:
 
     async def start_tls(self) -> None:
         """Encrypt the connection from here on: `a` is the client."""
-        self.farewell = True
+        self.has_shutdown = True
 
         async def upgrade(script: Script, context: ssl.SSLContext, **options: Any) -> None:
             script.transport = await self._group.start_tls(script.transport, script.recorders[-1], context, **options)
@@ -533,7 +535,7 @@ class World:
         return (
             type(context.get("exception")).__name__,
             sorted(context),
-            "somebody's" if self.farewell else whose,
+            "either end's" if self.has_shutdown else whose,
         )
 
     # Waiting for what has to come.
@@ -562,8 +564,8 @@ class World:
             elif receiver.received < sender.accepted:
                 yield f"{receiver.name} receives what {sender.name} wrote"
         if not sender.lost and out.is_closing():
-            waits_for_farewell = self.farewell and not sender.aborted and not listens and not receiver.lost
-            if receiver.lost or listens or not (buffered or waits_for_farewell):
+            waits_for_shutdown = self.has_shutdown and not sender.aborted and not listens and not receiver.lost
+            if receiver.lost or listens or not (buffered or waits_for_shutdown):
                 yield f"{sender.name} is lost"
         if receiver.lost and not sender.lost and self.carrier.writes(sender.name):
             if buffered or self.carrier.one_way:

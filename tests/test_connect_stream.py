@@ -114,7 +114,7 @@ def pair(kind: str, certificate_authority: trustme.CA) -> Any:
     return pairs[kind]()
 
 
-async def farewell(transport: Any, protocol: Any, theirs: ByteStream) -> None:
+async def close_both(transport: Any, protocol: Any, theirs: ByteStream) -> None:
     """Close both ends: over TLS each waits for the other's close_notify."""
     transport.close()
     if isinstance(theirs, UNIXSocketStream):
@@ -150,7 +150,7 @@ async def test_bytes_go_both_ways(anyio_backend: Any, pair: Any) -> None:
         transport.write(b"good ")
         transport.writelines([b"d", bytearray(b"a"), memoryview(b"y")])
         assert await receive_exactly(theirs, 8) == b"good day"
-        await farewell(transport, protocol, theirs)
+        await close_both(transport, protocol, theirs)
         assert protocol.exception is None
 
 
@@ -173,7 +173,7 @@ async def test_bulk_in_both_directions_at_once(anyio_backend: Any, pair: Any, pr
             await theirs.send(back)
         assert await protocol.wait_received(size) == back
         assert received == there
-        await farewell(transport, protocol, theirs)
+        await close_both(transport, protocol, theirs)
 
 
 async def test_writing_is_paused_and_resumed(anyio_backend: Any, pair: Any) -> None:
@@ -186,7 +186,7 @@ async def test_writing_is_paused_and_resumed(anyio_backend: Any, pair: Any) -> N
         assert await receive_exactly(theirs, size) == bytes(size)
         await protocol.wait_for("resume_writing")
         assert transport.get_write_buffer_size() <= 16 * 1024
-        await farewell(transport, protocol, theirs)
+        await close_both(transport, protocol, theirs)
 
 
 async def test_a_bytearray_may_be_changed_after_write(anyio_backend: Any, pair: Any) -> None:
@@ -198,7 +198,7 @@ async def test_a_bytearray_may_be_changed_after_write(anyio_backend: Any, pair: 
         data[:] = bytes(len(data))
         data.clear()
         assert await receive_exactly(theirs, len(expected)) == expected
-        await farewell(transport, protocol, theirs)
+        await close_both(transport, protocol, theirs)
 
 
 async def test_close_flushes(anyio_backend: Any, pair: Any) -> None:
@@ -317,7 +317,7 @@ async def test_nothing_is_received_while_reading_is_paused(anyio_backend: Any, p
             assert not protocol.received
             transport.resume_reading()
             assert await protocol.wait_received(9) == b"held back"
-        await farewell(transport, protocol, theirs)
+        await close_both(transport, protocol, theirs)
 
 
 async def test_a_paused_reader_bounds_what_is_taken_from_the_stream(anyio_backend: Any) -> None:
@@ -354,7 +354,7 @@ async def test_extra_info_comes_from_the_typed_attributes(anyio_backend: Any, ce
         assert transport.get_extra_info("cipher")[0]
         assert transport.get_extra_info("peercert")["subjectAltName"] == (("DNS", "localhost"),)
         assert transport.get_extra_info("nothing like it", "default") == "default"
-        await farewell(transport, protocol, theirs)
+        await close_both(transport, protocol, theirs)
 
 
 async def test_a_stream_without_attributes_has_no_extra_info(anyio_backend: Any) -> None:

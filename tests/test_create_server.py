@@ -458,10 +458,10 @@ async def test_a_client_that_left_before_it_was_accepted(stack: Stack) -> None:
         await made[0].wait_for("connection_lost")
         assert isinstance(made[0].exception, ConnectionResetError)
         with Peer.connect(*addresses(server)) as peer:
-            peer.socket.send(b"farewell")
+            peer.socket.send(b"last data")
         await until(lambda: len(made.connected) == 2)
         await made[1].wait_for("connection_lost")
-        assert made[1].received == b"farewell"
+        assert made[1].received == b"last data"
         assert made[1].transport.get_extra_info("peername") is not None
         server.close()
 

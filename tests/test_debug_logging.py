@@ -77,8 +77,8 @@ async def test_an_echo(anyio_backend: Any) -> None:
     with story() as lines:
         await converse()
     # The system decides which end is made first, so each end is checked separately.
-    told = [line for line in lines if "StreamTransport" not in line]
-    assert told == [
+    logged = [line for line in lines if "StreamTransport" not in line]
+    assert logged == [
         "<TransportGroup open transports=0 buffered=0>: entered",
         "<Server serving connections=0 buffered=0>: listening",
         "<Server serving connections=0 buffered=0>: accepted ADDRESS",
@@ -138,14 +138,14 @@ async def test_flow_control_and_a_failure(anyio_backend: Any) -> None:
             await until(lambda: not protocol.writing_paused)
             peer.reset()
             await protocol.wait_for("connection_lost")
-    told = [re.sub(r"buffered=\d+", "buffered=N", line) for line in about(lines, "StreamTransport")]
-    assert told[:3] == [
+    logged = [re.sub(r"buffered=\d+", "buffered=N", line) for line in about(lines, "StreamTransport")]
+    assert logged[:3] == [
         "open buffered=N>: connection made, with a Recorder",
         "open buffered=N writing paused>: pause_writing()",
         "open buffered=N>: resume_writing()",
     ]
-    assert re.match(r"open .*: (read|write) failed: \w+Error\(", told[3])
-    assert re.match(r"open .*: lost by \w+Error\(", told[4])
+    assert re.match(r"open .*: (read|write) failed: \w+Error\(", logged[3])
+    assert re.match(r"open .*: lost by \w+Error\(", logged[4])
 
 
 async def test_an_end_by_an_exception(anyio_backend: Any) -> None:

@@ -73,7 +73,7 @@ class TwoWorlds(RuleBasedStateMachine):
             kinds = ("plain", "plain")  # asyncio's pipes have no buffered protocols, and survive what callbacks raise.
             fatal = {}
         reactions = {key: steps for key, steps in (fatal | reactions).items() if self.is_common(carrier, key, steps[0])}
-        if ours.farewell:
+        if ours.has_shutdown:
             # See `pause_reading`.
             reactions = {
                 (end, callback, count): steps
@@ -120,9 +120,9 @@ class TwoWorlds(RuleBasedStateMachine):
         return self.worlds[1][1].carrier
 
     @property
-    def farewell(self) -> bool:
+    def has_shutdown(self) -> bool:
         """Whether there is TLS, from the beginning or by now."""
-        return self.worlds[1][1].farewell
+        return self.worlds[1][1].has_shutdown
 
     def end(self, name: str) -> Any:
         """Return the end of our connection, for the conditions of the script."""
@@ -139,7 +139,7 @@ class TwoWorlds(RuleBasedStateMachine):
         assert ours == theirs
 
     def writes(self, end: str) -> bool:
-        if self.farewell and self.end(end).other.lost:
+        if self.has_shutdown and self.end(end).other.lost:
             return False  # asyncio's TLS, while reading is paused, differs from asyncio over TCP.
         this = self.end(end)
         if this.lost and (self.carrier.one_way or end in self.waited or "pause_writing" in this.counts):
@@ -159,7 +159,7 @@ class TwoWorlds(RuleBasedStateMachine):
         if self.writes(end):
             self.step(end, "write", size)
 
-    @precondition(lambda self: not self.farewell)  # asyncio's TLS has other watermarks.
+    @precondition(lambda self: not self.has_shutdown)  # asyncio's TLS has other watermarks.
     @rule(end=ENDS)
     def fill(self, end: str) -> None:
         if self.writes(end) and self.pieces_do_not_matter(end):
@@ -175,7 +175,7 @@ class TwoWorlds(RuleBasedStateMachine):
     @rule(end=ENDS)
     def pause_reading(self, end: str) -> None:
         this = self.end(end)
-        if self.farewell and (self.reacts_to_data(this) or isinstance(this.recorders[-1], BufferedRecorder)):
+        if self.has_shutdown and (self.reacts_to_data(this) or isinstance(this.recorders[-1], BufferedRecorder)):
             # asyncio's TLS cuts buffered data differently, ends later after an exception, and loses the bytes that do
             # not fit into a protocol's buffer.
             return
@@ -191,16 +191,16 @@ class TwoWorlds(RuleBasedStateMachine):
     @rule(end=ENDS)
     def close(self, end: str) -> None:
         this, other = self.end(end), self.end(end).other
-        if self.farewell and (this.received < other.accepted or (other.lost and not this.transport.is_reading())):
+        if self.has_shutdown and (this.received < other.accepted or (other.lost and not this.transport.is_reading())):
             # asyncio's TLS treats data in flight as an error, and does not notice while paused that the peer has gone.
             return
-        if self.farewell and not other.lost and not other.transport.is_reading():
+        if self.has_shutdown and not other.lost and not other.transport.is_reading():
             return  # asyncio's TLS says that it is reading as long as it closes.
         self.step(end, "close")
 
     @rule(end=ENDS)
     def end_it(self, end: str) -> None:
-        if self.farewell and self.end(end).received < self.end(end).other.accepted:
+        if self.has_shutdown and self.end(end).received < self.end(end).other.accepted:
             return  # Whether that is a reset depends on how much ciphertext was read ahead.
         if not self.end(end).lost:
             self.step(end, "end")
@@ -209,7 +209,7 @@ class TwoWorlds(RuleBasedStateMachine):
     @rule(end=ENDS)
     def reset(self, end: str) -> None:
         other = self.end(end).other
-        if self.farewell and not other.lost and not other.transport.is_reading():
+        if self.has_shutdown and not other.lost and not other.transport.is_reading():
             return  # asyncio's TLS reports it at once, ours when it reads.
         if not self.end(end).lost:
             self.step(end, "reset")
@@ -224,16 +224,16 @@ class TwoWorlds(RuleBasedStateMachine):
 
     @rule(end=ENDS, answer=st.booleans())
     def keep_open(self, end: str, answer: bool) -> None:
-        if answer and self.farewell:
+        if answer and self.has_shutdown:
             return  # asyncio's TLS warns even an end that has closed by itself.
         self.step(end, "keep_open", answer)
 
     @rule(end=ENDS, high=st.sampled_from([None, 0, 1000, 100_000]))
     def set_write_buffer_limits(self, end: str, high: int | None) -> None:
-        if self.writes(end) and not self.farewell:
+        if self.writes(end) and not self.has_shutdown:
             self.step(end, "set_write_buffer_limits", high)
 
-    @precondition(lambda self: not self.carrier.one_way and not self.farewell)
+    @precondition(lambda self: not self.carrier.one_way and not self.has_shutdown)
     @rule()
     def start_tls(self) -> None:
         for script in (self.end("a"), self.end("b")):
@@ -250,13 +250,13 @@ class TwoWorlds(RuleBasedStateMachine):
         this = self.end(end)
         if self.carrier.one_way or this.lost:
             return
-        if self.farewell and kind == "buffered" and (self.reacts_to_data(this) or not this.transport.is_reading()):
+        if self.has_shutdown and kind == "buffered" and (self.reacts_to_data(this) or not this.transport.is_reading()):
             return  # See `pause_reading`.
         self.step(end, "set_protocol", kind)
 
     def teardown(self) -> None:
         with self.exits:
-            if len(self.worlds) == 2 and self.farewell:
+            if len(self.worlds) == 2 and self.has_shutdown:
                 for end in "ab":
                     self.resume_reading(end=end)
         if len(self.worlds) == 2:

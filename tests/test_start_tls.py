@@ -82,7 +82,7 @@ async def test_client(stack: Stack, certificates: Certificates) -> None:
             assert await tls.receive_exactly(6) == b"secret"
             await tls.send(b"answer")
             assert await protocol.wait_received(18) == b"in the clearanswer"
-            await tls.say_goodbye()
+            await tls.shut_down_tls()
             await protocol.wait_for("connection_lost")
         assert protocol.exception is None
         assert protocol.count("connection_made") == 1
@@ -101,7 +101,7 @@ async def test_server(stack: Stack, certificates: Certificates) -> None:
             new.write(b"answer")
             new.close()
             assert await tls.receive_all() == b"answer"
-            await tls.say_goodbye()
+            await tls.shut_down_tls()
             await protocol.wait_for("connection_lost")
         assert protocol.exception is None
 
@@ -129,7 +129,7 @@ async def test_new_protocol(stack: Stack, certificates: Certificates) -> None:
         )
         with tls:
             await tls.send(b"x")
-            await tls.say_goodbye()
+            await tls.shut_down_tls()
             await until(lambda: len(calls) == 3)
     assert calls == [b"x", "eof", None]
     assert first.names == ["connection_made"]
@@ -353,7 +353,7 @@ async def test_writing_to_the_old_transport(stack: Stack, certificates: Certific
             assert new.is_reading()
             transport.close()  # It is the same connection.
             assert new.is_closing()
-            await tls.say_goodbye()
+            await tls.shut_down_tls()
             await protocol.wait_for("connection_lost")
         assert protocol.count("connection_lost") == 1
 
@@ -533,7 +533,7 @@ async def test_what_is_written_during_the_handshake_and_closed(
             with await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True) as tls:
                 await tls.send(b"too late")
                 assert await tls.receive_all() == data
-                await tls.say_goodbye()
+                await tls.shut_down_tls()
 
     async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
         contexts = collect_contexts(group)
@@ -621,7 +621,7 @@ async def test_group_that_is_left_during_the_handshake(stack: Stack, certificate
             else:
                 with await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True) as tls:
                     assert await tls.receive_all() == data
-                    await tls.say_goodbye()
+                    await tls.shut_down_tls()
 
     stack.expected_tasks = 2
     async with anyio.create_task_group() as tasks:
@@ -676,7 +676,7 @@ async def test_end_between_the_handshake_and_the_return(stack: Stack, certificat
             with await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True) as tls:
                 if how == "close":
                     assert await tls.receive_all() == b""
-                    await tls.say_goodbye()
+                    await tls.shut_down_tls()
                 else:
                     with pytest.raises(DROPPED):
                         await tls.receive_all()
@@ -886,9 +886,9 @@ async def test_upgraded_connection_belongs_to_its_server(stack: Stack, certifica
                 server.abort_clients()
             elif how == "close_clients":
                 server.close_clients()
-                await tls.say_goodbye()
+                await tls.shut_down_tls()
             else:
-                tls.say_goodbye_and_leave()
+                tls.send_close_notify_and_close()
             with anyio.fail_after(GUARD):
                 await server.wait_closed()
             assert protocol.lost
@@ -938,7 +938,7 @@ async def test_tls_in_tls(stack: Stack, certificates: Certificates) -> None:
         else:  # Each layer sends `close_notify`: the inner, then the outer.
             await attempt(inner.unwrap)
             assert await outer.receive() == b""
-        await outer.say_goodbye()
+        await outer.shut_down_tls()
         await protocol.wait_for("connection_lost")
         assert protocol.exception is None
 
@@ -982,7 +982,7 @@ async def test_tls_in_tls_that_is_closed_by_its_server_name_callback(stack: Stac
         async def close() -> None:
             await outer.send(outgoing.read())
             assert await outer.receive_all() == b""
-            await outer.say_goodbye()
+            await outer.shut_down_tls()
 
         error, _ = await together(lambda: failed_upgrade(group, transport, protocol, context, server_side=True), close)
         await protocol.wait_for("connection_lost")
@@ -1035,7 +1035,7 @@ async def test_tls_in_tls_that_is_closed_during_the_handshake(
             await turns()
             transport.close()
             assert await outer.receive_all() == data  # It fails where there is no `close_notify`.
-            await outer.say_goodbye()
+            await outer.shut_down_tls()
 
         error, _ = await together(
             lambda: failed_upgrade(group, transport, protocol, certificates.server(), server_side=True), close
@@ -1048,7 +1048,7 @@ async def test_tls_in_tls_that_is_closed_during_the_handshake(
 
 
 @pytest.mark.ours_only("asyncio reports it from a callback of its loop")
-@pytest.mark.parametrize("when", ["handshake", "exchange", "farewell"])
+@pytest.mark.parametrize("when", ["handshake", "exchange", "shutdown"])
 async def test_tls_in_tls_whose_outer_object_fails(stack: Stack, certificates: Certificates, when: str) -> None:
     # A context's own `sslobject_class` may raise anything; only that connection ends.
     failing = False
@@ -1093,7 +1093,7 @@ async def test_tls_in_tls_whose_outer_object_fails(stack: Stack, certificates: C
                 new, _ = await together(upgrade, shake_hands)
                 await turns()
                 failing = True
-                if when == "farewell":
+                if when == "shutdown":
                     new.close()
                 inner.write(b"x")
                 await outer.send(outgoing.read())

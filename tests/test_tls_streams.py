@@ -491,12 +491,12 @@ async def test_the_last_data_of_a_peer_that_has_disconnected(
     client = certificates.client()
     client.maximum_version = ssl.TLSVersion.TLSv1_2
     stream = Refusing(server, words)
-    told = words in {"at once", "bytewise"}
+    has_alert = words in {"at once", "bytewise"}
     async with TransportGroup() as group:
-        with anyio.fail_after(GUARD), pytest.raises(ssl.SSLError if told else ConnectionResetError) as caught:
+        with anyio.fail_after(GUARD), pytest.raises(ssl.SSLError if has_alert else ConnectionResetError) as caught:
             await connect(group, Recorder(), stream, client)
     # The alert, if it arrived; otherwise the sender's first error, which has the cause.
-    assert ("ALERT" if told else "gone") in str(caught.value)
+    assert ("ALERT" if has_alert else "gone") in str(caught.value)
     assert stream.closed
 
 

@@ -57,6 +57,6 @@ async def echoes(group: Any, serving: Any, certificates: Certificates) -> bool:
         (protocol,) = [protocol for protocol in serving.protocols if protocol.received]
         protocol.transport.write(b"yes")
         assert await peer.receive_exactly(3) == b"yes"
-        peer.say_goodbye_and_leave()
+        peer.send_close_notify_and_close()
     await protocol.wait_for("connection_lost")
     return True

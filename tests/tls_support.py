@@ -121,11 +121,11 @@ class TLSPeer(Peer):
             return b""
         return result
 
-    async def say_goodbye(self) -> None:
+    async def shut_down_tls(self) -> None:
         """Send `close_notify` and wait for the other end's, throwing away what still comes."""
         await self.attempt(self.socket.unwrap)
 
-    def say_goodbye_and_leave(self) -> None:
+    def send_close_notify_and_close(self) -> None:
         """Send `close_notify` without waiting."""
         try:
             self.socket.unwrap()

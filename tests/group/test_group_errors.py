@@ -366,10 +366,10 @@ def test_ctrl_c_with_a_real_signal(anyio_backend: Any, where: str) -> None:
                 at_the_end.extend(protocol.count("connection_lost") for protocol in protocols)
 
     # On asyncio of Python 3.10, AnyIO raises the cancellation by which it interrupts the main task.
-    told_by = (
+    expected = (
         asyncio.CancelledError if anyio_backend[0] == "asyncio" and sys.version_info < (3, 11) else KeyboardInterrupt
     )
-    with raises_inside(told_by):
+    with raises_inside(expected):
         run(anyio_backend, main)
     assert at_the_end == [1] * 3
 

@@ -364,10 +364,10 @@ async def test_a_child_reaped_during_our_poll(
         assert transport.get_returncode() == 255
 
 
-@pytest.mark.parametrize("told", ["after the look", "during the look"])
+@pytest.mark.parametrize("reaped_when", ["after the look", "during the look"])
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
 async def test_a_child_that_another_thread_waits_for(
-    anyio_backend: Any, missing: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
+    anyio_backend: Any, missing: tuple[str, ...], reaped_when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By `Popen`, which knows the status only some time after reaping: the exit is reported all the same."""
     for name in missing:
@@ -386,13 +386,13 @@ async def test_a_child_that_another_thread_waits_for(
         try:
             return peek(kind, pid, options)
         except ChildProcessError:
-            if options & os.WNOHANG and told == "after the look":
+            if options & os.WNOHANG and reaped_when == "after the look":
                 group.call_soon(looked_in_vain.set)  # Not before the group has handled the exit.
             raise
 
     def poll() -> int | None:
         """`Popen` when the thread comes in between, after the poll of the child and of the known status."""
-        if reaped.is_set() and told == "during the look":
+        if reaped.is_set() and reaped_when == "during the look":
             looked_in_vain.set()
             waiting.join(GUARD)
         return subprocess.Popen.poll(popen)

@@ -145,18 +145,18 @@ async def test_a_program_that_appears_and_disappears(
 ) -> None:
     async with stack.open() as group, Children(group) as children:
 
-        async def told() -> bytes:
+        async def printed() -> bytes:
             _, child = await children.exec("which")
             await child.end()
             return bytes(child.output[1])
 
         program(tmp_path / "b", "#!/bin/sh\necho b")
         monkeypatch.setenv("PATH", f"{tmp_path / 'a'}{os.pathsep}{tmp_path / 'b'}")
-        assert await told() == b"b\n"
+        assert await printed() == b"b\n"
         program(tmp_path / "a", "#!/bin/sh\necho a")
-        assert await told() == b"a\n"
+        assert await printed() == b"a\n"
         monkeypatch.setenv("PATH", str(tmp_path / "b"))
-        assert await told() == b"b\n"
+        assert await printed() == b"b\n"
         (tmp_path / "b" / "which").unlink()
         with pytest.raises(FileNotFoundError, match="which"):
             await children.exec("which")
@@ -183,7 +183,7 @@ async def test_the_search_path_of_a_program(stack: Stack, tmp_path: Path, monkey
         await child.end()
 
 
-AS_SOMEBODY_ELSE = """
+AS_ANOTHER_USER = """
 import os
 from transports_anyio import *
 
@@ -206,7 +206,7 @@ async def test_effective_rights_decide_what_can_be_run(anyio_backend: Any) -> No
             (each / "which").chmod(mode)
         os.chmod(directory, 0o755)
         environment = {**os.environ, "PATH": f"{roots}{os.pathsep}{everybodys}"}
-        result = await run_main(AS_SOMEBODY_ELSE, anyio_backend, stderr=None, env=environment)
+        result = await run_main(AS_ANOTHER_USER, anyio_backend, stderr=None, env=environment)
     assert int(result.stdout) == 0
 
 

@@ -62,7 +62,7 @@ async def test_t10_extra_info_after_two_closes(stack: Stack, certificates: Certi
         transport.close()
         assert transport.get_extra_info("cipher")[1].startswith("TLS")
         assert transport.get_extra_info("nothing", 7) == 7
-        peer.say_goodbye_and_leave()
+        peer.send_close_notify_and_close()
         await protocol.wait_for("connection_lost")
         assert transport.get_extra_info("cipher")[1].startswith("TLS")
 
@@ -72,7 +72,7 @@ async def test_a_tls_transport_has_only_documented_methods(stack: Stack, certifi
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
         for name in ("get_read_buffer_size", "get_read_buffer_limits", "set_read_buffer_limits"):
             assert not hasattr(transport, name)
-        peer.say_goodbye_and_leave()
+        peer.send_close_notify_and_close()
         await protocol.wait_for("connection_lost")
 
 
@@ -169,7 +169,7 @@ async def test_alpn(stack: Stack, certificates: Certificates) -> None:
             assert peer.socket.selected_alpn_protocol() == "http/1.1"
             protocol = await serving.protocol()
             assert protocol.transport.get_extra_info("ssl_object").selected_alpn_protocol() == "http/1.1"
-            peer.say_goodbye_and_leave()
+            peer.send_close_notify_and_close()
         await protocol.wait_for("connection_lost")
         serving.server.close()
 
@@ -258,7 +258,7 @@ async def test_session_resumption(stack: Stack, certificates: Certificates, vers
                 session = peer.socket.session
                 protocol = await serving.protocol(number)
                 assert protocol.transport.get_extra_info("ssl_object").session_reused == (number == 1)
-                await peer.say_goodbye()
+                await peer.shut_down_tls()
             await protocol.wait_for("connection_lost")
         serving.server.close()
 

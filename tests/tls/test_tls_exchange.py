@@ -128,7 +128,7 @@ async def test_t11_all_that_is_decrypted_is_delivered(
             await peer.send(data)
             assert await protocol.wait_received(len(expected)) == expected
         protocol.transport.close()
-        peer.say_goodbye_and_leave()
+        peer.send_close_notify_and_close()
         await protocol.wait_for("connection_lost")
 
 
@@ -191,7 +191,7 @@ async def test_paused_reading(stack: Stack, certificates: Certificates, recorder
             transport.resume_reading()
             assert protocol.count(name) == 1, "no callback before resume_reading() returns"
             assert await protocol.wait_received(len(data)) == data
-        peer.say_goodbye_and_leave()
+        peer.send_close_notify_and_close()
         await protocol.wait_for("connection_lost")
 
 
@@ -211,7 +211,7 @@ async def test_writes_that_do_not_fit(stack: Stack, certificates: Certificates, 
             assert transport.get_write_buffer_size() > 0
             transport.close()
             assert await peer.receive_all() == expected
-            await peer.say_goodbye()
+            await peer.shut_down_tls()
             await protocol.wait_for("connection_lost")
         assert protocol.exception is None
 
@@ -292,7 +292,7 @@ async def test_callbacks_run_in_the_context_of_create_server(stack: Stack, certi
         with await TLSPeer.connect_to(serving.address, certificates.client()) as peer:
             await peer.send(b"x")
             await protocol.wait_received(1)
-            peer.say_goodbye_and_leave()
+            peer.send_close_notify_and_close()
         await protocol.wait_for("connection_lost")
         serving.server.close()
     assert seen == ["server", "server"]
@@ -312,7 +312,7 @@ async def test_sslobject_with_partial_writes(stack: Stack, certificates: Certifi
         transport.write(data[50_000:])
         transport.close()
         assert await peer.receive_all() == data
-        await peer.say_goodbye()
+        await peer.shut_down_tls()
         await transport.get_protocol().wait_for("connection_lost")
 
 
@@ -489,7 +489,7 @@ async def test_socket_accepted_elsewhere(stack: Stack, certificates: Certificate
         with tls:
             await tls.send(b"hello")
             assert await tls.receive_exactly(5) == b"hello"
-            await tls.say_goodbye()
+            await tls.shut_down_tls()
             await server.wait_for("connection_lost")
         assert server.exception is None
 
@@ -512,5 +512,5 @@ async def test_f1_f2_sendfile(stack: Stack, certificates: Certificates, tmp_path
         with path.open("rb") as file, pytest.raises(RuntimeError):
             await group.sendfile(transport, file, fallback=False)
         transport.close()
-        await peer.say_goodbye()
+        await peer.shut_down_tls()
         await protocol.wait_for("connection_lost")

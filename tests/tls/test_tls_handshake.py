@@ -352,7 +352,7 @@ async def test_client_with_a_certificate_that_python_cannot_read(
         with await TLSPeer.connect_to(serving.address, readable) as peer:
             await peer.send(b"are you there?")
             await until(lambda: any(protocol.received == b"are you there?" for protocol in serving.protocols))
-            peer.say_goodbye_and_leave()
+            peer.send_close_notify_and_close()
         await until(lambda: serving.protocols[-1].lost)
         serving.server.close()
 
@@ -394,7 +394,7 @@ async def test_server_with_a_certificate_that_python_cannot_read(
             assert protocol.exception is error
         else:
             assert protocol.calls == []
-        assert stack.is_oracle or contexts == []  # The caller has been told.
+        assert stack.is_oracle or contexts == []  # The call has raised the error.
         async with tls_client(group, certificates) as (transport, living, peer):
             await peer.send(b"still alive")
             await living.wait_received(11)

@@ -50,7 +50,7 @@ async def test_close_sends_close_notify_and_waits_for_the_peers(
             assert await peer.receive() == b""  # `close_notify`: without it `SSLEOFError`.
             await settle(group)
             assert not protocol.lost
-            await peer.say_goodbye()
+            await peer.shut_down_tls()
             await protocol.wait_for("connection_lost")
             assert await peer.receive_raw() == b""
         # asyncio calls `eof_received` here too.
@@ -65,7 +65,7 @@ async def test_peer_closes(stack: Stack, certificates: Certificates, version: st
     async with stack.open() as group:
         async with tls_client(group, certificates, protocol, version=version) as (_, _, peer):
             await peer.send(data)
-            await peer.say_goodbye()  # Returns when our `close_notify` has come.
+            await peer.shut_down_tls()  # Returns when our `close_notify` has come.
             await protocol.wait_for("connection_lost")
             assert await peer.receive_raw() == b""
         assert protocol.received == data
@@ -88,13 +88,13 @@ async def test_close_in_a_callback_while_more_is_in_memory(
             transport.pause_reading()
             await peer.send(pattern(RECORD))
             if leaves:
-                peer.say_goodbye_and_leave()
+                peer.send_close_notify_and_close()
             transport.resume_reading()
             await protocol.wait_for(name)
             if not leaves:
                 assert await peer.receive() == b""
                 await settle(group)  # It is left in peace until the peer answers.
-                await peer.say_goodbye()
+                await peer.shut_down_tls()
             await protocol.wait_for("connection_lost")
         assert protocol.count(name) == 1
         assert protocol.names[-3:] == [name, "eof_received", "connection_lost"]
@@ -106,7 +106,7 @@ async def test_peer_closes_while_reading_is_paused(stack: Stack, certificates: C
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
         transport.pause_reading()
         await peer.send(data)
-        peer.say_goodbye_and_leave()
+        peer.send_close_notify_and_close()
         await settle(group)
         assert protocol.names == ["connection_made"]
         transport.resume_reading()
@@ -120,7 +120,7 @@ async def test_true_value_from_eof_received_still_closes(stack: Stack, certifica
     async with stack.open() as group:
         with capture_log(stack) as records:
             async with tls_client(group, certificates, protocol) as (_, _, peer):
-                await peer.say_goodbye()
+                await peer.shut_down_tls()
                 await protocol.wait_for("connection_lost")
         assert protocol.exception is None
         assert [record.levelname for record in records] == ["WARNING"]
@@ -136,7 +136,7 @@ async def test_eof_received_that_aborts_and_returns_true(stack: Stack, certifica
     protocol = Recorder(on_eof_received=eof_received)
     with capture_log(stack) as records:
         async with stack.open() as group, tls_client(group, certificates, protocol) as (_, _, peer):
-            peer.say_goodbye_and_leave()
+            peer.send_close_notify_and_close()
             await protocol.wait_for("connection_lost")
     assert [record.getMessage() for record in records] == []
 
@@ -228,7 +228,7 @@ async def test_writing_during_the_shutdown(stack: Stack, certificates: Certifica
         transport.write(b"too late")
         assert transport.get_write_buffer_size() == 0
         assert await peer.receive() == b""
-        await peer.say_goodbye()
+        await peer.shut_down_tls()
         await protocol.wait_for("connection_lost")
 
 
@@ -246,7 +246,7 @@ async def test_t8_peer_that_goes_on_sending_after_our_close(
             for _ in range(5):
                 await peer.send(bytes(20_000))
             assert not protocol.lost
-            await peer.say_goodbye()
+            await peer.shut_down_tls()
             await protocol.wait_for("connection_lost")
         assert protocol.exception is None
         assert len(protocol.received) == before
@@ -379,7 +379,7 @@ async def test_t9_truncation_can_be_detected(stack: Stack, certificates: Certifi
         on_eof_received=lambda protocol: seen.append(protocol.transport.get_extra_info("close_notify")),
     )
     async with stack.open() as group, tls_client(group, certificates, protocol) as (_, _, peer):
-        peer.say_goodbye_and_leave()
+        peer.send_close_notify_and_close()
         await protocol.wait_for("connection_lost")
         assert seen == [False, True]
 
@@ -487,7 +487,7 @@ async def test_exception_in_a_callback(stack: Stack, certificates: Certificates)
 async def test_leaving_the_group_in_order(stack: Stack, certificates: Certificates) -> None:
     async def drive(peer: TLSPeer) -> None:
         assert await peer.receive_all() == b"last words"
-        await peer.say_goodbye()
+        await peer.shut_down_tls()
 
     async with AsyncExitStack() as peers, anyio.create_task_group() as tasks:
         async with stack.open() as group:
