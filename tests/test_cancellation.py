@@ -178,7 +178,7 @@ async def read_pipe(case: Case) -> AsyncIterator[Act]:
     reader, writer = (open(fd, mode, 0) for fd, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
     with reader, writer:  # A pipe that was not taken over still belongs to the caller.
         yield lambda: case.group.connect_read_pipe(case.stream, reader)
-        await until(lambda: all(protocol.lost for protocol, _ in case.made))
+        await until(lambda: all(protocol.lost for protocol in case.made))
 
 
 @asynccontextmanager
@@ -186,7 +186,7 @@ async def write_pipe(case: Case) -> AsyncIterator[Act]:
     reader, writer = (open(fd, mode, 0) for fd, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
     with reader, writer:
         yield lambda: case.group.connect_write_pipe(case.stream, writer)
-        await until(lambda: all(protocol.lost for protocol, _ in case.made))
+        await until(lambda: all(protocol.lost for protocol in case.made))
 
 
 @asynccontextmanager
