@@ -1,4 +1,4 @@
-"""Run a program of the documentation on a backend that its text does not name.
+"""Run a program of the documentation on a given backend.
 
     python docs_program.py BACKEND PROGRAM [ARGUMENT ...]
 
@@ -23,7 +23,7 @@ def run(function: Any, *args: Any, **_ignored: Any) -> Any:
     return anyio_run(function, *args, backend=name, backend_options=options)
 
 
-anyio.run = run
+anyio.run = run  # type: ignore[assignment]
 sys.argv = sys.argv[2:]
 # As `python PROGRAM` does.
 sys.path[0] = str(Path(sys.argv[0]).parent)

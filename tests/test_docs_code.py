@@ -95,18 +95,18 @@ def test_every_block_is_of_a_known_kind(page: str) -> None:
     for block in blocks:
         assert block.kind in {"python", "console", *NOT_RUN} or block.kind.startswith("{"), (page, block.line)
         assert block.file is None or block.kind == "python", (page, block.line)
-    # Nothing that looks like a block or a marker has escaped.
+    # No block and no marker was missed.
     assert len(re.findall(r"^\s*(?:`{3,}|~{3,})", text, re.MULTILINE)) == 2 * sum(not block.hidden for block in blocks)
     assert text.count("<!--") == sum(block.hidden or block.file is not None for block in blocks)
 
 
 def normal(output: str) -> list[str]:
-    """The output line by line; times are all the same."""
+    """Return the lines of the output, with all times replaced."""
     return re.sub(r"\d+\.\d+s", "0.00s", output).rstrip().splitlines()
 
 
 class Terminal:
-    """Runs the commands of `console` blocks in a folder, and compares what they print."""
+    """Run the commands of `console` blocks in a folder, and compare their output."""
 
     def __init__(self, folder: Path, backend: tuple[str, Any], port: int, ending: ExitStack) -> None:
         self.folder = folder
@@ -187,7 +187,7 @@ async def run_in_place(blocks: list[Block], page: str, namespace: dict[str, Any]
         if block.kind == "console":
             await anyio.to_thread.run_sync(terminal.run, block.code)
         elif block.file is None:
-            # The lines of the page stand in tracebacks.
+            # Tracebacks show the lines of the page.
             code = compile(
                 "\n" * (block.line - 1) + block.code, page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
             )
@@ -197,7 +197,7 @@ async def run_in_place(blocks: list[Block], page: str, namespace: dict[str, Any]
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("page", list(filter(has_code, PAGES)))
+@pytest.mark.parametrize("page", list(filter(has_code, PAGES)))  # type: ignore[arg-type]
 def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     name, options = anyio_backend
     blocks = [block for block in blocks_of(page) if block.kind in ("python", "console")]
@@ -227,7 +227,7 @@ def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Pa
 
 
 @pytest.mark.parametrize("page", list(PAGES))
-def test_every_link_leads_somewhere(page: str) -> None:
+def test_every_link_has_a_target(page: str) -> None:
     """In the checkout too, where Sphinx does not look."""
     text = PAGES[page].read_text(encoding="utf-8")
     targets = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target}
@@ -237,8 +237,8 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("[!_]*.py")))
-def test_every_example_says_what_it_is(example: str) -> None:
-    """Its docstring stands in docs/examples.md, which has them all."""
+def test_every_example_has_a_docstring_in_the_documentation(example: str) -> None:
+    """Its docstring is part of docs/examples.md, which lists every example."""
     docstring = ast.get_docstring(ast.parse((ROOT / "examples" / example).read_text(encoding="utf-8")))
     assert docstring
     assert docstring.split("\n\n")[0].endswith((".", ":"))
@@ -302,7 +302,9 @@ ENDPOINTS = {
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_every_parameter_is_described(function: Any) -> None:
-    quoted = " ".join(re.findall(r"`([^`]+)`", inspect.getdoc(function) or ""))
+    docstring = inspect.getdoc(function) or ""
+    # Between backticks, or at the beginning of a line of a list: `name, name: ...`.
+    quoted = " ".join(a or b for a, b in re.findall(r"`([^`]+)`|^((?:\w+(?:, )?)+): ", docstring, re.MULTILINE))
     parameters = [name for name in inspect.signature(function).parameters if name != "self"]
     assert [name for name in parameters if not re.search(rf"\b{name}\b", quoted)] == []
 
@@ -364,7 +366,7 @@ def layers() -> dict[str, set[str]]:
     return found
 
 
-def test_imports_lead_down_only() -> None:
+def test_modules_import_only_lower_layers() -> None:
     """No layer imports one that imports it, not for annotations either."""
     order = [*TopologicalSorter(layers()).static_order()]
     assert {"_core", "_channels", "_endpoints"} < set(order)
@@ -396,7 +398,7 @@ def test_a_module_imports_only_what_it_may_know(name: str) -> None:
 
 
 def test_importing_the_package_loads_nothing_that_is_not_needed() -> None:
-    """No backend but asyncio, whose abstract classes we need, and nothing that only tests or other programs need."""
+    """Only asyncio, for its abstract classes, and nothing that only tests or other programs need."""
     heavy = ["trio", "uvloop", "anyio._backends._asyncio", "pytest", "multiprocessing", "transports_anyio.testing"]
     program = "import sys, transports_anyio; print(*set(sys.argv[1:]) & set(sys.modules))"
     done = subprocess.run(
