@@ -260,6 +260,7 @@ def test_every_example_says_what_it_is(example: str) -> None:
     """Its docstring stands in docs/examples.md, which has them all."""
     docstring = ast.get_docstring(ast.parse((ROOT / "examples" / example).read_text(encoding="utf-8")))
     assert docstring
+    assert f"| [{example}](../examples/{example}) | " in (DOCS / "examples.md").read_text(encoding="utf-8")
     assert docstring.split("\n\n")[0].endswith((".", ":"))
 
 
@@ -295,6 +296,21 @@ def test_every_attribute_is_in_the_reference(each: Any) -> None:
     name = getattr(each, "__name__", type(each).__name__)
     attributes = {f"transports_anyio.{name}.{attribute}" for attribute in dir(each) if not attribute.startswith("_")}
     assert attributes - described_names() == set()
+
+
+def test_the_list_of_names_is_up_to_date() -> None:
+    """If it is not: `python docs/list_names.py`."""
+    spec = importlib.util.spec_from_file_location("list_names", DOCS / "list_names.py")
+    assert spec is not None
+    assert spec.loader is not None
+    list_names = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(list_names)
+    text = (DOCS / "names.md").read_text(encoding="utf-8")
+    assert text == list_names.page()
+    # A method without a docstring would be left out.
+    methods = {name for each in (transports_anyio.TransportGroup, transports_anyio.Server) for name in dir(each)}
+    named = {name for name in methods if not name.startswith("_")} | set(transports_anyio.__all__)
+    assert {name for name in named if not re.search(rf"^\| `(?:await )?{name}\b", text, re.MULTILINE)} == set()
 
 
 def resolve(name: str) -> Any:
