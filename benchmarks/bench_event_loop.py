@@ -41,7 +41,7 @@ LINE = b"x" * 127 + b"\n"
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured, and what is hoped for."""
+    """A measurement and its targets."""
 
     name: str
     kind: str

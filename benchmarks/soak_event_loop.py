@@ -1,4 +1,4 @@
-"""Let requests come and go through uvicorn and aiohttp, half of them rude, and see whether anything stays.
+"""Let requests come and go through uvicorn and aiohttp, half of them ill-behaved, and check that nothing is left.
 
     nox -s soak_event_loop                                   on trio, two minutes
     nox -s soak_event_loop -- --backend asyncio --seconds 600
@@ -39,7 +39,7 @@ from transports_anyio import from_asyncio, open_event_loop, to_asyncio
 
 CLIENTS_AT_ONCE = 8
 BIG = 300_000
-#: How long a handler takes that is to be given up, in seconds.
+#: The duration of a handler whose request is given up, in seconds.
 LONG = 5.0
 
 
@@ -141,9 +141,9 @@ def kept() -> tuple[int, int, int, int]:
 
 
 async def until_left(what: tuple[int, ...]) -> None:
-    """Wait until there are so many descriptors and tasks; the caller looks whether that has come true."""
+    """Wait for these numbers of file descriptors and tasks, for a limited time; the caller checks them."""
     with anyio.move_on_after(10):
-        while kept()[:3] != what:  # noqa: ASYNC110 -- the servers report it to nobody
+        while kept()[:3] != what:  # noqa: ASYNC110 -- the servers do not report it
             await anyio.sleep(0.02)
 
 
@@ -176,7 +176,7 @@ async def run(seconds: float, round_seconds: float) -> tuple[list[Sample], Count
 
 
 async def one_round(service: Service, ports: Any, seconds: float) -> None:
-    """Use both servers from asyncio tasks and from tasks of the backend, for so many seconds."""
+    """Use both servers from asyncio tasks and from tasks of the backend, for `seconds`."""
     until = time.monotonic() + seconds
     timeout = aiohttp.ClientTimeout(total=30)
     make = to_asyncio.run_sync(lambda: aiohttp.ClientSession(timeout=timeout))
@@ -225,7 +225,7 @@ async def one_round(service: Service, ports: Any, seconds: float) -> None:
                 tasks.start_soon(backend_client)
 
 
-# The rude clients, in a process of their own
+# The ill-behaved clients, in a process of their own
 
 
 def rude_client(ports: list[int], until: float, done: Counter[str]) -> None:
@@ -249,7 +249,7 @@ def rude_client(ports: list[int], until: float, done: Counter[str]) -> None:
 
 
 def rude_clients(ports: list[int]) -> None:
-    """Work for so many seconds for each line of standard input; a line of standard output says that it is done."""
+    """For each line of standard input, work for that many seconds, then print a line."""
     done: Counter[str] = Counter()
     for line in sys.stdin:
         until = time.monotonic() + float(line)
@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120, help="how long")
     parser.add_argument("--round", type=float, default=3, help="seconds between two looks at what is left")
     arguments = parser.parse_args()
-    # They say of every client that has gone that it could not be written to.
+    # They log every client that has gone.
     for logger in ("aiohttp.server", "asyncio", "transports_anyio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     samples, done = anyio.run(run, arguments.seconds, arguments.round, **BACKENDS[arguments.backend])

@@ -24,7 +24,7 @@ import trustme
 from support import BACKENDS, ORACLE, Stack, open_descriptors
 
 if sys.platform == "win32":
-    # Of pipes, children, UNIX sockets and terminals, which are not to be had there.
+    # About pipes, children, UNIX sockets and terminals, which Windows does not have.
     collect_ignore = [
         "test_adopted_sockets.py", "test_pipes.py", "test_subprocess.py", "test_tls_peers.py", "test_unix.py",
     ]  # fmt: skip
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # Started in the background by a shell. The programs that tests end by Ctrl-C would inherit this.
+        # A shell started us in the background. The programs that tests end by Ctrl-C would inherit this.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
         "markers",
@@ -54,12 +54,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrise by backend, and put the oracle in front for the tests that use a stack."""
+    """Parametrise by backend. Tests that use a stack also run on the oracle, first."""
     backends = metafunc.config.getoption("--backend") or list(BACKENDS)
     if "stack" in metafunc.fixturenames:
         names = [name for name in BACKENDS if name in backends]
         mark = metafunc.definition.get_closest_marker("ours_only")
-        # Where Python versions differ, the newest behaviour is right: older ones are no oracle.
+        # Where Python versions differ, the newest behaviour is right, so older versions are no oracle.
         oracle_since = (3, 13) if mark is None else mark.kwargs.get("before")
         if "asyncio" in backends and oracle_since is not None and sys.version_info >= oracle_since:
             names.insert(0, ORACLE)
@@ -76,7 +76,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
-    """Fail a test that has passed and leaves a task. AnyIO's plugin runs it after this."""
+    """Fail a test that has passed but left a task running. AnyIO's plugin runs the wrapper."""
     test = pyfuncitem.obj
     if not inspect.iscoroutinefunction(test) or "anyio_backend" not in pyfuncitem.fixturenames:
         return
@@ -113,13 +113,13 @@ def _warm_up() -> Iterator[None]:
     gc.unfreeze()
 
 
-#: After so many tests, what has come to stay is frozen once more: pytest keeps something of each.
+#: After this number of tests the surviving objects are frozen again, because pytest keeps some of each test.
 TESTS_FOR_A_FREEZE = 100
 tests_begun = itertools.count()
 
 
 def _collect_garbage() -> None:
-    """Leave no garbage. What is there to stay need not be looked through around every test."""
+    """Collect garbage. Long-lived objects are frozen, so that the collector does not visit them around every test."""
     if next(tests_begun) % TESTS_FOR_A_FREEZE:
         gc.collect()
         return
@@ -139,7 +139,7 @@ def certificate_authority() -> trustme.CA:
 
 
 def _left_over_threads(before: set[threading.Thread]) -> list[threading.Thread]:
-    # trio keeps idle worker threads for some seconds, for everyone in the process.
+    # trio keeps idle worker threads for some seconds, shared by the whole process.
     return [
         thread
         for thread in threading.enumerate()
@@ -149,7 +149,8 @@ def _left_over_threads(before: set[threading.Thread]) -> list[threading.Thread]:
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
-    """Fail a test that leaves a descriptor or a thread, or whose callbacks came in an illegal order."""
+    """Fail a test that leaves a file descriptor, a thread, a child or a zombie, or whose callbacks came in an
+    illegal order."""
     support.RECORDERS.clear()
     _collect_garbage()
     threads_before = set(threading.enumerate())

@@ -1,4 +1,4 @@
-"""Run a program of the documentation on a backend that its text does not name.
+"""Run a program of the documentation on a given backend.
 
     python docs_program.py BACKEND PROGRAM [ARGUMENT ...]
 

@@ -1,8 +1,8 @@
-"""System calls that fail, or do a part: a layer between the package and the operating system.
+"""System calls that fail or do only a part: a layer between the package and the operating system.
 
 The calls are the real ones, on real descriptors, except for the one at the chosen position. Only calls that the package
-itself makes pass through the layer: those of the tests' own peers, of AnyIO and of the backends do not. For transports
-over AnyIO's own objects the layer stands in front of these instead.
+itself makes pass through the layer: those of the tests' own peers, of AnyIO and of the backends do not. For
+transports over AnyIO's own objects the layer wraps these objects instead.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import anyio
 import anyio.abc
 import pytest
 
-#: What is done instead of the call. `ONE_BYTE` is no error: the call moves a single byte.
+#: The fault that replaces the call. `ONE_BYTE` is no error: the call moves a single byte.
 ONE_BYTE = "one byte"
 FAULTS = ["EAGAIN", "EINTR", ONE_BYTE, "ECONNRESET", "EPIPE", "ENOBUFS", "EMFILE"]
-#: After these the call is made again, and nothing else has changed.
+#: After these faults the call is made again, and nothing else has changed.
 TRANSIENT = {"EAGAIN", "EINTR", ONE_BYTE}
 
-#: Positions of a call in a scenario, as far as they are tried: a scenario has fewer, a bug may have more.
-MOST_CALLS = 400
+#: The highest position of a call that is tried. A scenario has fewer; a bug may have more.
+MAX_CALLS = 400
 
 
 class Layer:
-    """Counts the package's calls, and spoils those that `chosen` picks by name and number, from 0."""
+    """Count the package's calls, and make those fail that `chosen` picks by name and number (from 0)."""
 
     def __init__(self, fault: str, chosen: Callable[[str, int], bool] = lambda name, number: False) -> None:
         self.fault = fault
@@ -43,11 +43,11 @@ class Layer:
 
     def error(self) -> OSError:
         code = getattr(errno, self.fault)
-        return OSError(code, os.strerror(code))  # Python makes it a `BlockingIOError` and so on.
+        return OSError(code, os.strerror(code))  # Python picks the subclass, such as `BlockingIOError`.
 
     def spoils(self, name: str) -> bool:
         caller = sys._getframe(2).f_globals["__name__"]
-        # The poller's wake-ups are no transport's.
+        # The poller's wake-ups do not belong to a transport.
         if not caller.startswith("transports_anyio.") or caller.endswith("_poller"):
             return False
         number = self.calls[name]
@@ -68,7 +68,7 @@ def _is_stream(sock: socket.socket) -> bool:
 
 @contextmanager
 def installed(layer: Layer) -> Iterator[Layer]:
-    """Put the layer under the package."""
+    """Install the layer under the package."""
     sock_type = socket.socket
     real = {
         name: getattr(sock_type, name)
@@ -124,7 +124,7 @@ def installed(layer: Layer) -> Iterator[Layer]:
     def connect_ex(sock: socket.socket, address: Any) -> int:
         if layer.spoils("connect_ex") and layer.fault != ONE_BYTE:
             if layer.fault == "EINTR":
-                # The system goes on connecting by itself (connect(2)).
+                # The system continues to connect (connect(2)).
                 real["connect_ex"](sock, address)
             code = layer.error().errno
             assert code is not None
@@ -182,7 +182,7 @@ def installed(layer: Layer) -> Iterator[Layer]:
 
 
 class _InFront:
-    """In front of one of AnyIO's objects, which makes its system calls by itself: the layer stands between it and us.
+    """Wrap one of AnyIO's objects, which makes its own system calls: the layer is between it and us.
 
     Its faults are those that such an object can have.
     """
@@ -231,7 +231,7 @@ class FaultyStream(FaultyReceiveStream, FaultySendStream, anyio.abc.ByteStream):
 
 
 class FaultyDatagrams(_InFront, anyio.abc.ConnectedUDPSocket):
-    """A datagram goes whole, or not at all."""
+    """A datagram is sent whole or not at all."""
 
     @property
     def _raw_socket(self) -> socket.socket:
@@ -249,7 +249,7 @@ class FaultyDatagrams(_InFront, anyio.abc.ConnectedUDPSocket):
 
 
 class FaultyProcess(_InFront, anyio.abc.Process):
-    """Its pipes are what can fail."""
+    """A process whose pipes can fail."""
 
     def __init__(self, real: Any, layer: Layer) -> None:
         super().__init__(real, layer)
@@ -281,7 +281,8 @@ class FaultyProcess(_InFront, anyio.abc.Process):
 
 # -- the documented state machines ---------------------------------------------------------------------------
 
-#: https://docs.python.org/3/library/asyncio-protocol.html, a letter for each callback; flow control is looked at apart.
+#: https://docs.python.org/3/library/asyncio-protocol.html, a letter for each callback; flow control is checked
+#: separately.
 LETTERS = {
     "connection_made": "m", "data_received": "d", "get_buffer": "g", "buffer_updated": "u", "eof_received": "e",
     "connection_lost": "l", "datagram_received": "d", "error_received": "r", "pipe_data_received": "d",

@@ -64,7 +64,8 @@ RECORDERS: list[Recorder | BufferedRecorder] = []
 
 
 def open_descriptors() -> dict[int, str]:
-    """Every open descriptor of this process, with what it refers to; on Windows nothing, where sockets have none."""
+    """Return every open file descriptor of this process with its target; nothing on Windows, where sockets have
+    none."""
     found: dict[int, str] = {}
     if sys.platform == "win32":
         return found
@@ -82,26 +83,26 @@ def open_descriptors() -> dict[int, str]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Give way to everything else until the condition holds."""
+    """Wait until the condition holds."""
     with anyio.fail_after(GUARD):
         while not condition():
-            # A real if tiny pause: a bare checkpoint would keep a processor busy that the other side needs.
+            # A real but tiny pause: a bare checkpoint would keep a processor busy that the peer needs.
             await anyio.sleep(0.001)
 
 
 async def turns(count: int = 10) -> None:
-    """Let everything that is ready run, a few times over."""
+    """Run a few iterations of the event loop."""
     for _ in range(count):
         await anyio.lowlevel.checkpoint()
 
 
 def pattern(size: int) -> bytes:
-    """Bytes in which a lost, doubled or exchanged block shows."""
+    """Return bytes in which a lost, doubled or exchanged block is visible."""
     return array.array("I", range(size // 4 + 1)).tobytes()[:size]
 
 
 def leaves(error: BaseException) -> list[BaseException]:
-    """The exceptions inside nested groups, flat."""
+    """Return the exceptions inside nested groups as a flat list."""
     if isinstance(error, BaseExceptionGroup):
         return [leaf for inner in error.exceptions for leaf in leaves(inner)]
     return [error]
@@ -264,7 +265,7 @@ class BufferedRecorder(_Recording, asyncio.BufferedProtocol):
 
 
 class OracleGroup:
-    """asyncio's running loop behind the part of a `TransportGroup`'s interface that both have."""
+    """asyncio's running loop, with the interface that it shares with `TransportGroup`."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -326,11 +327,11 @@ class OracleGroup:
 
 
 class Stack:
-    """asyncio itself, or our group on the backend that runs."""
+    """asyncio itself, or our group on the running backend."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        #: How many tasks the test itself starts inside the block and lets outlive it.
+        #: The number of tasks that the test starts inside the block and that outlive it.
         self.expected_tasks = 0
 
     @property
@@ -338,12 +339,12 @@ class Stack:
         return self.name == ORACLE
 
     def needs_python(self, *version: int, why: str) -> None:
-        """Skip the test where the oracle of this Python does not have what a later one has."""
+        """Skip the test on an oracle that is older than this Python version."""
         if self.is_oracle and sys.version_info < version:
             pytest.skip(f"asyncio of Python {'.'.join(map(str, version))}: {why}")
 
     def only_python_before(self, *version: int, why: str) -> None:
-        """Skip the test where the oracle of this Python has something that we leave out on purpose."""
+        """Skip the test on an oracle that has something that we leave out on purpose."""
         if self.is_oracle and sys.version_info >= version:
             pytest.skip(f"asyncio since Python {'.'.join(map(str, version))}: {why}")
 
@@ -355,7 +356,7 @@ class Stack:
     async def open(self) -> AsyncIterator[Any]:
         if self.is_oracle:
             group = OracleGroup()
-            # AnyIO's pytest plugin has a handler of its own, which a fresh loop would not have.
+            # AnyIO's pytest plugin sets an exception handler that a fresh loop would not have.
             plugins_handler = group.get_exception_handler()
             group.set_exception_handler(None)
             try:
@@ -375,14 +376,14 @@ class Stack:
             async with TransportGroup() as group:
                 yield group
         finally:
-            # Rule 2: no task of the group's is left the moment the block has been left.
+            # Rule 2: when the block has been left, none of the group's tasks remains.
             after = [task for task in anyio.get_running_tasks() if task.id not in before]
             if len(after) > self.expected_tasks:
                 raise AssertionError(f"tasks left: {after}")
 
 
 def collect_contexts(group: Any) -> list[dict[str, Any]]:
-    """Install an exception handler that collects what it is given."""
+    """Install an exception handler that collects its contexts."""
     contexts: list[dict[str, Any]] = []
     group.set_exception_handler(lambda _group, context: contexts.append(context))
     return contexts
@@ -390,7 +391,7 @@ def collect_contexts(group: Any) -> list[dict[str, Any]]:
 
 @contextmanager
 def capture_log(stack: Stack) -> Iterator[list[logging.LogRecord]]:
-    """The records that the stack's own logger gets, whatever handlers there are."""
+    """Collect the records of the stack's own logger."""
     records: list[logging.LogRecord] = []
 
     class Keep(logging.Handler):
@@ -426,7 +427,7 @@ class Peer:
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         try:
-            sock.connect(address)  # the kernel answers for a listening socket, so this does not block
+            sock.connect(address)  # does not block: the kernel answers for a listening socket
         except BaseException:
             sock.close()
             raise
@@ -500,7 +501,7 @@ def listening(*, receive_buffer: int | None = None) -> Iterator[socket.socket]:
 
 @asynccontextmanager
 async def connected(group: Any, protocol: Any = None, *, small: bool = False) -> AsyncIterator[tuple[Any, Any, Peer]]:
-    """A connection of the group's to a bare socket: `(transport, protocol, peer)`.
+    """Connect the group to a bare socket; yield `(transport, protocol, peer)`.
 
     `small` asks for small kernel buffers on both sides.
     """
@@ -517,9 +518,9 @@ async def connected(group: Any, protocol: Any = None, *, small: bool = False) ->
 
 
 def fill(transport: Any, at_least: int = 1) -> int:
-    """Write until so many bytes wait in the transport's own buffer; returns what was written.
+    """Write until at least that many bytes wait in the transport's own buffer; return the number of bytes written.
 
-    The kernel's buffers are full then, as far as one turn can tell.
+    The kernel's buffers are then full, as far as one iteration of the event loop can tell.
     """
     chunk = bytes(65536)
     written = 0
@@ -536,7 +537,7 @@ class PeerProcess:
         self._pending = b""
 
     async def line(self) -> str:
-        """The next line that the peer printed."""
+        """Return the next line that the peer printed."""
         assert self._process.stdout is not None
         with anyio.fail_after(4 * GUARD):
             while b"\n" not in self._pending:

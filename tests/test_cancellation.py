@@ -1,4 +1,4 @@
-"""Every endpoint function is cancelled at each of its checkpoints in turn, until it comes to its end without."""
+"""Cancel every endpoint function at each of its checkpoints in turn, until it returns without reaching one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def certificates(certificate_authority: Any) -> Certificates:
 
 @types.coroutine
 def driven(coroutine: Coroutine[Any, Any, Any], waits: Callable[[], object]) -> Generator[Any, Any, Any]:
-    """Run a coroutine and call `waits` each time that it is about to wait: at each of its checkpoints."""
+    """Run a coroutine and call `waits` at each of its checkpoints."""
     step, value = coroutine.send, None
     while True:
         try:
@@ -52,7 +52,7 @@ def driven(coroutine: Coroutine[Any, Any, Any], waits: Callable[[], object]) -> 
 
 
 class Case:
-    """What a function under test needs, and what it has made."""
+    """What a function under test needs, and the objects it made."""
 
     def __init__(self, group: TransportGroup, certificates: Certificates) -> None:
         self.group = group
@@ -74,7 +74,7 @@ class Case:
 
 
 Act = Callable[[], Coroutine[Any, Any, Any]]
-#: Prepares, yields the call that is to be cancelled, and cleans up what was its own.
+#: Prepare, yield the call to cancel, and clean up.
 Prepare = Callable[[Case], Any]
 
 
@@ -140,7 +140,7 @@ async def accepted_socket(case: Case) -> AsyncIterator[Act]:
 
 @asynccontextmanager
 async def accepted_tls_socket(case: Case) -> AsyncIterator[Act]:
-    """Both ends at once: the client's handshake goes on beside."""
+    """Both ends at once: the client's handshake runs in another task."""
     ours, theirs = socket.socketpair()
 
     async def client() -> None:
@@ -166,7 +166,7 @@ async def datagram_endpoint_by_name(case: Case) -> AsyncIterator[Act]:
 @asynccontextmanager
 async def read_pipe(case: Case) -> AsyncIterator[Act]:
     reader, writer = (open(fd, mode, 0) for fd, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
-    with reader, writer:  # A pipe that was not taken over is still its maker's.
+    with reader, writer:  # A pipe that was not taken over still belongs to the caller.
         yield lambda: case.group.connect_read_pipe(case.stream, reader)
         await until(lambda: all(protocol.lost for protocol, _ in case.made))
 
@@ -194,7 +194,7 @@ async def process(case: Case) -> AsyncIterator[Act]:
     theirs = await anyio.open_process(["cat"], stderr=subprocess.PIPE)
     yield lambda: case.group.connect_process(lambda: case.keep(SUBPROCESS), theirs)
     with anyio.CancelScope(shield=True):
-        if not case.made:  # It was left to us.
+        if not case.made:  # It still belongs to the caller.
             theirs.kill()
             await theirs.wait()
             await theirs.aclose()
@@ -208,7 +208,7 @@ async def stream(case: Case, *, ssl: bool = False) -> AsyncIterator[Act]:
     options = case.tls() if ssl else {}
     yield lambda: case.group.connect_stream(case.stream, theirs, **options)
     if not case.made and not ssl:
-        await theirs.aclose()  # It was left to us.
+        await theirs.aclose()  # It still belongs to the caller.
     elif not case.made:
         await anyio.aclose_forcefully(theirs)
     server.close()
@@ -233,18 +233,18 @@ async def upgrade(case: Case) -> AsyncIterator[Act]:
 
     def begin(protocol: Recorder, data: bytes) -> None:
         async def run() -> None:
-            # Or else it may be over before a cancellation is noticed: a whole handshake fits into one turn.
+            # Otherwise it may end before a cancellation is noticed: a whole handshake fits into one iteration.
             await until(lambda: begun)
             await turns()
             if protocol.transport.is_closing():
-                return  # The client's end was cancelled, and has left.
+                return  # The client's end was cancelled and has closed.
             try:
                 await case.group.start_tls(protocol.transport, protocol, case.certificates.server(), server_side=True)
             except OSError:
                 pass  # The client's end was cancelled.
 
         if data == b"STARTTLS":
-            protocol.transport.pause_reading()  # What comes now belongs to the handshake.
+            protocol.transport.pause_reading()  # The next bytes belong to the handshake.
             protocol.transport.write(b"GO")
             case.group.start_soon(run)
 
@@ -361,7 +361,7 @@ CASES: list[Any] = [
 
 
 async def echoes(group: TransportGroup) -> None:
-    """Show that the group works."""
+    """Check that the group works."""
     (transport, client), _ = await memory_connection(group, Recorder, Echo)
     transport.write(b"still there?")
     assert await client.wait_received(12) == b"still there?"
@@ -383,7 +383,7 @@ async def test_cancelled_at_every_checkpoint(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     async with TransportGroup() as group:
-        group.set_exception_handler(lambda *_: None)  # A server tells of handshakes that its clients give up.
+        group.set_exception_handler(lambda *_: None)  # A server reports handshakes that its clients cancel.
         await echoes(group)
         cancelled = 0
         for number in range(-1, MOST_CHECKPOINTS):
@@ -420,10 +420,10 @@ async def test_cancelled_at_every_checkpoint(
                 recorder.check_finished()
             RECORDERS.clear()
             if number >= 0 and count <= number:
-                break  # It was over before it came to that checkpoint.
+                break  # It returned before that checkpoint.
         else:
             raise AssertionError("there is no end of checkpoints")
-    assert number, "other tasks never had their turn"
+    assert number, "other tasks never ran"
     assert cancelled
     no_child_is_left()
 
@@ -434,12 +434,12 @@ def no_child_is_left() -> None:
 
 
 def own_descriptors() -> dict[int, str]:
-    # uvloop keeps one in reserve from its first stream on, for the day when there are no others.
+    # uvloop keeps one file descriptor in reserve from its first stream on.
     return {fd: what for fd, what in open_descriptors().items() if what != os.devnull}
 
 
 async def test_a_group_cancelled_at_every_checkpoint(anyio_backend: Any, certificates: Certificates) -> None:
-    """A program that does a bit of everything, cancelled anywhere, its group's beginning and end included."""
+    """A program that uses a bit of everything is cancelled at any checkpoint, also of the group's entry and exit."""
 
     async def everything(case: Case) -> None:
         async with TransportGroup() as case.group:
@@ -467,7 +467,7 @@ async def test_a_group_cancelled_at_every_checkpoint(anyio_backend: Any, certifi
 
         with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
             await driven(everything(case), waits)
-        # This very moment, without another turn.
+        # Now, without another iteration.
         for protocol, machine in case.made:
             if protocol.calls:
                 check_legal(protocol.calls, machine)
@@ -483,10 +483,10 @@ async def test_a_group_cancelled_at_every_checkpoint(anyio_backend: Any, certifi
 
 
 @pytest.mark.parametrize("path", ["no server", "no listener"])
-async def test_a_connection_that_fails_at_once_lets_others_have_their_turn(
+async def test_a_connection_that_fails_at_once_still_yields(
     anyio_backend: Any, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or else a program that tries again and again would do nothing else."""
+    """Otherwise a program that retries in a loop would starve other tasks."""
     monkeypatch.chdir(tmp_path)
     waits: list[None] = []
     async with TransportGroup() as group:

@@ -1,4 +1,4 @@
-"""With the logger at DEBUG, the log of a conversation reads as its story."""
+"""The log of a connection at level DEBUG."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOGGER = logging.getLogger("transports_anyio")
 
 @contextmanager
 def story(level: int = logging.DEBUG) -> Iterator[list[str]]:
-    """What is logged, without addresses and numbers."""
+    """Return the log without addresses and numbers."""
     lines: list[str] = []
 
     class Keep(logging.Handler):
@@ -47,7 +47,7 @@ def story(level: int = logging.DEBUG) -> Iterator[list[str]]:
 
 
 def about(lines: list[str], kind: str) -> list[str]:
-    """The lines of one transport, without its name."""
+    """Return the lines of one transport, without its name."""
     return [line.removeprefix(f"<{kind} ") for line in lines if line.startswith(f"<{kind} ")]
 
 
@@ -60,7 +60,7 @@ class Echo(Protocol):
 
 
 async def converse(messages: int = 100) -> None:
-    """Ask an echo server, one after the other, so that the order of the lines is no matter of chance."""
+    """Ask an echo server one request after the other, so that the order of the lines is certain."""
     async with TransportGroup() as group:
         server = await group.create_server(Echo, HOST, 0)
         transport, client = await group.create_connection(Recorder, *server.sockets[0].getsockname())
@@ -76,7 +76,7 @@ async def converse(messages: int = 100) -> None:
 async def test_an_echo(anyio_backend: Any) -> None:
     with story() as lines:
         await converse()
-    # The two ends of the connection are made in an order that the system chooses, so each is looked at apart.
+    # The system decides which end is made first, so each end is checked separately.
     told = [line for line in lines if "StreamTransport" not in line]
     assert told == [
         "<TransportGroup open transports=0 buffered=0>: entered",
@@ -102,17 +102,17 @@ async def test_an_echo(anyio_backend: Any) -> None:
     ]
     assert [line for line in streams if line in client] == client
     assert [line for line in streams if line in server] == server
-    assert len(streams) == len(client) + len(server)  # Nothing was said of the hundred messages.
+    assert len(streams) == len(client) + len(server)  # Nothing was logged for the hundred messages.
 
 
-async def test_nothing_is_said_at_info(anyio_backend: Any) -> None:
+async def test_nothing_is_logged_at_info(anyio_backend: Any) -> None:
     with story(logging.INFO) as lines:
         await converse()
     assert lines == []
 
 
-async def test_messages_cost_nothing(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logger is asked as often for a hundred messages as for one, and that is when something changes."""
+async def test_messages_are_not_logged(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logger is asked as often for a hundred messages as for one: only when a state changes."""
     asked = 0
     is_enabled_for = LOGGER.isEnabledFor
 
@@ -181,7 +181,7 @@ async def test_handshakes(anyio_backend: Any, certificate_authority: trustme.CA)
                     Recorder, *address, ssl=certificates.client(), server_hostname="other.example"
                 )
     assert lines.count(f"TLS handshake with ADDRESS done: TLSv1.3, {cipher}") == 2
-    # Each end tells it, and of whom.
+    # Each end logs it, with the peer.
     (refusal,) = [line for line in lines if "CERTIFICATE_VERIFY_FAILED" in line]
     assert refusal.startswith("TLS handshake with ADDRESS failed: SSLCertVerificationError")
     assert sum(line.startswith("TLS handshake with ADDRESS failed: ") for line in lines) == 2
@@ -194,7 +194,7 @@ async def test_an_upgrade(anyio_backend: Any, certificate_authority: trustme.CA)
         async with TransportGroup() as group:
             (client, a), (server, b) = await memory_connection(group, Recorder, Recorder)
             upgraded = []
-            server.pause_reading()  # What comes next is the handshake.
+            server.pause_reading()  # The next bytes are the handshake.
 
             async def upgrade() -> None:
                 upgraded.append(await group.start_tls(server, b, certificates.server(), server_side=True))

@@ -104,19 +104,19 @@ def test_every_block_is_of_a_known_kind(page: str) -> None:
     for block in blocks:
         assert block.kind in {"python", "console", *NOT_RUN} or block.kind.startswith("{"), (page, block.line)
         assert block.file is None or block.kind == "python", (page, block.line)
-    # Nothing that looks like a block or a marker has escaped.
+    # No block and no marker was missed.
     assert len(re.findall(r"^\s*(?:`{3,}|~{3,})", text, re.MULTILINE)) == 2 * sum(not block.hidden for block in blocks)
     markers = [marker for block in blocks for marker in (block.hidden, block.file, block.needs) if marker]
     assert text.count("<!--") == len(markers)
 
 
 def normal(output: str) -> list[str]:
-    """The output line by line; times are all the same."""
+    """Return the lines of the output, with all times replaced."""
     return re.sub(r"\d+\.\d+s", "0.00s", output).rstrip().splitlines()
 
 
 class Terminal:
-    """Runs the commands of `console` blocks in a folder, and compares what they print."""
+    """Run the commands of `console` blocks in a folder, and compare their output."""
 
     def __init__(self, folder: Path, backend: tuple[str, Any], port: int, ending: ExitStack) -> None:
         self.folder = folder
@@ -199,7 +199,7 @@ async def run_in_place(blocks: list[Block], page: str, namespace: dict[str, Any]
         if block.kind == "console":
             await anyio.to_thread.run_sync(terminal.run, block.code)
         elif block.file is None:
-            # The lines of the page stand in tracebacks.
+            # Tracebacks show the lines of the page.
             code = compile(
                 "\n" * (block.line - 1) + block.code, page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
             )
@@ -239,7 +239,7 @@ def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Pa
 
 
 @pytest.mark.parametrize("page", list(PAGES))
-def test_every_link_leads_somewhere(page: str) -> None:
+def test_every_link_has_a_target(page: str) -> None:
     """In the checkout too, where Sphinx does not look. Links to the project's own repository are looked up here."""
     text = PAGES[page].read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", text, re.MULTILINE)
@@ -256,8 +256,8 @@ def test_the_links_of_the_readme_work_on_a_package_index() -> None:
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("[!_]*.py")))
-def test_every_example_says_what_it_is(example: str) -> None:
-    """Its docstring stands in docs/examples.md, which has them all."""
+def test_every_example_has_a_docstring_in_the_documentation(example: str) -> None:
+    """Its docstring is part of docs/examples.md, which lists every example."""
     docstring = ast.get_docstring(ast.parse((ROOT / "examples" / example).read_text(encoding="utf-8")))
     assert docstring
     assert f"| [{example}](../examples/{example}) | " in (DOCS / "examples.md").read_text(encoding="utf-8")
@@ -349,8 +349,8 @@ def test_every_module_is_in_the_architecture() -> None:
     assert {module for module in modules if not re.search(rf"`(?:\w+/)?{module}`", text)} == set()
 
 
-def test_imports_lead_down_only() -> None:
-    """No room knows one that knows it, not for annotations either."""
+def test_modules_import_only_lower_layers() -> None:
+    """No module imports one that imports it, not even for annotations."""
     package = Path(transports_anyio.__file__).parent
     rooms: dict[str, set[str]] = {}
     for path in package.rglob("_*.py"):
@@ -368,7 +368,7 @@ def test_imports_lead_down_only() -> None:
 
 
 def test_importing_the_package_loads_nothing_that_is_not_needed() -> None:
-    """No backend but asyncio, whose abstract classes we need, and nothing that only tests or other programs need."""
+    """Only asyncio, for its abstract classes, and nothing that only tests or other programs need."""
     heavy = ["trio", "uvloop", "anyio._backends._asyncio", "pytest", "multiprocessing", "transports_anyio.testing"]
     program = "import sys, transports_anyio; print(*set(sys.argv[1:]) & set(sys.modules))"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Every system call fails, or does a part, at every position in turn, under every kind of transport."""
+"""Make every system call fail, or do only a part, at every position, under every kind of transport."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from faults import (
     DATAGRAM,
     FAULTS,
-    MOST_CALLS,
+    MAX_CALLS,
     ONE_BYTE,
     STREAM,
     SUBPROCESS,
@@ -58,7 +58,7 @@ SMALL_BUFFER = 20_000
 
 
 class Outcome:
-    """What came of one run of a scenario."""
+    """The result of one run of a scenario."""
 
     def __init__(self, group: Any, layer: Layer) -> None:
         self.group = group
@@ -66,10 +66,10 @@ class Outcome:
         self.contexts: list[dict[str, Any]] = []
         self.server: Any = None
         group.set_exception_handler(self.report)
-        #: Pairs of what was sent and what arrived.
+        #: Pairs of the bytes sent and the bytes received.
         self.streams: list[tuple[bytes, Callable[[], bytes]]] = []
         self.protocols: list[tuple[Any, Any]] = []
-        #: What an endpoint function raised.
+        #: The errors that endpoint functions raised.
         self.raised: list[BaseException] = []
         self.pids: list[int] = []
         #: Whether it is an AnyIO stream that fails: it knows no transient errors.
@@ -78,7 +78,7 @@ class Outcome:
     def report(self, group: Any, context: dict[str, Any]) -> None:
         self.contexts.append(context)
         if "accepts no more" in context["message"]:
-            self.server.close()  # Or else its client would wait for ever.
+            self.server.close()  # Otherwise its client would never stop waiting.
 
     @property
     def spoiled(self) -> bool:
@@ -86,7 +86,7 @@ class Outcome:
 
     @property
     def transient(self) -> bool:
-        """Whether nothing may show of the fault."""
+        """Return whether the fault must have no visible effect."""
         if self.on_stream:
             return not self.spoiled or self.layer.fault == ONE_BYTE
         return all(
@@ -104,7 +104,7 @@ class Outcome:
         )
 
     def told(self) -> list[BaseException]:
-        """Every error that somebody has been told of."""
+        """Return every error that was raised or reported."""
         found = [*self.raised, *(context["exception"] for context in self.contexts if "exception" in context)]
         calls = [call for protocol, _ in self.protocols for call in protocol.calls]
         found += [call[-1] for call in calls if isinstance(call[-1], BaseException)]
@@ -164,7 +164,7 @@ async def exchange(outcome: Outcome, serve: Any, connect: Any, recorder: Any = R
         )
 
     await until_spinning(over)
-    # Not earlier: two ends that flush, and do not read, would wait for each other (see W10).
+    # Not earlier: two ends that flush without reading would wait for each other (see W10).
     transport.close()
     if outcome.transient:
         await until_spinning(lambda: made and made[0].lost and client.lost)
@@ -183,7 +183,7 @@ def shrink(transport: Any) -> None:
 
 
 async def until_spinning(condition: Callable[[], object]) -> None:
-    """As `until`, without pauses: both ends are ours, and the scenarios are run thousands of times."""
+    """Like `until`, without pauses: both ends are ours, and the scenarios run thousands of times."""
     with anyio.fail_after(GUARD):
         while not condition():
             await anyio.lowlevel.checkpoint()
@@ -341,12 +341,12 @@ def datagrams(directory: str | None) -> Scenario:
 
         await until_spinning(lambda: len(client.told("datagram_received")) == expected())
         if not outcome.transient:
-            # The fault has cost its datagram at most, both endpoints live on, and one of them was told.
+            # At most one datagram was lost, both endpoints live on, and one protocol got the error.
             assert len(client.told("error_received")) + len(server.told("error_received")) == 1
         for keeper in (server, client):
             arrived = keeper.told("datagram_received")
             assert arrived == [data for data in sent if data in arrived]
-        for _ in range(2):  # The fault may cost one of these.
+        for _ in range(2):  # The fault may drop one of these.
             transport.sendto(b"still alive")
         await until_spinning(lambda: client.told("datagram_received")[-1:] == [b"still alive"])
 
@@ -463,7 +463,7 @@ async def anyio_process(outcome: Outcome) -> None:
     send(stdin, UP[20_000:])
     stdin.close()
     await until(lambda: keeper.told("connection_lost") or any(keeper.told("pipe_connection_lost")))
-    # On asyncio, AnyIO closes the descriptor of an output with its process only: the child would write for ever.
+    # On asyncio, AnyIO closes the fd of an output only with its process: the child would write without end.
     transport.close()
     await until(lambda: keeper.told("connection_lost"))
 
@@ -487,11 +487,11 @@ async def anyio_datagrams(outcome: Outcome) -> None:
     def lost() -> int:
         return 0 if outcome.transient else sum(name == "send" for name, _ in outcome.layer.spoiled)
 
-    # A fault has cost its datagram at most, the endpoint lives on, and its protocol was told.
+    # At most one datagram was lost, the endpoint lives on, and its protocol got the error.
     await until_spinning(lambda: len(client.told("datagram_received")) == len(sent) - lost())
     arrived = client.told("datagram_received")
     assert arrived == [data for data in sent if data in arrived]
-    for _ in range(2):  # The fault may cost one of these.
+    for _ in range(2):  # The fault may drop one of these.
         transport.sendto(b"still alive")
     await until_spinning(lambda: client.told("datagram_received")[-1:] == [b"still alive"])
     told = 0 if outcome.transient else len(outcome.layer.spoiled)
@@ -502,12 +502,12 @@ async def anyio_datagrams(outcome: Outcome) -> None:
 
 
 def own_descriptors() -> dict[int, str]:
-    # uvloop keeps one in reserve from its first stream on, for the day when there are no others.
+    # uvloop keeps one file descriptor in reserve from its first stream on.
     return {fd: what for fd, what in open_descriptors().items() if what != os.devnull}
 
 
 async def run(scenario: Scenario, layer: Layer) -> None:
-    """Run a scenario in a group of its own, and look at everything afterwards."""
+    """Run a scenario in its own group, and check everything afterwards."""
     descriptors = own_descriptors()
     tasks = {task.id for task in anyio.get_running_tasks()}
     with installed(layer), anyio.fail_after(2 * GUARD):
@@ -538,14 +538,14 @@ async def run(scenario: Scenario, layer: Layer) -> None:
 
 
 def check_told(outcome: Outcome) -> None:
-    """An error that changed something has come to somebody's ears."""
+    """An error that had an effect was raised or reported."""
     if outcome.on_stream:
         return
     fault = outcome.layer.fault
-    gone = ("EPIPE", "ECONNRESET")  # One and the same, in a handshake.
+    gone = ("EPIPE", "ECONNRESET")  # In a handshake these two are the same error.
     codes = [getattr(errno, name) for name in (gone if fault in gone else (fault,))]
     told = [error for error in outcome.told() if getattr(error, "errno", None) in codes]
-    # The farewell of TLS is missed by nobody who has left.
+    # An end that has already closed does not miss the peer's TLS shutdown.
     missed_nothing = fault in gone and all(arrived() == sent for sent, arrived in outcome.streams)
     assert told or missed_nothing, outcome.layer.spoiled
 
@@ -555,19 +555,19 @@ def is_accept(error: BaseException, outcome: Outcome) -> bool:
     return any(context["exception"] is error and "trying again" in context["message"] for context in outcome.contexts)
 
 
-#: What a single byte of makes no sense.
+#: Calls that cannot be done for a single byte.
 INDIVISIBLE = {"accept", "connect_ex", "shutdown", "sendto", "recvfrom_into", "send_eof"}
 
 
 async def every_position(scenario: Scenario, fault: str) -> int:
-    """Run a scenario once for each call that it makes, with the fault in the place of that call."""
+    """Run a scenario once for each call that it makes, with the fault instead of that call."""
     counting = Layer(fault)
     await run(scenario, counting)
     runs = 0
     for name in sorted(counting.calls):
         if fault == ONE_BYTE and name in INDIVISIBLE:
             continue
-        for number in range(MOST_CALLS):
+        for number in range(MAX_CALLS):
             layer = Layer(fault, lambda n, i, name=name, number=number: (n, i) == (name, number))
             await run(scenario, layer)
             if not layer.spoiled:
@@ -583,7 +583,7 @@ async def every_position(scenario: Scenario, fault: str) -> int:
                         "anyio datagrams"])  # fmt: skip
 def scenario(request: pytest.FixtureRequest, anyio_backend: Any, certificates: Certificates) -> Iterator[Scenario]:
     if request.param == "anyio process" and anyio_backend[0] == "asyncio" and sys.version_info < (3, 11):
-        pytest.skip("asyncio complains that nobody has asked its process for the error of a broken pipe")
+        pytest.skip("asyncio warns that the error of a broken pipe was never retrieved from its process")
     with tempfile.TemporaryDirectory() as directory:
         yield {
             "tcp": tcp,
@@ -611,7 +611,7 @@ async def test_a_call_that_fails_at_every_position(anyio_backend: Any, scenario:
     assert await every_position(scenario, fault)
 
 
-async def test_w6_nothing_leaves_the_buffer_when_the_call_would_block(anyio_backend: Any, scenario: Scenario) -> None:
+async def test_w6_a_blocked_call_keeps_the_buffer(anyio_backend: Any, scenario: Scenario) -> None:
     """Every other call would block, then is interrupted; and each of several calls in a row."""
     for fault in ("EAGAIN", "EINTR"):
         for period, phase in ((2, 0), (2, 1), (5, 4)):

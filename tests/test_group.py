@@ -1,4 +1,4 @@
-"""The group: who owns what, how the block is left, what callbacks raise, and which group is current."""
+"""The group: ownership, leaving the block, exceptions in callbacks, and the current group."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ from transports_anyio.testing import memory_connection
 
 pytestmark = pytest.mark.anyio
 
-#: Enough to fill the small kernel buffers of both sides and go over the high mark.
+#: More than the small kernel buffers of both sides and the high watermark together.
 MUCH = bytes(1 << 20)
 
 
 class BoomError(Exception):
-    """What the callbacks raise here."""
+    """The exception of the callbacks in these tests."""
 
 
 def echo() -> Recorder:
@@ -68,13 +68,13 @@ def echo() -> Recorder:
 
 
 async def answers(peer: Peer) -> bool:
-    """Whether the echo at the other end still works."""
+    """Return whether the echo at the other end still works."""
     await peer.send(b"are you there?")
     return await peer.receive_exactly(14) == b"are you there?"
 
 
 def run(backend: Any, main: Callable[[], Awaitable[object]]) -> None:
-    """Run `main` in an event loop of its own, for what ends an event loop."""
+    """Run `main` in an event loop of its own, for exceptions that end an event loop."""
     name, options = backend
     anyio.run(main, backend=name, backend_options=options)
 
@@ -105,7 +105,7 @@ ENDPOINTS: dict[str, Callable[[TransportGroup, socket.socket], Awaitable[object]
 
 @pytest.mark.parametrize("name", ENDPOINTS)
 async def test_endpoint_functions_outside_the_block(anyio_backend: Any, name: str) -> None:
-    """Before it and after it: nothing is made, nothing is taken from the caller."""
+    """Before and after the block: nothing is made, and the caller keeps its objects."""
     group = TransportGroup()
     before = open_descriptors()
     ours, theirs = socket.socketpair()
@@ -136,7 +136,7 @@ async def test_connect_stream_outside_the_block(anyio_backend: Any) -> None:
         assert await receiver.receive() == b"still the caller's"
 
 
-async def test_what_was_made_is_harmless_after_the_block(anyio_backend: Any) -> None:
+async def test_objects_are_harmless_after_the_block(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         server = await group.create_server(Recorder, HOST, 0)
         async with connected(group) as (transport, protocol, _):
@@ -159,7 +159,7 @@ async def test_what_was_made_is_harmless_after_the_block(anyio_backend: Any) -> 
         await server.start_serving()
 
 
-async def test_a_group_says_what_it_is(anyio_backend: Any) -> None:
+async def test_repr_of_a_group(anyio_backend: Any) -> None:
     group = TransportGroup()
     assert repr(group) == "<TransportGroup new transports=0 buffered=0 servers=0 tasks=0 timers=0>"
     seen = []
@@ -171,8 +171,8 @@ async def test_a_group_says_what_it_is(anyio_backend: Any) -> None:
     assert repr(group) == "<TransportGroup closed transports=0 buffered=0 servers=0 tasks=0 timers=0>"
 
 
-async def test_without_a_descriptor_for_the_poller(anyio_backend: Any) -> None:
-    """The group cannot be entered, keeps nothing, and can be entered once there are descriptors again."""
+async def test_no_fd_for_the_poller(anyio_backend: Any) -> None:
+    """The group cannot be entered, leaks nothing, and can be entered once file descriptors are available."""
     group = TransportGroup()
     for spare in (0, 1, 2):
         before = open_descriptors()
@@ -225,7 +225,7 @@ async def test_leaving_normally_flushes_and_waits(anyio_backend: Any) -> None:
     assert received == sizes
 
 
-async def test_leaving_normally_ends_both_ends_of_a_connection(anyio_backend: Any) -> None:
+async def test_leaving_normally_closes_both_ends_of_a_connection(anyio_backend: Any) -> None:
     made: list[Recorder] = []
 
     def factory() -> Recorder:
@@ -241,7 +241,7 @@ async def test_leaving_normally_ends_both_ends_of_a_connection(anyio_backend: An
 
 
 async def test_a_task_that_fails_while_the_block_is_left_normally(anyio_backend: Any) -> None:
-    """It ends a flush that would wait for ever."""
+    """It ends a flush that would never finish."""
 
     async def fail() -> None:
         await other.wait_for("connection_lost")
@@ -290,7 +290,7 @@ async def test_a_callback_that_raises_while_the_block_is_left_normally(anyio_bac
         await until(lambda: received == [size])
 
 
-async def test_a_deadline_for_leaving_counts_from_where_it_is_set(anyio_backend: Any) -> None:
+async def test_a_deadline_bounds_the_flush(anyio_backend: Any) -> None:
     protocol = Recorder()
     async with AsyncExitStack() as peers:
         with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
@@ -308,12 +308,12 @@ async def test_a_deadline_for_leaving_counts_from_where_it_is_set(anyio_backend:
 
 
 class LeavingError(Exception):
-    """What the block raises here."""
+    """The exception of the block in these tests."""
 
 
 @asynccontextmanager
 async def left_by(how: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-    """Around a group: yields what the block awaits in order to be left."""
+    """Surround a group; yield an async function that makes the block end."""
 
     async def leave_by_exception() -> None:
         raise LeavingError
@@ -336,7 +336,7 @@ either_way = pytest.mark.parametrize("how", ["exception", "cancellation"])
 
 
 @either_way
-async def test_leaving_early_aborts_and_tells_the_protocols_first(anyio_backend: Any, how: str) -> None:
+async def test_leaving_early_aborts_and_calls_connection_lost_first(anyio_backend: Any, how: str) -> None:
     order: list[str] = []
     protocols = [Recorder(on_connection_lost=lambda *_: order.append("connection_lost")) for _ in range(3)]
     async with AsyncExitStack() as peers:
@@ -382,8 +382,8 @@ async def test_leaving_early_while_a_close_still_flushes(anyio_backend: Any, how
 
 
 @either_way
-async def test_leaving_early_when_connection_lost_is_on_its_way(anyio_backend: Any, how: str) -> None:
-    """It keeps its reason, and comes once."""
+async def test_leaving_early_when_connection_lost_is_scheduled(anyio_backend: Any, how: str) -> None:
+    """It keeps its exception, and comes once."""
     protocols = [Recorder() for _ in range(3)]
     async with AsyncExitStack() as peers:
         async with left_by(how) as leave, TransportGroup() as group:
@@ -393,7 +393,7 @@ async def test_leaving_early_when_connection_lost_is_on_its_way(anyio_backend: A
             peer.reset()
             closed.close()
             aborted.abort()
-            while not reset.is_closing():  # No turn of the group's comes in between.
+            while not reset.is_closing():  # The group does not run in between.
                 reset.write(b"x")
             assert [protocol.lost for protocol in protocols] == [False] * 3
             await leave()
@@ -402,8 +402,8 @@ async def test_leaving_early_when_connection_lost_is_on_its_way(anyio_backend: A
 
 
 @either_way
-async def test_connections_live_on_while_the_block_cleans_up(anyio_backend: Any, how: str) -> None:
-    """A `finally` of the block may still talk to its peers, shielded: the group's turns are not cancelled before."""
+async def test_connections_work_in_a_shielded_finally(anyio_backend: Any, how: str) -> None:
+    """A shielded `finally` of the block may still talk to its peers: the group still runs until then."""
     async with AsyncExitStack() as peers:
         async with left_by(how) as leave, TransportGroup() as group:
             transport, protocol, peer = await peers.enter_async_context(connected(group))
@@ -420,7 +420,7 @@ async def test_connections_live_on_while_the_block_cleans_up(anyio_backend: Any,
 
 @either_way
 async def test_connection_lost_that_raises_while_the_block_is_left(anyio_backend: Any, how: str) -> None:
-    """Each is reported; each of the others comes; the block is left as it would have been."""
+    """Each error is reported, the other connections are lost in order, and the block ends as it would have."""
 
     def fail(*_: Any) -> None:
         raise BoomError
@@ -437,8 +437,8 @@ async def test_connection_lost_that_raises_while_the_block_is_left(anyio_backend
 
 
 @either_way
-async def test_nothing_new_begins_while_the_block_is_left(anyio_backend: Any, how: str) -> None:
-    """`connection_lost` may call what it likes: what would open something is refused, or cancelled already."""
+async def test_new_connections_are_refused_while_the_block_is_left(anyio_backend: Any, how: str) -> None:
+    """`connection_lost` may call anything: a call that would open something is refused or already cancelled."""
     seen: list[Any] = []
 
     def reconnect(protocol: Recorder, exc: Any) -> None:
@@ -473,10 +473,10 @@ async def test_nothing_new_begins_while_the_block_is_left(anyio_backend: Any, ho
 
 async def serve_anew(group: TransportGroup, server: Any, sock: socket.socket) -> object:
     await server.serve_forever()
-    return await group.create_connection(Recorder, HOST, 1)  # It may end in order, and what comes next be refused.
+    return await group.create_connection(Recorder, HOST, 1)  # It may end in order, and the next call is refused.
 
 
-#: What a task may call at the moment at which its group is left.
+#: The calls of a task at the moment at which its group is left.
 CALLS: dict[str, Callable[[TransportGroup, Any, socket.socket], Awaitable[object]]] = {
     **{name: lambda group, _, sock, call=call: call(group, sock) for name, call in ENDPOINTS.items()},
     "start_serving": lambda group, server, _: server.start_serving(),
@@ -487,7 +487,7 @@ CALLS: dict[str, Callable[[TransportGroup, Any, socket.socket], Awaitable[object
 @either_way
 @pytest.mark.parametrize("name", CALLS)
 async def test_g2_a_task_sees_its_cancellation_and_no_error(anyio_backend: Any, how: str, name: str) -> None:
-    """It is about to run when the block is left, and what it calls needs an open group."""
+    """The task is about to run when the block is left, and its call needs an open group."""
     outcomes: list[type[BaseException] | None] = []
     waiting, go = anyio.Event(), anyio.Event()
 
@@ -513,7 +513,7 @@ async def test_g2_a_task_sees_its_cancellation_and_no_error(anyio_backend: Any, 
 
 @either_way
 @pytest.mark.parametrize("when", ["connecting", "handshake"])
-async def test_g2_a_connection_under_way_is_cancelled(
+async def test_g2_a_pending_connection_is_cancelled(
     anyio_backend: Any, how: str, when: str, certificate_authority: Any
 ) -> None:
     outcomes: list[type[BaseException] | None] = []
@@ -538,7 +538,7 @@ async def test_g2_a_connection_under_way_is_cancelled(
 
 @either_way
 async def test_g2_a_task_cleans_up_with_the_groups_help(anyio_backend: Any, how: str) -> None:
-    """The callbacks and timers that a cancelled task waits for come; its group is there until it has ended."""
+    """A cancelled task still gets its callbacks and timers; its group exists until the task has ended."""
     done: list[str] = []
 
     async def work() -> None:
@@ -574,7 +574,7 @@ async def test_g2_a_task_cleans_up_with_the_groups_help(anyio_backend: Any, how:
 
 @pytest.mark.parametrize("asks_first", [False, True])
 @pytest.mark.parametrize("how", ["start_soon", "call_soon", "call_soon twice", "call_later", "TLS"])
-async def test_g3_a_protocol_that_connects_again_does_not_spoil_a_normal_end(
+async def test_g3_a_reconnecting_protocol_does_not_fail_a_normal_exit(
     anyio_backend: Any, how: str, asks_first: bool, certificate_authority: Any
 ) -> None:
     certificates = Certificates(certificate_authority)
@@ -608,7 +608,7 @@ async def test_g3_a_protocol_that_connects_again_does_not_spoil_a_normal_end(
     assert contexts == []
 
 
-async def test_g3_what_a_task_is_refused_is_logged(anyio_backend: Any) -> None:
+async def test_g3_the_refusal_of_a_task_is_logged(anyio_backend: Any) -> None:
     stack = Stack(anyio_backend[0])
 
     async def connect() -> None:
@@ -639,7 +639,7 @@ async def test_g3_a_task_that_connects_in_a_task_group_of_its_own(anyio_backend:
 
 @pytest.mark.parametrize("leaving", [False, True])
 async def test_g3_another_groups_refusal_is_a_failure(anyio_backend: Any, leaving: bool) -> None:
-    """A task that calls a group which has been left makes a mistake."""
+    """Calling a group that has been left is a mistake of the task."""
     async with TransportGroup() as old:
         pass
 
@@ -666,10 +666,10 @@ async def test_g3_a_task_that_fails_beside_a_refusal(anyio_backend: Any) -> None
     assert BoomError in {type(leaf) for leaf in leaves(caught.value)}
 
 
-async def test_g3_a_handshake_that_the_end_of_the_block_breaks_off(
+async def test_g3_a_handshake_interrupted_by_the_end_of_the_block(
     anyio_backend: Any, certificate_authority: Any
 ) -> None:
-    """As a connection that is not made yet: the task has its `RuntimeError`, and the block ends normally."""
+    """As for a connection that is not made yet: the task gets a `RuntimeError`, and the block ends normally."""
     errors: list[BaseException] = []
 
     async def connect() -> None:
@@ -690,10 +690,11 @@ async def test_g3_a_handshake_that_the_end_of_the_block_breaks_off(
     errors.clear()
 
 
-# -- waiting while nothing runs any more ------------------------------------------------------------------------------
+# -- waiting when no callbacks run any more
+# ------------------------------------------------------------------------------
 
 
-#: What a task may wait for, shielded, when something leaves through the group: what it calls, and what that raises.
+#: The shielded waits of a task when an error propagates through the group: the call, and its exception.
 WAITS: dict[str, Callable[[TransportGroup, Any, Any, Any], Awaitable[object]]] = {
     "wait_closed of the group": lambda group, *_: group.wait_closed(),
     "wait_closed of the server": lambda _, server, *__: server.wait_closed(),
@@ -710,10 +711,10 @@ WAITS: dict[str, Callable[[TransportGroup, Any, Any, Any], Awaitable[object]]] =
 
 @pytest.mark.parametrize("where", ["the block", "a task"])
 @pytest.mark.parametrize("name", WAITS)
-def test_g4_a_shielded_wait_ends_when_something_leaves_through_the_group(
+def test_g4_a_shielded_wait_ends_when_an_error_propagates(
     anyio_backend: Any, name: str, where: str, certificate_authority: Any
 ) -> None:
-    """What it waits for would come once the block is left, which waits for it."""
+    """The event would come once the block is left, and leaving waits for the task."""
     tls = Certificates(certificate_authority).client()
     outcomes: list[object] = []
     protocol, silent = Recorder(), Recorder()
@@ -755,7 +756,7 @@ def test_g4_a_shielded_wait_ends_when_something_leaves_through_the_group(
 
 @pytest.mark.parametrize("side", ["connected", "accepted"])
 async def test_cancelling_with_100_open_connections(anyio_backend: Any, side: str) -> None:
-    """Half of them with full buffers. It takes a few turns of the event loop, and no input or output."""
+    """Half of them have full buffers. It takes a few iterations of the event loop, and no I/O."""
     protocols = [Recorder() for _ in range(100)]
     turns_taken = 0
     left = False
@@ -802,7 +803,7 @@ async def test_cancelling_with_100_open_connections(anyio_backend: Any, side: st
 
 
 async def test_a_group_in_a_task_that_is_cancelled_at_every_point(anyio_backend: Any) -> None:
-    """Whatever it was doing: every connection that was made is lost, and nothing stays."""
+    """Wherever the task was, every connection that was made is lost, and nothing is left."""
     before = open_descriptors()
     for checkpoints in itertools.count():
         made: list[Recorder] = []
@@ -839,11 +840,12 @@ async def test_a_group_in_a_task_that_is_cancelled_at_every_point(anyio_backend:
     assert checkpoints > 5
 
 
-# -- the user's exceptions --------------------------------------------------------------------------------------------
+# -- exceptions of the block
+# --------------------------------------------------------------------------------------------
 
 
 async def test_the_blocks_exception_comes_out_in_a_group(anyio_backend: Any) -> None:
-    """As from any task group of AnyIO's."""
+    """As with any task group of AnyIO."""
     error = BoomError("the block's")
     with pytest.raises(BaseExceptionGroup) as caught:
         async with TransportGroup():
@@ -866,7 +868,7 @@ async def test_exceptions_of_the_block_and_of_a_task_come_out_together(anyio_bac
     assert sorted(str(leaf) for leaf in leaves(caught.value)) == ["the block's", "the task's"]
 
 
-async def test_what_is_caught_inside_the_block_does_not_end_it(anyio_backend: Any) -> None:
+async def test_an_exception_caught_inside_the_block_does_not_end_it(anyio_backend: Any) -> None:
     async with TransportGroup() as group, connected(group, echo()) as (_, _, peer):
         try:
             raise BoomError
@@ -915,7 +917,7 @@ async def close(transport: Any, peer: Peer) -> None:
     transport.close()
 
 
-#: What makes a callback happen, given the transport and its peer.
+#: For each callback, a function that causes it, given the transport and its peer.
 TRIGGERS: dict[str, Callable[[Any, Peer], Awaitable[object]]] = {
     "connection_made": nothing,
     "data_received": send,
@@ -926,12 +928,12 @@ TRIGGERS: dict[str, Callable[[Any, Peer], Awaitable[object]]] = {
     "resume_writing": clog_and_drain,
     "connection_lost": close,
 }
-#: Of these, asyncio thinks as we do.
+#: For these callbacks asyncio behaves as we do.
 FATAL_IN_ASYNCIO = ["data_received", "get_buffer", "buffer_updated", "eof_received"]
 
 
 def recorder(callback: str, hook: Callable[..., Any]) -> Any:
-    """A recorder of the kind that has the callback."""
+    """Return a recorder of the kind that has the callback."""
     return (BufferedRecorder if "buffer" in callback else Recorder)(**{f"on_{callback}": hook})
 
 
@@ -943,7 +945,7 @@ def raiser(error: BaseException) -> Callable[..., Any]:
 
 
 async def fail_in(group: Any, callback: str) -> None:
-    """A callback raises; the rules that follow are all of design's rule 4."""
+    """A callback raises: its error is reported, and only its own connection ends."""
     error = BoomError(callback)
     contexts = collect_contexts(group)
     failing = recorder(callback, raiser(error))
@@ -1012,8 +1014,8 @@ async def test_an_accepted_connection_whose_callback_raises(stack: Stack, callba
 
 
 @pytest.mark.ours_only("asyncio leaves the socket to the garbage collector", before=(3, 14, 10))
-async def test_a_factory_that_raises_is_the_callers_business(stack: Stack) -> None:
-    """It comes out of the endpoint function, and the other connections go on."""
+async def test_a_factory_that_raises_fails_the_call_only(stack: Stack) -> None:
+    """The endpoint function raises it, and the other connections go on."""
     async with stack.open() as group, connected(group, echo()) as (_, _, peer):
         contexts = collect_contexts(group)
         with listening() as listener:
@@ -1028,7 +1030,7 @@ async def test_a_factory_that_raises_is_the_callers_business(stack: Stack) -> No
 @pytest.mark.ours_only("asyncio keeps a protocol without the method as long as the method is not needed, and after")
 @pytest.mark.parametrize("callback", ["data_received", "eof_received", "pause_writing"])
 async def test_a_protocol_that_lacks_a_callback(stack: Stack, callback: str) -> None:
-    """It is reported as an error of that callback's."""
+    """It is reported as an error of that callback."""
     lost: list[Any] = []
 
     def connection_lost(self: Any, exc: Any) -> None:
@@ -1081,7 +1083,7 @@ async def test_a_handler_that_raises_changes_nothing_for_the_connections(stack: 
 
 @pytest.mark.ours_only("asyncio goes on with the connection")
 async def test_write_returns_when_pause_writing_raises(stack: Stack) -> None:
-    """The error is the handler's; the caller of `write` has done nothing wrong."""
+    """The handler failed; the caller of `write` gets no exception."""
     protocol = Recorder(on_pause_writing=raiser(BoomError()))
     async with stack.open() as group:
         contexts = collect_contexts(group)
@@ -1094,15 +1096,15 @@ async def test_write_returns_when_pause_writing_raises(stack: Stack) -> None:
             assert len(contexts) == 1
 
 
-# -- what leaves through the group ------------------------------------------------------------------------------------
+# -- exceptions that end the group ------------------------------------------------------------------------------------
 
 leaving_errors = pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 
 
 @leaving_errors
 @pytest.mark.parametrize("where", [*TRIGGERS, "factory", "handler", "call_soon", "call_later", "the block"])
-def test_what_ends_a_program_leaves_through_the_group(anyio_backend: Any, where: str, error: Any) -> None:
-    """And every connection is told once, the one whose callback raised as well."""
+def test_keyboard_interrupt_and_system_exit_propagate(anyio_backend: Any, where: str, error: Any) -> None:
+    """Every protocol gets `connection_lost` once, also the one whose callback raised."""
     others = [Recorder() for _ in range(3)]
     protocols = list(others)
     at_the_end: list[int] = []
@@ -1147,8 +1149,8 @@ def test_what_ends_a_program_leaves_through_the_group(anyio_backend: Any, where:
 
 @leaving_errors
 @pytest.mark.parametrize("how", ["normally", "by an exception"])
-def test_what_ends_a_program_comes_while_the_block_is_left(anyio_backend: Any, how: str, error: Any) -> None:
-    """From the `connection_lost` of one connection: those of the others still come."""
+def test_system_exit_from_connection_lost_while_the_block_is_left(anyio_backend: Any, how: str, error: Any) -> None:
+    """Raised in one `connection_lost`: those of the other connections still come."""
     protocols = [Recorder(), Recorder(on_connection_lost=raiser(error())), Recorder()]
     at_the_end: list[int] = []
 
@@ -1170,8 +1172,8 @@ def test_what_ends_a_program_comes_while_the_block_is_left(anyio_backend: Any, h
 
 
 @pytest.mark.parametrize("where", ["the block", "data_received", "while leaving"])
-def test_control_c(anyio_backend: Any, where: str) -> None:
-    """A real signal, whatever runs when it comes."""
+def test_ctrl_c_with_a_real_signal(anyio_backend: Any, where: str) -> None:
+    """A real signal, at an arbitrary moment."""
     protocols = [Recorder() for _ in range(3)]
     at_the_end: list[int] = []
 
@@ -1201,7 +1203,7 @@ def test_control_c(anyio_backend: Any, where: str) -> None:
             finally:
                 at_the_end.extend(protocol.count("connection_lost") for protocol in protocols)
 
-    # On asyncio of Python 3.10, AnyIO itself lets the cancellation out by which it interrupts the main task.
+    # On asyncio of Python 3.10, AnyIO raises the cancellation by which it interrupts the main task.
     told_by = (
         asyncio.CancelledError if anyio_backend[0] == "asyncio" and sys.version_info < (3, 11) else KeyboardInterrupt
     )
@@ -1211,7 +1213,7 @@ def test_control_c(anyio_backend: Any, where: str) -> None:
 
 
 def test_a_cancellation_that_a_callback_raises_ends_the_group(anyio_backend: Any) -> None:
-    """As from `result()` of a cancelled future on asyncio; on trio nobody can raise one."""
+    """As from `result()` of a cancelled future on asyncio; trio's cannot be created by users."""
     if anyio_backend[0] == "trio":
         pytest.skip("a trio.Cancelled cannot be made")
     protocols = [Recorder(), Recorder(on_data_received=raiser(asyncio.CancelledError()))]
@@ -1236,7 +1238,7 @@ def test_a_cancellation_that_a_callback_raises_ends_the_group(anyio_backend: Any
 
 
 async def test_the_current_group(anyio_backend: Any) -> None:
-    """That of the innermost block, and none outside."""
+    """The innermost block has the current group; outside the current group is `None`."""
     with pytest.raises(RuntimeError, match="no transport group is current"):
         current_group()
     async with TransportGroup() as outer:
@@ -1253,7 +1255,7 @@ async def test_the_current_group(anyio_backend: Any) -> None:
 
 
 async def test_a_callback_belongs_to_the_group_of_its_connection(anyio_backend: Any) -> None:
-    """Whichever group is current where the connection is made, or where its transport is used."""
+    """Whatever group is current where the connection is made, or where its transport is used."""
     seen: list[Any] = []
 
     def note(*_: Any) -> None:
@@ -1301,7 +1303,7 @@ async def test_a_task_belongs_to_the_group_it_was_started_in(anyio_backend: Any)
 
 @pytest.mark.parametrize("inside_out", [False, True])
 async def test_the_exception_handler_belongs_to_its_group(anyio_backend: Any, inside_out: bool) -> None:
-    """Whatever fails, and wherever it was asked for: the other group is current there, or none is."""
+    """For every kind of failure, with another current group at the call, or none."""
     seen: list[Any] = []
 
     def handler(group: TransportGroup, _: Any) -> None:
@@ -1317,14 +1319,14 @@ async def test_the_exception_handler_belongs_to_its_group(anyio_backend: Any, in
         group.call_soon(fail, context=contextvars.Context())
         group.call_soon_threadsafe(fail)
         await until(lambda: len(seen) == 4)
-        # In a callback of the other group's.
+        # In a callback of the other group.
         other.call_soon(group.call_exception_handler, {"message": "hello"})
         await until(lambda: len(seen) == 5)
         protocol = Recorder(on_data_received=fail)
         _, _, peer = await peers.enter_async_context(connected(group, protocol))
         await peer.send(b"x")
         await protocol.wait_for("connection_lost")
-        # A connection's callback that comes from inside a callback of the other group's.
+        # A connection's callback that is called inside a callback of the other group.
         protocol = Recorder(on_pause_writing=fail)
         transport, _, _ = await peers.enter_async_context(connected(group, protocol, small=True))
         other.call_soon(transport.write, MUCH)
@@ -1357,7 +1359,7 @@ async def test_a_task_outside_the_block_has_no_group(anyio_backend: Any) -> None
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nobody's")
 
 
-async def test_callbacks_see_the_variables_of_whoever_connected(stack: Stack) -> None:
+async def test_callbacks_run_in_the_context_of_the_connecting_task(stack: Stack) -> None:
     seen: list[str] = []
 
     def note(*_: Any) -> None:
@@ -1377,8 +1379,8 @@ async def test_callbacks_see_the_variables_of_whoever_connected(stack: Stack) ->
         assert seen == ["the caller's"] * 4
 
 
-async def test_a_connection_does_not_see_the_variables_of_another(stack: Stack) -> None:
-    """Nor does whoever accepted or connected it."""
+async def test_connections_do_not_share_context_variables(stack: Stack) -> None:
+    """Nor do its variables reach the task that accepted or connected it."""
     seen: dict[str, str] = {}
 
     def protocol(name: str) -> Recorder:
@@ -1439,8 +1441,8 @@ async def test_the_callbacks_of_a_connection_share_one_context(stack: Stack) -> 
 
 
 @pytest.mark.parametrize("callback", FATAL_IN_ASYNCIO)
-async def test_the_exception_handler_sees_the_variables_of_the_connection(stack: Stack, callback: str) -> None:
-    """Those of whoever connected, and what the callback that failed has set."""
+async def test_the_exception_handler_runs_in_the_connections_context(stack: Stack, callback: str) -> None:
+    """It sees the variables of the connecting task, and those that the failing callback has set."""
     seen: list[str] = []
 
     def fail(*_: Any) -> None:
@@ -1463,7 +1465,7 @@ async def test_the_exception_handler_sees_the_variables_of_the_connection(stack:
 @pytest.mark.ours_only("asyncio makes a copy anew for each kind of event, and none for these callbacks")
 @pytest.mark.parametrize("callback", [name for name in TRIGGERS if name != "pause_writing"])
 async def test_the_exception_handler_shares_the_context_of_the_connection(stack: Stack, callback: str) -> None:
-    """What was set in an earlier callback is seen too, except where a writer's own context is the callback's."""
+    """It also sees variables set in an earlier callback, unless the callback runs in the writer's context."""
     seen: list[str] = []
 
     def made(*_: Any) -> None:
@@ -1483,8 +1485,8 @@ async def test_the_exception_handler_shares_the_context_of_the_connection(stack:
     assert variable.get() == "nobody's"
 
 
-async def test_resume_writing_sees_the_variables_of_the_connection(stack: Stack) -> None:
-    """`pause_writing` comes from inside `write`, in the context of whoever writes."""
+async def test_resume_writing_runs_in_the_connections_context(stack: Stack) -> None:
+    """`pause_writing` comes from inside `write`, in the caller's context."""
     seen: list[str] = []
 
     def note(*_: Any) -> None:
@@ -1499,7 +1501,8 @@ async def test_resume_writing_sees_the_variables_of_the_connection(stack: Stack)
         assert seen == ["the caller's"]
 
 
-# -- what the system does not watch ------------------------------------------------------------------------------------
+# -- epoll refuses a file descriptor
+# ------------------------------------------------------------------------------------
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the system's limit is one of epoll's")
 
@@ -1508,7 +1511,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the system's li
 def nothing_more_is_watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As when this user's programs watch as many descriptors as they may: `max_user_watches` in epoll(7).
 
-    To reach that limit in earnest would take it from every other program.
+    Reaching the real limit would take it from every other program.
     """
 
     def add(*_: Any) -> None:
@@ -1522,10 +1525,8 @@ def nothing_more_is_watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @linux_only
 @pytest.mark.ours_only("asyncio reports it, and leaves the connection to the garbage collector")
 @pytest.mark.parametrize("tls", [False, True])
-async def test_an_accepted_connection_that_the_system_does_not_watch(
-    stack: Stack, tls: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It costs this connection, not the group, nor the server and its other clients."""
+async def test_epoll_refuses_an_accepted_connection(stack: Stack, tls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends this connection, but not the group, the server or its other clients."""
     made: list[Recorder] = []
 
     def factory() -> Recorder:
@@ -1596,10 +1597,10 @@ async def write_to_a_pipe(address: Any, group: Any, protocol: Recorder) -> Any:
     "make",
     [connect_to, connect_to_with_tls, listen, make_an_endpoint, read_from_a_pipe, write_to_a_pipe],
 )
-async def test_an_endpoint_that_the_system_does_not_watch(
+async def test_epoll_refuses_the_connection_of_an_endpoint_function(
     anyio_backend: Any, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The caller is told, nothing is left, and the group goes on."""
+    """The call raises, nothing is left open, and the group goes on."""
     async with TransportGroup() as group, connected(group, echo()) as (_, _, other):
         contexts = collect_contexts(group)
         protocol = Recorder()
@@ -1618,13 +1619,14 @@ async def test_an_endpoint_that_the_system_does_not_watch(
         assert await answers(other)
 
 
-# -- what an ended connection leaves ----------------------------------------------------------------------------------
+# -- no reference cycle of an ended connection
+# ----------------------------------------------------------------------------------
 
 
 class Keeper(asyncio.Protocol, asyncio.DatagramProtocol, asyncio.SubprocessProtocol):
-    """What most protocols do: it keeps its transport, and never lets go of it."""
+    """Like most protocols, it keeps its transport and never deletes it."""
 
-    # Recorders would be kept for the checks after the test.
+    # Recorders would be kept alive for the checks after the test.
     made: ClassVar[list[weakref.ref[Keeper]]] = []
     lost: ClassVar[list[str]] = []
 
@@ -1638,7 +1640,7 @@ class Keeper(asyncio.Protocol, asyncio.DatagramProtocol, asyncio.SubprocessProto
         self.transport.write(data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self.lost.append(repr(exc))  # Not the exception, whose traceback has the protocol.
+        self.lost.append(repr(exc))  # Not the exception: its traceback refers to the protocol.
 
 
 class FailingKeeper(Keeper):
@@ -1757,16 +1759,17 @@ async def leaves_nothing_to_collect(group: Any, live: Callable[[Any], Awaitable[
 
 
 @pytest.mark.parametrize("live", LIVES)
-async def test_an_ended_connection_leaves_nothing_to_the_garbage_collector(stack: Stack, live: Any) -> None:
-    """Whatever a protocol holds, a large message for example, goes at once: the collector may come much later."""
+async def test_an_ended_connection_leaves_no_reference_cycle(stack: Stack, live: Any) -> None:
+    """The objects that a protocol holds, a large message say, are freed at once: the garbage collector may run much
+    later."""
     async with stack.open() as group:
-        # By its loop: the oracle's group remembers what it has made, for the end of the test.
+        # Use the loop itself: the oracle's group keeps what it made until the end of the test.
         await leaves_nothing_to_collect(group.loop if stack.is_oracle else group, live)
 
 
 @pytest.mark.ours_only("asyncio has no such connections")
 @pytest.mark.parametrize("live", OUR_LIVES)
-async def test_an_ended_connection_of_ours_leaves_nothing_to_the_garbage_collector(stack: Stack, live: Any) -> None:
+async def test_an_ended_connection_of_any_kind_leaves_no_reference_cycle(stack: Stack, live: Any) -> None:
     async with stack.open() as group:
         await leaves_nothing_to_collect(group, live)
 
@@ -1785,8 +1788,8 @@ async def test_an_ended_transport_has_no_protocol(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("asyncio leaves the socket to the garbage collector")
-async def test_a_handshake_that_cannot_begin_leaves_nothing(stack: Stack) -> None:
-    """Nor is the number of its descriptor still known as another's, when the system gives it away again."""
+async def test_a_handshake_that_cannot_begin_leaves_no_reference_cycle(stack: Stack) -> None:
+    """Its fd is forgotten too, since the system may reuse it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     async with stack.open() as group:
         for name in (".no.name", "no\0name"):
@@ -1805,11 +1808,11 @@ async def test_a_handshake_that_cannot_begin_leaves_nothing(stack: Stack) -> Non
 
 
 async def test_wait_closed_waits_for_every_transport(anyio_backend: Any) -> None:
-    """Also for one that is made meanwhile; not for servers."""
+    """It also waits for transports that are made during the wait, but not for servers."""
     order: list[str] = []
     async with anyio.create_task_group() as tasks, AsyncExitStack() as peers, TransportGroup() as group:
         with anyio.fail_after(GUARD):
-            await group.wait_closed()  # There are none.
+            await group.wait_closed()  # There is no transport yet.
 
         async def wait() -> None:
             await group.wait_closed()
@@ -1843,12 +1846,12 @@ async def test_wait_closed_can_be_cancelled(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         with anyio.CancelScope() as scope:
             scope.cancel()
-            await group.wait_closed()  # There is nothing to wait for, but the others have their turn.
+            await group.wait_closed()  # There is nothing to wait for, but it is a checkpoint.
         assert scope.cancelled_caught
 
 
 async def test_wait_closed_ends_with_the_last_connection_lost(anyio_backend: Any) -> None:
-    """Its descriptor is closed by then."""
+    """Its file descriptor is closed by then."""
     async with TransportGroup() as group:
         before = open_descriptors()
         with listening() as listener:
@@ -1896,7 +1899,7 @@ async def test_cancelling_the_outer_group_ends_the_inner_one_first(anyio_backend
         assert order == ["inner", "outer"]
 
 
-async def test_an_error_of_the_inner_group_leaves_through_the_outer_one(anyio_backend: Any) -> None:
+async def test_an_error_of_the_inner_group_propagates_to_the_outer_one(anyio_backend: Any) -> None:
     protocols = [Recorder(), Recorder()]
     async with AsyncExitStack() as peers:
         with raises_inside(BoomError) as caught:
@@ -1929,7 +1932,7 @@ async def test_a_group_in_a_task_of_a_group(anyio_backend: Any) -> None:
 
 
 async def test_protocols_of_two_groups_use_each_others_transports(anyio_backend: Any) -> None:
-    """A relay with one end in each: callbacks of one group write, pause and close in the other."""
+    """A relay with one end in each group: callbacks of one group write, pause and close in the other."""
 
     class Relay(Recorder):
         other: Any
@@ -2003,11 +2006,11 @@ async def test_many_groups_side_by_side(anyio_backend: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["normally", "exception", "cancellation"])
-async def test_nothing_is_left(anyio_backend: Any, how: str) -> None:
-    """No task, no descriptor, no object: the moment the block has been left."""
+async def test_no_task_fd_or_object_is_left(anyio_backend: Any, how: str) -> None:
+    """When the block has been left, no task, no file descriptor and no object remains."""
 
     class Plain(Protocol):
-        """Without the recorder's memory."""
+        """A protocol that keeps nothing."""
 
     def make() -> Plain:
         protocol = Plain()

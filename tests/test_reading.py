@@ -1,4 +1,4 @@
-"""Receiving: end of file, bad buffers, fairness, protocols that are exchanged, and no re-entrancy."""
+"""Receiving: end of file, bad buffers, fairness, changing protocols, and no re-entrant callbacks."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_r2_a_bad_buffer_ends_the_connection_with_a_report(stack: Stack, g
 
 @pytest.mark.ours_only("fairness is left to the loop there")
 async def test_r5_a_flood_does_not_starve_the_others(stack: Stack) -> None:
-    """While one peer sends without end, each of many others gets its echo; counted in turns of the flood."""
+    """While one peer sends without end, each of many others gets its echo; counted in callbacks of the flood."""
     flood = Recorder()
     flood.hooks["data_received"] = lambda p, data: (p.received.clear(), p.calls.clear())[0]
     echoes: list[Recorder] = []
@@ -136,7 +136,7 @@ async def test_r6_the_next_event_goes_to_the_new_protocol_in_its_style(stack: St
                 await anyio.sleep(0.001)
         assert b"".join(data for _, data in order) == total
         assert [number for number, _ in order] == list(range(len(order)))
-        # The last of them gets the end.
+        # The last protocol gets the end of file.
         last = transport.get_protocol()
         peer.close()
         await last.wait_for("connection_lost")
@@ -189,7 +189,7 @@ async def test_bytes_arrive_in_order_and_complete(stack: Stack) -> None:
         assert await protocol.wait_received(len(data)) == data
 
 
-async def test_data_received_gets_objects_of_its_own(stack: Stack) -> None:
+async def test_data_received_gets_its_own_bytes_object(stack: Stack) -> None:
     """What was received stays as it was when more comes."""
     async with stack.open() as group, connected(group) as (_, protocol, peer):
         await peer.send(b"first")
@@ -204,8 +204,8 @@ async def test_data_received_gets_objects_of_its_own(stack: Stack) -> None:
 
 @pytest.mark.parametrize("size", [DIRECT_SIZE - 1, DIRECT_SIZE, DIRECT_SIZE + 1, 2 * DIRECT_SIZE])
 @pytest.mark.parametrize("then", ["nothing", "the end", "a reset"])
-async def test_what_has_arrived_comes_in_one_piece(stack: Stack, size: int, then: str) -> None:
-    """However it is received; and what comes behind it, an error too, comes after it."""
+async def test_received_data_comes_in_one_piece(stack: Stack, size: int, then: str) -> None:
+    """For every way to receive; what follows the data, also an error, is delivered after it."""
     ours, theirs = socket.socketpair()
     for sock in (ours, theirs):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
@@ -236,7 +236,7 @@ async def test_what_has_arrived_comes_in_one_piece(stack: Stack, size: int, then
 
 
 @pytest.mark.parametrize("size", [DIRECT_SIZE - 1, DIRECT_SIZE, DIRECT_SIZE + 1])
-async def test_a_reset_behind_the_data_reaches_a_protocol_that_takes_over(stack: Stack, size: int) -> None:
+async def test_a_reset_after_data_reaches_the_new_protocol(stack: Stack, size: int) -> None:
     """A `BufferedProtocol`, which receives in another way than the one before it."""
     buffer = bytearray(1000)
     ends: list[Exception | None] = []

@@ -45,7 +45,7 @@ def certificates(certificate_authority: Any) -> Certificates:
 
 @asynccontextmanager
 async def accepted(group: Any, protocol: Any) -> AsyncIterator[Peer]:
-    """A connection that a server of the group's accepted; yields the client's bare end."""
+    """Accept a connection with a server of the group; yield the client's bare end."""
     server = await group.create_server(lambda: protocol, HOST, 0)
     with Peer.connect(server.sockets[0].getsockname()) as peer:
         await protocol.wait_for("connection_made")
@@ -56,7 +56,7 @@ async def accepted(group: Any, protocol: Any) -> AsyncIterator[Peer]:
 async def upgrade_client(
     group: Any, transport: Any, protocol: Any, peer: Peer, certificates: Certificates, **options: Any
 ) -> tuple[Any, TLSPeer]:
-    """Upgrade both ends of `connected`: the group's is the client."""
+    """Upgrade both ends of `connected`: the group has the client."""
     new, tls = await together(
         lambda: group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME, **options),
         lambda: TLSPeer.wrap(peer.socket, certificates.server(), server_side=True),
@@ -151,7 +151,7 @@ async def test_reading_is_paused_before(stack: Stack, certificates: Certificates
             await protocol.wait_for("connection_lost")
 
 
-async def test_data_that_waits_goes_first_in_the_clear(stack: Stack, certificates: Certificates) -> None:
+async def test_buffered_data_is_sent_in_plaintext_first(stack: Stack, certificates: Certificates) -> None:
     data = pattern(3_000_000)
 
     async def read_then_accept(peer: Peer) -> TLSPeer:
@@ -178,7 +178,7 @@ async def test_data_that_waits_goes_first_in_the_clear(stack: Stack, certificate
 
 
 async def test_data_that_comes_at_once_after_the_handshake(stack: Stack, certificates: Certificates) -> None:
-    # It must find the new transport in the protocol's hands.
+    # The protocol must have the new transport by then.
     seen: list[Any] = []
 
     def received(protocol: Recorder, data: bytes) -> None:
@@ -217,7 +217,7 @@ async def test_data_that_comes_at_once_after_the_handshake(stack: Stack, certifi
 
 @pytest.mark.ours_only("asyncio's delivers what comes before `start_tls` has returned")
 async def test_reading_that_is_resumed_during_the_handshake(stack: Stack, certificates: Certificates) -> None:
-    # That is the old transport's: nothing is received from the new one before `start_tls` has returned it.
+    # This counts for the old transport: the new one receives nothing before `start_tls` has returned.
     returned_before: list[bool] = []
     protocol = Recorder(on_data_received=lambda *_: returned_before.append(protocol.transport is not old))
     data = pattern(1_000_000)  # More than what is received with the last message of the handshake.
@@ -251,7 +251,7 @@ async def test_reading_that_is_resumed_during_the_handshake(stack: Stack, certif
 
 
 async def test_t2_plaintext_injected_before_the_upgrade(stack: Stack, certificates: Certificates) -> None:
-    # RFC 3207, section 4.2, and CVE-2024-34083: what came in the clear must not be read as if it had been encrypted.
+    # RFC 3207, section 4.2, and CVE-2024-34083: plaintext must not be read as if it had been encrypted.
     protocol = Recorder(on_data_received=lambda protocol, data: protocol.transport.pause_reading())
     async with stack.open() as group, accepted(group, protocol) as peer:
         await peer.send(b"STARTTLS\r\n")
@@ -265,7 +265,7 @@ async def test_t2_plaintext_injected_before_the_upgrade(stack: Stack, certificat
 
 
 async def test_t2_plaintext_in_the_same_segment(stack: Stack, certificates: Certificates) -> None:
-    # The protocol has been given it as what it is; nothing of it comes again after the upgrade.
+    # The protocol got it as plaintext, and does not get it again after the upgrade.
     protocol = Recorder()
     async with stack.open() as group, accepted(group, protocol) as peer:
         await peer.send(b"STARTTLS\r\nEVIL\r\n")
@@ -364,7 +364,7 @@ async def test_writing_to_the_old_transport(stack: Stack, certificates: Certific
 
 @pytest.mark.ours_only("asyncio's says that it is open, and goes on reading")
 async def test_state_of_the_old_transport(stack: Stack, certificates: Certificates) -> None:
-    # Nothing can be done with it but to end the connection.
+    # It can only be used to end the connection.
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         new, tls = await upgrade_client(group, transport, protocol, peer, certificates)
         with tls:
@@ -376,7 +376,7 @@ async def test_state_of_the_old_transport(stack: Stack, certificates: Certificat
 
 
 @pytest.mark.ours_only("asyncio goes on with the old transport, in the midst of the new one's TLS")
-async def test_the_old_transport_says_which_one_goes_on(stack: Stack, certificates: Certificates) -> None:
+async def test_the_old_transport_names_its_successor(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         new, tls = await upgrade_client(group, transport, protocol, peer, certificates)
         with tls:
@@ -399,7 +399,7 @@ async def test_certificate_that_is_refused(stack: Stack, certificates: Certifica
             with pytest.raises((ssl.SSLError, ConnectionResetError)):
                 tls = await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True)
                 with tls:
-                    await tls.receive()  # TLS 1.3 tells a server late.
+                    await tls.receive()  # In TLS 1.3 a server notices it late.
 
         async def upgrade() -> None:
             with pytest.raises(ssl.SSLCertVerificationError):
@@ -418,7 +418,7 @@ async def test_handshake_that_takes_too_long(stack: Stack, certificates: Certifi
                 transport, protocol, certificates.client(), server_hostname=NAME, ssl_handshake_timeout=0.05
             )
         if stack.is_oracle:
-            protocol.state = "lost"  # asyncio forgets to tell.
+            protocol.state = "lost"  # asyncio forgets `connection_lost`.
             return
         await protocol.wait_for("connection_lost")
         assert isinstance(protocol.lost_with, ConnectionAbortedError)
@@ -479,7 +479,7 @@ async def test_t13_connection_ends_during_the_handshake(stack: Stack, certificat
 
 
 async def failed_upgrade(*arguments: Any, **options: Any) -> Exception | None:
-    """Upgrade and return the error that this gives; asyncio's is content with a transport that has been closed."""
+    """Upgrade and return the error; asyncio also accepts a transport that has been closed."""
     group, *rest = arguments
     try:
         await group.start_tls(*rest, **options)
@@ -488,7 +488,7 @@ async def failed_upgrade(*arguments: Any, **options: Any) -> Exception | None:
     return None
 
 
-async def test_what_waits_in_the_clear_is_sent_when_closed_during_the_handshake(
+async def test_buffered_plaintext_is_sent_when_closed_during_the_handshake(
     stack: Stack, certificates: Certificates
 ) -> None:
     data = pattern(3_000_000)
@@ -508,7 +508,7 @@ async def test_what_waits_in_the_clear_is_sent_when_closed_during_the_handshake(
             lambda: failed_upgrade(group, transport, protocol, certificates.server(), server_side=True), close
         )
         if stack.is_oracle:
-            protocol.state = "lost"  # asyncio forgets to tell.
+            protocol.state = "lost"  # asyncio forgets `connection_lost`.
             return
         await protocol.wait_for("connection_lost")
         assert type(error) is ConnectionAbortedError
@@ -528,9 +528,9 @@ async def test_what_is_written_during_the_handshake_and_closed(
         await anyio.wait_readable(peer.socket)
         transport.write(data)
         transport.close()
-        transport.write(b"and this")  # Dropped, as ever after a close over TLS.
+        transport.write(b"and this")  # Dropped, as always after a close over TLS.
         if peer_does == "nothing":
-            assert (await peer.receive_all())[0] == 0x16  # The handshake, and never what was written.
+            assert (await peer.receive_all())[0] == 0x16  # Only the handshake, not the written data.
         elif peer_does == "leave":
             peer.reset()
         else:
@@ -557,7 +557,7 @@ async def test_what_is_written_during_the_handshake_and_closed(
 
 @pytest.mark.ours_only("asyncio lets a closing transport be upgraded")
 @pytest.mark.parametrize("how", ["cancelled", "aborted", "peer resets", "takes too long"])
-async def test_flush_of_a_close_during_the_handshake_that_is_broken_off(
+async def test_a_close_during_the_handshake_whose_flush_is_aborted(
     stack: Stack, certificates: Certificates, how: str
 ) -> None:
     errors: list[Any] = []
@@ -607,7 +607,7 @@ async def test_flush_of_a_close_during_the_handshake_that_is_broken_off(
 @pytest.mark.ours_only("asyncio has no group to leave")
 @pytest.mark.parametrize("written", ["before", "during"])
 async def test_group_that_is_left_during_the_handshake(stack: Stack, certificates: Certificates, written: str) -> None:
-    # In order: what waits is flushed first, in the clear or encrypted.
+    # In order: buffered data is flushed first, as plaintext or encrypted.
     data = pattern(3_000_000)
     protocol = Recorder()
     errors: list[Any] = []
@@ -650,7 +650,7 @@ async def test_group_that_is_left_during_the_handshake(stack: Stack, certificate
 @pytest.mark.ours_only("asyncio lets the handshake go on, and returns a dead transport")
 @pytest.mark.parametrize("how", ["abort", "close"])
 async def test_end_between_the_handshake_and_the_return(stack: Stack, certificates: Certificates, how: str) -> None:
-    # `start_tls` returns in a turn of its task. The callback here may come before or after that.
+    # `start_tls` returns when its task runs. The callback here may come before or after that.
     ended: list[bool] = []
     returned: list[Any] = []
 
@@ -706,7 +706,7 @@ async def test_t13_transport_that_is_closing(stack: Stack, certificates: Certifi
 
 
 @pytest.mark.ours_only("asyncio does not look")
-async def test_what_cannot_be_done_during_the_handshake(stack: Stack, certificates: Certificates) -> None:
+async def test_calls_that_are_refused_during_the_handshake(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
 
         async def try_again() -> TLSPeer:
@@ -730,7 +730,7 @@ async def test_what_cannot_be_done_during_the_handshake(stack: Stack, certificat
 
 
 @pytest.mark.ours_only("asyncio does not look")
-async def test_while_a_file_is_sent(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
+async def test_start_tls_while_a_file_is_sent(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
     path = tmp_path / "file"
     data = pattern(1_000_000)
     path.write_bytes(data)
@@ -854,7 +854,7 @@ async def test_group_that_is_closed(stack: Stack, certificates: Certificates) ->
 
 @pytest.mark.ours_only("asyncio has one loop for all of them")
 async def test_transport_of_another_group(stack: Stack, certificates: Certificates) -> None:
-    # Its timers and callbacks would end with the other group.
+    # Otherwise its timers and callbacks would end with the other group.
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         async with TransportGroup() as other:
             with pytest.raises(RuntimeError, match="belongs to another group"):
@@ -939,7 +939,7 @@ async def test_tls_in_tls(stack: Stack, certificates: Certificates) -> None:
         new.close()
         if stack.is_oracle:
             await attempt(inner.unwrap)
-        else:  # Each layer says goodbye: the inner, then the outer.
+        else:  # Each layer sends `close_notify`: the inner, then the outer.
             await attempt(inner.unwrap)
             assert await outer.receive() == b""
         await outer.say_goodbye()
@@ -995,7 +995,7 @@ async def test_tls_in_tls_that_is_closed_by_its_server_name_callback(stack: Stac
         assert contexts == []
 
 
-async def test_tls_in_tls_leaves_nothing_to_the_garbage_collector(stack: Stack, certificates: Certificates) -> None:
+async def test_tls_in_tls_leaves_no_reference_cycle(stack: Stack, certificates: Certificates) -> None:
     contexts = {"server": certificates.server(), "client": certificates.client()}
 
     async def upgrade(name: str, protocol: Recorder) -> None:
@@ -1029,7 +1029,7 @@ async def test_tls_in_tls_leaves_nothing_to_the_garbage_collector(stack: Stack, 
 async def test_tls_in_tls_that_is_closed_during_the_handshake(
     stack: Stack, certificates: Certificates, waiting: bool
 ) -> None:
-    # The handshake has nobody to take leave of, the TLS below it has.
+    # The interrupted handshake has no shutdown, but the TLS below it has.
     data = pattern(3_000_000) if waiting else b""
     async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, outer):
         transport.set_write_buffer_limits(high=1 << 30)
@@ -1045,7 +1045,7 @@ async def test_tls_in_tls_that_is_closed_during_the_handshake(
             lambda: failed_upgrade(group, transport, protocol, certificates.server(), server_side=True), close
         )
         await protocol.wait_for("connection_lost")
-        if not stack.is_oracle:  # For asyncio's a handshake has been broken off.
+        if not stack.is_oracle:  # For asyncio's protocol the handshake was interrupted.
             assert type(error) is ConnectionAbortedError
             assert protocol.lost_with is None
         assert protocol.received == b""
@@ -1054,7 +1054,7 @@ async def test_tls_in_tls_that_is_closed_during_the_handshake(
 @pytest.mark.ours_only("asyncio reports it from a callback of its loop")
 @pytest.mark.parametrize("when", ["handshake", "exchange", "farewell"])
 async def test_tls_in_tls_whose_outer_object_fails(stack: Stack, certificates: Certificates, when: str) -> None:
-    # A context's own `sslobject_class` may raise anything; it ends that connection alone.
+    # A context's own `sslobject_class` may raise anything; only that connection ends.
     failing = False
 
     class Failing(ssl.SSLObject):
@@ -1103,7 +1103,7 @@ async def test_tls_in_tls_whose_outer_object_fails(stack: Stack, certificates: C
                 await outer.send(outgoing.read())
             await protocol.wait_for("connection_lost")
             assert isinstance(protocol.lost_with, ZeroDivisionError)
-        # The caller of `start_tls` has been told.
+        # `start_tls` has raised the error.
         assert [context["exception"] for context in contexts] == ([] if when == "handshake" else [protocol.lost_with])
         async with connected(group) as (transport, protocol, peer):
             await peer.send(b"still alive")

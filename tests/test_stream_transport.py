@@ -1,4 +1,4 @@
-"""Every method of the stream transport, as a protocol or its owner may call it."""
+"""Every method of the stream transport, called by a protocol or by its owner."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_extra_info_outlives_the_connection(stack: Stack) -> None:
 
 
 async def test_a_transport_takes_attributes(stack: Stack) -> None:
-    """Programs keep what belongs to a connection with its transport, and tests put a function in a method's place."""
+    """Programs store their own attributes on a transport, and tests replace its methods."""
     async with stack.open() as group, connected(group) as (transport, _, peer):
         transport.user = "somebody"
         assert transport.user == "somebody"
@@ -126,7 +126,7 @@ async def test_duck_typed_protocols_work(stack: Stack) -> None:
 
 
 class StandIn:
-    """For something that cannot be had now, as some frameworks have them: it fails when it is looked at."""
+    """A proxy object as some frameworks have them: any use fails."""
 
     def __init__(self) -> None:
         self.lost_with: list[BaseException | None] = []
@@ -142,7 +142,7 @@ class StandIn:
 
 
 async def test_a_protocol_that_fails_when_it_is_looked_at(stack: Stack) -> None:
-    """It ends its own connection, and no other."""
+    """Only its own connection ends."""
     failing, other = StandIn(), Recorder()
     async with stack.open() as group:
         contexts = collect_contexts(group)
@@ -192,8 +192,8 @@ async def test_close(stack: Stack) -> None:
 
 @pytest.mark.parametrize("end", ["close", "abort"])
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
-async def test_a_connection_that_another_one_ends_receives_no_more(stack: Stack, kind: Any, end: str) -> None:
-    """Both have received something, and are served in the same turn."""
+async def test_a_connection_aborted_by_another_receives_no_more(stack: Stack, kind: Any, end: str) -> None:
+    """Both have received data, and are served in the same iteration."""
     protocols: list[Any] = []
 
     def end_the_other(protocol: Any, *_: Any) -> None:
@@ -213,8 +213,8 @@ async def test_a_connection_that_another_one_ends_receives_no_more(stack: Stack,
 
 
 @pytest.mark.parametrize("end", ["close", "abort"])
-async def test_a_transport_that_ends_while_it_is_writable_resumes_nothing(stack: Stack, end: str) -> None:
-    """There is room again and something to receive, in the same turn."""
+async def test_no_resume_writing_after_abort_in_data_received(stack: Stack, end: str) -> None:
+    """The socket becomes writable and readable in the same iteration."""
     protocol = Recorder(on_data_received=lambda p, _: getattr(p.transport, end)())
     async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
         transport.pause_reading()
@@ -235,7 +235,7 @@ async def test_a_transport_that_ends_while_it_is_writable_resumes_nothing(stack:
         assert between == (["resume_writing"] if end == "close" else [])
 
 
-async def test_closed_transports_do_not_read(stack: Stack) -> None:
+async def test_is_reading_is_false_after_close(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         await peer.send(b"unread")
         fill(transport)
@@ -312,7 +312,7 @@ async def test_connection_errors_are_not_reported_to_the_exception_handler(stack
 
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
 @pytest.mark.parametrize("answer", [None, False, 0])
-async def test_end_of_file_closes_if_the_protocol_does_not_object(
+async def test_end_of_file_closes_if_eof_received_returns_false(
     stack: Stack, kind: type[Recorder], answer: object
 ) -> None:
     protocol = kind(on_eof_received=lambda p: answer)
@@ -338,7 +338,7 @@ async def test_end_of_file_flushes_before_closing(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
-async def test_end_of_file_with_a_true_answer_keeps_the_sending_side(stack: Stack, kind: type[Recorder]) -> None:
+async def test_eof_received_returning_true_keeps_the_sending_side(stack: Stack, kind: type[Recorder]) -> None:
     protocol = kind(on_eof_received=lambda p: "keep it")
     async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
         await peer.send(b"question")
@@ -521,7 +521,7 @@ async def test_writes_to_a_lost_connection_are_dropped_with_a_warning_from_the_f
         assert transport.get_write_buffer_size() == 0
 
 
-async def test_bytes_written_in_one_turn_arrive_in_order(stack: Stack) -> None:
+async def test_bytes_written_in_one_iteration_arrive_in_order(stack: Stack) -> None:
     data = pattern(3 << 20)
     async with stack.open() as group, connected(group, small=True) as (transport, _, peer):
         for start in range(0, len(data), 7777):
@@ -563,7 +563,7 @@ async def test_end_of_file_waits_while_reading_is_paused(stack: Stack) -> None:
         assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
 
 
-async def test_pausing_in_connection_made_holds_everything_back(stack: Stack) -> None:
+async def test_pausing_in_connection_made_stops_all_reading(stack: Stack) -> None:
     protocol = Recorder(on_connection_made=lambda p, transport: transport.pause_reading())
     async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
         await peer.send(b"x")

@@ -1,4 +1,4 @@
-"""Child processes, real ones: `cat`, `sh`, `true`, Python, and what they do when things go wrong."""
+"""Child processes: `cat`, `sh`, `true`, Python, and what happens when something fails."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ANYIO = tuple(map(int, version("anyio").split(".")[:2]))
 
 
 class Child(asyncio.SubprocessProtocol):
-    """Record what a child tells, and check the order."""
+    """Record the callbacks of a child, and check their order."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -102,7 +102,7 @@ class Child(asyncio.SubprocessProtocol):
 
 
 class Children:
-    """Spawns the children of a test, and sees them gone at its end, on the oracle too."""
+    """Spawn the children of a test, and wait for them at its end, on the oracle too."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -200,7 +200,7 @@ async def test_files_and_descriptors(stack: Stack, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == b"from a file"
 
 
-async def test_the_options_of_popen(stack: Stack, tmp_path: Path) -> None:
+async def test_options_of_popen(stack: Stack, tmp_path: Path) -> None:
     read, write = os.pipe()
     program = f"import os; os.write({write}, b'!'); print(os.getcwd(), os.environ['X'], os.getsid(0) == os.getpid())"
     async with stack.open() as group, Children(group) as children:
@@ -219,7 +219,7 @@ async def test_the_options_of_popen(stack: Stack, tmp_path: Path) -> None:
     os.close(write)
 
 
-async def test_another_executable_than_the_name_that_it_is_told(stack: Stack) -> None:
+async def test_executable_and_argv_0_may_differ(stack: Stack) -> None:
     async with stack.open() as group, Children(group) as children:
         transport, child = await children.exec("hello", "-c", "echo $0", executable="sh")
         assert transport.get_extra_info("subprocess").args == ("hello", "-c", "echo $0")
@@ -228,7 +228,7 @@ async def test_another_executable_than_the_name_that_it_is_told(stack: Stack) ->
 
 
 def program(directory: Path, text: str, mode: int = 0o755) -> None:
-    """Put a program of the name `which` into a directory of its own."""
+    """Write a program named `which` into a directory of its own."""
     directory.mkdir()
     (directory / "which").write_text(text)
     (directory / "which").chmod(mode)
@@ -238,7 +238,7 @@ def program(directory: Path, text: str, mode: int = 0o755) -> None:
     "in_the_way",
     ["nothing", "no directory", "not to be run", "no interpreter", "no format", "a directory", "a loop"],
 )
-async def test_the_program_is_the_first_of_its_name_that_can_be_run(
+async def test_the_first_executable_program_on_the_path_is_run(
     stack: Stack, tmp_path: Path, in_the_way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program(tmp_path / "not to be run", "#!/bin/sh\necho wrong", 0o644)
@@ -257,7 +257,9 @@ async def test_the_program_is_the_first_of_its_name_that_can_be_run(
         assert child.output[1].decode() == f"right {tmp_path / 'right' / 'which'}\n"
 
 
-async def test_a_program_that_comes_and_goes(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_program_that_appears_and_disappears(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with stack.open() as group, Children(group) as children:
 
         async def told() -> bytes:
@@ -277,7 +279,7 @@ async def test_a_program_that_comes_and_goes(stack: Stack, tmp_path: Path, monke
             await children.exec("which")
 
 
-async def test_where_a_program_is_looked_for(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_search_path_of_a_program(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for each in ("ours", "the child's", "below"):
         program(tmp_path / each, f"#!/bin/sh\necho '{each[:3]}'")
     monkeypatch.chdir(tmp_path / "ours")
@@ -311,9 +313,9 @@ async def main():
 """
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-async def test_the_rights_that_count_are_the_effective_ones(anyio_backend: Any) -> None:
-    with tempfile.TemporaryDirectory() as directory:  # Not `tmp_path`, which nobody else may look into.
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+async def test_effective_rights_decide_what_can_be_run(anyio_backend: Any) -> None:
+    with tempfile.TemporaryDirectory() as directory:  # Not `tmp_path`, which other users may not read.
         roots, everybodys = Path(directory, "root's"), Path(directory, "everybody's")
         for each, copied, mode in ((roots, "true", 0o700), (everybodys, "false", 0o755)):
             each.mkdir()
@@ -340,7 +342,7 @@ async def main():
 
 
 @pytest.mark.parametrize("in_the_way", [False, True])
-async def test_an_audit_hook_is_told_which_program_it_is(anyio_backend: Any, in_the_way: bool, tmp_path: Path) -> None:
+async def test_an_audit_hook_gets_the_program(anyio_backend: Any, in_the_way: bool, tmp_path: Path) -> None:
     broken, true = tmp_path / "true", shutil.which("true")
     if in_the_way:
         broken.write_text("#!/does/not/exist\n")
@@ -350,8 +352,8 @@ async def test_an_audit_hook_is_told_which_program_it_is(anyio_backend: Any, in_
     assert result.stdout.decode().split() == [*([str(broken), "true"] if in_the_way else [true]), "/bin/sh"]
 
 
-async def test_who_and_with_whom_a_child_is(stack: Stack) -> None:
-    """`user` and `group`, of which anybody may name their own, `process_group`, `umask` and `preexec_fn`."""
+async def test_user_group_and_process_group_of_a_child(stack: Stack) -> None:
+    """`user` and `group` (users may name their own), `process_group`, `umask` and `preexec_fn`."""
     root = os.getuid() == 0
     user, group_id = (65534, 65533) if root else (os.getuid(), os.getgid())
     options: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {}
@@ -410,13 +412,13 @@ async def test_a_wrong_shell_or_command_is_refused(stack: Stack) -> None:
         ([3], {}, TypeError),
     ],
 )
-async def test_what_cannot_be_run_raises_and_leaves_nothing(stack: Stack, args: Any, options: Any, error: Any) -> None:
+async def test_a_program_that_cannot_be_run(stack: Stack, args: Any, options: Any, error: Any) -> None:
     async with stack.open() as group:
         with pytest.raises(error):
             await group.subprocess_exec(Child, *args, **options)
 
 
-#: What can be no name of a program, or of none that there is: the error is `Popen`'s.
+#: Programs with an impossible name, or that do not exist: the error is `Popen`'s.
 ODD_PROGRAMS = [
     "",
     " ",
@@ -451,7 +453,7 @@ ODD_PROGRAMS = [
 
 @pytest.mark.parametrize("args", [(), ("",)], ids=["alone", "with an argument"])
 @pytest.mark.parametrize("program", ODD_PROGRAMS, ids=lambda program: ascii(program)[:12])
-async def test_p13_an_odd_program_raises_what_popen_raises(stack: Stack, program: Any, args: Any) -> None:
+async def test_p13_an_invalid_program_raises_popens_error(stack: Stack, program: Any, args: Any) -> None:
     with pytest.raises(Exception) as expected, subprocess.Popen([program, *args]):
         pass
     async with stack.open() as group:
@@ -500,10 +502,10 @@ async def test_signals_after_the_end(stack: Stack) -> None:
                 send()
 
 
-@pytest.mark.ours_only("asyncio signals whoever has the number")
+@pytest.mark.ours_only("asyncio signals any process with this PID")
 @pytest.mark.parametrize("reaped", ["not yet", "by somebody else"])
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
-async def test_signals_after_an_end_that_nobody_has_noticed(
+async def test_signals_after_an_unnoticed_exit(
     stack: Stack, reaped: str, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in missing:
@@ -511,7 +513,7 @@ async def test_signals_after_an_end_that_nobody_has_noticed(
     async with stack.open() as group, Children(group) as children:
         transport, child = await children.exec("cat")
         pid = transport.get_pid()
-        # In one go: the group has no turn before the signal.
+        # Without a checkpoint: the group does not run before the signal.
         os.kill(pid, signal.SIGKILL)
         if reaped == "not yet":
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222
@@ -519,7 +521,7 @@ async def test_signals_after_an_end_that_nobody_has_noticed(
             os.waitpid(pid, 0)  # noqa: ASYNC222
         with pytest.raises(ProcessLookupError):
             transport.send_signal(signal.SIGINT)
-        assert transport.get_returncode() is None  # as long as the protocol has not been told
+        assert transport.get_returncode() is None  # until the protocol has been notified
         await child.end()
         assert transport.get_returncode() == (-signal.SIGKILL if reaped == "not yet" else 255)
 
@@ -578,7 +580,7 @@ async def test_p10_a_child_that_closes_its_input(stack: Stack) -> None:
             protocol=Counting(),
         )  # fmt: skip
         stdin = transport.get_pipe_transport(0)
-        stdin.write(bytes(1 << 20))  # more than the pipe takes: a part of it waits
+        stdin.write(bytes(1 << 20))  # more than the pipe takes: the rest waits
         await until(lambda: 0 in child.errors)
         assert isinstance(child.errors[0], BrokenPipeError)
         for _ in range(3):
@@ -606,7 +608,7 @@ print(subprocess.Popen(["sleep", "1000"]).pid, flush=True)
 
 @contextlib.asynccontextmanager
 async def with_grandchild(group: Any, kind: str, program: str) -> AsyncIterator[tuple[Any, Child]]:
-    """A child whose grandchild keeps its pipes, with more written to it than the pipe holds."""
+    """Yield a child whose grandchild keeps its pipes, with more data written than the pipe holds."""
     command = [sys.executable, "-c", WITH_GRANDCHILD + program]
     child = Child()
     if kind == "program":
@@ -618,13 +620,13 @@ async def with_grandchild(group: Any, kind: str, program: str) -> AsyncIterator[
         transport.get_pipe_transport(0).write(bytes(4 << 20))
         yield transport, child
     finally:
-        os.kill(int(child.output[1]), signal.SIGKILL)  # Raises unless the grandchild has kept the pipes until now.
+        os.kill(int(child.output[1]), signal.SIGKILL)  # Raises if the grandchild has not kept the pipes until now.
 
 
 @pytest.mark.ours_only("asyncio waits for the grandchild")
 @pytest.mark.parametrize("when", ["closed while it runs", "closed after its end", "closed in process_exited"])
 @pytest.mark.parametrize("kind", ["program", "AnyIO process"])
-async def test_p12_a_grandchild_that_keeps_the_input_is_not_waited_for(stack: Stack, kind: str, when: str) -> None:
+async def test_p12_a_grandchild_that_keeps_stdin_is_not_waited_for(stack: Stack, kind: str, when: str) -> None:
     program = "" if when == "closed after its end" else "time.sleep(1000)"
     descriptors = own_descriptors()
     async with stack.open() as group, with_grandchild(group, kind, program) as (transport, child):
@@ -695,7 +697,7 @@ if not os.fork():
 
 
 @pytest.mark.exhaustive
-async def test_p5_a_child_that_ends_at_once(stack: Stack) -> None:
+async def test_p5_a_child_that_exits_at_once(stack: Stack) -> None:
     async with stack.open() as group:
         for _ in range(1000):
             child = Child()
@@ -703,7 +705,7 @@ async def test_p5_a_child_that_ends_at_once(stack: Stack) -> None:
             await child.end()
 
 
-async def test_hundreds_at_once(stack: Stack) -> None:
+async def test_hundreds_of_children_at_once(stack: Stack) -> None:
     async with stack.open() as group:
         made = [Child() for _ in range(200)]
         for number, child in enumerate(made):
@@ -779,10 +781,11 @@ async def test_a_sigchld_handler_that_reaps(
 
 
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
-async def test_a_child_that_ends_and_is_reaped_while_we_look(
+async def test_a_child_reaped_during_our_poll(
     anyio_backend: Any, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A handler of SIGCHLD may run between any two steps of ours: its victim's status is not taken for success."""
+    """A SIGCHLD handler may run between any two steps of ours: the status of a child it reaps is not taken for
+    success."""
     for name in missing:
         monkeypatch.delattr(os, name)
     wait = os.waitid
@@ -812,7 +815,7 @@ async def test_a_child_that_ends_and_is_reaped_while_we_look(
 async def test_a_child_that_another_thread_waits_for(
     anyio_backend: Any, missing: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through `Popen`, which knows a while after the reaping what has been reaped: the exit is told all the same."""
+    """By `Popen`, which knows the status only some time after reaping: the exit is reported all the same."""
     for name in missing:
         monkeypatch.delattr(os, name)
     peek, reap = os.waitid, os.waitpid
@@ -830,11 +833,11 @@ async def test_a_child_that_another_thread_waits_for(
             return peek(kind, pid, options)
         except ChildProcessError:
             if options & os.WNOHANG and told == "after the look":
-                group.call_soon(looked_in_vain.set)  # Not before the group has drawn its conclusions.
+                group.call_soon(looked_in_vain.set)  # Not before the group has handled the exit.
             raise
 
     def poll() -> int | None:
-        """What `Popen` says when the thread comes in between: after the look at the child and at what is known."""
+        """`Popen` when the thread comes in between, after the poll of the child and of the known status."""
         if reaped.is_set() and told == "during the look":
             looked_in_vain.set()
             waiting.join(GUARD)
@@ -850,22 +853,22 @@ async def test_a_child_that_another_thread_waits_for(
             monkeypatch.setattr(os, "waitid", waitid)
             monkeypatch.setattr(popen, "poll", poll)
             waiting.start()
-            # In one go, so that the group cannot have come first.
+            # Without a checkpoint, so that the group cannot be first.
             os.kill(transport.get_pid(), signal.SIGKILL)
             assert reaped.wait(GUARD)
             with pytest.raises(ProcessLookupError):
-                transport.send_signal(signal.SIGCONT)  # Its number may be a stranger's by now.
+                transport.send_signal(signal.SIGCONT)  # Its PID may belong to another process by now.
             await child.end()
             assert looked_in_vain.is_set()
             assert transport.get_returncode() == -signal.SIGKILL
             waiting.join()
 
 
-async def test_a_child_that_somebody_else_reaps(stack: Stack) -> None:
+async def test_a_child_reaped_by_other_code(stack: Stack) -> None:
     async with stack.open() as group, Children(group) as children:
         transport, child = await children.exec("cat")
         pid = transport.get_pid()
-        # In one go, so that nobody else can have come first.
+        # Without a checkpoint, so that nothing else can be first.
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)  # noqa: ASYNC222
         await child.end()
@@ -876,7 +879,7 @@ async def test_a_child_that_somebody_else_reaps(stack: Stack) -> None:
 
 
 class Feeder(Child):
-    """Feed the child with back-pressure, and remember the greatest amount that ever waited."""
+    """Feed the child with flow control, and record the largest buffer size."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__()
@@ -908,7 +911,7 @@ class Feeder(Child):
         self.feed()
 
 
-async def test_w15_much_through_cat(stack: Stack) -> None:
+async def test_w15_bulk_data_through_cat(stack: Stack) -> None:
     if stack.is_oracle:
         pytest.skip("asyncio loses what is buffered when resume_writing closes")
     data = pattern(16 << 20)
@@ -921,7 +924,7 @@ async def test_w15_much_through_cat(stack: Stack) -> None:
 
 
 @pytest.mark.exhaustive
-async def test_much_on_both_outputs_at_once(stack: Stack) -> None:
+async def test_bulk_data_on_both_outputs_at_once(stack: Stack) -> None:
     size = 100 << 20
     program = f"""
 import os, threading
@@ -942,11 +945,11 @@ threads = [threading.Thread(target=work, args=[fd]) for fd in (1, 2)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pipes of any size")
-async def test_pipes_of_a_size_that_was_asked_for_keep_it(stack: Stack) -> None:
-    """Whatever goes through them: we make those of a child larger that carry much, but not these smaller."""
+async def test_pipes_keep_a_requested_size(stack: Stack) -> None:
+    """We enlarge busy pipes of a child, but never shrink these."""
     import fcntl
 
-    # Enough to count as much, and so little that the smaller pipe could hold it.
+    # Enough to count as bulk data, but not more than the smaller pipe holds.
     data = pattern(100_000)
     async with stack.open() as group, Children(group) as children:
         transport, child = await children.exec("cat", pipesize=1 << 20)
@@ -964,7 +967,7 @@ with_usual_pipes = pytest.mark.skipif(
 
 
 @with_usual_pipes
-async def test_a_small_pipe_that_was_asked_for_stays_small(stack: Stack) -> None:
+async def test_a_requested_small_pipe_stays_small(stack: Stack) -> None:
     import fcntl
 
     size = 4096
@@ -980,7 +983,7 @@ async def test_a_small_pipe_that_was_asked_for_stays_small(stack: Stack) -> None
 
 @with_usual_pipes
 @pytest.mark.parametrize("method", ["write", "writelines"])
-async def test_a_pipe_without_room_is_enlarged(anyio_backend: Any, method: str) -> None:
+async def test_a_full_pipe_is_enlarged(anyio_backend: Any, method: str) -> None:
     import fcntl
 
     data = pattern(1 << 20)
@@ -1000,7 +1003,7 @@ async def test_a_pipe_without_room_is_enlarged(anyio_backend: Any, method: str) 
 
 
 @with_usual_pipes
-async def test_only_so_many_pipes_are_enlarged_at_once(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_enlarged_pipes_is_limited(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's programs have 64 MiB in all: beyond that, every new pipe of each of them holds two pages."""
     import fcntl
 
@@ -1034,7 +1037,7 @@ async def test_only_so_many_pipes_are_enlarged_at_once(anyio_backend: Any, monke
             usual = min(before)
             assert sorted(before) == [usual] * 7 + [max(before)] * 3
             assert max(before) > usual
-            # What has ended makes room.
+            # Children that have ended free their share.
             assert max(before) in await pipes_after_bulk(group, 1)
 
 
@@ -1042,13 +1045,13 @@ async def test_only_so_many_pipes_are_enlarged_at_once(anyio_backend: Any, monke
 
 
 def own_descriptors() -> dict[int, str]:
-    # uvloop keeps one in reserve from its first stream on, for the day when there are no others.
+    # uvloop keeps one file descriptor in reserve from its first stream on.
     return {fd: what for fd, what in open_descriptors().items() if what != os.devnull}
 
 
 @contextlib.contextmanager
 def no_more_descriptors(left: int = 0) -> Iterator[None]:
-    """Let this process have as many more descriptors as are left."""
+    """Limit the file descriptors that this process may still open to `left`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 1 + left, hard))
@@ -1066,7 +1069,7 @@ def no_more_descriptors(left: int = 0) -> Iterator[None]:
 
 
 def gone(pid: int) -> bool:
-    """Whether no process of ours has this number any more, not even a zombie."""
+    """Return whether no child of ours has this PID, not even a zombie."""
     try:
         os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:
@@ -1074,7 +1077,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-async def test_p3_leaving_the_block_kills_what_runs(anyio_backend: Any) -> None:
+async def test_p3_leaving_the_block_kills_running_children(anyio_backend: Any) -> None:
     child = Child()
     async with TransportGroup() as group:
         transport, _ = await group.subprocess_exec(lambda: child, "sleep", "1000")
@@ -1111,7 +1114,7 @@ async def test_leaving_by_an_exception_reaps_before_the_block_is_left(
         assert gone(child.transport.get_pid())
 
 
-#: Becomes the tracer of a process and never looks at it: when that is killed it does not end for its parent.
+#: Trace a process without ever waiting for it: when it is killed, its parent does not see its end.
 TRACER = """
 import ctypes, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
@@ -1124,7 +1127,7 @@ time.sleep(1000)
 
 @contextlib.contextmanager
 def traced(pid: int) -> Iterator[None]:
-    """Keep the end of a process from its parent until the block is left."""
+    """Hide the end of a process from its parent until the block is left."""
     command = [sys.executable, "-c", TRACER, str(pid)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as tracer:
         try:
@@ -1189,7 +1192,7 @@ async def test_p14_a_child_that_does_not_end_when_it_is_killed(
             assert anyio.current_time() - begin < 0.5  # `connection_lost` waits for nothing
             await until(lambda: left)
             assert 0.9 < left[0] - begin < GUARD
-            # A single second in which nothing else had run would show as a gap.
+            # A second in which nothing else ran would be visible as a gap.
             assert max(after - before for before, after in itertools.pairwise(ticks)) < 0.5
             tasks.cancel_scope.cancel()
     assert child.transport.get_returncode() == -signal.SIGKILL
@@ -1207,10 +1210,10 @@ async def test_p14_a_child_that_does_not_end_when_it_is_killed(
 @needs_tracer
 @pytest.mark.ours_only("asyncio waits in its event loop, and nothing else runs")
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",), ("pidfd_open", "waitid")])
-async def test_p14_a_child_whose_end_is_held_back_by_a_tracer_takes_no_time(
+async def test_p14_a_child_held_by_a_tracer_does_not_block(
     stack: Stack, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its descriptor is ready, and there is nothing to reap yet."""
+    """Its pidfd is ready, but there is nothing to reap yet."""
     for name in missing:
         monkeypatch.delattr(os, name)
     async with stack.open() as group, Children(group) as children:
@@ -1248,13 +1251,13 @@ async def test_p1_cancelled_at_every_checkpoint(anyio_backend: Any) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs descriptors of processes")
-async def test_no_thread_waits_for_a_child_that_has_a_descriptor(anyio_backend: Any) -> None:
+async def test_no_thread_waits_for_a_child_with_a_pidfd(anyio_backend: Any) -> None:
     threads = set(threading.enumerate())
     made = [Child() for _ in range(20)]
     async with TransportGroup() as group:
         for child in made:
             await group.subprocess_exec(lambda child=child: child, "cat")
-        # Idle ones of earlier tests may end meanwhile.
+        # Idle threads of earlier tests may end at any time.
         assert threads.issuperset(threading.enumerate())
         assert sum("pidfd" in what for what in open_descriptors().values()) == len(made)
         for child in made:
@@ -1292,7 +1295,8 @@ async def main():
 
 
 async def test_a_python_that_was_built_without_pidfd(anyio_backend: Any) -> None:
-    """With old headers both functions are missing, on Linux too: from before the import, so in a process of its own."""
+    """With old headers both functions are missing, also on Linux. They must be missing at import, hence another
+    process."""
     result = await run_main(WITHOUT_PIDFD, anyio_backend, stderr=None)
     assert int(result.stdout) == -signal.SIGTERM
 
@@ -1300,7 +1304,7 @@ async def test_a_python_that_was_built_without_pidfd(anyio_backend: Any) -> None
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs descriptors of processes")
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS], ids=errno.errorcode.get)
 @pytest.mark.parametrize("how", ["kill", "close", "leave"])
-async def test_a_sandbox_that_sends_no_signal_to_a_descriptor(
+async def test_a_sandbox_without_pidfd_send_signal(
     anyio_backend: Any, how: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -1343,9 +1347,7 @@ def full_list(number: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is epoll's")
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs descriptors of processes")
-async def test_a_thread_waits_for_a_child_whose_descriptor_cannot_be_watched(
-    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_epoll_refuses_the_pidfd(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async with TransportGroup() as group:
         descriptors = own_descriptors()
         child = Child()
@@ -1364,10 +1366,10 @@ async def test_a_thread_waits_for_a_child_whose_descriptor_cannot_be_watched(
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is epoll's")
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
 @pytest.mark.parametrize("fd", range(3))
-async def test_a_child_whose_pipe_cannot_be_watched(
+async def test_epoll_refuses_a_pipe(
     anyio_backend: Any, fd: int, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody would ever read from it, or learn that it has gone: the spawn fails as a whole."""
+    """It would never be read, and its end not noticed: the spawn fails as a whole."""
     for name in missing:
         monkeypatch.delattr(os, name)
     async with TransportGroup() as group:
@@ -1432,7 +1434,7 @@ async def test_p11_a_child_that_is_stopped_has_not_ended(anyio_backend: Any, mon
 
 
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",), ("pidfd_open", "waitid")])
-async def test_the_exit_is_told_to_a_shielded_task_of_a_cancelled_block(
+async def test_the_exit_reaches_a_shielded_task_of_a_cancelled_block(
     anyio_backend: Any, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in missing:
@@ -1450,8 +1452,8 @@ async def test_the_exit_is_told_to_a_shielded_task_of_a_cancelled_block(
                     assert child.transport.get_returncode() == 0
 
 
-async def test_without_a_thread_for_the_child(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system starts no more of them: the end is noticed all the same, and nobody else's child ends with it."""
+async def test_no_thread_can_be_started_for_the_child(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system starts no more threads: the exit is noticed all the same, and no other child is reaped."""
 
     async def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -1475,8 +1477,8 @@ async def test_without_a_thread_for_the_child(anyio_backend: Any, monkeypatch: p
         assert not other.exited.is_set()
 
 
-async def test_without_a_descriptor_for_the_child(anyio_backend: Any) -> None:
-    """The last of them are gone: the child is spawned all the same, and a thread waits for it."""
+async def test_no_fd_for_the_pidfd(anyio_backend: Any) -> None:
+    """No file descriptor is left: the child is spawned all the same, and a thread waits for it."""
     descriptors = own_descriptors()
     async with TransportGroup() as group:
         child = Child()
@@ -1492,8 +1494,8 @@ async def test_without_a_descriptor_for_the_child(anyio_backend: Any) -> None:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Popen of Python 3.10 leaks pipes then")
-async def test_out_of_descriptors_for_the_pipes(anyio_backend: Any) -> None:
-    """Wherever in the spawn they come to an end: it fails as a whole, or goes through."""
+async def test_no_fds_for_the_pipes(anyio_backend: Any) -> None:
+    """At whatever step of the spawn they run out, it fails or succeeds as a whole."""
     results = set()
     async with TransportGroup() as group:
         descriptors = own_descriptors()
@@ -1551,7 +1553,7 @@ async def test_a_callback_that_raises_is_reported_and_ends_the_child(anyio_backe
 
 @pytest.mark.parametrize("kind", ["program", "program without pidfd", "AnyIO process"])
 @pytest.mark.parametrize("caught", [False, True])
-async def test_an_exit_in_connection_made_leaves_through_the_group(
+async def test_system_exit_in_connection_made_propagates(
     anyio_backend: Any, kind: str, caught: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "program without pidfd":
@@ -1664,7 +1666,7 @@ async def test_the_callbacks_share_the_context_of_the_factory(anyio_backend: Any
 
 
 async def test_a_pipe_that_was_given_another_protocol(anyio_backend: Any) -> None:
-    """The child's protocol hears no more of that pipe, and of all else as ever; asyncio's never hears of the end."""
+    """The child's protocol gets no more callbacks of that pipe, but all others; asyncio's never gets the end."""
     with anyio.fail_after(GUARD):
         async with TransportGroup() as group:
             child, other = Child(), Recorder()
@@ -1749,13 +1751,13 @@ async def main():
 """
 
 
-async def test_pipes_that_have_the_numbers_of_standard_streams_are_closed(anyio_backend: Any) -> None:
+async def test_pipes_with_fds_0_to_2_are_closed_in_the_child(anyio_backend: Any) -> None:
     """In a process whose standard streams are closed; `cat` would never see its end of file."""
     result = await run_main(LOW_NUMBERS, anyio_backend, check=False)
     assert result.stderr == b"1through closed"
 
 
-async def test_a_telling_repr(anyio_backend: Any) -> None:
+async def test_repr_of_a_subprocess_transport(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         transport, child = await group.subprocess_exec(Child, "cat")
         assert f"pid={transport.get_pid()} running" in repr(transport)
@@ -1782,7 +1784,7 @@ async def test_an_anyio_process(anyio_backend: Any) -> None:
         assert transport.get_returncode() == 0
 
 
-async def test_an_anyio_process_that_a_transport_uses_already(anyio_backend: Any) -> None:
+async def test_an_anyio_process_in_use_by_another_transport(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         process = await anyio.open_process(["cat"])
         transport, child = await group.connect_process(Child, process)
@@ -1799,7 +1801,7 @@ async def test_an_anyio_process_that_a_transport_uses_already(anyio_backend: Any
         assert second.calls == []
 
 
-async def test_an_anyio_process_one_of_whose_pipes_is_used_already(anyio_backend: Any) -> None:
+async def test_an_anyio_process_with_a_pipe_in_use(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         process = await anyio.open_process(["cat"])
         _, reader = await group.connect_stream(Recorder, process.stdout)
@@ -1836,7 +1838,7 @@ async def test_an_anyio_process_is_signalled_and_closed(anyio_backend: Any) -> N
 
 
 @pytest.mark.parametrize("number", [0, signal.SIGRTMIN + 1])
-async def test_any_signal_for_an_anyio_process(anyio_backend: Any, number: int) -> None:
+async def test_every_signal_reaches_an_anyio_process(anyio_backend: Any, number: int) -> None:
     async with TransportGroup() as group:
         transport, child = await group.connect_process(Child, await anyio.open_process(["cat"]))
         transport.send_signal(number)
@@ -1848,7 +1850,7 @@ async def test_any_signal_for_an_anyio_process(anyio_backend: Any, number: int) 
 
 @contextlib.asynccontextmanager
 async def about_to_exit(status: int) -> AsyncIterator[tuple[anyio.abc.Process, Callable[[], None]]]:
-    """A process of AnyIO's, and a function that returns when it has ended: the backend has no turn meanwhile."""
+    """Yield an AnyIO process, and a function that blocks until it has ended: the backend does not run in between."""
     read, write = os.pipe()
 
     def end() -> None:
@@ -1865,7 +1867,7 @@ async def about_to_exit(status: int) -> AsyncIterator[tuple[anyio.abc.Process, C
         os.close(write)
 
 
-async def test_an_anyio_process_whose_end_nobody_has_noticed(anyio_backend: Any) -> None:
+async def test_an_anyio_process_with_an_unnoticed_exit(anyio_backend: Any) -> None:
     child = Child()
     with pytest.raises(BaseException) as caught:
         async with about_to_exit(3) as (process, end), TransportGroup() as group:
@@ -1876,15 +1878,15 @@ async def test_an_anyio_process_whose_end_nobody_has_noticed(anyio_backend: Any)
             raise LookupError
     assert [type(leaf) for leaf in leaves(caught.value)] == [LookupError]
     assert child.names()[-1] == "connection_lost"
-    # Where such a thread has reaped it, nobody can know before asyncio has its turn.
+    # If such a thread has reaped it, the status is unknown until asyncio runs.
     assert transport.get_returncode() in ({3} if sys.version_info >= (3, 12) else {3, 255})
     assert gone(process.pid)
 
 
 # uvloop keeps what it has of such a process until its loop is closed, and warns of it then.
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
-async def test_an_anyio_process_that_somebody_else_has_reaped(anyio_backend: Any) -> None:
-    """uvloop never hears of its end then: to leave the group must not wait for that."""
+async def test_an_anyio_process_reaped_by_other_code(anyio_backend: Any) -> None:
+    """uvloop then never notices its end: leaving the group must not wait for that."""
     child = Child()
     with pytest.raises(BaseException) as caught, anyio.fail_after(GUARD):
         async with about_to_exit(3) as (process, end), TransportGroup() as group:
@@ -1900,7 +1902,7 @@ async def test_an_anyio_process_that_somebody_else_has_reaped(anyio_backend: Any
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="asyncio has no such thread")
-async def test_an_anyio_process_that_a_thread_of_asyncios_has_reaped(anyio_backend: Any) -> None:
+async def test_an_anyio_process_reaped_by_asyncios_thread(anyio_backend: Any) -> None:
     if anyio_backend != ("asyncio", {"use_uvloop": False}):
         pytest.skip("only asyncio has such a thread")
     async with about_to_exit(3) as (process, end), TransportGroup() as group:
@@ -1909,7 +1911,7 @@ async def test_an_anyio_process_that_a_thread_of_asyncios_has_reaped(anyio_backe
         with pytest.raises(ChildProcessError):
             while True:
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # noqa: ASYNC222
-                time.sleep(0.001)  # noqa: ASYNC251  # asyncio is not to have a turn
+                time.sleep(0.001)  # noqa: ASYNC251  # asyncio must not run
         with pytest.raises(ProcessLookupError):
             transport.send_signal(signal.SIGTERM)
         transport.close()
@@ -1920,7 +1922,7 @@ async def test_an_anyio_process_that_a_thread_of_asyncios_has_reaped(anyio_backe
 @pytest.mark.skipif(ANYIO < (4, 15), reason="AnyIO of before 4.15 leaves them to the garbage collector on asyncio")
 @pytest.mark.parametrize("how", ["normally", "cancellation"])
 async def test_a_grandchild_that_keeps_the_outputs_of_an_anyio_process(anyio_backend: Any, how: str) -> None:
-    """Their end of file never comes: the descriptors are closed by the end of the block all the same."""
+    """Their end of file never comes: the file descriptors are closed at the end of the block all the same."""
     descriptors = own_descriptors()
     with anyio.CancelScope() as scope:
         async with TransportGroup() as group:
@@ -1940,7 +1942,7 @@ async def test_a_grandchild_that_keeps_the_outputs_of_an_anyio_process(anyio_bac
         os.kill(int(child.output[1]), signal.SIGKILL)
 
 
-#: Writes much to one of its outputs, whether anybody reads it or not, and then says so on the other.
+#: Write much to one output, with or without a reader, and then report on the other.
 WRITES_ON = """
 import os, sys
 fd = int(sys.argv[1])
@@ -1978,7 +1980,7 @@ async def test_a2_a_child_does_not_block_on_an_output_that_is_closed(
         transport.get_pipe_transport(0).write_eof()
         await child.end()
         assert transport.get_returncode() == 7
-        assert len(child.output[fd]) == received  # nothing is told after `close`
+        assert len(child.output[fd]) == received  # no callback after `close`
         assert contexts == []
     assert own_descriptors() == descriptors
 
@@ -2011,7 +2013,7 @@ async def test_a2_writing_to_a_closed_output(anyio_backend: Any) -> None:
 @pytest.mark.skipif(ANYIO < (4, 15), reason="AnyIO of before 4.15 leaves them to the garbage collector on asyncio")
 @pytest.mark.parametrize("how", ["normally", "cancellation"])
 async def test_a2_a_grandchild_that_keeps_a_closed_output(anyio_backend: Any, how: str) -> None:
-    """What is discarded has no end: the end of the child is enough."""
+    """The discarded output has no end: the end of the child is enough."""
     descriptors = own_descriptors()
     with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
         async with TransportGroup() as group:

@@ -153,7 +153,7 @@ async def test_a_protocol_that_takes_over(stack: Stack) -> None:
         _ = before.exception
 
 
-async def test_waiting_for_what_cannot_come_any_more(stack: Stack) -> None:
+async def test_waiting_after_connection_lost_raises(stack: Stack) -> None:
     async with stack.open() as group:
         with listening() as listener:
             transport, recorder = await group.create_connection(Recorder, *listener.getsockname())
@@ -164,7 +164,7 @@ async def test_waiting_for_what_cannot_come_any_more(stack: Stack) -> None:
 
 
 async def test_callbacks_that_are_left_out_do_nothing(stack: Stack) -> None:
-    """Of the abstract classes none has to be implemented but a `BufferedProtocol`'s `get_buffer`."""
+    """Every callback is optional except a `BufferedProtocol`'s `get_buffer`."""
 
     class Buffered(asyncio.BufferedProtocol):
         def get_buffer(self, sizehint: int) -> bytearray:
@@ -203,7 +203,7 @@ async def test_callbacks_that_are_left_out_do_nothing(stack: Stack) -> None:
             process.get_pipe_transport(0).write(b"x")
             process.get_pipe_transport(0).write_eof()
             await child.wait_for("connection_lost")
-            process.close()  # For asyncio, which complains of it otherwise.
+            process.close()  # asyncio warns about it otherwise.
             assert child.received == {1: b"x"}
             assert child.count("pipe_connection_lost") == 3
             assert child.count("process_exited") == 1
@@ -267,7 +267,7 @@ def test_an_illegal_order_is_a_violation(kind: Any, calls: list[tuple[Any, ...]]
         ),
     ],
 )
-def test_a_legal_order_is_none(kind: Any, calls: list[tuple[Any, ...]]) -> None:
+def test_a_legal_order_is_no_violation(kind: Any, calls: list[tuple[Any, ...]]) -> None:
     recorder = kind()
     for name, *args in calls:
         getattr(recorder, name)(*args)
@@ -331,7 +331,7 @@ async def test_everything_arrives_in_chunks_of_the_size(
     other.check()
 
 
-async def test_back_pressure_begins_behind_the_buffer(anyio_backend: Any) -> None:
+async def test_back_pressure_begins_after_the_buffer(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         (a, one), (b, other) = await memory_connection(group, Recorder, Recorder, buffer_size=1000)
         b.pause_reading()
@@ -365,7 +365,7 @@ async def test_each_end_closes_its_direction(anyio_backend: Any) -> None:
     other.check()
 
 
-async def test_an_end_that_leaves_something_unread_resets_the_other(anyio_backend: Any) -> None:
+async def test_closing_with_unread_data_resets_the_other_end(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         (a, one), (b, other) = await memory_connection(group, Recorder, Recorder)
         b.pause_reading()
@@ -426,7 +426,7 @@ async def test_a_group_ends_only_when_everything_is_flushed(anyio_backend: Any) 
 
 
 @pytest.mark.parametrize("who", ["a", "b"])
-async def test_a_factory_that_raises_makes_no_connection(anyio_backend: Any, who: str) -> None:
+async def test_a_raising_factory_makes_no_connection(anyio_backend: Any, who: str) -> None:
     made: list[Recorder] = []
 
     def good() -> Recorder:
@@ -454,7 +454,7 @@ async def test_a_callback_that_interrupts_ends_both(anyio_backend: Any) -> None:
         recorders.append(Recorder(*protocol))
         return recorders[-1]
 
-    with pytest.raises(BaseException) as caught:  # alone or in a group: the backend's habit
+    with pytest.raises(BaseException) as caught:  # alone or in a group, depending on the backend
         async with TransportGroup() as group:
             await memory_connection(group, lambda: factory(Interrupting()), factory)
     assert [type(leaf) for leaf in leaves(caught.value)] == [KeyboardInterrupt]
@@ -472,7 +472,7 @@ async def test_a_callback_that_interrupts_ends_both(anyio_backend: Any) -> None:
         ({"buffer_size": None}, TypeError),
     ],
 )
-async def test_sizes_that_are_none(anyio_backend: Any, bad: dict[str, Any], error: type[Exception]) -> None:
+async def test_invalid_sizes(anyio_backend: Any, bad: dict[str, Any], error: type[Exception]) -> None:
     async with TransportGroup() as group:
         with pytest.raises(error, match=r"at least 1|a number of bytes"):
             await memory_connection(group, Recorder, Recorder, **bad)
@@ -488,8 +488,8 @@ async def test_a_group_that_is_not_open(anyio_backend: Any) -> None:
         await memory_connection(group, Recorder, Recorder)
 
 
-async def test_a_busy_connection_leaves_the_others_their_turn(anyio_backend: Any) -> None:
-    """Two ends that write to each other without end in memory starve neither the tasks nor the timers."""
+async def test_a_busy_connection_does_not_starve_tasks_and_timers(anyio_backend: Any) -> None:
+    """Two ends that write to each other without end in memory do not starve tasks or timers."""
 
     class Endless(asyncio.Protocol):
         transport: Any

@@ -211,7 +211,7 @@ async def test_a_buffer_whose_items_are_not_bytes(
     async with stack.open() as group, tls_client(group, certificates, protocol) as (transport, _, peer):
         expected = b""
         for lengths in ((1, 2, 3), (1, RECORD), (size // 8, 1, size // 4), (size, 1), (3 * size, 7, 5)):
-            # All of it arrives together, so that one call finds many records and goes on behind the first.
+            # All of it arrives together, so that one call finds many records and goes on after the first.
             transport.pause_reading()
             for length in lengths:
                 expected += (data := pattern(length))
@@ -275,8 +275,8 @@ async def test_full_duplex_with_small_buffers(stack: Stack, certificates: Certif
     with certificates.files() as files:
         async with stack.open() as group:
             serving = await serve(group, certificates.server())
-            # Before there is a connection: made smaller afterwards, a buffer has no room for what the system has
-            # invited already, drops it, and every packet has to be sent again after 0.2 s.
+            # Before there is a connection: a buffer that is made smaller later drops data that the peer was allowed to
+            # send, and every packet has to be sent again after 0.2 s.
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 serving.server.sockets[0].setsockopt(socket.SOL_SOCKET, option, 8192)
             async with tls_peer_process("exchange", serving.port, files["ca"], NAME, size, version) as peer:
@@ -295,7 +295,7 @@ async def test_full_duplex_with_small_buffers(stack: Stack, certificates: Certif
 
 
 @pytest.mark.ours_only("asyncio pauses at the high mark already, plain transports above it")
-async def test_t12_one_rule_for_all_watermarks(stack: Stack, certificates: Certificates) -> None:
+async def test_t12_watermarks_count_as_over_tcp(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, peer):
         written = fill(transport)
         size = transport.get_write_buffer_size()
@@ -317,7 +317,7 @@ async def test_t12_one_rule_for_all_watermarks(stack: Stack, certificates: Certi
 
 @pytest.mark.ours_only("asyncio counts differently what its two transports hold")
 async def test_nothing_is_buffered_once_everything_is_sent(stack: Stack, certificates: Certificates) -> None:
-    # With the marks at zero a protocol learns when the operating system has taken the last byte, ciphertext included.
+    # With watermarks of zero a protocol knows when the system has taken the last byte, ciphertext included.
     async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, peer):
         transport.set_write_buffer_limits(0)
         data = bytes(5_000_000)
@@ -331,7 +331,7 @@ async def test_nothing_is_buffered_once_everything_is_sent(stack: Stack, certifi
         await protocol.wait_for("connection_lost")
 
 
-async def test_callbacks_see_the_variables_of_whoever_made_the_server(stack: Stack, certificates: Certificates) -> None:
+async def test_callbacks_run_in_the_context_of_create_server(stack: Stack, certificates: Certificates) -> None:
     variable.set("server")
     seen: list[str] = []
     protocol = Recorder(
@@ -350,8 +350,8 @@ async def test_callbacks_see_the_variables_of_whoever_made_the_server(stack: Sta
     assert seen == ["server", "server"]
 
 
-async def test_sslobject_that_writes_only_a_part(stack: Stack, certificates: Certificates) -> None:
-    # What a context's own `sslobject_class` returns counts, as for any `write`.
+async def test_sslobject_with_partial_writes(stack: Stack, certificates: Certificates) -> None:
+    # The return value of a context's own `sslobject_class` counts, as for any `write`.
     class Partial(ssl.SSLObject):
         def write(self, data: Any) -> int:
             return super().write(bytes(data)[:10_000])
@@ -369,7 +369,7 @@ async def test_sslobject_that_writes_only_a_part(stack: Stack, certificates: Cer
 
 
 class KeyUpdates:
-    """A client that has its keys updated at will, for which Python has no call.
+    """A client that can update its keys at any time, for which Python has no call.
 
     Python's own makes the handshake and reads; what is sent after that is encrypted here (RFC 8446, sections 5.2, 7.1
     and 7.2).
@@ -422,9 +422,9 @@ class KeyUpdates:
         return announcement
 
     async def send_unread(self, data: memoryview) -> memoryview:
-        """Send and read nothing, as long as anything is taken; return the rest."""
+        """Send without reading until the buffers are full; return the rest."""
         while data:
-            with anyio.move_on_after(0.3):  # Whoever takes anything takes it in no time.
+            with anyio.move_on_after(0.3):  # A peer that reads does so at once.
                 await anyio.wait_writable(self.peer.socket)
                 data = data[self.peer.socket.send(data) :]
                 continue
@@ -448,7 +448,7 @@ class KeyUpdates:
 async def test_answers_to_key_updates_do_not_pile_up(
     stack: Stack, certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The smaller limit spares the test to fill the real one, and what the system buffers.
+    # The smaller limit saves filling the real one and the system's buffers.
     monkeypatch.setattr("transports_anyio._channels._tls_engine.ANSWERS_LIMIT", 4096)
 
     def answer(protocol: Recorder, _: bytes) -> None:
@@ -477,7 +477,7 @@ async def test_answers_to_key_updates_do_not_pile_up(
 
 @pytest.mark.exhaustive
 @pytest.mark.ours_only("asyncio keeps the answers without end")
-async def test_answers_to_key_updates_do_not_pile_up_during_the_farewell(
+async def test_answers_to_key_updates_do_not_pile_up_during_the_shutdown(
     stack: Stack, certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transports_anyio._channels._tls_engine.ANSWERS_LIMIT", 4096)
@@ -501,8 +501,8 @@ async def test_answers_to_key_updates_do_not_pile_up_during_the_farewell(
         serving.server.close()
 
 
-def test_what_is_written_never_stops_reading() -> None:
-    # Or two ends that both write and do not read before the other has read would wait for each other for ever.
+def test_written_data_never_stops_reading() -> None:
+    # Otherwise two ends that both write before they read would wait for each other without end.
     from transports_anyio._channels import _tls_engine
 
     records = -(-_tls_engine.ENCRYPT_SIZE // RECORD) + 1
@@ -548,7 +548,7 @@ async def test_socket_accepted_elsewhere(stack: Stack, certificates: Certificate
 
 @pytest.mark.parametrize("count", [None, 300_001])
 async def test_f1_f2_sendfile(stack: Stack, certificates: Certificates, tmp_path: Path, count: int | None) -> None:
-    # Through the fall-back: from the offset given, exactly so many bytes.
+    # Through the fall-back: exactly `count` bytes from the given offset.
     data = pattern(1_000_000)
     path = tmp_path / "file"
     path.write_bytes(data)
@@ -602,7 +602,7 @@ async def test_t10_extra_info_after_two_closes(stack: Stack, certificates: Certi
 
 
 @pytest.mark.ours_only("asyncio has them over TLS, and on no page")
-async def test_no_methods_that_no_page_has(stack: Stack, certificates: Certificates) -> None:
+async def test_a_tls_transport_has_only_documented_methods(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
         for name in ("get_read_buffer_size", "get_read_buffer_limits", "set_read_buffer_limits"):
             assert not hasattr(transport, name)
@@ -611,7 +611,7 @@ async def test_no_methods_that_no_page_has(stack: Stack, certificates: Certifica
 
 
 @pytest.mark.ours_only("asyncio does not count them")
-async def test_the_time_out_of_the_handshake_ends_with_it(stack: Stack, certificates: Certificates) -> None:
+async def test_the_handshake_time_out_ends_with_the_handshake(stack: Stack, certificates: Certificates) -> None:
     """Or else it would end the connection later on."""
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, _):
         assert group.statistics().pending_timers == 0
@@ -633,7 +633,7 @@ async def test_no_write_eof(stack: Stack, certificates: Certificates) -> None:
 # -- the end ----------------------------------------------------------------------------------------------
 
 
-async def test_close_says_close_notify_and_waits_for_the_peers(
+async def test_close_sends_close_notify_and_waits_for_the_peers(
     stack: Stack, certificates: Certificates, version: str
 ) -> None:
     async with stack.open() as group:
@@ -648,7 +648,7 @@ async def test_close_says_close_notify_and_waits_for_the_peers(
             await peer.say_goodbye()
             await protocol.wait_for("connection_lost")
             assert await peer.receive_raw() == b""
-        # asyncio too tells of the end of file here.
+        # asyncio calls `eof_received` here too.
         assert protocol.names == ["connection_made", "eof_received", "connection_lost"]
         assert protocol.lost_with is None
 
@@ -723,9 +723,7 @@ async def test_true_value_from_eof_received_still_closes(stack: Stack, certifica
 
 @pytest.mark.ours_only("asyncio warns whatever the callback has done")
 @pytest.mark.parametrize("end", ["close", "abort"])
-async def test_a_true_answer_of_eof_received_that_has_ended_the_transport(
-    stack: Stack, certificates: Certificates, end: str
-) -> None:
+async def test_eof_received_that_aborts_and_returns_true(stack: Stack, certificates: Certificates, end: str) -> None:
     def eof_received(protocol: Any) -> bool:
         getattr(protocol.transport, end)()
         return True
@@ -748,7 +746,7 @@ async def test_what_is_written_in_eof_received_is_sent(stack: Stack, certificate
         await protocol.wait_for("connection_lost")
 
 
-async def test_abort_says_nothing(stack: Stack, certificates: Certificates) -> None:
+async def test_abort_sends_no_close_notify(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, peer):
         fill(transport)
         transport.abort()
@@ -759,7 +757,7 @@ async def test_abort_says_nothing(stack: Stack, certificates: Certificates) -> N
             await peer.receive_all()
 
 
-async def test_abort_during_the_farewell(stack: Stack, certificates: Certificates) -> None:
+async def test_abort_during_the_shutdown(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
         transport.close()
         assert await peer.receive() == b""
@@ -770,7 +768,7 @@ async def test_abort_during_the_farewell(stack: Stack, certificates: Certificate
         assert protocol.lost_with is None
 
 
-async def test_abort_when_the_peers_farewell_has_come(stack: Stack, certificates: Certificates) -> None:
+async def test_abort_after_the_peers_close_notify(stack: Stack, certificates: Certificates) -> None:
     # Both become readable at once, and the callback of the first aborts the second.
     def abort(_: Recorder, data: bytes) -> None:
         if data == b"now":
@@ -807,7 +805,7 @@ async def test_t8_peer_that_never_answers_close_notify(stack: Stack, certificate
             assert await peer.receive() == b""
 
 
-async def test_peer_that_just_leaves_after_our_close(stack: Stack, certificates: Certificates) -> None:
+async def test_peer_that_disconnects_after_our_close_notify(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
         contexts = collect_contexts(group)
         transport.close()
@@ -819,7 +817,7 @@ async def test_peer_that_just_leaves_after_our_close(stack: Stack, certificates:
         assert contexts == []
 
 
-async def test_writing_during_the_farewell(stack: Stack, certificates: Certificates) -> None:
+async def test_writing_during_the_shutdown(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
         transport.close()
         transport.write(b"too late")
@@ -884,7 +882,7 @@ async def test_r3_close_in_the_middle_of_an_endless_download(stack: Stack, certi
 
 
 @pytest.mark.parametrize("unread", [False, True], ids=["nothing unread", "unread data"])
-async def test_t9_cut_without_close_notify(
+async def test_t9_eof_without_close_notify(
     stack: Stack, certificates: Certificates, version: str, unread: bool
 ) -> None:
     async with stack.open() as group, tls_client(group, certificates, version=version) as (transport, protocol, peer):
@@ -902,8 +900,8 @@ async def test_t9_cut_without_close_notify(
             assert transport.get_extra_info("close_notify") is False
 
 
-async def test_t9_gone_without_close_notify_over_a_unix_socket(stack: Stack, certificates: Certificates) -> None:
-    """Our own farewell is then a broken pipe at once, where TCP takes it first; neither is an error."""
+async def test_t9_eof_without_close_notify_over_a_unix_socket(stack: Stack, certificates: Certificates) -> None:
+    """Our own `close_notify` then fails with EPIPE at once, while TCP accepts it first; neither is an error."""
     ours, theirs = socket.socketpair()
     async with stack.open() as group:
         (_, protocol), peer = await together(
@@ -929,10 +927,10 @@ async def test_an_end_of_file_without_close_notify_is_answered(stack: Stack, cer
 
 
 @pytest.mark.parametrize("size", [5, 100_000])
-async def test_client_that_speaks_and_leaves_at_once(
+async def test_client_that_sends_and_disconnects_at_once(
     stack: Stack, certificates: Certificates, recorder: type[Any], size: int
 ) -> None:
-    """It is through with the handshake before the server's session tickets are on their way, which then fails."""
+    """It has finished the handshake before the server sends its session tickets, which then fails."""
     legal(stack, recorder)
     data = pattern(size)
     ours, theirs = socket.socketpair()
@@ -963,13 +961,13 @@ async def test_client_that_speaks_and_leaves_at_once(
         await protocol.wait_for("connection_lost")
         assert protocol.received == data
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-        if not stack.is_oracle:  # asyncio's has the broken pipe, which is no news after `close_notify`.
+        if not stack.is_oracle:  # asyncio reports the broken pipe, which does not matter after `close_notify`.
             assert protocol.lost_with is None
             assert protocol.transport.get_extra_info("close_notify") is True
 
 
 @pytest.mark.ours_only("asyncio has no way to tell")
-async def test_t9_a_way_to_tell_an_orderly_end(stack: Stack, certificates: Certificates) -> None:
+async def test_t9_truncation_can_be_detected(stack: Stack, certificates: Certificates) -> None:
     seen: list[object] = []
     protocol = Recorder(
         on_connection_made=lambda _, transport: seen.append(transport.get_extra_info("close_notify")),
@@ -999,7 +997,7 @@ async def test_damaged_record(stack: Stack, certificates: Certificates) -> None:
         socket.socket.send(peer.socket, b"\x17\x03\x03\x00\x20" + bytes(32))
         await protocol.wait_for("connection_lost")
         assert isinstance(protocol.lost_with, ssl.SSLError)
-        if not stack.is_oracle:  # asyncio's keeps the alert to itself
+        if not stack.is_oracle:  # asyncio does not report the alert
             with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):
                 await peer.receive()
 
@@ -1007,7 +1005,7 @@ async def test_damaged_record(stack: Stack, certificates: Certificates) -> None:
 @pytest.mark.ours_only("asyncio loses the data")
 async def test_data_before_a_damaged_record(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
-        transport.pause_reading()  # It is to be received together.
+        transport.pause_reading()  # Both must be received together.
         await peer.send(b"good")
         socket.socket.send(peer.socket, b"\x17\x03\x03\x00\x20" + bytes(32))
         transport.resume_reading()
@@ -1017,7 +1015,7 @@ async def test_data_before_a_damaged_record(stack: Stack, certificates: Certific
 
 
 async def is_dropped(connecting: Awaitable[TLSPeer]) -> bool:
-    """Whether the other end goes without a farewell, during or after what is the handshake for the peer."""
+    """The other end disconnects without `close_notify`, during or after the peer's handshake."""
     with pytest.raises(DROPPED):
         with await connecting as peer:
             await peer.receive_all()
@@ -1025,7 +1023,7 @@ async def is_dropped(connecting: Awaitable[TLSPeer]) -> bool:
 
 
 class FailingObject(ssl.SSLObject):
-    """One that fails in its own way as soon as there is something to read."""
+    """An `SSLObject` that fails with its own error as soon as there is something to read."""
 
     def read(self, *arguments: Any) -> Any:
         super().read(*arguments)
@@ -1045,7 +1043,7 @@ async def test_sslobject_that_fails_to_read(stack: Stack, certificates: Certific
             with pytest.raises(DROPPED):
                 await peer.receive_all()
         assert peers_contexts(contexts) == [protocol.lost_with]
-        if not stack.is_oracle:  # asyncio tells of its own inside.
+        if not stack.is_oracle:  # asyncio reports its own internals.
             assert contexts[0]["message"] == "Fatal read error on stream transport"
             assert contexts[0]["transport"] is transport
             assert contexts[0]["protocol"] is protocol
@@ -1057,7 +1055,7 @@ async def test_sslobject_that_fails_to_read(stack: Stack, certificates: Certific
 
 
 @pytest.mark.ours_only("asyncio's ends with SSLError: application data after close notify")
-async def test_sslobject_that_fails_to_read_the_farewell(stack: Stack, certificates: Certificates) -> None:
+async def test_sslobject_that_fails_to_read_during_the_shutdown(stack: Stack, certificates: Certificates) -> None:
     context = certificates.client()
     context.sslobject_class = FailingObject
     async with stack.open() as group:
@@ -1104,7 +1102,7 @@ async def test_leaving_the_group_in_order(stack: Stack, certificates: Certificat
 
 
 @pytest.mark.ours_only("asyncio has no group")
-async def test_cancelling_the_group_during_a_farewell(stack: Stack, certificates: Certificates) -> None:
+async def test_cancelling_the_group_during_a_shutdown(stack: Stack, certificates: Certificates) -> None:
     scope = anyio.CancelScope()
 
     async def drive(peer: TLSPeer, protocol: Recorder) -> None:
@@ -1126,7 +1124,7 @@ async def test_cancelling_the_group_during_a_farewell(stack: Stack, certificates
 
 
 async def connect_to(group: Any, address: Any, **options: Any) -> BaseException:
-    """Connect and return the error that this gives."""
+    """Connect and return the error."""
     options.setdefault("server_hostname", NAME)
     with anyio.fail_after(GUARD):
         try:
@@ -1197,7 +1195,7 @@ def speak_http(sock: socket.socket) -> None:
     ],
     ids=["closes", "reads four bytes and closes", "reads and closes", "resets", "answers by half", "speaks HTTP"],
 )
-async def test_t4_peer_that_leaves_in_mid_handshake(
+async def test_t4_peer_that_disconnects_in_mid_handshake(
     stack: Stack, certificates: Certificates, answer: Any, expected: type[Exception]
 ) -> None:
     async with stack.open() as group:
@@ -1291,7 +1289,7 @@ def count_of_openssls_objects() -> int:
 @pytest.mark.exhaustive
 @pytest.mark.ours_only("about our own objects")
 async def test_t6_failed_handshakes_keep_no_memory(stack: Stack, certificates: Certificates) -> None:
-    # Counted without the collector's help: a cycle for each failure would grow until it runs.
+    # Counted without the garbage collector: a cycle for each failure would pile up until it runs.
     context = certificates.client()
     server = certificates.server()
     async with stack.open() as group:
@@ -1331,7 +1329,7 @@ async def test_certificate_that_is_refused(stack: Stack, certificates: Certifica
         assert error.reason == "CERTIFICATE_VERIFY_FAILED"
         assert error.verify_code == (62 if what == "name" else 20)
         if not stack.is_oracle:
-            # asyncio's client keeps the alert to itself, and its server reports to nobody but in debug mode.
+            # asyncio's client does not report the alert, and its server does so only in debug mode.
             await until(lambda: contexts)
             (context_,) = contexts
             assert "ALERT" in str(context_["exception"])
@@ -1341,7 +1339,7 @@ async def test_certificate_that_is_refused(stack: Stack, certificates: Certifica
 
 
 async def echoes(group: Any, serving: Any, certificates: Certificates) -> bool:
-    """Whether a new client of the server gets an answer."""
+    """Return whether a new client of the server gets an answer."""
     with anyio.fail_after(GUARD):
         peer = await TLSPeer.connect_to(serving.address, certificates.client())
     with peer:
@@ -1374,7 +1372,7 @@ async def test_server_survives_a_failing_handshake(stack: Stack, certificates: C
                 peer.reset()
             elif kind == "slow":
                 assert await peer.gone()
-        if not stack.is_oracle:  # asyncio reports to nobody but in debug mode.
+        if not stack.is_oracle:  # asyncio reports it only in debug mode.
             await until(lambda: contexts)
             expected = {"garbage": ssl.SSLError, "slow": ConnectionAbortedError}.get(kind, ConnectionResetError)
             assert [type(context["exception"]) for context in contexts] == [expected]
@@ -1616,7 +1614,7 @@ async def test_timeouts_that_are_not_positive(
 
 
 @pytest.mark.ours_only("asyncio refuses it since Python 3.14, once it has connected")
-async def test_context_that_is_to_check_a_name_and_has_none(stack: Stack, certificates: Certificates) -> None:
+async def test_check_hostname_without_a_name(stack: Stack, certificates: Certificates) -> None:
     context = certificates.client()
     ours, theirs = socket.socketpair()
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
@@ -1631,14 +1629,14 @@ async def test_context_that_is_to_check_a_name_and_has_none(stack: Stack, certif
                     await call()
             listener.setblocking(False)
             with pytest.raises(BlockingIOError):
-                listener.accept()  # Nobody has come.
+                listener.accept()  # No client has connected.
         transport.write(b"in the clear")
         assert await peer.receive_exactly(12) == b"in the clear"
         transport.abort()
 
 
-@pytest.mark.ours_only("asyncio fails in a callback, and the client waits for ever")
-async def test_timeouts_of_another_kind_of_number(stack: Stack, certificates: Certificates) -> None:
+@pytest.mark.ours_only("asyncio fails in a callback, and the client never ends")
+async def test_timeouts_of_other_number_types(stack: Stack, certificates: Certificates) -> None:
     timeouts: Any = {"ssl_handshake_timeout": Decimal(60), "ssl_shutdown_timeout": Decimal(30)}
     async with stack.open() as group:
         serving = await serve(group, certificates.server(), **timeouts)
@@ -1654,8 +1652,8 @@ async def test_timeouts_of_another_kind_of_number(stack: Stack, certificates: Ce
 
 
 @pytest.mark.ours_only("asyncio leaks the socket")
-async def test_context_of_another_kind(stack: Stack, certificates: Certificates) -> None:
-    # It must not pass for `True`: whoever gave it wanted something else than the default.
+async def test_ssl_of_a_wrong_type(stack: Stack, certificates: Certificates) -> None:
+    # It must not count as `True`: the caller wanted something else than the default.
     async with stack.open() as group:
         serving = await serve(group, certificates.server())
         with pytest.raises(AttributeError):
@@ -1701,7 +1699,7 @@ async def test_shutdown_timeout_of_a_server(stack: Stack, certificates: Certific
 
 
 def test_default_timeouts(certificates: Certificates) -> None:
-    """A minute for the handshake, half of one for the farewell; on a clock that the test moves."""
+    """One minute for the handshake and half a minute for the shutdown, on a clock that the test moves."""
     trio = pytest.importorskip("trio")
     clock = pytest.importorskip("trio.testing").MockClock()
     errors: list[Exception] = []
@@ -1736,10 +1734,10 @@ def test_default_timeouts(certificates: Certificates) -> None:
                 assert isinstance(protocol.lost_with, TimeoutError)
                 assert "30" in str(protocol.lost_with)
 
-    trio.run(main, clock=clock)  # AnyIO 4.10 keeps the clock to itself.
+    trio.run(main, clock=clock)  # AnyIO 4.10 does not export the clock.
 
 
-# -- what contexts can do ---------------------------------------------------------------------------------
+# -- features of contexts ---------------------------------------------------------------------------------
 
 
 async def test_server_name_indication(stack: Stack, certificates: Certificates) -> None:
@@ -1772,7 +1770,7 @@ async def test_server_name_indication(stack: Stack, certificates: Certificates) 
 async def test_server_name_callback_is_called_as_a_callback(
     stack: Stack, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # In the context of whoever made the server; what it raises or refuses ends that handshake alone.
+    # It runs in the context of `create_server`; if it raises or refuses, only that handshake ends.
     seen: list[Any] = []
     unraisable: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda args: unraisable.append(args.exc_type))
@@ -1796,7 +1794,7 @@ async def test_server_name_callback_is_called_as_a_callback(
                 await TLSPeer.connect_to(serving.address, certificates.client(), name)
         assert await echoes(group, serving, certificates)
         assert seen == [(name, "server", True) for name in ("raises.example", "unknown.example", NAME)]
-        assert unraisable == [ZeroDivisionError]  # Python's `ssl` passes it on to nobody.
+        assert unraisable == [ZeroDivisionError]  # Python's `ssl` does not pass it on.
         if not stack.is_oracle:
             assert ["CALLBACK_FAILED" in str(error) for error in peers_contexts(contexts)] == [True, True]
         serving.server.close()
@@ -1864,7 +1862,7 @@ async def test_client_certificates(
         if required and not given:  # asyncio's server keeps the alert to itself.
             if version == "1.2":
                 error = await connect_to(group, serving.address, ssl=theirs)
-            else:  # In TLS 1.3 the client is through before the server has looked at its certificate.
+            else:  # In TLS 1.3 the client finishes before the server has checked its certificate.
                 await group.create_connection(lambda: client, *serving.address, ssl=theirs, server_hostname=NAME)
                 await client.wait_for("connection_lost")
                 error = client.lost_with
@@ -1945,7 +1943,7 @@ async def test_session_resumption_by_a_client(stack: Stack, certificates: Certif
     ],
     ids=["IPv4", "IPv6", "IDNA", "wildcard"],
 )
-async def test_names(stack: Stack, certificates: Certificates, certified: str, name: str) -> None:
+async def test_server_hostname_is_verified(stack: Stack, certificates: Certificates, certified: str, name: str) -> None:
     host = name if name == "::1" else HOST
     if host == "::1" and not socket.has_ipv6:
         pytest.skip("no IPv6")
@@ -1972,7 +1970,7 @@ async def test_host_with_an_internationalised_name(
     stack: Stack, certificates: Certificates, certified: str, host: str, anyio_backend: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """It is resolved and verified without being given again; the second one by the system's own resolver."""
+    """It is resolved and verified without `server_hostname`; the second one by the system's own resolver."""
     async with stack.open() as group:
         serving = await serve(group, certificates.server(certified))
         client = Recorder()
@@ -1985,7 +1983,7 @@ async def test_host_with_an_internationalised_name(
         serving.server.close()
 
 
-async def test_ssl_true_trusts_the_systems_authorities(
+async def test_ssl_true_uses_the_systems_authorities(
     stack: Stack, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with stack.open() as group:
@@ -2011,7 +2009,7 @@ async def test_ssl_true_trusts_the_systems_authorities(
         serving.server.close()
 
 
-async def test_settings_of_the_context(stack: Stack, certificates: Certificates) -> None:
+async def test_settings_of_the_context_are_used(stack: Stack, certificates: Certificates) -> None:
     ours, theirs = certificates.server(), certificates.client()
     ours.maximum_version = ssl.TLSVersion.TLSv1_2
     ours.options |= ssl.OP_NO_TICKET

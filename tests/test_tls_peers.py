@@ -1,4 +1,4 @@
-"""TLS with other makes at the other end: OpenSSL's own programs, curl, Python's blocking `ssl`, asyncio."""
+"""TLS with other implementations: OpenSSL's own programs, curl, Python's blocking `ssl`, asyncio."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def test_openssl_client(stack: Stack, certificates: Certificates, version:
 
 
 def unread(transport: Any) -> int:
-    """How many bytes wait in the kernel to be received."""
+    """Return the number of bytes that wait in the kernel."""
     count = bytearray(4)
     fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.FIONREAD, count)
     return int.from_bytes(count, sys.byteorder)
@@ -78,13 +78,13 @@ def unread(transport: Any) -> int:
 async def test_key_updates_while_the_other_direction_is_blocked(
     stack: Stack, certificates: Certificates, blocked: str
 ) -> None:
-    # "k" has the client's key updated, "K" also asks for ours.
+    # "k" updates the client's key, "K" also asks for ours.
     openssl = program("openssl")
-    # More than the kernel's buffers can hold between the two.
+    # More than the kernel's buffers hold.
     data = b"".join(b"%079d\n" % number for number in range(50_000))
     if stack.is_oracle and blocked == "receiving":
         pytest.skip("asyncio's TLS goes on receiving, up to a limit of its own")
-    # While nobody answers, Nagle's algorithm makes each of the client's lines wait half a second for an ACK.
+    # Without answers, Nagle's algorithm delays each of the client's lines by half a second, until an ACK comes.
     lines = [b"line %d\n" % number for number in range(20 if blocked == "sending" else 4)]
     async with stack.open() as group:
         serving = await serve(group, certificates.server())
@@ -118,7 +118,7 @@ async def test_key_updates_while_the_other_direction_is_blocked(
                 assert data[:80] + await output.until(data[-80:]) == data
 
             if blocked == "sending":
-                # The client receives no more than it can print, and nobody takes that yet.
+                # The client receives no more than it can print, and its output is not read yet.
                 transport.write(data)
                 await talk()
                 # asyncio counts only what it has not encrypted yet.
@@ -132,7 +132,7 @@ async def test_key_updates_while_the_other_direction_is_blocked(
                 assert not protocol.received
                 transport.resume_reading()
                 await protocol.wait_received(sum(map(len, lines)))
-                # What has asked for our key is read by now: the rest goes out with a new one.
+                # The request for our key has been read by now: the rest is sent with a new key.
                 transport.write(b"with a new key\n")
                 await output.until(b"with a new key\n")
             assert protocol.received == b"".join(lines)
@@ -223,13 +223,13 @@ async def test_renegotiation_under_a_writer(stack: Stack, certificates: Certific
             await client.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio waits for ever")
+@pytest.mark.ours_only("asyncio never ends")
 @pytest.mark.parametrize("paused", [False, True], ids=["reading", "paused"])
 @pytest.mark.parametrize("over", ["socket", "stream"])
-async def test_peer_that_leaves_in_a_renegotiation_under_a_writer(
+async def test_peer_that_disconnects_in_a_renegotiation_under_a_writer(
     stack: Stack, certificates: Certificates, paused: bool, over: str
 ) -> None:
-    # What OpenSSL has to read before it can write never comes.
+    # The message that OpenSSL must read before it can write never comes.
     held_back, written = threading.Event(), threading.Event()
 
     def relay(listener: socket.socket, port: int, asked: threading.Event) -> None:

@@ -125,7 +125,7 @@ async def over_an_anyio_stream(group: Any, certificates: Certificates, protocol:
     )
 
 
-#: How a server comes to have a TLS connection; asyncio has no AnyIO streams, and no TLS in TLS to rely on.
+#: The ways in which a server gets a TLS connection; asyncio has no AnyIO streams, and no reliable TLS in TLS.
 WAYS = [over_tcp, after_start_tls]
 OUR_WAYS = [in_tls, over_an_anyio_stream]
 
@@ -183,8 +183,8 @@ async def test_t15_server_that_resets_at_once(stack: Stack, certificates: Certif
 
 
 @pytest.mark.ours_only("asyncio reports a reset while reading is paused")
-async def test_t15_closing_after_a_reset_that_only_openssl_met(stack: Stack, certificates: Certificates) -> None:
-    """What the protocol has not read yet is dropped by `close`, the error is not."""
+async def test_t15_closing_after_a_reset_that_only_openssl_saw(stack: Stack, certificates: Certificates) -> None:
+    """`close` drops unread data, but not the error."""
     protocol = Recorder(on_connection_made=lambda _, transport: transport.pause_reading())
     async with stack.open() as group:
         await over_tcp(group, certificates, protocol)
@@ -194,7 +194,7 @@ async def test_t15_closing_after_a_reset_that_only_openssl_met(stack: Stack, cer
 
 
 @pytest.mark.parametrize("says_so", [True, False])
-async def test_t15_peer_that_leaves_before_the_session_tickets(
+async def test_t15_peer_that_disconnects_before_the_session_tickets(
     stack: Stack, certificates: Certificates, says_so: bool
 ) -> None:
     """Over a UNIX socket they are a broken pipe: an error unless the peer has said `close_notify`."""

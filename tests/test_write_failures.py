@@ -27,7 +27,7 @@ from transports_anyio.testing import Recorder as PublicRecorder, memory_connecti
 
 pytestmark = pytest.mark.anyio
 
-#: Bytes of a message that there is no memory to copy.
+#: The size of a message that cannot be copied for lack of memory.
 HUGE = 400 << 20
 
 
@@ -38,7 +38,7 @@ def certificates(certificate_authority: Any) -> Certificates:
 
 @contextmanager
 def no_memory(room: int = 100 << 20) -> Iterator[None]:
-    """Let the process have `room` more bytes of address space, and no more."""
+    """Limit the process to `room` more bytes of address space."""
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("needs /proc and RLIMIT_AS")
     with open("/proc/self/statm") as file:
@@ -51,7 +51,7 @@ def no_memory(room: int = 100 << 20) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-# -- ways to be connected: each yields the transport, its protocol, and what returns all that the peer gets ------------
+# -- carriers: each yields the transport, its protocol, and a function that returns what the peer got ------------
 
 
 @asynccontextmanager
@@ -111,7 +111,7 @@ async def received_from(peer: Peer) -> bytes:
             data += more
     except OSError:  # It was reset, or ended without `close_notify`.
         pass
-    peer.close()  # Over TLS the other end waits for it.
+    peer.close()  # Over TLS the other end waits for `close_notify`.
     return bytes(data)
 
 
@@ -130,7 +130,7 @@ WRITES = pytest.mark.parametrize(
 @WAYS
 @WRITES
 @pytest.mark.ours_only("asyncio copies nothing, and keeps a buffer that its owner may change")
-async def test_w17_a_write_that_fails_half_way_ends_the_connection(
+async def test_w17_a_partly_sent_write_that_fails_ends_the_connection(
     stack: Stack, certificates: Certificates, connect: Any, write: Any
 ) -> None:
     message = bytearray(HUGE)
@@ -152,7 +152,7 @@ async def test_w17_a_write_that_fails_half_way_ends_the_connection(
 @WAYS
 @WRITES
 @pytest.mark.ours_only("asyncio copies nothing, and keeps a buffer that its owner may change")
-async def test_w17_a_write_behind_others_that_fails_leaves_them_alone(
+async def test_w17_a_failing_write_leaves_earlier_ones_alone(
     stack: Stack, certificates: Certificates, connect: Any, write: Any
 ) -> None:
     """Nothing of it was taken, and the caller knows."""
@@ -176,7 +176,7 @@ async def test_w17_a_write_behind_others_that_fails_leaves_them_alone(
 @pytest.mark.ours_only("asyncio raises it, behind a hole")
 @pytest.mark.parametrize("connect", [tcp, unix, tls, pipe])
 @WRITES
-async def test_w17_no_descriptor_can_be_watched_for_writing(
+async def test_w17_epoll_refuses_a_write_registration(
     stack: Stack, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, connect: Any, write: Any
 ) -> None:
     """ENOSPC of epoll (`max_user_watches`) for a transport that has paused reading, and so is not watched yet."""
@@ -208,7 +208,7 @@ async def test_w17_no_descriptor_can_be_watched_for_writing(
 
 
 def at_depth(depth: int, call: Callable[[], None]) -> None:
-    """Call with so many frames more on the stack."""
+    """Call with that many more frames on the stack."""
     if depth:
         at_depth(depth - 1, call)
     else:
@@ -216,7 +216,7 @@ def at_depth(depth: int, call: Callable[[], None]) -> None:
 
 
 def frames_left() -> int:
-    """How many frames fit on the stack of the caller."""
+    """Return how many more frames fit on the stack."""
 
     def count(number: int) -> int:
         try:
@@ -324,7 +324,7 @@ async def test_w17_sendto_without_memory(stack: Stack) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no epoll")
 @pytest.mark.ours_only("asyncio raises it out of sendto")
 async def test_w17_sendto_that_cannot_wait(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is an error of one datagram, which is not sent; the endpoint lives on."""
+    """Only this datagram is not sent; the endpoint lives on."""
     failure = OSError(errno.ENOSPC, "as the system would")
 
     def full(*_: object) -> None:
@@ -414,7 +414,7 @@ async def test_w17_sendfile_that_cannot_wait(stack: Stack, monkeypatch: pytest.M
 async def test_w17_an_error_of_the_connection_in_sendfile(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """The socket reports it once, here to `os.sendfile`; it is none of the file's, which is not read instead."""
+    """The socket reports it once, here to `os.sendfile`. The file did not fail, so the fall-back is not used."""
 
     def fail(*_: object) -> int:
         raise OSError(code, os.strerror(code))
@@ -435,7 +435,7 @@ async def test_w17_an_error_of_the_connection_in_sendfile(
 
 @pytest.mark.parametrize("connect", [tcp, unix, tls, pipe])
 @WRITES
-async def test_what_is_written_after_close_while_it_flushes(
+async def test_writing_during_the_flush_of_close(
     stack: Stack, certificates: Certificates, connect: Any, write: Any
 ) -> None:
     """Sent over plain sockets; dropped over TLS and pipes."""
