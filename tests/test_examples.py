@@ -379,7 +379,7 @@ async def test_the_mail_server(anyio_backend: Any, certificate_authority: trustm
 
 PROGRAMS = sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
 #: Tests of the examples that need other people's libraries; not every environment has these.
-ECOSYSTEM = Path(__file__).parents[1] / "ecosystem" / "test_examples.py"
+ECOSYSTEM = Path(__file__).parents[1] / "ecosystem" / Path(__file__).name
 OWN_PROGRAMS = [program for program in PROGRAMS if f'"{program}"' not in ECOSYSTEM.read_text(encoding="utf-8")]
 
 
