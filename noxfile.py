@@ -276,12 +276,13 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check types, ours and those of users' code, with mypy and pyright."""
+    """Check types, ours, those of users' code and those of the tests, with mypy and pyright."""
     session.install("--editable", ".", *group("test", "types"))
     sources = [name for name in ("transports_anyio", "examples", "tests/typing") if any(ROOT.glob(f"{name}/*.py"))]
     session.run("mypy", *sources)
     for platform in ("darwin", "win32"):
         session.run("mypy", "--platform", platform, "transports_anyio")
+    session.run("mypy", "--config-file", "tests/mypy.ini", "tests")
     session.run("pyright", *sources)
 
 

@@ -3,6 +3,17 @@
 A *stack* is something that has the event loop's endpoint functions: asyncio itself (the oracle) or a
 `TransportGroup` on one of the backends. A test that takes the `stack` fixture runs on all of them, so that
 asyncio's own transports say what is right.
+
+Where to find what:
+
+- tests of one subject are in `test_<subject>.py`; the large subjects have folders: `tls/`, `group/`, `processes/`
+  and `event_loop/`;
+- `support.py`: stacks, recorders, raw socket peers, peers in other processes; `network.py`: addresses that behave in a
+  certain way; `tls_support.py`: contexts and TLS peers; `*_helpers.py`: helpers for the tests of one folder;
+- `differential.py` runs the scripts of `scenarios.py` on asyncio and on ours; `faults.py` makes system calls fail;
+- `peers.py`, `tls_peers.py`, `load_client.py`, `interrupted.py`, `adopting.py` and `docs_program.py` are programs that
+  tests start;
+- `typing/`: users' code for the type checkers.
 """
 
 from __future__ import annotations
@@ -11,6 +22,7 @@ import functools
 import gc
 import inspect
 import itertools
+import os
 import signal
 import sys
 import threading
@@ -22,11 +34,12 @@ import pytest
 import support
 import trustme
 from support import BACKENDS, ORACLE, Stack, open_descriptors
+from tls_support import Certificates
 
 if sys.platform == "win32":
     # About pipes, children, UNIX sockets and terminals, which Windows does not have.
     collect_ignore = [
-        "test_adopted_sockets.py", "test_pipes.py", "test_subprocess.py", "test_tls_peers.py", "test_unix.py",
+        "test_adopted_sockets.py", "test_pipes.py", "processes", "test_tls_peers.py", "test_unix.py",
     ]  # fmt: skip
 
 
@@ -138,6 +151,11 @@ def certificate_authority() -> trustme.CA:
     return trustme.CA()
 
 
+@pytest.fixture(scope="session")
+def certificates(certificate_authority: trustme.CA) -> Certificates:
+    return Certificates(certificate_authority)
+
+
 def _left_over_threads(before: set[threading.Thread]) -> list[threading.Thread]:
     # trio keeps idle worker threads for some seconds, shared by the whole process.
     return [
@@ -145,6 +163,17 @@ def _left_over_threads(before: set[threading.Thread]) -> list[threading.Thread]:
         for thread in threading.enumerate()
         if thread not in before and not thread.name.lower().startswith("trio")
     ]
+
+
+def _check_no_child_is_left() -> None:
+    """Fail if this process has a child, running or a zombie."""
+    if sys.platform == "win32":
+        return
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return
+    raise AssertionError(f"zombie left: {pid} with status {status}" if pid else "child process left running")
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +194,7 @@ def no_leaks() -> Iterator[None]:
     assert _left_over_threads(threads_before) == []
     after = open_descriptors()
     leaked = {fd: what for fd, what in after.items() if descriptors_before.get(fd) != what}
-    assert leaked == {}, "descriptors left open"
+    assert leaked == {}, "file descriptors left open"
+    _check_no_child_is_left()
     for recorder in recorders:
-        recorder.check_finished()
+        recorder.check()

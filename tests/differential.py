@@ -409,7 +409,7 @@ async def pipe(group: Any, factory_a: Any, factory_b: Any) -> AsyncIterator[None
         yield
 
 
-def memory(**sizes: int) -> Maker:
+def memory(**sizes: Any) -> Maker:
     @asynccontextmanager
     async def make(group: Any, factory_a: Any, factory_b: Any) -> AsyncIterator[None]:
         await memory_connection(group, factory_a, factory_b, **sizes)

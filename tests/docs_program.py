@@ -24,7 +24,7 @@ def run(function: Any, *args: Any, **_ignored: Any) -> Any:
     return anyio_run(function, *args, backend=name, backend_options=options)
 
 
-anyio.run = run
+anyio.run = run  # type: ignore[assignment]
 sys.argv = sys.argv[2:]
 # As `python PROGRAM` does.
 sys.path[0] = str(Path(sys.argv[0]).parent)

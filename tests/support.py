@@ -11,6 +11,7 @@ import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import pytest
+
+from transports_anyio import testing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,9 +36,11 @@ __all__ = [
     "ORACLE",
     "BaseExceptionGroup",
     "BufferedRecorder",
+    "DatagramRecorder",
     "Peer",
     "Recorder",
     "Stack",
+    "SubprocessRecorder",
     "array",
     "capture_log",
     "collect_contexts",
@@ -60,7 +65,8 @@ BACKENDS: dict[str, tuple[str, dict[str, object]]] = {
 HOST = "127.0.0.1"
 #: A kernel buffer small enough to fill at once, large enough not to be throttled by delayed acknowledgements.
 SMALL = 65536
-RECORDERS: list[Recorder | BufferedRecorder] = []
+#: The recorders of the running test.
+RECORDERS: list[Any] = []
 
 
 def open_descriptors() -> dict[int, str]:
@@ -123,142 +129,45 @@ def raises_inside(expected: type[BaseException]) -> Iterator[list[BaseException]
         raise AssertionError(f"{expected.__name__} was not raised")
 
 
-class _Recording:
-    """Record callbacks, let a test hook into each, and note every call in an illegal order."""
+class _Checked:
+    """The part of the tests' recorders that the public ones do not have: their check after the test."""
 
-    def __init__(self, **hooks: Callable[..., Any]) -> None:
-        unknown = [name for name in hooks if not name.startswith("on_")]
-        assert not unknown, unknown
-        self.hooks = {name[3:]: hook for name, hook in hooks.items()}
-        self.calls: list[tuple[Any, ...]] = []
-        self.received = bytearray()
-        self.transport: Any = None
-        self.violations: list[str] = []
-        self.state = "new"
-        self.writing_paused = False
-        self.inside: list[str] = []
-        self._changed: anyio.Event | None = None
-        RECORDERS.append(self)  # type: ignore[arg-type]
+    _state: str
+    calls: list[testing.Call]
 
-    # -- looking at what happened ------------------------------------------------------------------------
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        RECORDERS.append(self)
 
     @property
     def names(self) -> list[str]:
         """The callbacks in order; a run of the same one counts once."""
-        result: list[str] = []
-        for name, *_ in self.calls:
-            if not result or result[-1] != name:
-                result.append(name)
-        return result
+        return [name for name, _ in groupby(call[0] for call in self.calls)]
 
-    def count(self, name: str) -> int:
-        return sum(call[0] == name for call in self.calls)
-
-    @property
-    def lost(self) -> bool:
-        return self.state == "lost"
-
-    @property
-    def lost_with(self) -> BaseException | None:
-        (call,) = [call for call in self.calls if call[0] == "connection_lost"]
-        error: BaseException | None = call[1]
-        return error
-
-    async def wait_until(self, condition: Callable[[], object]) -> None:
-        with anyio.fail_after(GUARD):
-            while not condition():
-                if self._changed is None:
-                    self._changed = anyio.Event()
-                await self._changed.wait()
-
-    async def wait_for(self, name: str, count: int = 1) -> None:
-        await self.wait_until(lambda: self.count(name) >= count)
-
-    async def wait_received(self, size: int) -> bytes:
-        await self.wait_until(lambda: len(self.received) >= size)
-        return bytes(self.received)
-
-    def check_finished(self) -> None:
-        assert self.violations == []
-        assert self.state in ("new", "lost"), f"connection_lost never came: {self.names}"
-
-    # -- recording ---------------------------------------------------------------------------------------
-
-    def _violation(self, name: str) -> None:
-        self.violations.append(f"{name} in state {self.state}, inside {self.inside}: {self.names}")
-
-    def _record(self, name: str, *args: Any) -> Any:
-        allowed = {
-            "connection_made": ("new",),
-            "data_received": ("open",),
-            "get_buffer": ("open",),
-            "buffer_updated": ("open",),
-            "eof_received": ("open",),
-            "pause_writing": ("open", "eof"),
-            "resume_writing": ("open", "eof"),
-            "connection_lost": ("open", "eof"),
-        }[name]
-        if self.state not in allowed:
-            self._violation(name)
-        if self.inside and name not in ("pause_writing", "resume_writing"):
-            self._violation(name)
-        if name in ("pause_writing", "resume_writing"):
-            if self.writing_paused == (name == "pause_writing"):
-                self._violation(name)
-            self.writing_paused = name == "pause_writing"
-        self.state = {"connection_made": "open", "eof_received": "eof", "connection_lost": "lost"}.get(name, self.state)
-        self.calls.append((name, *args))
-        if self._changed is not None:
-            changed, self._changed = self._changed, None
-            changed.set()
-        hook = self.hooks.get(name)
-        if hook is None:
-            return None
-        self.inside.append(name)
-        try:
-            return hook(self, *args)
-        finally:
-            self.inside.pop()
-
-    def connection_made(self, transport: Any) -> None:
+    def take_over(self, transport: Any) -> None:
+        """Be ready for `set_protocol`, after which `connection_made` does not come."""
         self.transport = transport
-        self._record("connection_made", transport)
+        self._state = "open"
 
-    def eof_received(self) -> Any:
-        return self._record("eof_received")
-
-    def pause_writing(self) -> None:
-        self._record("pause_writing")
-
-    def resume_writing(self) -> None:
-        self._record("resume_writing")
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._record("connection_lost", exc)
+    def hand_over(self) -> None:
+        """Do not expect `connection_lost` any more: another protocol gets it, or asyncio forgets it."""
+        self._state = "lost"
 
 
-class Recorder(_Recording, asyncio.Protocol):
+class Recorder(_Checked, testing.Recorder):
     """A recording `Protocol`."""
 
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        self._record("data_received", data)
+
+class BufferedRecorder(_Checked, testing.BufferedRecorder):
+    """A recording `BufferedProtocol`."""
 
 
-class BufferedRecorder(_Recording, asyncio.BufferedProtocol):
-    """A recording `BufferedProtocol`; a hook on `get_buffer` may give the buffer."""
+class DatagramRecorder(_Checked, testing.DatagramRecorder):
+    """A recording `DatagramProtocol`."""
 
-    def __init__(self, size: int = 4096, **hooks: Callable[..., Any]) -> None:
-        super().__init__(**hooks)
-        self.buffer = bytearray(size)
 
-    def get_buffer(self, sizehint: int) -> Any:
-        given = self._record("get_buffer", sizehint)
-        return self.buffer if given is None else given
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.received += self.buffer[:nbytes]
-        self._record("buffer_updated", nbytes)
+class SubprocessRecorder(_Checked, testing.SubprocessRecorder):
+    """A recording `SubprocessProtocol`."""
 
 
 # -- stacks -----------------------------------------------------------------------------------------------
@@ -309,8 +218,8 @@ class OracleGroup:
         self.servers.append(server)
         return server
 
-    def _open_recorders(self) -> list[_Recording]:
-        return [p for p in self.protocols if isinstance(p, _Recording) and p.state in ("open", "eof")]
+    def _open_recorders(self) -> list[Any]:
+        return [each for each in self.protocols if isinstance(each, _Checked) and each._state not in ("new", "lost")]
 
     async def finish(self, *, abort: bool) -> None:
         with anyio.CancelScope(shield=True):
@@ -355,7 +264,7 @@ class Stack:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Any]:
         if self.is_oracle:
-            group = OracleGroup()
+            group: Any = OracleGroup()
             # AnyIO's pytest plugin sets an exception handler that a fresh loop would not have.
             plugins_handler = group.get_exception_handler()
             group.set_exception_handler(None)
@@ -439,7 +348,7 @@ class Peer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         with anyio.fail_after(GUARD):
             while view:

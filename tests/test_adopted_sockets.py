@@ -33,7 +33,7 @@ async def test_sockets_accepted_by_a_blocking_server(stack: Stack, family: int) 
     async with stack.open() as group:
         with socket.socket(family) as listener, socket.socket(family) as client:
             listener.bind(
-                {socket.AF_INET: (HOST, 0), socket.AF_INET6: (HOST_6, 0)}.get(family, f"\0adopted {id(stack)}")
+                {socket.AF_INET: (HOST, 0), socket.AF_INET6: (HOST_6, 0)}.get(family, f"\0adopted {id(stack)}")  # type: ignore[call-overload]
             )
             listener.listen()
             client.connect(listener.getsockname())
@@ -62,7 +62,7 @@ async def test_addresses_stay_known_after_the_peer_has_gone(stack: Stack) -> Non
             transport, protocol = await group.connect_accepted_socket(Recorder, accepted)
             peer.reset()
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, ConnectionResetError)
+            assert isinstance(protocol.exception, ConnectionResetError)
             assert transport.get_extra_info("peername") == name
             assert transport.get_extra_info("sockname") == listener.getsockname()
 
@@ -159,7 +159,7 @@ async def test_a_socket_in_use_by_another_transport(stack: Stack, again: str, pa
             transport.close()
             assert await peer.receive() == b""
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("asyncio makes two transports, of which one hears nothing")
@@ -206,7 +206,7 @@ async def test_a_reused_fd_after_the_owner_closed_the_socket(stack: Stack, end: 
                 if end != "nothing":
                     getattr(first, end)(*[b"x"] * (end == "write"))
                     await closed.wait_for("connection_lost")
-                    assert isinstance(closed.lost_with, OSError) is (end == "write")
+                    assert isinstance(closed.exception, OSError) is (end == "write")
                 with Peer(listener.accept()[0]) as peer:
                     await peer.send(b"hello")
                     assert await protocol.wait_received(5) == b"hello"
@@ -215,7 +215,7 @@ async def test_a_reused_fd_after_the_owner_closed_the_socket(stack: Stack, end: 
                     second.close()
                     assert await peer.receive() == b""
                 await protocol.wait_for("connection_lost")
-                assert protocol.lost_with is None
+                assert protocol.exception is None
                 assert number not in open_descriptors()
 
 

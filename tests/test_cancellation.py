@@ -14,9 +14,19 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from faults import DATAGRAM, STREAM, SUBPROCESS, Keeper, check_legal
 from network import Echo, needs_ipv6
-from support import GUARD, HOST, RECORDERS, Recorder, open_descriptors, pattern, turns, until
+from support import (
+    GUARD,
+    HOST,
+    RECORDERS,
+    DatagramRecorder,
+    Recorder,
+    SubprocessRecorder,
+    open_descriptors,
+    pattern,
+    turns,
+    until,
+)
 from tls_support import NAME, Certificates
 
 from transports_anyio import TransportGroup
@@ -28,11 +38,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.exhaustive]
 MOST_CHECKPOINTS = 300
 
 DATA = pattern(300_000)
-
-
-@pytest.fixture(scope="module")
-def certificates(certificate_authority: Any) -> Certificates:
-    return Certificates(certificate_authority)
 
 
 @types.coroutine
@@ -57,17 +62,22 @@ class Case:
     def __init__(self, group: TransportGroup, certificates: Certificates) -> None:
         self.group = group
         self.certificates = certificates
-        self.made: list[tuple[Any, Any]] = []
+        self.made: list[Any] = []
 
     def stream(self, **hooks: Any) -> Recorder:
         recorder = Recorder(**hooks)
-        self.made.append((recorder, STREAM))
+        self.made.append(recorder)
         return recorder
 
-    def keep(self, machine: Any = DATAGRAM) -> Keeper:
-        keeper = Keeper()
-        self.made.append((keeper, machine))
-        return keeper
+    def datagrams(self) -> DatagramRecorder:
+        recorder = DatagramRecorder()
+        self.made.append(recorder)
+        return recorder
+
+    def child(self) -> SubprocessRecorder:
+        recorder = SubprocessRecorder()
+        self.made.append(recorder)
+        return recorder
 
     def tls(self) -> dict[str, Any]:
         return {"ssl": self.certificates.client(), "server_hostname": NAME}
@@ -155,12 +165,12 @@ async def accepted_tls_socket(case: Case) -> AsyncIterator[Act]:
 
 @asynccontextmanager
 async def datagram_endpoint(case: Case) -> AsyncIterator[Act]:
-    yield lambda: case.group.create_datagram_endpoint(case.keep, local_addr=(HOST, 0), remote_addr=(HOST, 9))
+    yield lambda: case.group.create_datagram_endpoint(case.datagrams, local_addr=(HOST, 0), remote_addr=(HOST, 9))
 
 
 @asynccontextmanager
 async def datagram_endpoint_by_name(case: Case) -> AsyncIterator[Act]:
-    yield lambda: case.group.create_datagram_endpoint(case.keep, local_addr=("localhost", 0))
+    yield lambda: case.group.create_datagram_endpoint(case.datagrams, local_addr=("localhost", 0))
 
 
 @asynccontextmanager
@@ -181,18 +191,18 @@ async def write_pipe(case: Case) -> AsyncIterator[Act]:
 
 @asynccontextmanager
 async def program(case: Case) -> AsyncIterator[Act]:
-    yield lambda: case.group.subprocess_exec(lambda: case.keep(SUBPROCESS), "cat")
+    yield lambda: case.group.subprocess_exec(case.child, "cat")
 
 
 @asynccontextmanager
 async def shell(case: Case) -> AsyncIterator[Act]:
-    yield lambda: case.group.subprocess_shell(lambda: case.keep(SUBPROCESS), "exec cat")
+    yield lambda: case.group.subprocess_shell(case.child, "exec cat")
 
 
 @asynccontextmanager
 async def process(case: Case) -> AsyncIterator[Act]:
     theirs = await anyio.open_process(["cat"], stderr=subprocess.PIPE)
-    yield lambda: case.group.connect_process(lambda: case.keep(SUBPROCESS), theirs)
+    yield lambda: case.group.connect_process(case.child, theirs)
     with anyio.CancelScope(shield=True):
         if not case.made:  # It still belongs to the caller.
             theirs.kill()
@@ -222,7 +232,7 @@ def tls_stream(case: Case) -> Any:
 @asynccontextmanager
 async def datagram_socket(case: Case) -> AsyncIterator[Act]:
     theirs = await anyio.create_udp_socket(local_host=HOST)
-    yield lambda: case.group.connect_datagram_socket(case.keep, theirs)
+    yield lambda: case.group.connect_datagram_socket(case.datagrams, theirs)
     if not case.made:
         await theirs.aclose()
 
@@ -413,11 +423,9 @@ async def test_cancelled_at_every_checkpoint(
                 await group.wait_closed()
                 await until(lambda: {task.id for task in anyio.get_running_tasks()} <= tasks)  # noqa: B023
                 await until(lambda: own_descriptors() == descriptors)  # noqa: B023
-            for protocol, machine in case.made:
-                if protocol.calls:
-                    check_legal(protocol.calls, machine)
+            assert [each for each in case.made if each.calls and not each.lost] == []
             for recorder in RECORDERS:
-                recorder.check_finished()
+                recorder.check()
             RECORDERS.clear()
             if number >= 0 and count <= number:
                 break  # It returned before that checkpoint.
@@ -448,7 +456,7 @@ async def test_a_group_cancelled_at_every_checkpoint(anyio_backend: Any, certifi
             server = await group.create_server(case.stream, HOST, 0, ssl=case.certificates.server())
             transport, _ = await group.create_connection(case.stream, *server.sockets[0].getsockname(), **case.tls())
             transport.write(DATA)
-            await group.subprocess_exec(lambda: case.keep(SUBPROCESS), "cat")
+            await group.subprocess_exec(case.child, "cat")
             (_, recorder), (second, _) = await memory_connection(group, case.stream, case.stream)
             second.write(b"hello")
             await recorder.wait_received(5)
@@ -468,9 +476,9 @@ async def test_a_group_cancelled_at_every_checkpoint(anyio_backend: Any, certifi
         with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
             await driven(everything(case), waits)
         # Now, without another iteration.
-        for protocol, machine in case.made:
-            if protocol.calls:
-                check_legal(protocol.calls, machine)
+        assert [each for each in case.made if each.calls and not each.lost] == []
+        for recorder in RECORDERS:
+            recorder.check()
         assert {task.id for task in anyio.get_running_tasks()} <= tasks
         assert own_descriptors() == descriptors
         RECORDERS.clear()

@@ -151,7 +151,7 @@ async def test_bytes_go_both_ways(anyio_backend: Any, pair: Any) -> None:
         transport.writelines([b"d", bytearray(b"a"), memoryview(b"y")])
         assert await receive_exactly(theirs, 8) == b"good day"
         await farewell(transport, protocol, theirs)
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("protocol_class", [Recorder, BufferedRecorder])
@@ -218,7 +218,7 @@ async def test_close_flushes(anyio_backend: Any, pair: Any) -> None:
             assert transport.is_closing()
             assert not protocol.lost
             tasks.start_soon(read, theirs)
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert received == data
 
 
@@ -230,7 +230,7 @@ async def test_abort_drops_what_is_buffered(anyio_backend: Any, pair: Any) -> No
         transport.abort()
         assert transport.get_write_buffer_size() == 0
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert len(await receive_all(theirs)) < size
 
 
@@ -250,7 +250,7 @@ async def test_a_tls_peer_that_never_answers_the_shutdown(
                 transport.close()
                 await protocol.wait_for("connection_lost")
         assert contexts == []
-        assert peer == "gone" or protocol.lost_with is None
+        assert peer == "gone" or protocol.exception is None
         if peer == "silent":
             await anyio.aclose_forcefully(theirs)
 
@@ -262,7 +262,7 @@ async def test_the_end_of_the_stream(anyio_backend: Any, pair: Any) -> None:
         await theirs.aclose()
         await protocol.wait_for("connection_lost")
         assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("kind", ["memory", "tcp", "unix"])
@@ -281,7 +281,7 @@ async def test_half_close(anyio_backend: Any, pair: Any) -> None:
         assert await receive_all(theirs) == answer
         transport.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_write_eof_then_close(anyio_backend: Any) -> None:
@@ -303,7 +303,7 @@ async def test_tls_has_no_half_close(anyio_backend: Any, certificate_authority: 
             transport.write_eof()
         await theirs.aclose()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_nothing_is_received_while_reading_is_paused(anyio_backend: Any, pair: Any) -> None:
@@ -373,7 +373,7 @@ async def test_a_receiving_stream(anyio_backend: Any) -> None:
         assert await protocol.wait_received(7) == b"one way"
         await sender.aclose()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("end", ["close", "abort", "by the stream", "leaving"])
@@ -406,7 +406,7 @@ async def test_a_receiving_stream_takes_no_data(anyio_backend: Any, end: str) ->
                         transport.write(b"data")
                 if end != "leaving":
                     await protocol.wait_for("connection_lost")
-    assert protocol.lost_with is None
+    assert protocol.exception is None
 
 
 class Scripted(ByteStream):
@@ -441,7 +441,7 @@ async def test_an_empty_chunk_is_not_the_end_of_a_stream(anyio_backend: Any, pro
     assert protocol.received == b"one two three"
     assert protocol.names[-2:] == ["eof_received", "connection_lost"]
     assert protocol.count("eof_received") == 1
-    assert protocol.lost_with is None
+    assert protocol.exception is None
     assert (b"",) not in [call[1:] for call in protocol.calls]
     assert (0,) not in [call[1:] for call in protocol.calls]
 
@@ -491,10 +491,12 @@ async def test_a_stream_that_gives_more_than_it_was_asked_for(anyio_backend: Any
 
     async with TransportGroup() as group:
         stream = Scripted(data, b"and the rest")
-        _, protocol = await group.connect_stream(lambda: BufferedRecorder(size, on_buffer_updated=updated), stream)
+        _, protocol = await group.connect_stream(
+            lambda: BufferedRecorder(buffer_size=size, on_buffer_updated=updated), stream
+        )
         await protocol.wait_for("connection_lost")
     assert protocol.received == data + b"and the rest"
-    assert protocol.lost_with is None
+    assert protocol.exception is None
     assert Copied.total <= 2 * len(data)
 
 
@@ -570,7 +572,7 @@ async def test_errors_become_os_errors_with_their_cause(
         if direction == "sending":
             transport.write(b"x")
         await protocol.wait_for("connection_lost")
-        lost_with = protocol.lost_with
+        lost_with = protocol.exception
         assert isinstance(lost_with, expected)
         assert lost_with is error or lost_with.__cause__ is error
         assert contexts == []
@@ -601,7 +603,7 @@ async def test_an_error_whose_repr_fails_ends_one_connection(anyio_backend: Any,
         if direction == "closing":
             transport.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None if direction == "closing" else protocol.lost_with.__cause__ is error
+        assert protocol.exception is None if direction == "closing" else protocol.exception.__cause__ is error
         await until(lambda: stream.closed)
         assert [context["exception"] for context in contexts] == ([error] if direction == "closing" else [])
         await theirs.send(b"alive")
@@ -614,7 +616,7 @@ async def test_a_failing_send_eof_breaks_the_connection(anyio_backend: Any) -> N
         transport, protocol = await group.connect_stream(Recorder, stream)
         transport.write_eof()
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionResetError)
+        assert isinstance(protocol.exception, ConnectionResetError)
 
 
 class Farewell(Failing):
@@ -664,7 +666,7 @@ async def test_send_eof_comes_after_all_data(
                 end(protocol)
             await protocol.wait_for("connection_lost")
     assert (stream.ended, stream.closed) == (1, 1)
-    assert protocol.lost_with is None
+    assert protocol.exception is None
     assert contexts == []
 
 
@@ -688,7 +690,7 @@ async def test_a_callback_that_raises_ends_its_connection_only(anyio_backend: An
         assert str(context["exception"]) == callback
         assert context["protocol"] is protocol
         if callback != "connection_lost":
-            assert protocol.lost_with is context["exception"]
+            assert protocol.exception is context["exception"]
         await other_theirs.send(b"alive")
         await other.wait_received(5)
 
@@ -718,7 +720,7 @@ async def test_a_stream_that_fails_to_close_ends_one_connection(anyio_backend: A
         transport, protocol = await group.connect_stream(Recorder, stream)
         transport.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         await until(lambda: contexts)
         (context,) = contexts
         assert context["message"].startswith("Closing <")
@@ -767,7 +769,7 @@ async def test_a_stream_in_use_by_another_transport(anyio_backend: Any, pair: An
         await first.wait_received(5)
         transport.abort()
         await first.wait_for("connection_lost")
-        assert first.lost_with is None
+        assert first.exception is None
 
 
 async def test_one_stream_connected_by_two_calls_at_once(anyio_backend: Any) -> None:
@@ -800,7 +802,7 @@ async def test_cancelling_the_group_closes_the_streams(anyio_backend: Any, pair:
                 scope.cancel()
                 await anyio.sleep_forever()
         assert protocol.lost
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         with pytest.raises((anyio.ClosedResourceError, anyio.BrokenResourceError)):
             await ours.receive()
         assert len(await receive_all(theirs)) < 32 << 20
@@ -833,7 +835,7 @@ async def test_both_halves_of_a_stapled_stream_are_closed(anyio_backend: Any, ho
                 else:
                     transport.close()
                 await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert contexts == []
         assert sending.closed
         with pytest.raises(anyio.BrokenResourceError), anyio.fail_after(GUARD):
@@ -898,7 +900,7 @@ async def test_a_send_that_ends_together_with_the_connection(anyio_backend: Any)
             stream.done.set()
             transport.abort()
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
 
 
 async def test_reading_that_is_resumed_and_paused_at_once(anyio_backend: Any) -> None:

@@ -718,7 +718,7 @@ async def test_an_adopted_socket_that_is_not_connected(stack: Stack) -> None:
         await protocol.wait_for("connection_lost")
         assert protocol.names == ["connection_made", "connection_lost"]
         assert protocol.transport.get_extra_info("peername") is None
-        assert protocol.lost_with.errno == errno.ENOTCONN
+        assert protocol.exception.errno == errno.ENOTCONN
 
 
 async def test_sockets_that_cannot_be_adopted(stack: Stack) -> None:
@@ -786,7 +786,7 @@ async def test_epoll_refuses_the_socket(stack: Stack, monkeypatch: pytest.Monkey
             assert caught.value is failure
             await refused.wait_for("connection_lost")
             assert refused.names == ["connection_made", "connection_lost"]
-            assert refused.lost_with is failure
+            assert refused.exception is failure
             listener.accept()[0].close()
             await until(lambda: open_descriptors() == before)
             assert group.statistics().open_transports == {"StreamTransport": 1}
@@ -839,7 +839,7 @@ async def test_a_factory_that_raises(stack: Stack) -> None:
 
 @pytest.mark.ours_only("asyncio has no group")
 async def test_a_group_that_ends_while_it_connects(stack: Stack) -> None:
-    errors = []
+    errors: list[Any] = []
 
     async def connect(address: Any) -> None:
         try:
@@ -912,4 +912,4 @@ async def test_a_transport_socket_behaves_as_asyncios(stack: Stack) -> None:
         await protocol.wait_received(14)
         transport.write(b"x")
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, BrokenPipeError)
+        assert isinstance(protocol.exception, BrokenPipeError)

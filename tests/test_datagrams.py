@@ -48,7 +48,7 @@ class Endpoint(asyncio.DatagramProtocol):
         self.echo = echo
         self.transport: Any = None
         self.received: list[tuple[bytes, Any]] = []
-        self.errors: list[Exception] = []
+        self.errors: list[Any] = []
         self.flow: list[str] = []
         self.lost: list[Exception | None] = []
 
@@ -774,7 +774,7 @@ async def test_a_waiting_datagram_without_buffer_space(stack: Stack, tmp_path: P
             sock.connect(peer.getsockname())
             sock.failures = []
             transport, protocol = await endpoints.make(sock=sock)
-            sent = []
+            sent: list[Any] = []
             while transport.get_write_buffer_size() == 0:
                 sent.append(struct.pack("<I", len(sent)))
                 transport.sendto(sent[-1])
@@ -1073,7 +1073,7 @@ async def test_an_invalid_address_after_waiting_datagrams(stack: Stack, tmp_path
         async with stack.open() as group, Endpoints(group) as endpoints:
             contexts = collect_contexts(group)
             transport, protocol = await endpoints.make(family=socket.AF_UNIX, local_addr=str(tmp_path / "ours"))
-            sent = []
+            sent: list[Any] = []
             while transport.get_write_buffer_size() == 0:
                 sent.append(struct.pack("<I", len(sent)))
                 transport.sendto(sent[-1], peer.getsockname())
@@ -1536,14 +1536,14 @@ async def test_an_anyio_socket_that_a_peer_refuses(anyio_backend: Any) -> None:
             await until(lambda: protocol.errors)
             assert isinstance(protocol.errors[0], ConnectionRefusedError)
         else:
-            await until(lambda: transport.get_write_buffer_size() == 0)
+            await until(lambda: transport.get_write_buffer_size() == 0)  # type: ignore[attr-defined]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
             peer.bind(address)
             peer.setblocking(False)
             if anyio_backend[0] != "trio":
                 # asyncio drops a datagram if it has not noticed a refusal yet.
                 transport.sendto(b"now?")
-                await until(lambda: transport.get_write_buffer_size() == 0)
+                await until(lambda: transport.get_write_buffer_size() == 0)  # type: ignore[attr-defined]
             transport.sendto(b"now!")
             while (await receive(peer))[0] != b"now!":
                 pass

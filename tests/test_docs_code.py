@@ -209,7 +209,7 @@ async def run_in_place(blocks: list[Block], page: str, namespace: dict[str, Any]
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("page", list(filter(has_code, PAGES)))
+@pytest.mark.parametrize("page", list(filter(has_code, PAGES)))  # type: ignore[arg-type]
 def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     name, options = anyio_backend
     blocks = [block for block in blocks_of(page) if block.kind in ("python", "console") and block.can_run()]
@@ -330,7 +330,9 @@ ENDPOINTS = {
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_every_parameter_is_described(function: Any) -> None:
-    quoted = " ".join(re.findall(r"`([^`]+)`", inspect.getdoc(function) or ""))
+    docstring = inspect.getdoc(function) or ""
+    # Between backticks, or at the beginning of a line of a list: `name, name: ...`.
+    quoted = " ".join(a or b for a, b in re.findall(r"`([^`]+)`|^((?:\w+(?:, )?)+): ", docstring, re.MULTILINE))
     parameters = [name for name in inspect.signature(function).parameters if name != "self"]
     assert [name for name in parameters if not re.search(rf"\b{name}\b", quoted)] == []
 

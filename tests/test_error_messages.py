@@ -152,7 +152,7 @@ async def test_the_advice_of_the_messages_works(anyio_backend: Any) -> None:
             address = listener.getsockname()
 
             def work() -> None:
-                transport, _ = anyio.from_thread.run(group.create_connection, Protocol, *address)
+                transport, _ = anyio.from_thread.run(group.create_connection, Protocol, *address)  # type: ignore[arg-type]
                 group.call_soon_threadsafe(transport.close)
                 anyio.from_thread.run_sync(group.start_soon, task)
 
@@ -323,7 +323,7 @@ async def test_a_process_that_is_not_anyios(anyio_backend: Any, function: Any) -
     try:
         async with TransportGroup() as group:
             with pytest.raises(TypeError, match=r"process was expected, got <.*open_process\(\).*subprocess_exec\("):
-                await group.connect_process(SubprocessProtocol, process)
+                await group.connect_process(SubprocessProtocol, process)  # type: ignore[arg-type]
             assert process.returncode is None
     finally:
         process.stdin.close()

@@ -217,7 +217,7 @@ async def test_w1_empty_chunks_are_skipped_by_writelines(stack: Stack, chunks: l
         transport.close()
         assert (await peer.receive_all())[written:] == b"".join(chunks)
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("older oracles lack it: CPython 127655", before=(3, 14, 10))
@@ -297,7 +297,7 @@ async def test_writelines_without_sendmsg(stack: Stack) -> None:
             transport.close()
             assert await peer.receive_all() == bytes(full) + data
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_w4_close_flushes_through_any_number_of_partial_sends(stack: Stack) -> None:
@@ -316,7 +316,7 @@ async def test_w4_close_flushes_through_any_number_of_partial_sends(stack: Stack
             await peer.say("read")
             assert await peer.line() == f"{len(data)} {hashlib.sha256(data).hexdigest()}"
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         server.close()
 
 
@@ -388,7 +388,7 @@ async def test_w7_ending_inside_a_flow_control_callback(
         await protocol.wait_for("connection_lost")
         await turns()
         assert protocol.count("connection_lost") == 1
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("the oracle's connection_lost may starve: python/asyncio 301")
@@ -419,7 +419,7 @@ async def test_w8_is_closing_is_true_as_soon_as_a_write_has_failed(stack: Stack)
         assert protocol.count("connection_lost") == 0
         assert [record for record in records if record.levelname != "WARNING"] == []
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionError)
+        assert isinstance(protocol.exception, ConnectionError)
 
 
 @pytest.mark.ours_only("asyncio keeps a view of the array, which it must not")
@@ -515,7 +515,7 @@ async def test_w13_closing_with_a_full_buffer_flushes(stack: Stack, kind: type[R
         assert protocol.count("connection_lost") == 0
         assert await peer.receive_all() == data
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_w13_leaving_the_block_flushes(stack: Stack) -> None:
@@ -549,7 +549,7 @@ async def test_w16_abort_ends_a_flushing_close(stack: Stack) -> None:
         transport.abort()
         transport.abort()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert transport.get_write_buffer_size() == 0
 
 

@@ -80,7 +80,7 @@ class TwoWorlds(RuleBasedStateMachine):
                 for (end, callback, count), steps in reactions.items()
                 if steps[0][1] != "pause_reading" or self.received_by(end, reactions) == 1
             }
-            kinds = tuple(
+            kinds = tuple(  # type: ignore[assignment]
                 "plain" if self.received_by(end, reactions) else kind for end, kind in zip("ab", kinds, strict=True)
             )
         for backend, stack, where in (

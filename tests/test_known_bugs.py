@@ -39,11 +39,6 @@ PAGE = TESTS.parent / "docs" / "known-bugs.md"
 ROW = re.compile(r"^\| ([A-Z]\d+) \|")
 
 
-@pytest.fixture(scope="module")
-def certificates(certificate_authority: Any) -> Certificates:
-    return Certificates(certificate_authority)
-
-
 # -- the table -----------------------------------------------------------------------------------------------
 
 
@@ -60,7 +55,7 @@ def rows() -> Iterator[tuple[str, list[str]]]:
 def existing_tests() -> set[str]:
     return {
         node.name
-        for file in TESTS.glob("test_*.py")
+        for file in TESTS.rglob("test_*.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_")
     }
@@ -162,7 +157,7 @@ async def test_r2_a_buffer_that_is_not_contiguous(
         (context,) = contexts
         assert isinstance(context["exception"], (BufferError, TypeError, ValueError))
         assert "get_buffer" in context["message"]
-        assert protocol.lost_with is context["exception"]
+        assert protocol.exception is context["exception"]
         assert protocol.count("buffer_updated") == 0
 
 
@@ -253,4 +248,4 @@ async def test_p7_on_macos_a_fifo_is_not_asked_whether_its_reader_has_gone(
         with anyio.fail_after(GUARD):
             transport.write(b"y")  # Only this shows it.
             await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, BrokenPipeError)
+        assert isinstance(protocol.exception, BrokenPipeError)

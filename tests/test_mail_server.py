@@ -13,7 +13,6 @@ from typing import Any
 
 import anyio
 import pytest
-import trustme
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.tls import TLSStream
 from support import GUARD, HOST, SMALL, Peer, Stack
@@ -28,11 +27,6 @@ pytestmark = [
     pytest.mark.anyio,
     pytest.mark.ours_only("the protocol asks for its group, which asyncio does not have"),
 ]
-
-
-@pytest.fixture
-def certificates(certificate_authority: trustme.CA) -> Certificates:
-    return Certificates(certificate_authority)
 
 
 class Server:

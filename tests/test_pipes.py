@@ -111,7 +111,7 @@ async def test_reading(stack: Stack, kind: Any) -> None:
             writer.close()
             await protocol.wait_for("connection_lost")
             assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert reader.closed
 
 
@@ -171,10 +171,10 @@ async def test_a_failing_read_pipe_is_reported(stack: Stack) -> None:
             transport, protocol = await connect_reader(group, near)
             Peer(far).reset()
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, ConnectionResetError)
+            assert isinstance(protocol.exception, ConnectionResetError)
             (context,) = contexts
             assert context["message"] == "Fatal read error on pipe transport"
-            assert context["exception"] is protocol.lost_with
+            assert context["exception"] is protocol.exception
             assert context["transport"] is transport
             assert context["protocol"] is protocol
 
@@ -189,8 +189,8 @@ async def test_a_closed_terminal_is_not_reported(stack: Stack) -> None:
             await protocol.wait_for("connection_lost")
             assert contexts == []
             if sys.platform == "linux":
-                assert isinstance(protocol.lost_with, OSError)
-                assert protocol.lost_with.errno == errno.EIO
+                assert isinstance(protocol.exception, OSError)
+                assert protocol.exception.errno == errno.EIO
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
@@ -248,7 +248,7 @@ async def test_writing(stack: Stack) -> None:
             assert transport.is_closing()
             assert await drain(reader) == b"hello you"
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert writer.closed
 
 
@@ -263,7 +263,7 @@ async def test_w13_closing_flushes_what_waits(stack: Stack) -> None:
             assert await drain(reader) == data
             await protocol.wait_for("connection_lost")
             assert protocol.names == ["connection_made", "pause_writing", "resume_writing", "connection_lost"]
-            assert protocol.lost_with is None
+            assert protocol.exception is None
 
 
 @pytest.mark.parametrize("buffered", [False, True])
@@ -277,9 +277,9 @@ async def test_a_writer_notices_that_its_reader_has_gone(stack: Stack, buffered:
             reader.close()
             await protocol.wait_for("connection_lost")
             if buffered:
-                assert isinstance(protocol.lost_with, BrokenPipeError)
+                assert isinstance(protocol.exception, BrokenPipeError)
             else:
-                assert protocol.lost_with is None
+                assert protocol.exception is None
             assert "eof_received" not in protocol.names
             assert contexts == []
 
@@ -304,7 +304,7 @@ async def test_a_writer_notices_it_despite_reading_methods(stack: Stack) -> None
             transport.pause_reading()
             reader.close()
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
 
 
 @pytest.mark.parametrize("how", GOING)
@@ -321,7 +321,7 @@ async def test_a_writer_on_any_file_notices_that_its_reader_has_gone(stack: Stac
             go(reader)
             await protocol.wait_for("connection_lost")
             assert protocol.names == ["connection_made", "connection_lost"]
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             assert contexts == []
 
 
@@ -334,7 +334,7 @@ async def test_a_writer_with_a_full_buffer_notices_that_its_reader_has_gone(stac
             fill(transport)
             go(reader)
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, BrokenPipeError)
+            assert isinstance(protocol.exception, BrokenPipeError)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a hang-up cannot be told from input")
@@ -351,7 +351,7 @@ async def test_p6_a_writer_notices_a_close_after_unread_input(stack: Stack, how:
             assert protocol.names == ["connection_made"]
             go(reader)
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
 
 
 async def test_w14_writing_after_the_reader_has_gone_is_dropped(stack: Stack) -> None:
@@ -372,7 +372,7 @@ async def test_a_write_pipe_aborts(stack: Stack) -> None:
             size = fill(transport, 1 << 20)
             transport.abort()
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert len(await drain(reader)) < size
 
 
@@ -508,7 +508,7 @@ async def test_one_file_for_both_directions(stack: Stack) -> None:
                 transport.close()
             for _, protocol in writers + readers:
                 await protocol.wait_for("connection_lost")
-                assert protocol.lost_with is None
+                assert protocol.exception is None
         assert all(file.closed for file in files)
 
 
@@ -558,7 +558,7 @@ async def test_character_devices_that_are_always_ready(stack: Stack) -> None:
         sink.write(bytes(1 << 20))
         sink.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("method", ["connect_read_pipe", "connect_write_pipe"])
@@ -607,7 +607,7 @@ async def test_a_file_that_its_owner_has_closed(stack: Stack, method: str) -> No
             end.close()
             transport.close()
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert contexts == []
 
 
@@ -706,7 +706,7 @@ async def test_a_file_whose_close_fails(stack: Stack) -> None:
             _, protocol = await connect_writer(group, file)
             os.close(read)
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             await until(lambda: contexts)
             (context,) = contexts
             assert isinstance(context["exception"], BrokenPipeError)

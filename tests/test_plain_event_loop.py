@@ -194,7 +194,7 @@ def test_the_transport_of_a_stream_is_used_in_callbacks(run: Run, place: str) ->
             await called_from(group, place, transport.write_eof)
             await protocol.wait_for("connection_lost")
             assert protocol.received == b"one two three"
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             server.close()
 
     run(main)
@@ -211,7 +211,7 @@ def test_the_transport_of_a_stream_is_closed_in_a_callback(run: Run) -> None:
                 await protocol.wait_received(5)
                 await called_from(group, "data_received", getattr(transport, end))
                 await protocol.wait_for("connection_lost")
-                assert protocol.lost_with is None
+                assert protocol.exception is None
 
     run(main)
 
@@ -229,7 +229,7 @@ def test_a_protocol_on_a_stream_fails(run: Run) -> None:
             transport.write(b"hello")
             await protocol.wait_for("connection_lost")
             assert [type(context["exception"]) for context in contexts] == [LookupError]
-            assert isinstance(protocol.lost_with, LookupError)
+            assert isinstance(protocol.exception, LookupError)
             assert await answers(peer)
 
     run(main)
@@ -337,7 +337,7 @@ def test_a_cancelled_serve_forever_does_not_wait_for_its_clients(run: Run) -> No
                 await turns()
                 assert not protocol.lost
                 protocol.transport.abort()
-        assert [protocol.lost_with for protocol in made] == [None]
+        assert [protocol.exception for protocol in made] == [None]
 
     run(main)
 
@@ -359,7 +359,7 @@ def test_an_asyncio_time_out_ends_a_group(run: Run) -> None:
             async with AsyncExitStack() as peers:
                 with pytest.raises(asyncio.TimeoutError):
                     await asyncio.wait_for(serve(peers), 0.02)
-            assert protocol.lost_with is None
+            assert protocol.exception is None
 
     run(main)
 

@@ -38,11 +38,6 @@ IDLE = 0.1
 MOST = 12
 
 
-@pytest.fixture
-def certificates(certificate_authority: Any) -> Certificates:
-    return Certificates(certificate_authority)
-
-
 @contextmanager
 def reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Yield the numbers of file descriptors that the selector has reported, without zeros."""
@@ -281,13 +276,13 @@ async def full_netlink_receiver(group: TransportGroup) -> AsyncIterator[None]:
         sock.bind((0, 0))
         transport, protocol = await group.create_datagram_endpoint(Endpoint, sock=sock)
         count = 0
-        while transport.get_write_buffer_size() == 0:
+        while transport.get_write_buffer_size() == 0:  # type: ignore[attr-defined]
             transport.sendto(message, peer.getsockname())
             count += 1
         yield
         for _ in range(count):
             assert (await receive(peer))[0] == message
-        await until(lambda: transport.get_write_buffer_size() == 0)
+        await until(lambda: transport.get_write_buffer_size() == 0)  # type: ignore[attr-defined]
         assert protocol.errors == []
 
 
@@ -581,4 +576,4 @@ async def test_an_error_of_a_connection_is_not_lost_with_the_queue(stack: Stack)
         transport.write(b"stamped")
         peer.reset()
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionResetError)
+        assert isinstance(protocol.exception, ConnectionResetError)

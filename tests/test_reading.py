@@ -37,7 +37,7 @@ async def test_r1_end_of_file_reaches_a_buffered_protocol_as_end_of_file(stack: 
             await protocol.wait_for("connection_lost")
             assert protocol.received == b"bye"
             assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert contexts == []
 
 
@@ -64,7 +64,7 @@ async def test_r2_a_bad_buffer_ends_the_connection_with_a_report(stack: Stack, g
             assert protocol.count("buffer_updated") == 0
             (context,) = contexts
             assert isinstance(context["exception"], (RuntimeError, TypeError))
-            assert protocol.lost_with is context["exception"]
+            assert protocol.exception is context["exception"]
             assert context["transport"] is transport
             assert context["protocol"] is protocol
             assert isinstance(context["message"], str)
@@ -121,9 +121,8 @@ async def test_r6_the_next_event_goes_to_the_new_protocol_in_its_style(stack: St
         hook = "on_data_received" if kind is Recorder else "on_buffer_updated"
         successor: Any = kind(**{hook: next_style})
         successor.number = number + 1
-        successor.transport = protocol.transport
-        successor.state = "open"
-        protocol.state = "lost"
+        successor.take_over(protocol.transport)
+        protocol.hand_over()
         protocol.transport.set_protocol(successor)
 
     first: Any = Recorder(on_data_received=next_style)
@@ -163,7 +162,7 @@ async def test_no_method_calls_back_before_it_returns(stack: Stack, method: str)
 
 
 async def test_no_callback_is_entered_inside_another(stack: Stack) -> None:
-    """`check_finished` of the recorder fails for a nested callback; here everything is called everywhere."""
+    """`check` of the recorder fails for a nested callback; here everything is called everywhere."""
 
     def everything(protocol: Recorder, *_: Any) -> None:
         transport = protocol.transport
@@ -230,9 +229,9 @@ async def test_received_data_comes_in_one_piece(stack: Stack, size: int, then: s
                 transport.close()
             await protocol.wait_for("connection_lost")
             if then == "a reset":
-                assert isinstance(protocol.lost_with, ConnectionResetError)
+                assert isinstance(protocol.exception, ConnectionResetError)
             else:
-                assert protocol.lost_with is None
+                assert protocol.exception is None
 
 
 @pytest.mark.parametrize("size", [DIRECT_SIZE - 1, DIRECT_SIZE, DIRECT_SIZE + 1])

@@ -502,7 +502,7 @@ async def test_a_file_that_fails_in_the_middle(stack: Stack) -> None:
         assert file.tell() == 300_000
         transport.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 class Slow(io.BytesIO):
@@ -768,7 +768,7 @@ async def test_f3_the_peer_resets_in_the_middle(stack: Stack, make_file: Any) ->
         await sending.wait()
         assert isinstance(sending.error, ConnectionError)
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionError)
+        assert isinstance(protocol.exception, ConnectionError)
         assert transport.is_closing()
         assert contexts == []
 
@@ -804,7 +804,7 @@ async def test_f3_an_unnoticed_reset_before_sendfile(stack: Stack, make_file: An
                 await send(group, transport, file, fallback=make_file is not on_disk)
             assert file.tell() == 0 or make_file is not on_disk
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is caught.value
+        assert protocol.exception is caught.value
 
 
 @files
@@ -822,7 +822,7 @@ async def test_ending_the_transport_in_the_middle(stack: Stack, make_file: Any, 
         if make_file is on_disk:
             assert file.tell() == len(data)
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert contexts == []
 
 

@@ -398,7 +398,7 @@ async def test_s2_close_clients_flushes_and_abort_clients_does_not(stack: Stack)
             assert not waiter.done
             server.abort_clients()
             await waiter.finish()
-            assert [reader.lost_with, silent.lost_with] == [None, None]
+            assert [reader.exception, silent.exception] == [None, None]
 
 
 @pytest.mark.parametrize("callback", CALLBACKS)
@@ -617,7 +617,7 @@ async def test_s9_leaving_the_group_ends_a_server_with_silent_clients(
             else:
                 await use()
         assert scope.cancelled_caught == (how == "cancellation")
-        assert [protocol.lost_with for protocol in made] == [None] * 3
+        assert [protocol.exception for protocol in made] == [None] * 3
         for peer in clients:
             assert await peer.gone()
 

@@ -18,11 +18,6 @@ from transports_anyio.testing import DatagramRecorder, Recorder as PublicRecorde
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(scope="module")
-def certificates(certificate_authority: Any) -> Certificates:
-    return Certificates(certificate_authority)
-
-
 class ClassMethods:
     """A class that is a protocol itself."""
 
@@ -107,7 +102,7 @@ async def test_set_protocol_accepts_duck_types(stack: Stack) -> None:
     """Any object with `connection_lost`: also a class with class methods, and one without `connection_made`."""
     ClassMethods.lost = []
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
-        protocol.state = "lost"  # Another protocol gets `connection_lost`.
+        protocol.hand_over()  # Another protocol gets `connection_lost`.
         other = WithoutConnectionMade()
         transport.set_protocol(other)
         await peer.send(b"hello")
@@ -232,16 +227,16 @@ async def test_r8_a_protocol_of_a_child_that_is_set_while_writing_is_paused(anyi
     async with TransportGroup() as group:
         transport, first = await group.subprocess_exec(SubprocessRecorder, sys.executable, "-c", program)
         stdin = transport.get_pipe_transport(0)
-        assert not transport.is_writing_paused()
+        assert not transport.is_writing_paused()  # type: ignore[attr-defined]
         stdin.write(bytes(4 << 20))
-        assert transport.is_writing_paused()
+        assert transport.is_writing_paused()  # type: ignore[attr-defined]
         second = SubprocessRecorder(transport=transport)
         transport.set_protocol(second)
         with anyio.fail_after(GUARD):
             await second.wait_for("pause_writing")
             stdin.write(b"\nrest")
             await second.wait_for("resume_writing")
-            assert not transport.is_writing_paused()
+            assert not transport.is_writing_paused()  # type: ignore[attr-defined]
             stdin.close()
             await second.wait_for("connection_lost")
         first.check()

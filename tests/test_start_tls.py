@@ -38,11 +38,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(scope="session")
-def certificates(certificate_authority: Any) -> Certificates:
-    return Certificates(certificate_authority)
-
-
 @asynccontextmanager
 async def accepted(group: Any, protocol: Any) -> AsyncIterator[Peer]:
     """Accept a connection with a server of the group; yield the client's bare end."""
@@ -88,7 +83,7 @@ async def test_client(stack: Stack, certificates: Certificates) -> None:
             assert await protocol.wait_received(18) == b"in the clearanswer"
             await tls.say_goodbye()
             await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert protocol.count("connection_made") == 1
 
 
@@ -107,7 +102,7 @@ async def test_server(stack: Stack, certificates: Certificates) -> None:
             assert await tls.receive_all() == b"answer"
             await tls.say_goodbye()
             await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_new_protocol(stack: Stack, certificates: Certificates) -> None:
@@ -124,7 +119,7 @@ async def test_new_protocol(stack: Stack, certificates: Certificates) -> None:
 
         def connection_lost(self, exc: Exception | None) -> None:
             calls.append(exc)
-            first.state = "lost"  # for the check at the end of each test
+            first.hand_over()  # for the check at the end of each test
 
     async with stack.open() as group, connected(group, first) as (transport, _, peer):
         _, tls = await together(
@@ -260,7 +255,7 @@ async def test_t2_plaintext_injected_before_the_upgrade(stack: Stack, certificat
         with anyio.fail_after(GUARD), pytest.raises(ssl.SSLError):
             await group.start_tls(protocol.transport, protocol, certificates.server(), server_side=True)
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ssl.SSLError)
+        assert isinstance(protocol.exception, ssl.SSLError)
     assert protocol.received == b"STARTTLS\r\n"
 
 
@@ -407,7 +402,7 @@ async def test_certificate_that_is_refused(stack: Stack, certificates: Certifica
 
         await together(upgrade, accept)
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ssl.SSLCertVerificationError)
+        assert isinstance(protocol.exception, ssl.SSLCertVerificationError)
         assert contexts == []
 
 
@@ -418,10 +413,10 @@ async def test_handshake_that_takes_too_long(stack: Stack, certificates: Certifi
                 transport, protocol, certificates.client(), server_hostname=NAME, ssl_handshake_timeout=0.05
             )
         if stack.is_oracle:
-            protocol.state = "lost"  # asyncio forgets `connection_lost`.
+            protocol.hand_over()  # asyncio forgets `connection_lost`.
             return
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionAbortedError)
+        assert isinstance(protocol.exception, ConnectionAbortedError)
         assert await peer.gone()
 
 
@@ -438,7 +433,7 @@ async def test_handshake_that_is_cancelled(stack: Stack, certificates: Certifica
                 tasks.start_soon(cancel)
                 await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert await peer.gone()
 
 
@@ -471,10 +466,10 @@ async def test_t13_connection_ends_during_the_handshake(stack: Stack, certificat
         await protocol.wait_for("connection_lost")
         if how.startswith("peer"):
             assert type(error) is ConnectionResetError
-            assert type(protocol.lost_with) is ConnectionResetError
+            assert type(protocol.exception) is ConnectionResetError
         else:
             assert type(error) is ConnectionAbortedError
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert contexts == []
 
 
@@ -508,11 +503,11 @@ async def test_buffered_plaintext_is_sent_when_closed_during_the_handshake(
             lambda: failed_upgrade(group, transport, protocol, certificates.server(), server_side=True), close
         )
         if stack.is_oracle:
-            protocol.state = "lost"  # asyncio forgets `connection_lost`.
+            protocol.hand_over()  # asyncio forgets `connection_lost`.
             return
         await protocol.wait_for("connection_lost")
         assert type(error) is ConnectionAbortedError
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert protocol.received == b""
 
 
@@ -549,7 +544,7 @@ async def test_what_is_written_during_the_handshake_and_closed(
         )
         await protocol.wait_for("connection_lost")
         assert type(error) is (ConnectionResetError if peer_does == "leave" else ConnectionAbortedError)
-        assert protocol.lost_with is (None if peer_does == "complete" else error)
+        assert protocol.exception is (None if peer_does == "complete" else error)
         assert protocol.count("connection_lost") == 1
         assert protocol.received == b""
         assert contexts == []
@@ -598,9 +593,9 @@ async def test_a_close_during_the_handshake_whose_flush_is_aborted(
         else:
             assert [type(error) for error in errors] == [ConnectionAbortedError]
         if how in ("cancelled", "aborted"):
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         else:
-            assert type(protocol.lost_with) in (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
+            assert type(protocol.exception) in (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
         assert contexts == []
 
 
@@ -643,7 +638,7 @@ async def test_group_that_is_left_during_the_handshake(stack: Stack, certificate
             assert not protocol.lost
             tasks.start_soon(read, peer)
         assert protocol.lost
-    assert protocol.lost_with is None
+    assert protocol.exception is None
     assert [type(error) for error in errors] == [ConnectionAbortedError]
 
 
@@ -688,7 +683,7 @@ async def test_end_between_the_handshake_and_the_return(stack: Stack, certificat
         await together(upgrade, accept)
         await protocol.wait_for("connection_lost")
         assert returned[0].is_closing()
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         if how == "abort" and ended == [False]:
             assert protocol.names == ["connection_made", "pause_writing", "connection_lost"]
 
@@ -702,7 +697,7 @@ async def test_t13_transport_that_is_closing(stack: Stack, certificates: Certifi
         await protocol.wait_for("connection_lost")
         with pytest.raises(RuntimeError, match="closing"):
             await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("asyncio does not look")
@@ -773,7 +768,7 @@ async def test_peer_that_has_ended_its_stream_before(stack: Stack, certificates:
             await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
         assert transport.is_closing()
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionResetError)
+        assert isinstance(protocol.exception, ConnectionResetError)
 
 
 async def test_parameters_that_are_refused(stack: Stack, certificates: Certificates) -> None:
@@ -944,7 +939,7 @@ async def test_tls_in_tls(stack: Stack, certificates: Certificates) -> None:
             assert await outer.receive() == b""
         await outer.say_goodbye()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("asyncio's start_tls() never returns")
@@ -968,7 +963,7 @@ async def test_connection_that_is_closed_by_its_server_name_callback(stack: Stac
         )
         await protocol.wait_for("connection_lost")
         assert type(error) is ConnectionAbortedError
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("asyncio cuts the connection, without `close_notify`")
@@ -991,7 +986,7 @@ async def test_tls_in_tls_that_is_closed_by_its_server_name_callback(stack: Stac
         error, _ = await together(lambda: failed_upgrade(group, transport, protocol, context, server_side=True), close)
         await protocol.wait_for("connection_lost")
         assert type(error) is ConnectionAbortedError
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert contexts == []
 
 
@@ -1047,7 +1042,7 @@ async def test_tls_in_tls_that_is_closed_during_the_handshake(
         await protocol.wait_for("connection_lost")
         if not stack.is_oracle:  # For asyncio's protocol the handshake was interrupted.
             assert type(error) is ConnectionAbortedError
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert protocol.received == b""
 
 
@@ -1102,9 +1097,9 @@ async def test_tls_in_tls_whose_outer_object_fails(stack: Stack, certificates: C
                 inner.write(b"x")
                 await outer.send(outgoing.read())
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, ZeroDivisionError)
+            assert isinstance(protocol.exception, ZeroDivisionError)
         # `start_tls` has raised the error.
-        assert [context["exception"] for context in contexts] == ([] if when == "handshake" else [protocol.lost_with])
+        assert [context["exception"] for context in contexts] == ([] if when == "handshake" else [protocol.exception])
         async with connected(group) as (transport, protocol, peer):
             await peer.send(b"still alive")
             await protocol.wait_received(11)
@@ -1138,5 +1133,5 @@ async def test_asyncio_upgrades_the_other_end(stack: Stack, certificates: Certif
                 assert await peer.line() == "hello"
                 assert await peer.line() == "lost None"
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             server.close()

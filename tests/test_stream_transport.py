@@ -92,7 +92,7 @@ async def test_the_callbacks_of_an_ordinary_connection(stack: Stack) -> None:
         peer.close()
         await protocol.wait_for("connection_lost")
         assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert type(protocol.calls[1][1]) is bytes
 
 
@@ -129,13 +129,13 @@ class StandIn:
     """A proxy object as some frameworks have them: any use fails."""
 
     def __init__(self) -> None:
-        self.lost_with: list[BaseException | None] = []
+        self.exception: list[BaseException | None] = []
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self.lost_with.append(exc)
+        self.exception.append(exc)
 
     def __getattr__(self, name: str) -> Any:
         raise LookupError(name)
@@ -148,12 +148,12 @@ async def test_a_protocol_that_fails_when_it_is_looked_at(stack: Stack) -> None:
         contexts = collect_contexts(group)
         async with connected(group, failing) as (_, _, peer), connected(group, other) as (_, _, other_peer):
             await peer.send(b"x")
-            await until(lambda: failing.lost_with)
+            await until(lambda: failing.exception)
             await other_peer.send(b"still here")
             await other.wait_received(10)
     (context,) = contexts
     assert type(context["exception"]) is LookupError
-    assert failing.lost_with == [context["exception"]]
+    assert failing.exception == [context["exception"]]
 
 
 @pytest.mark.ours_only("asyncio's sendto raises it")
@@ -168,7 +168,7 @@ async def test_a_datagram_protocol_that_fails_when_it_is_looked_at(stack: Stack)
         await until(lambda: len(contexts) == 2)
         transport.close()
     assert [type(context["exception"]) for context in contexts] == [LookupError, LookupError]
-    assert failing.lost_with == [None]
+    assert failing.exception == [None]
 
 
 # -- close and abort ------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ async def test_close(stack: Stack) -> None:
         assert transport.is_closing()
         assert protocol.count("connection_lost") == 0
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert protocol.count("eof_received") == 0
         assert await peer.receive_all() == b""
         transport.close()
@@ -258,7 +258,7 @@ async def test_abort_drops_what_is_buffered(stack: Stack, buffered: bool) -> Non
         transport.abort()
         transport.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert await peer.gone()
 
 
@@ -274,7 +274,7 @@ async def test_ending_inside_a_callback(stack: Stack, method: str, callback: str
                 peer.shutdown()
         await protocol.wait_for("connection_lost")
         assert protocol.names[-2] == ("eof_received" if callback == "connection_lost" else callback)
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
@@ -282,7 +282,7 @@ async def test_a_reset_by_the_peer(stack: Stack, kind: type[Recorder]) -> None:
     async with stack.open() as group, connected(group, kind()) as (transport, protocol, peer):
         peer.reset()
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionResetError)
+        assert isinstance(protocol.exception, ConnectionResetError)
         assert protocol.count("eof_received") == 0
         assert transport.is_closing()
 
@@ -293,7 +293,7 @@ async def test_a_reset_while_reading_is_paused_and_data_is_buffered(stack: Stack
         fill(transport)
         peer.reset()
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionError)
+        assert isinstance(protocol.exception, ConnectionError)
         assert protocol.count("data_received") == 0
 
 
@@ -322,7 +322,7 @@ async def test_end_of_file_closes_if_eof_received_returns_false(
         assert await peer.receive_all() == b"before"
         await protocol.wait_for("connection_lost")
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_end_of_file_flushes_before_closing(stack: Stack) -> None:
@@ -334,7 +334,7 @@ async def test_end_of_file_flushes_before_closing(stack: Stack) -> None:
         assert transport.is_closing()
         assert await peer.receive_all() == data
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
@@ -354,7 +354,7 @@ async def test_eof_received_returning_true_keeps_the_sending_side(stack: Stack, 
         transport.close()
         assert await peer.receive_all() == b""
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_a_half_closed_connection_notices_a_reset(stack: Stack) -> None:
@@ -365,7 +365,7 @@ async def test_a_half_closed_connection_notices_a_reset(stack: Stack) -> None:
         fill(transport)
         peer.reset()
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionError)
+        assert isinstance(protocol.exception, ConnectionError)
 
 
 async def test_write_eof_flushes_and_leaves_the_receiving_side_open(stack: Stack) -> None:
@@ -383,7 +383,7 @@ async def test_write_eof_flushes_and_leaves_the_receiving_side_open(stack: Stack
         peer.close()
         await protocol.wait_for("connection_lost")
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_write_eof_with_nothing_buffered(stack: Stack) -> None:
@@ -414,7 +414,7 @@ async def test_write_eof_on_a_closed_transport_is_harmless(stack: Stack) -> None
         transport.write_eof()
         await protocol.wait_for("connection_lost")
         transport.write_eof()
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_write_eof_then_close_flushes(stack: Stack) -> None:
@@ -425,7 +425,7 @@ async def test_write_eof_then_close_flushes(stack: Stack) -> None:
         transport.close()
         assert await peer.receive_all() == data
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
@@ -501,7 +501,7 @@ async def test_writelines_keeps_the_order(stack: Stack) -> None:
 
 
 async def test_writes_from_connection_made_arrive(stack: Stack) -> None:
-    protocol = Recorder(on_connection_made=lambda p, t: (t.write(b"hel"), t.writelines([b"lo"])) and None)
+    protocol = Recorder(on_connection_made=lambda p, t: [t.write(b"hel"), t.writelines([b"lo"])])
     async with stack.open() as group, connected(group, protocol) as (_, _, peer):
         assert await peer.receive_exactly(5) == b"hello"
 
@@ -619,7 +619,7 @@ async def test_setting_another_protocol(stack: Stack) -> None:
         await peer.send(b"one")
         await first.wait_received(3)
         second = Recorder()
-        second.state = "open"
+        second.take_over(transport)
         assert transport.get_protocol() is first
         transport.set_protocol(second)
         assert transport.get_protocol() is second
@@ -630,12 +630,12 @@ async def test_setting_another_protocol(stack: Stack) -> None:
         await second.wait_for("connection_lost")
         assert first.received == b"one"
         assert first.count("connection_lost") == 0
-        first.state = "lost"
+        first.hand_over()
 
 
 async def test_a_buffered_protocol_receives_into_its_own_buffer(stack: Stack) -> None:
     data = pattern(100_000)
-    async with stack.open() as group, connected(group, BufferedRecorder(size=1000)) as (_, protocol, peer):
+    async with stack.open() as group, connected(group, BufferedRecorder(buffer_size=1000)) as (_, protocol, peer):
         await peer.send(data)
         assert await protocol.wait_received(len(data)) == data
         assert all(call[1] <= 1000 for call in protocol.calls if call[0] == "buffer_updated")

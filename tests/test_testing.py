@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from typing import Any
 
 import anyio
@@ -20,6 +21,7 @@ from support import (
     raises_inside,
     turns,
 )
+from tls_support import NAME, Certificates
 
 from transports_anyio import TransportGroup
 from transports_anyio.testing import (
@@ -509,3 +511,179 @@ async def test_a_busy_connection_does_not_starve_tasks_and_timers(anyio_backend:
             await done.wait()
         a.abort()
         b.abort()
+
+
+# -- hooks and time-outs --------------------------------------------------------------------------------------
+
+
+async def test_hooks_are_called_with_the_recorder_and_the_arguments(stack: Stack) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def received(recorder: Recorder, data: bytes) -> None:
+        assert recorder.calls[-1] == ("data_received", data)  # The callback has been recorded.
+        seen.append(("data", recorder, data))
+
+    def ended(recorder: Recorder) -> bool:
+        seen.append(("end", recorder))
+        return True
+
+    recorder = Recorder(on_data_received=received, on_eof_received=ended)
+    async with stack.open() as group, connected(group, recorder) as (transport, _, peer):
+        await peer.send(b"x")
+        peer.shutdown()
+        await recorder.wait_for("eof_received")
+        transport.write(b"still open")  # because the hook returned `True`
+        assert await peer.receive_exactly(10) == b"still open"
+        recorder.hooks["connection_lost"] = lambda recorder, exc: seen.append(("lost", recorder, exc))
+    recorder.check()
+    assert seen == [("data", recorder, b"x"), ("end", recorder), ("lost", recorder, None)]
+
+
+async def test_a_hook_runs_before_the_wrapped_protocol(stack: Stack) -> None:
+    order: list[str] = []
+
+    class Wrapped(asyncio.Protocol):
+        def eof_received(self) -> bool:
+            order.append("protocol")
+            return False
+
+    def hook(recorder: Recorder) -> bool:
+        order.append("hook")
+        return True
+
+    recorder = Recorder(Wrapped(), on_eof_received=hook)
+    async with stack.open() as group, connected(group, recorder) as (_, _, peer):
+        peer.shutdown()
+        assert await peer.receive_all() == b""  # The protocol's `False` counts.
+        await recorder.wait_for("connection_lost")
+    assert order == ["hook", "protocol"]
+    recorder.check()
+
+
+async def test_a_hook_may_give_the_buffer(stack: Stack) -> None:
+    mine = bytearray(3)
+    recorder = BufferedRecorder(on_get_buffer=lambda recorder, size: memoryview(mine))
+    async with stack.open() as group, connected(group, recorder) as (_, _, peer):
+        await peer.send(b"abcdefgh")
+        assert await recorder.wait_received(8) == b"abcdefgh"
+    assert bytes(mine) == b"ghf"
+    recorder.check()
+
+
+@pytest.mark.parametrize("kind", [Recorder, BufferedRecorder, DatagramRecorder, SubprocessRecorder])
+@pytest.mark.parametrize("name", ["on_data_recieved", "data_received", "connection_made", "on_"])
+def test_an_unknown_hook(kind: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{kind.__name__}\(\) got an unknown hook '{name}': its hooks are on_connect"):
+        kind(**{name: print})
+
+
+def test_a_callback_inside_a_hook_is_a_violation() -> None:
+    recorder = Recorder(on_data_received=lambda recorder, data: recorder.eof_received())
+    recorder.connection_made(TRANSPORT)
+    recorder.data_received(b"x")
+    assert recorder.violations == ["eof_received() inside data_received()"]
+
+
+async def test_a_wait_that_takes_too_long_shows_what_was_recorded(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        (a, one), (b, _) = await memory_connection(group, Recorder, Recorder)
+        b.write(bytes(100_000))
+        await one.wait_received(65536)
+        with pytest.raises(
+            TimeoutError, match=r"more than 0.01 s, recorded so far: \[connection_made\(.*data_received\("
+        ):
+            await one.wait_for("eof_received", timeout=0.01)
+        with pytest.raises(TimeoutError) as caught:
+            await one.wait_received(1_000_000, timeout=0.01)
+        assert len(str(caught.value)) < 1000
+        with pytest.raises(TimeoutError):
+            await one.wait_until(lambda: False, timeout=0)
+        group.call_later(0.01, a.abort)
+        await one.wait_for("connection_lost", timeout=None)
+
+
+async def test_waits_end_after_ten_seconds_by_default(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float | None] = []
+    real = anyio.move_on_after
+
+    def quicker(delay: float | None, shield: bool = False) -> Any:
+        given.append(delay)
+        return real(0.01, shield)
+
+    monkeypatch.setattr(anyio, "move_on_after", quicker)
+    recorder = Recorder(transport=TRANSPORT)
+    for wait in (recorder.wait_for("x"), recorder.wait_received(1), recorder.wait_until(lambda: False)):
+        with pytest.raises(TimeoutError, match="10 s"):
+            await wait
+    assert given == [10] * 3
+
+
+# -- TLS in memory --------------------------------------------------------------------------------------------
+
+
+def tls(certificates: Certificates) -> dict[str, Any]:
+    return {"ssl": certificates.client(), "server_ssl": certificates.server(), "server_hostname": NAME}
+
+
+@pytest.mark.parametrize(("chunk_size", "buffer_size"), [(None, 65536), (1, 100), (1000, 1)])
+async def test_tls_in_memory(
+    anyio_backend: Any, certificates: Certificates, chunk_size: int | None, buffer_size: int
+) -> None:
+    async with TransportGroup() as group:
+        (a, one), (b, other) = await memory_connection(
+            group, Recorder, BufferedRecorder, chunk_size=chunk_size, buffer_size=buffer_size, **tls(certificates)
+        )
+        assert one.names == other.names == ["connection_made"]
+        assert a.get_extra_info("peercert")["subjectAltName"] == (("DNS", NAME),)
+        assert b.get_extra_info("ssl_object").server_side
+        a.write(pattern(2000))
+        b.write(b"answer")
+        assert await other.wait_received(2000) == pattern(2000)
+        assert await one.wait_received(6) == b"answer"
+        a.close()
+        await other.wait_for("connection_lost")
+    for recorder in (one, other):
+        assert recorder.exception is None
+        recorder.check()
+
+
+async def test_tls_in_memory_that_fails(anyio_backend: Any, certificates: Certificates) -> None:
+    made: list[Recorder] = []
+
+    def factory() -> Recorder:
+        made.append(Recorder())
+        return made[-1]
+
+    async with TransportGroup() as group:
+        with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+            await memory_connection(group, factory, factory, **{**tls(certificates), "server_hostname": "other.test"})
+        with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer"):
+            await memory_connection(
+                group, factory, factory, **{**tls(certificates), "ssl": ssl.create_default_context()}
+            )
+        with anyio.CancelScope() as scope:
+            group.call_soon(scope.cancel)
+            await memory_connection(group, factory, factory, chunk_size=1, **tls(certificates))
+        assert scope.cancelled_caught
+        assert group.statistics().pending_timers == 0
+        await group.wait_closed()
+    assert made == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"ssl": None}, ValueError, "must be given together"),
+        ({"server_ssl": None}, ValueError, "must be given together"),
+        ({"ssl": True}, TypeError, "ssl must be an SSLContext or None, got True"),
+        ({"server_ssl": "context"}, TypeError, "server_ssl must be an SSLContext or None, got 'context'"),
+        ({"server_hostname": None}, ValueError, "server_hostname"),
+        ({"ssl": None, "server_ssl": None}, ValueError, "server_hostname is only meaningful with ssl"),
+    ],
+)
+async def test_invalid_tls_parameters(
+    anyio_backend: Any, certificates: Certificates, changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    async with TransportGroup() as group:
+        with pytest.raises(error, match=message):
+            await memory_connection(group, Recorder, Recorder, **{**tls(certificates), **changed})

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import termios
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import pytest
@@ -25,15 +25,7 @@ from tls_support import (
     tls_peer_process,
 )
 
-if TYPE_CHECKING:
-    import trustme
-
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="session")
-def certificates(certificate_authority: trustme.CA) -> Certificates:
-    return Certificates(certificate_authority)
 
 
 @pytest.fixture(params=["1.2", "1.3"])
@@ -62,7 +54,7 @@ async def test_openssl_client(stack: Stack, certificates: Certificates, version:
                     await process.wait()
             protocol = await serving.protocol()
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             serving.server.close()
 
 
@@ -165,7 +157,7 @@ async def test_openssl_server(stack: Stack, certificates: Certificates, version:
             assert data
             client.transport.close()
             await client.wait_for("connection_lost")
-            assert client.lost_with is None
+            assert client.exception is None
 
 
 async def test_renegotiation_asked_for_by_a_server(stack: Stack, certificates: Certificates) -> None:
@@ -190,7 +182,7 @@ async def test_renegotiation_asked_for_by_a_server(stack: Stack, certificates: C
                 await client.wait_until(lambda line=line: client.received.endswith(line))
             transport.close()
             await client.wait_for("connection_lost")
-            assert client.lost_with is None
+            assert client.exception is None
 
 
 async def test_renegotiation_under_a_writer(stack: Stack, certificates: Certificates) -> None:
@@ -277,7 +269,7 @@ async def test_peer_that_disconnects_in_a_renegotiation_under_a_writer(
             assert transport.get_write_buffer_size() == 7
             written.set()
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, ConnectionResetError)
+            assert isinstance(protocol.exception, ConnectionResetError)
             await until(lambda: not relaying.is_alive())
 
 
@@ -318,7 +310,7 @@ async def test_python_client(stack: Stack, certificates: Certificates, peer: str
                 assert (await process.line()).startswith("done")
             await protocol.wait_for("connection_lost")
             assert len(protocol.received) == size
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             serving.server.close()
 
 
@@ -334,5 +326,5 @@ async def test_python_server(stack: Stack, certificates: Certificates, peer: str
             assert await client.wait_received(len(data)) == data
             client.transport.close()
             await client.wait_for("connection_lost")
-            assert client.lost_with is None
+            assert client.exception is None
             assert await process.line() == f"done {len(data)}"

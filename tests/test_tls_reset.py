@@ -19,11 +19,6 @@ from tls_support import NAME, Certificates, together
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(scope="module")
-def certificates(certificate_authority: Any) -> Certificates:
-    return Certificates(certificate_authority)
-
-
 class Layer:
     """One end of TLS in memory, over a socket or over another layer; the test decides when it sends."""
 
@@ -137,7 +132,7 @@ async def check_that_a_reset_is_reported(way: Callable[..., Any], stack: Stack, 
         await protocol.wait_for("connection_lost")
     assert protocol.received == b"request"
     assert "eof_received" not in protocol.names
-    assert isinstance(protocol.lost_with, ConnectionResetError)
+    assert isinstance(protocol.exception, ConnectionResetError)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -179,7 +174,7 @@ async def test_t15_server_that_resets_at_once(stack: Stack, certificates: Certif
             )
             await protocol.wait_for("connection_lost")
     assert protocol.names == ["connection_made", "connection_lost"]
-    assert isinstance(protocol.lost_with, ConnectionResetError)
+    assert isinstance(protocol.exception, ConnectionResetError)
 
 
 @pytest.mark.ours_only("asyncio reports a reset while reading is paused")
@@ -190,7 +185,7 @@ async def test_t15_closing_after_a_reset_that_only_openssl_saw(stack: Stack, cer
         await over_tcp(group, certificates, protocol)
         protocol.transport.close()
         await protocol.wait_for("connection_lost")
-    assert isinstance(protocol.lost_with, ConnectionResetError)
+    assert isinstance(protocol.exception, ConnectionResetError)
 
 
 @pytest.mark.parametrize("says_so", [True, False])
@@ -220,6 +215,6 @@ async def test_t15_peer_that_disconnects_before_the_session_tickets(
     assert protocol.received == b"request"
     assert ("eof_received" in protocol.names) is says_so
     if says_so:
-        assert stack.is_oracle or protocol.lost_with is None  # asyncio reports the broken pipe all the same.
+        assert stack.is_oracle or protocol.exception is None  # asyncio reports the broken pipe all the same.
     else:
-        assert isinstance(protocol.lost_with, BrokenPipeError)
+        assert isinstance(protocol.exception, BrokenPipeError)

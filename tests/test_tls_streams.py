@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.abc
+import anyio.streams.tls
 import pytest
-import trustme
 from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.stapled import StapledByteStream
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="session")
-def certificates(certificate_authority: trustme.CA) -> Certificates:
-    return Certificates(certificate_authority)
 
 
 class MemoryReceiver(ByteReceiveStream):
@@ -126,7 +121,7 @@ async def test_client_and_anyios_server(anyio_backend: Any, certificates: Certif
             await tls.aclose()
         await protocol.wait_for("connection_lost")
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("kind", [Recorder, ViewRecorder], ids=["protocol", "buffered"])
@@ -144,8 +139,8 @@ async def test_both_ends(anyio_backend: Any, certificates: Certificates, pair: A
         transport.close()
         await client.wait_for("connection_lost")
         await server.wait_for("connection_lost")
-        assert client.lost_with is None
-        assert server.lost_with is None
+        assert client.exception is None
+        assert server.exception is None
 
 
 async def test_start_tls_in_mid_stream(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
@@ -212,7 +207,7 @@ async def test_close_during_start_tls(anyio_backend: Any, certificates: Certific
         with anyio.fail_after(GUARD):
             await together(upgrade, end)
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_tls_over_a_tls_stream(anyio_backend: Any, certificates: Certificates) -> None:
@@ -286,7 +281,7 @@ async def test_client_that_sends_in_pieces_and_disconnects_at_once(
         await protocol.wait_for("connection_lost")
         assert protocol.received == b"".join(pieces)
         assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_peer_that_floods_after_its_close_notify(anyio_backend: Any, certificates: Certificates) -> None:
@@ -336,7 +331,7 @@ async def test_peer_that_floods_after_its_close_notify(anyio_backend: Any, certi
         assert peer.transport.get_write_buffer_size() >= 5 * space
         peer.transport.resume_reading()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         await peer.wait_for("connection_lost")
 
 
@@ -385,7 +380,7 @@ async def test_stream_that_breaks_during_the_shutdown(
         breaking.broken = True
         client.transport.close()
         await client.wait_for("connection_lost")
-        assert isinstance(client.lost_with, BrokenPipeError)
+        assert isinstance(client.exception, BrokenPipeError)
         server.transport.abort()
         await server.wait_for("connection_lost")
 

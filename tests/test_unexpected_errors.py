@@ -169,7 +169,7 @@ async def test_g5_receiving_fails(stack: Stack, faults: Faults, kind: Any, error
     assert faults.failed == 1
     assert reported(contexts) == [error]
     if kind is Recorder:
-        assert isinstance(protocol.lost_with, error)
+        assert isinstance(protocol.exception, error)
 
 
 @every_error
@@ -189,7 +189,7 @@ async def test_g5_sending_fails(stack: Stack, faults: Faults, when: str, error: 
         assert await answers(other)
     assert faults.failed == 1
     assert reported(contexts) == [error]
-    assert isinstance(protocol.lost_with, error)
+    assert isinstance(protocol.exception, error)
 
 
 class Datagrams(DatagramProtocol):
@@ -271,8 +271,8 @@ async def test_g5_an_anyio_stream_fails(stack: Stack, doing: str, error: Any) ->
             transport.write(b"x")
         await protocol.wait_for("connection_lost")
         assert await answers(other)
-    assert isinstance(protocol.lost_with, OSError)
-    assert type(protocol.lost_with.__cause__) is error
+    assert isinstance(protocol.exception, OSError)
+    assert type(protocol.exception.__cause__) is error
 
 
 class ChildProtocol(SubprocessProtocol):

@@ -31,11 +31,6 @@ pytestmark = pytest.mark.anyio
 HUGE = 400 << 20
 
 
-@pytest.fixture(scope="module")
-def certificates(certificate_authority: Any) -> Certificates:
-    return Certificates(certificate_authority)
-
-
 @contextmanager
 def no_memory(room: int = 100 << 20) -> Iterator[None]:
     """Limit the process to `room` more bytes of address space."""
@@ -142,7 +137,7 @@ async def test_w17_a_partly_sent_write_that_fails_ends_the_connection(
         transport.write(b"the next message")
         assert transport.get_write_buffer_size() == 0
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, MemoryError)
+        assert isinstance(protocol.exception, MemoryError)
         assert [type(context["exception"]) for context in contexts] == [MemoryError]
         got = await received()
         assert len(got) < HUGE
@@ -168,7 +163,7 @@ async def test_w17_a_failing_write_leaves_earlier_ones_alone(
         transport.close()
         assert await received() == bytes(size) + b"the next message"
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert contexts == []
 
 
@@ -197,7 +192,7 @@ async def test_w17_epoll_refuses_a_write_registration(
         assert transport.is_closing()
         transport.write(b"the next message")
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is failure
+        assert protocol.exception is failure
         assert contexts == []
         got = await received()
         assert 0 < len(got) < 8 << 20
@@ -253,7 +248,7 @@ async def test_w17_writing_near_the_recursion_limit(
             if closing:
                 ended += 1
                 assert not raised
-                assert isinstance(protocol.lost_with, RecursionError)
+                assert isinstance(protocol.exception, RecursionError)
                 assert [type(context["exception"]) for context in contexts] == [RecursionError]
                 assert b"the next message" not in got
             elif raised:
@@ -299,7 +294,7 @@ async def full_endpoint(group: Any) -> AsyncIterator[tuple[Any, Endpoint, socket
 
 
 async def datagrams(sock: socket.socket, count: int) -> list[bytes]:
-    got = []
+    got: list[bytes] = []
     with anyio.fail_after(GUARD):
         while len(got) < count:
             try:
@@ -405,7 +400,7 @@ async def test_w17_sendfile_that_cannot_wait(stack: Stack, monkeypatch: pytest.M
                     await group.sendfile(transport, file, 0, 64 << 20)
         assert caught.value is failure
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is failure
+        assert protocol.exception is failure
         assert len(await received_from(peer)) < 64 << 20
 
 
@@ -427,7 +422,7 @@ async def test_w17_an_error_of_the_connection_in_sendfile(
                 await group.sendfile(transport, file)
         assert caught.value.errno == code
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is caught.value
+        assert protocol.exception is caught.value
 
 
 # -- after `close` ----------------------------------------------------------------------------------------------------

@@ -34,9 +34,9 @@ VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 class ViewRecorder(BufferedRecorder):
     """A recorder that gives a `memoryview`: asyncio's TLS loses bytes with any other buffer (see T14)."""
 
-    def __init__(self, size: int = 4096, **hooks: Callable[..., Any]) -> None:
-        super().__init__(size, **hooks)
-        self.buffer = memoryview(self.buffer)  # type: ignore[assignment]
+    def __init__(self, *, buffer_size: int = 4096, **hooks: Callable[..., Any]) -> None:
+        super().__init__(buffer_size=buffer_size, **hooks)
+        self.buffer = memoryview(self.buffer)
 
 
 class Certificates:
@@ -79,7 +79,7 @@ class TLSPeer(Peer):
     socket: ssl.SSLSocket
 
     @classmethod
-    async def wrap(cls, sock: socket.socket, context: ssl.SSLContext, **options: Any) -> TLSPeer:
+    async def wrap(cls, sock: Any, context: ssl.SSLContext, **options: Any) -> TLSPeer:
         sock.setblocking(False)
         peer = cls(
             context.wrap_socket(
@@ -109,7 +109,7 @@ class TLSPeer(Peer):
                 except ssl.SSLWantWriteError:
                     await anyio.wait_writable(self.socket)
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes) -> None:  # type: ignore[override]
         view = memoryview(data)
         while view:
             view = view[await self.attempt(self.socket.send, view[:262144]) :]
