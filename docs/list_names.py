@@ -43,7 +43,7 @@ FROM_ASYNCIO = {
 
 
 #: What instances of recorders have.
-ATTRIBUTES = ["`protocol`", "`transport`", "`calls`", "`received`", "`violations`", "`writing_paused`"]
+ATTRIBUTES = ["`protocol`", "`transport`", "`hooks`", "`calls`", "`received`", "`violations`", "`writing_paused`"]
 
 
 def methods(abstract: type) -> set[str]:
