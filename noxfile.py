@@ -195,6 +195,9 @@ def ecosystem(session: nox.Session) -> None:
     # Each in a process of its own: what a library leaves behind in one must not disturb another.
     for chosen in [()] if given else [("--backend", backend) for backend in BACKENDS]:
         session.run("pytest", "ecosystem", *chosen, *session.posargs)
+    # The blocks of the documentation that need such libraries.
+    session.install(*group("test"))
+    session.run("pytest", "tests/test_docs_code.py", "-k", "test_page and (README or asyncio_on_trio)")
 
 
 @nox.session(python=ECOSYSTEM_PYTHON)

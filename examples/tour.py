@@ -1,7 +1,8 @@
 """The tour: the callbacks of one echo server and its client on every backend, side by side.
 
-The first column is asyncio with its own transports; the others are transports_anyio. The exit status is 0 if all
-columns are equal, otherwise 1.
+The first column has the callbacks on asyncio's own transports. The others say for transports_anyio on each backend
+whether the callback and its argument are the same, and show them if they are not. The exit status is 0 if all are
+equal, otherwise 1.
 """
 
 from __future__ import annotations
@@ -173,23 +174,32 @@ def paint(text: str, style: int) -> str:
     return text
 
 
-def line(cells: Sequence[str], style: int) -> str:
-    """Cells of 28 columns, so that four of them fit into 120."""
-    return paint("  ".join(f"{cell:28}" for cell in cells).rstrip(), style)
+#: The width of the first column. With the others the table has less than 80 columns.
+WIDTH = 28
+
+
+def line(cells: Sequence[str], widths: Sequence[int], style: int) -> str:
+    return paint("  ".join(map(str.ljust, cells, widths)).rstrip(), style)
 
 
 def main() -> int:
     seen = tour()
-    print(line(list(seen), BOLD))
+    others = list(seen)[1:]
+    widths = [WIDTH, *map(len, others)]
+    print(line(list(seen), widths, BOLD))
     total = different = 0
     for end in ("server", "client"):
-        print(line([f"-- {end} ".ljust(28, "-")] * len(seen), DIM))
+        print(line([f"-- {end} ".ljust(WIDTH, "-"), *("-" * len(name) for name in others)], widths, DIM))
         for calls in zip_longest(*(ends[end] for ends in seen.values()), fillvalue="(nothing)"):
-            cells = [str(call) for call in calls]
-            equal = len(set(cells)) == 1
+            expected, *ours = map(str, calls)
+            equal = set(ours) <= {expected}
+            cells = ["the same" if call == expected else "different" for call in ours]
+            print(line([expected, *cells], widths, GREEN if equal else RED))
+            for name, call in zip(others, ours, strict=True):
+                if call != expected:
+                    print(paint(f"    {name}: {call}", RED))
             total += 1
             different += not equal
-            print(line(cells, GREEN if equal else RED))
     print()
     count = {1: "one", 2: "two", 3: "three", 4: "four"}[len(seen)]
     if different:

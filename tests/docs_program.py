@@ -2,7 +2,8 @@
 
     python docs_program.py BACKEND PROGRAM [ARGUMENT ...]
 
-`anyio.run` gets BACKEND, whatever the program asks for; `asyncio.run` stays what it is.
+`anyio.run`, and `run_asyncio`, which calls it, get BACKEND, whatever the program asks for. `asyncio.run` stays what it
+is.
 """
 
 from __future__ import annotations

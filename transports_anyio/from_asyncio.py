@@ -24,7 +24,8 @@ async def run(async_function: Callable[..., Awaitable[T]], *args: Any) -> T:
     asyncio task waits for its end. The cancellation goes on then; a value that the function returns all the same is
     returned, and the cancellation comes when the asyncio task next waits.
 
-    Raises whatever the function raises, the same object, and `RuntimeError` when no event loop is running.
+    Raises whatever the function raises, the same object, `RuntimeError` when no event loop is running, and `TypeError`
+    for a coroutine object in place of the function.
 
     Source: https://docs.python.org/3/library/asyncio-task.html#task-cancellation
     """

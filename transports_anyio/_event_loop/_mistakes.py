@@ -1,8 +1,9 @@
-"""What is awaited on the wrong side: the errors that asyncio and trio raise for it, and which function to use."""
+"""Mistakes in crossing from one side to the other: the errors for them, and which function to use instead."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Coroutine
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -21,6 +22,18 @@ ADVICE = {
     RuntimeError: ("Task got bad yield: ", BACKEND_AWAITED_BY_ASYNCIO),
     TypeError: ("trio.run received unrecognized yield message ", ASYNCIO_AWAITED_BY_BACKEND),
 }
+
+
+def require_function(caller: str, function: object) -> None:
+    """Raise `TypeError` if `function` cannot be called; a coroutine object is closed, so that no warning follows."""
+    if callable(function):
+        return
+    if isinstance(function, Coroutine):
+        function.close()
+    raise TypeError(
+        f"{caller}() needs a function, not {function!r}: pass the function and its arguments, "
+        f"{caller}(function, *args), without calling it"
+    )
 
 
 def advise(exc: BaseException | None) -> None:

@@ -17,7 +17,7 @@ import anyio.lowlevel
 
 from ._core import LoopCore
 from ._crossing import TaskCancelled, outcome_in_backend, run_to_asyncio
-from ._mistakes import advise
+from ._mistakes import advise, require_function
 from ._sides import current_loop, running_loop
 
 if TYPE_CHECKING:
@@ -64,10 +64,12 @@ def run_asyncio(
     `anyio.run`. Ctrl-C cancels the task of the function and raises `KeyboardInterrupt` when it has ended.
 
     Raises whatever the function raises, `asyncio.CancelledError` when its task is cancelled, `RuntimeError` when an
-    event loop is running in this thread, and `LookupError` when the backend is not installed.
+    event loop is running in this thread, `LookupError` when the backend is not installed, and `TypeError` for a
+    coroutine object in place of the function.
 
     Source: https://docs.python.org/3/library/asyncio-runner.html#asyncio.run
     """
+    require_function("run_asyncio", async_function)
 
     async def main() -> T:
         async with open_event_loop():
