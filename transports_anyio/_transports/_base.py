@@ -271,6 +271,13 @@ class ChannelTransport(asyncio.BaseTransport):
         if self._writes_after_loss >= LOST_WRITES_BEFORE_WARNING:
             logger.warning("%r: the connection is closed or lost, the data written to it is dropped", self)
 
+    def _write_failed(self) -> None:
+        """End the connection soon if there is no room on the stack, otherwise now."""
+        if isinstance(self._write_error, RecursionError):
+            self._callback_context.call_soon(self._end_failed_write)
+        else:
+            self._end_failed_write()
+
     def _end_failed_write(self) -> None:
         """End the connection if a write has failed: an unknown part of it was sent, and nothing may follow it.
 
