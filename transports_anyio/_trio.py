@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import trio
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled, disable_ki_protection, enable_ki_protection
 
-__all__ = ["Scope", "Spawner", "checkpoint", "checkpoint_if_cancelled", "clock", "protect", "wait_for"]
+__all__ = ["Scope", "Spawner", "checkpoint", "checkpoint_if_cancelled", "clock", "protect", "wait_for", "wait_in"]
 
 Scope = trio.CancelScope
 Cancelled = trio.Cancelled
@@ -30,6 +30,19 @@ def protect(*functions: Callable[..., object]) -> None:
     for function in functions:
         assert isinstance(function, FunctionType)
         enable_ki_protection(function)
+
+
+@enable_ki_protection
+async def wait_in(waiting: dict[Any, Callable[[Any], None]]) -> None:
+    """Put this task into `waiting`, with what wakes it, and wait. Whoever wakes it takes it out first."""
+    task = trio.lowlevel.current_task()
+    waiting[task] = trio.lowlevel.reschedule
+
+    def abort(_: object) -> trio.lowlevel.Abort:
+        del waiting[task]
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    await trio.lowlevel.wait_task_rescheduled(abort)
 
 
 @enable_ki_protection
