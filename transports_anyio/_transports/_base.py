@@ -271,13 +271,6 @@ class ChannelTransport(asyncio.BaseTransport):
         if self._writes_after_loss >= LOST_WRITES_BEFORE_WARNING:
             logger.warning("%r: the connection is closed or lost, the data written to it is dropped", self)
 
-    def _write_failed(self) -> None:
-        """End the connection soon if there is no room on the stack, otherwise now."""
-        if isinstance(self._write_error, RecursionError):
-            self._callback_context.call_soon(self._end_failed_write)
-        else:
-            self._end_failed_write()
-
     def _end_failed_write(self) -> None:
         """End the connection if a write has failed: an unknown part of it was sent, and nothing may follow it.
 
@@ -293,6 +286,9 @@ class ChannelTransport(asyncio.BaseTransport):
             raise exc
         if self._state < LOST:
             self._broken(exc, "write")
+        else:  # A callback in the write has failed, and reporting that as well.
+            self._callback_context.report(f"Fatal write error on {self._kind} transport", exc, self, self._protocol)
+        self._write_error = None
 
     def _broken(self, exc: BaseException, doing: str) -> None:
         """End with `connection_lost(exc)`, or raise an exception that leaves through the group."""
@@ -336,6 +332,8 @@ class ChannelTransport(asyncio.BaseTransport):
 
     def _connection_lost(self, exc: Exception | None, aborted: bool) -> None:
         try:
+            if self._write_error is not None:
+                self._end_failed_write()
             self._call(self._protocol.connection_lost, exc)
         except BaseException as error:
             self._report_callback(error, "connection_lost")

@@ -179,7 +179,7 @@ class DatagramTransport(ChannelTransport, abc.DatagramTransport):
             # The channel may have taken the datagram. As in `StreamTransport.write`, no call comes before these.
             self._write_error = exc
             self._write_blocked = True
-            self._write_failed()
+            self._end_failed_write()
 
     def _is_remote(self, addr: Any) -> bool:
         """Return whether `addr` is the remote address without its IPv6 flow information and scope."""

@@ -300,7 +300,7 @@ class StreamTransport(ChannelTransport, abc.Transport):
             # recursion limit it would fail.
             self._write_error = exc
             self._write_blocked = True
-            self._write_failed()
+            self._end_failed_write()
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write the chunks of `list_of_data` in order, as one write. Raises as `write` does."""
@@ -343,7 +343,7 @@ class StreamTransport(ChannelTransport, abc.Transport):
             # As in `write`.
             self._write_error = exc
             self._write_blocked = True
-            self._write_failed()
+            self._end_failed_write()
 
     def _check_write(self, name: str) -> None:
         """Raise the error of a call of `name`, unless what it writes is sent, buffered or dropped."""
