@@ -55,7 +55,7 @@ async def tls(group: TransportGroup, certificates: Certificates) -> AsyncIterato
     accepted: list[TransportStream] = []
     server = await group.create_server(lambda: Handing(accepted), HOST, 0, ssl=certificates.server())
     address = server.sockets[0].getsockname()
-    options = {"ssl": certificates.client(), "server_hostname": NAME}
+    options: dict[str, Any] = {"ssl": certificates.client(), "server_hostname": NAME}
     yield await connect(group, server, accepted, lambda: group.create_connection(Protocol, *address, **options))
 
 

@@ -436,7 +436,7 @@ async def test_asyncio_functions_take_a_future_of_a_group(anyio_backend: Any) ->
                 await asyncio.wait_for(future, 0.001)
             assert not future.done()
             group.call_soon(future.set_result, 1)
-            assert await asyncio.gather(future, asyncio.wait_for(future, GUARD)) == [1, 1]
+            assert [*await asyncio.gather(future, asyncio.wait_for(future, GUARD))] == [1, 1]
 
     async with open_event_loop():
         await to_asyncio.run(main)

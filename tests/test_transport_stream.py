@@ -7,7 +7,7 @@ import ssl
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.lowlevel
@@ -776,7 +776,7 @@ async def test_the_pipes_of_a_child(anyio_backend: Any) -> None:
         transport, recorder = await group.subprocess_exec(
             lambda: SubprocessRecorder(SubprocessProtocol()), sys.executable, "-c", program
         )
-        stdin, stdout = (TransportStream(transport.get_pipe_transport(fd)) for fd in (0, 1))
+        stdin, stdout = (TransportStream(cast("Any", transport.get_pipe_transport(fd))) for fd in (0, 1))
 
         async def feed() -> None:
             for start in range(0, len(data), 50_000):
@@ -807,6 +807,7 @@ async def test_a_childs_pipe_that_is_taken_over_while_it_is_paused(anyio_backend
         pipe = transport.get_pipe_transport(0)
         fill(pipe, 100_000)
         assert recorder.names[-1] == "pause_writing"
+        assert pipe is not None
         stdin = TransportStream(pipe)
         await turns()
         assert recorder.count("pause_writing") == 1
