@@ -87,7 +87,7 @@ class SubprocessTransport(abc.SubprocessTransport):
     ) -> None:
         self._callback_context = callback_context
         self._child = child
-        self._protocol = protocol
+        self._protocol: Any = protocol
         self._on_lost = on_lost
         self._pipes: dict[int, StreamTransport] = {}
         self._open_pipes = 0
@@ -124,7 +124,7 @@ class SubprocessTransport(abc.SubprocessTransport):
         `TypeError` for an object that cannot be a protocol, such as a protocol class.
         """
         check_given_protocol(protocol, "set_protocol")
-        self._protocol = protocol
+        self._protocol: Any = protocol
         if self._missed_pause:
             self._callback_context.call_soon(self._call_missed_pause)
 
