@@ -165,17 +165,22 @@ def make_poller() -> Poller:
         loop = asyncio.get_running_loop() if asyncio.current_task() is not None else None
     except RuntimeError:
         loop = None
+    on_trio = getattr(running, "name", None) == "trio"
     selector = make_selector()
     poller: Poller
     if selector is None:
         poller = TaskPoller()
-    elif loop is None:
-        poller = WaitingListPoller(selector)
-    else:
+    elif loop is not None:
         poller = LoopPoller(selector, loop)
-    if getattr(running, "name", None) == "trio":
+    elif on_trio:
+        from ._trio import TrioPoller
+
+        poller = TrioPoller(selector)
+    else:
+        poller = WaitingListPoller(selector)
+    if on_trio:
         from ._trio import clock
 
-        poller.time = clock()  # Not AnyIO's: whatever calls, it is this clock.
+        poller.time = clock()  # Not AnyIO's: asyncio code that calls means this clock, too.
     poller.loop = loop
     return poller

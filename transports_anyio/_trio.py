@@ -1,6 +1,8 @@
-"""What trio has to do for us that AnyIO does not offer: its clock, its protection from Ctrl-C, tasks that wait.
+"""What trio offers and AnyIO does not: its clock, its protection from Ctrl-C, tasks that another task wakes.
 
-The one module that imports trio, its public functions only. It is imported when trio runs, and not before.
+Holds: the poller that trio gets, and what an event loop needs of trio.
+May know: `_poller`, `_selector`; trio, its public functions only. No other module imports trio, and this one is
+imported only while trio runs.
 """
 
 from __future__ import annotations
@@ -8,13 +10,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from math import inf
 from types import FunctionType
 from typing import Any, NoReturn
 
 import trio
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled, disable_ki_protection, enable_ki_protection
 
-__all__ = ["Scope", "Spawner", "checkpoint", "checkpoint_if_cancelled", "clock", "protect", "wait_for"]
+from ._poller import Turns, WaitingListPoller
+from ._selector import Selector
+
+__all__ = ["Scope", "Spawner", "TrioPoller", "checkpoint", "checkpoint_if_cancelled", "clock", "protect", "wait_for"]
 
 Scope = trio.CancelScope
 Cancelled = trio.Cancelled
@@ -30,6 +36,111 @@ def protect(*functions: Callable[..., object]) -> None:
     for function in functions:
         assert isinstance(function, FunctionType)
         enable_ki_protection(function)
+
+
+class TrioPoller(WaitingListPoller):
+    """A poller whose turns are taken by two tasks: one waits for the selector, the other one is the alarm.
+
+    Only a cancellation wakes a task that waits for a file descriptor, and that takes a scope for each wait. The alarm is
+    woken directly, and it keeps its scope while it waits. The deadline of the scope moves when an earlier one is wanted.
+    A later one is looked at when the alarm goes off.
+    """
+
+    def __init__(self, selector: Selector) -> None:
+        super().__init__(selector)
+        self._taking_turns = False
+        self._failure: BaseException | None = None
+        self._parked: trio.lowlevel.Task | None = None  # The alarm, while it waits.
+        self._wanted = inf  # When the next turn is due.
+        self._alarm_at = -inf  # The deadline of the alarm's scope. Minus infinity: it has none.
+        self._alarm_scope = trio.CancelScope()
+
+    async def run(self, turns: Turns) -> None:
+        async def alarm() -> None:
+            await self._run(self._alarm, turns, nursery)
+
+        if trio.lowlevel.currently_ki_protected():
+            enable_ki_protection(alarm)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(alarm, name="transports_anyio: alarm")
+                await self._run(self._watch, turns, nursery)
+            if self._failure is not None:
+                raise self._failure
+        finally:
+            self.waiting = False
+            self._failure = None
+
+    async def _run(
+        self, task: Callable[[Turns], Awaitable[None]], turns: Turns, nursery: trio.Nursery
+    ) -> None:
+        """Run one of the two tasks. What it raises ends both, and comes out of `run` as itself, not in a group."""
+        try:
+            await task(turns)
+        except trio.Cancelled:
+            raise
+        except BaseException as exc:
+            self._failure = self._failure or exc
+            nursery.cancel_scope.cancel()
+
+    async def _watch(self, turns: Turns) -> None:
+        """Take turns when the selector has something."""
+        await checkpoint()
+        while True:
+            await self._take_turns(turns)
+            await trio.lowlevel.wait_readable(self._selector.fileno())
+
+    async def _alarm(self, turns: Turns) -> None:
+        """Take turns after a wake-up, and when one is due."""
+        task = trio.lowlevel.current_task()
+        while True:
+            self._alarm_at = self._wanted
+            with trio.CancelScope(deadline=self._wanted) as self._alarm_scope:
+                self._parked = task
+                await trio.lowlevel.wait_task_rescheduled(self._alarm_goes_off)
+            self._alarm_at = -inf
+            if not (self.waiting and self._wanted > self.time()):
+                await self._take_turns(turns)
+
+    def _alarm_goes_off(self, _: object) -> trio.lowlevel.Abort:
+        self._parked = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    async def _take_turns(self, turns: Turns) -> None:
+        """Take turns until there is something to wait for, unless the other task does so already."""
+        if self._taking_turns:
+            return
+        self._taking_turns = True
+        self.waiting = False
+        self._wanted = inf
+        try:
+            while True:
+                if turns.tasks_started:
+                    # trio runs what is ready in any order: they have begun for certain after a second checkpoint.
+                    await checkpoint()
+                deadline = turns.turn()
+                if not (
+                    deadline == -inf or self._selector.always_ready or (deadline != inf and deadline <= self.time())
+                ):
+                    break
+                await checkpoint()
+        finally:
+            self._taking_turns = False
+        self.waiting = True
+        self.wait_until(deadline)
+
+    def wait_until(self, deadline: float) -> None:
+        self._wanted = deadline
+        if deadline < self._alarm_at:
+            self._alarm_at = self._alarm_scope.deadline = deadline
+
+    @enable_ki_protection
+    def wake(self) -> None:
+        if self.waiting:
+            self.waiting = False
+            alarm, self._parked = self._parked, None
+            if alarm is not None:  # If not, it is about to run.
+                trio.lowlevel.reschedule(alarm)
 
 
 @enable_ki_protection

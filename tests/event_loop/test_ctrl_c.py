@@ -119,7 +119,7 @@ def test_ctrl_c_between_two_turns():
 
     from transports_anyio import open_event_loop, to_asyncio
     from transports_anyio._event_loop._core import LoopCore
-    from transports_anyio._poller import WaitingPoller
+    from transports_anyio._trio import TrioPoller
 
     events = []
 
@@ -150,8 +150,10 @@ def test_ctrl_c_between_two_turns():
             sys.settrace(None)
 
     reached = 0
-    for function in (WaitingPoller.run, LoopCore._take_turns, LoopCore.turn, LoopCore.call):
-        code = function.__code__
+    alarm = next(each for each in TrioPoller.run.__code__.co_consts if getattr(each, "co_name", "") == "alarm")
+    poller = (TrioPoller.run, TrioPoller._run, TrioPoller._watch, TrioPoller._alarm, TrioPoller._take_turns)
+    functions = (*poller, TrioPoller.wait_until, TrioPoller.wake, LoopCore._take_turns, LoopCore.turn, LoopCore.call)
+    for code in (alarm, *(function.__code__ for function in functions)):
         for line in sorted({line for _, _, line in code.co_lines() if line}):
             events.clear()
             try:

@@ -161,7 +161,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         """
         if delay is None:
             raise TypeError("delay must not be None")
-        return self.call_at(self.time() + delay, callback, *args, context=context)
+        return self._set_timer(self.time() + delay, callback, args, context)
 
     def call_at(  # type: ignore[override]  # as `call_soon`
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
@@ -172,6 +172,11 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         """
         if when is None:
             raise TypeError("when cannot be None")
+        return self._set_timer(when, callback, args, context)
+
+    def _set_timer(
+        self, when: float, callback: Callable[..., object], args: tuple[Any, ...], context: Context | None
+    ) -> asyncio.TimerHandle:
         if self._checks:
             self._check(callback, "call_at")
         timers = self._timers
