@@ -34,7 +34,7 @@ from support import (
 
 import transports_anyio._group
 from transports_anyio import TransportGroup
-from transports_anyio._loop_poller import LoopPoller, make_poller
+from transports_anyio._loop_poller import make_poller
 from transports_anyio._poller import Poller, TaskPoller, WaitingListPoller
 from transports_anyio._selector import (
     BATCH_SIZE,

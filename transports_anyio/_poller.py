@@ -10,6 +10,7 @@ import socket
 from abc import ABC, abstractmethod
 from asyncio import AbstractEventLoop
 from collections.abc import Callable
+from contextlib import suppress
 from math import inf
 from typing import Protocol
 
@@ -114,6 +115,9 @@ class Poller(ABC):
     @abstractmethod
     def wake_threadsafe(self) -> None:
         """Take the next turn at once, from any thread. Raises `RuntimeError` when the poller is closed."""
+
+    def renew(self) -> None:  # noqa: B027  # there may be nothing
+        """Make good what has failed, for the next `run`."""
 
     def close(self) -> None:  # noqa: B027  # there may be nothing
         """Give everything back."""
@@ -228,6 +232,21 @@ class WaitingListPoller(ListPoller, WaitingPoller):
 
     async def _wait(self) -> None:
         await anyio.wait_readable(self._selector.fileno())
+
+    def renew(self) -> None:
+        """Register every file descriptor in a new selector."""
+        before = self._selector
+        with suppress(OSError):  # First: if something else has closed it, the new one may get its number.
+            before.close()
+        self._selector = selector = type(before)()
+        self.dispatch = selector.dispatch
+        self.registrations = selector.registrations
+        selector.registrations.update(before.registrations)
+        selector.always_ready.update(before.always_ready)
+        for registration in before.registrations.values():
+            interest, registration.interest = registration.interest, 0
+            with suppress(OSError):  # It has been closed, too.
+                selector.set_interest(registration, interest)
 
 
 class _Tasks:

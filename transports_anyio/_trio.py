@@ -41,9 +41,9 @@ def protect(*functions: Callable[..., object]) -> None:
 class TrioPoller(WaitingListPoller):
     """A poller whose turns are taken by two tasks: one waits for the selector, the other one is the alarm.
 
-    Only a cancellation wakes a task that waits for a file descriptor, and that takes a scope for each wait. The alarm is
-    woken directly, and it keeps its scope while it waits. The deadline of the scope moves when an earlier one is wanted.
-    A later one is looked at when the alarm goes off.
+    Only a cancellation wakes a task that waits for a file descriptor, and that takes a scope for each wait. The alarm
+    is woken directly, and keeps its scope while it waits. The deadline of the scope is moved for an earlier time only:
+    when the alarm goes off it looks what time is wanted by then.
     """
 
     def __init__(self, selector: Selector) -> None:
@@ -71,9 +71,7 @@ class TrioPoller(WaitingListPoller):
             self.waiting = False
             self._failure = None
 
-    async def _run(
-        self, task: Callable[[Turns], Awaitable[None]], turns: Turns, nursery: trio.Nursery
-    ) -> None:
+    async def _run(self, task: Callable[[Turns], Awaitable[None]], turns: Turns, nursery: trio.Nursery) -> None:
         """Run one of the two tasks. What it raises ends both, and comes out of `run` as itself, not in a group."""
         try:
             await task(turns)

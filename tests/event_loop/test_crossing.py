@@ -8,8 +8,10 @@ import contextvars
 import gc
 import sys
 import threading
+import time
 import weakref
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 import anyio.lowlevel
@@ -745,3 +747,35 @@ async def test_a_failed_crossing_leaves_no_cycle(anyio_backend):
             assert alive() is None
         finally:
             gc.enable()
+
+
+async def test_other_tasks_run_beside_crossings_that_wait_for_nothing(anyio_backend):
+    """However quickly they come back, and also those of context managers."""
+    rounds = 0
+
+    async def nothing():
+        pass
+
+    @asynccontextmanager
+    async def manager():
+        yield
+
+    async def work():
+        nonlocal rounds
+        while True:
+            await anyio.lowlevel.checkpoint()
+            rounds += 1
+
+    async def managed():
+        async with to_asyncio.wrap_async_context_manager(manager()):
+            pass
+
+    async with open_event_loop(), anyio.create_task_group() as tasks:
+        tasks.start_soon(work)
+        for cross in (partial(to_asyncio.run, nothing), managed):
+            rounds = 0
+            end = time.monotonic() + GUARD
+            while rounds < 3:
+                await cross()
+                assert time.monotonic() < end
+        tasks.cancel_scope.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import threading
 from contextlib import asynccontextmanager
@@ -667,3 +668,75 @@ async def test_a_poller_that_fails_ends_the_block_in_order(anyio_backend):
             await to_asyncio.run(work)
     assert caught.value is failure
     assert events == ["cleaned up"]
+
+
+async def test_a_selector_that_is_lost_ends_the_block_in_order(anyio_backend):
+    """No wait and no batch of the old one succeeds any more."""
+    only_trio(anyio_backend)
+    events = []
+
+    async def work(loop):
+        server = await loop.create_server(Recorder, "127.0.0.1", 0)
+        await loop.create_connection(
+            lambda: Recorder(on_connection_lost=lambda *_: events.append("lost")),
+            *server.sockets[0].getsockname()[:2],
+        )
+        number = loop._poller._selector.fileno()
+        os.close(number)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.001)
+            await loop.run_in_executor(None, events.append, "thread")
+            events.append("cleaned up")
+
+    with pytest.raises((OSError, ValueError)):
+        async with open_event_loop() as loop:
+            await to_asyncio.run(work, loop)
+    assert events == ["thread", "cleaned up", "lost"]
+
+
+async def test_a_poller_that_always_fails_ends_the_block_in_order(anyio_backend):
+    only_trio(anyio_backend)
+    events = []
+
+    def fail(*_):
+        raise MistakeError
+
+    async def work(loop):
+        loop._core.dispatch = loop._poller.dispatch = fail
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.001)
+            events.append("cleaned up")
+
+    with pytest.raises(MistakeError):
+        async with open_event_loop() as loop:
+            await to_asyncio.run(work, loop)
+    assert events == ["cleaned up"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="older Pythons make a new one")
+def test_an_event_loop_that_asyncio_code_has_set_is_set_no_longer():
+    """Another one that was set stays."""
+    trio = pytest.importorskip("trio")
+
+    async def main(set_it):
+        async with open_event_loop() as loop:
+            if set_it:
+                to_asyncio.run_sync(asyncio.set_event_loop, loop)
+
+    asyncio.set_event_loop(None)
+    for set_it in (False, True):
+        trio.run(main, set_it)
+        with pytest.raises(RuntimeError):
+            asyncio.get_event_loop()
+    other = asyncio.SelectorEventLoop()
+    try:
+        asyncio.set_event_loop(other)
+        trio.run(main, False)
+        assert asyncio.get_event_loop() is other
+    finally:
+        asyncio.set_event_loop(None)
+        other.close()

@@ -30,14 +30,17 @@ ProtocolT = TypeVar("ProtocolT")
 in_use: set[int] = set()
 
 
-def check_factory(name: str, factory: object) -> None:
-    """Raise `TypeError` for what can never be the protocol factory of the endpoint function `name`."""
+def check_factory(name: str, factory: object, start_task: str) -> None:
+    """Raise `TypeError` for what can never be the protocol factory of the endpoint function `name`.
+
+    The message says that `start_task` starts what has to wait.
+    """
     if isinstance(factory, type):
         return  # The most frequent one, which need not be looked into.
     if iscoroutinefunction(factory):
         raise TypeError(
             f"{name}() takes a protocol factory that returns a protocol, got the coroutine function {factory!r}: use a "
-            "plain function, and start what has to wait from connection_made(), with current_group().start_soon()"
+            f"plain function, and start what has to wait from connection_made(), with {start_task}"
         )
     if callable(factory):
         return
@@ -59,6 +62,8 @@ class Endpoints:
 
     #: How users call the functions of the family, for error messages.
     _called_as = "group.{}"
+    #: What starts a task in a callback, for error messages.
+    _start_task = "current_group().start_soon()"
 
     def __init_subclass__(cls) -> None:
         """Guard the endpoint functions of a family: all the public coroutine functions of its class."""
@@ -81,9 +86,9 @@ class Endpoints:
                 self._core.require_callable(name, called_as)
                 for at, parameter in factories:
                     if at <= len(args):
-                        check_factory(name, args[at - 1])
+                        check_factory(name, args[at - 1], self._start_task)
                     elif parameter in options:
-                        check_factory(name, options[parameter])
+                        check_factory(name, options[parameter], self._start_task)
                 return await function(self, *args, **options)
             except Exception:
                 if not self._core.open:

@@ -4,9 +4,6 @@ Holds: the two sides and the way from one to the other. *asyncio code* runs whil
 turns, and in `call`. *Backend code* runs in the backend's own tasks, and in `as_backend`.
 """
 
-# The event loop's own modules know what it hides from users.
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 import asyncio
@@ -14,13 +11,13 @@ import sys
 from asyncio import _get_running_loop, _set_running_loop
 from collections.abc import Callable
 from contextvars import Context, copy_context
-from math import inf
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._callbacks import CallbackContext
 from .._core import Core
 from .._errors import NotOpenError
+from .._selector import Registration
 from ._handles import Handle
 from ._sides import library
 
@@ -71,7 +68,7 @@ class LoopCore(Core):
         before = (_get_running_loop(), library.name, sys.get_asyncgen_hooks())
         _set_running_loop(self._loop)
         library.name = "asyncio"
-        sys.set_asyncgen_hooks(self._loop._asyncgen_begun, self._loop._asyncgen_dropped)  # noqa: SLF001
+        sys.set_asyncgen_hooks(self._loop._asyncgen_begun, self._loop._asyncgen_dropped)
         return before
 
     def _leave(self, before: tuple[Any, ...]) -> None:
@@ -125,7 +122,10 @@ class LoopCore(Core):
         if self.ready:
             self._run_ready()
             if self.ready:
-                self._turn()
+                try:
+                    super().turn()
+                except Exception as exc:  # The selector has failed, which `_take_turns` will see, too.
+                    self.leave_by(exc)
 
     def _run_ready(self) -> None:
         # As `Core._run_ready`, but without the cost of a call for the handles that are nearly all of them.
@@ -151,31 +151,27 @@ class LoopCore(Core):
 
     def _start_turns(self) -> None:
         # Not by AnyIO, whose own lines would not be protected from Ctrl-C.
-        self._loop._spawner.start(self._take_turns)  # noqa: SLF001
+        self._loop._spawner.start(self._take_turns)
 
     async def _take_turns(self) -> None:
         with self.turns:
+            poller = self.live_poller()
             while True:
                 try:
-                    await self.live_poller().run(self)
-                except Exception as exc:
-                    self.leave_by(exc)  # The turns go on, for the clean-ups.
+                    await poller.run(self)
+                except Exception as exc:  # The selector has failed. The turns go on, for the clean-ups.
+                    self.leave_by(exc)
+                    poller.renew()
+                    self.dispatch = poller.dispatch
 
     def turn(self) -> float:
         before = self._outside = self._enter()
         self._running = True
         try:
-            return self._turn()
+            return super().turn()
         finally:
             self._running = False
             self._leave(before)
-
-    def _turn(self) -> float:
-        try:
-            return super().turn()
-        except BaseException as exc:  # What a protocol's callback raises to leave, or a failure of the poller.
-            self.leave_by(exc)
-            return -inf
 
     # Errors
 
@@ -195,10 +191,16 @@ class LoopCore(Core):
         context: dict[str, Any] = {"message": f"Exception in callback {callback!r}", "exception": exc}
         if isinstance(callback, asyncio.Handle):
             context["handle"] = callback
-            traceback = callback._source_traceback  # noqa: SLF001  # asyncio's loops do so, too
+            traceback = callback._source_traceback  # asyncio's loops do so, too
             if traceback:
                 context["source_traceback"] = traceback
         self._loop.call_exception_handler(context)
+
+    def _descriptor_failed(self, registration: Registration, exc: BaseException) -> None:
+        if self.leaves(exc):
+            self.leave_by(exc)
+        else:
+            super()._descriptor_failed(registration, exc)
 
     def not_open(self, name: str = "") -> NotOpenError:
         return NotOpenError("Event loop is closed", self.group)

@@ -8,9 +8,6 @@ backend code. The rules are the same:
   caller gets the value, and is cancelled when it next waits.
 """
 
-# The event loop's own modules know what it hides from users.
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 import asyncio
@@ -20,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from functools import partial
 from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import anyio
@@ -32,6 +30,9 @@ if TYPE_CHECKING:
     from ._loop import EventLoop
 
 T = TypeVar("T")
+
+# How long, in seconds, crossings that wait for nothing may keep other tasks of the backend from running.
+CHECKPOINT_INTERVAL = 0.001
 
 EAGER_TASKS = sys.version_info >= (3, 12)
 
@@ -71,6 +72,19 @@ def start_task(
     return loop.create_task(coroutine, name=name, context=context)
 
 
+async def checkpoint(loop: EventLoop) -> None:
+    """Raise a cancellation of this backend task, and let others run unless they did a moment ago.
+
+    What is called in asyncio code may not wait for anything, and a checkpoint costs as much as all the rest then.
+    """
+    trio = loop._trio
+    if monotonic() < loop._next_checkpoint:
+        await trio.checkpoint_if_cancelled()
+        return
+    await trio.checkpoint()
+    loop._next_checkpoint = monotonic() + CHECKPOINT_INTERVAL
+
+
 async def run_to_asyncio(async_function: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:
     """Return what `async_function(*args)` returns in an asyncio task."""
     running = running_loop()
@@ -79,18 +93,17 @@ async def run_to_asyncio(async_function: Callable[..., Awaitable[T]], args: tupl
         name = getattr(async_function, "__qualname__", None)
         return await outcome_in_asyncio(running.create_task(call_and_await(async_function, args), name=name))
     loop = loop_of_backend_code("to_asyncio.run")
-    trio = loop._trio  # noqa: SLF001
-    await trio.checkpoint_if_cancelled()
+    await checkpoint(loop)
     return await outcome_in_backend(loop, async_function, args)
 
 
 async def outcome_in_backend(loop: EventLoop, async_function: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:
     """Run an asyncio task, and return its result in backend code."""
-    task: asyncio.Task[T] = loop._core.call(start_task, loop, async_function, args, asyncio_context())  # noqa: SLF001
+    task: asyncio.Task[T] = loop._core.call(start_task, loop, async_function, args, asyncio_context())
     try:
         cancellation = None
         if not task.done():
-            cancellation = await loop._trio.wait_for(task, task.cancel)  # noqa: SLF001
+            cancellation = await loop._trio.wait_for(task, task.cancel)
         return result_of(task, cancellation)
     finally:
         del task  # Its exception has this frame: no cycle.
@@ -172,7 +185,7 @@ def run_sync_to_asyncio(function: Callable[..., T], args: tuple[Any, ...]) -> T:
     if running_loop() is not None:
         return function(*args)
     loop = loop_of_backend_code("to_asyncio.run_sync")
-    return asyncio_context().run(loop._core.call, function, *args)  # noqa: SLF001
+    return asyncio_context().run(loop._core.call, function, *args)
 
 
 # From asyncio

@@ -4,9 +4,6 @@ The plain ones have an `__init__` of their own, because asyncio's costs more tha
 Those of the debug mode are made by asyncio's, which keeps where they were made.
 """
 
-# The event loop's own modules know what it hides from users.
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 import asyncio
@@ -138,10 +135,10 @@ def run_timed(handle: DebugHandle | DebugTimerHandle) -> None:
     """Run the callback of `handle`, unless it was cancelled, and log a warning if that takes too long."""
     if handle.cancelled():
         return
-    loop = handle._loop  # noqa: SLF001
+    loop = handle._loop
     start = loop.time()
     try:
-        handle._context.run(handle._callback, *handle._args)  # noqa: SLF001
+        handle._context.run(handle._callback, *handle._args)
     finally:
         duration = loop.time() - start
         if duration >= loop.slow_callback_duration:
@@ -151,13 +148,13 @@ def run_timed(handle: DebugHandle | DebugTimerHandle) -> None:
 
 def safe_repr(handle: DebugHandle | DebugTimerHandle) -> str:
     """Return the task whose step `handle` is, or else the handle, as asyncio does."""
-    task = getattr(handle._callback, "__self__", None)  # noqa: SLF001
+    task = getattr(handle._callback, "__self__", None)
     return repr(task if isinstance(task, asyncio.Task) else handle)
 
 
 def leave_out_own_lines(handle: Any) -> None:
     """Let the stack that `handle` was made on end with the user's line."""
-    stack = handle._source_traceback  # noqa: SLF001
+    stack = handle._source_traceback
     while stack and stack[-1].filename.startswith(OWN_FILES):
         del stack[-1]
 

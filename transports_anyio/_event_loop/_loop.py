@@ -67,6 +67,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     """
 
     _called_as = "loop.{}"
+    _start_task = "asyncio.create_task()"
 
     _poller: Poller  # Since it was opened.
 
@@ -83,6 +84,8 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         self._task_factory: TaskFactory | None = None
         self._asyncgens: WeakSet[AsyncGenerator[Any, Any]] = WeakSet()
         self._asyncgens_shut_down = False
+        #: When a crossing that waits for nothing lets other tasks of the backend run, in seconds of `monotonic`.
+        self._next_checkpoint: float = 0
         #: In seconds: a callback that takes longer is logged in debug mode.
         self.slow_callback_duration: float = 0.1
         self.set_debug(
@@ -237,7 +240,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
                 return context.run(lambda: asyncio.Task(coro, loop=self, name=name, **options))
         task: asyncio.Task[T] = asyncio.Task(coro, loop=self, name=name, **options)
         if self._debug:
-            del task._source_traceback[-1]  # type: ignore[attr-defined]  # noqa: SLF001  # this line
+            del task._source_traceback[-1]  # type: ignore[attr-defined]  # this line
         return task
 
     def _task_of_factory(

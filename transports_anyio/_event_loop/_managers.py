@@ -1,20 +1,17 @@
 """Context managers of asyncio libraries, for backend code."""
 
-# The event loop's own modules know what it hides from users.
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import anyio
 import anyio.lowlevel
 
-from ._crossing import asyncio_context, cancel_again, raise_, result_of, start_task, wait_in_asyncio
+from ._crossing import asyncio_context, cancel_again, checkpoint, raise_, result_of, start_task, wait_in_asyncio
 from ._sides import loop_of_backend_code, running_loop
 
 if TYPE_CHECKING:
@@ -48,16 +45,16 @@ class AsyncioContextManager(AbstractAsyncContextManager[T, "bool | None"]):
         return True
 
     async def __aenter__(self) -> T:
-        await anyio.lowlevel.checkpoint_if_cancelled()
         running = running_loop()
-        loop = running or loop_of_backend_code("to_asyncio.wrap_async_context_manager")
-        self._entered = loop.create_future()
-        self._leaving = loop.create_future()
         if running is None:
-            self._loop = own = cast("EventLoop", loop)
-            self._task = own._core.call(start_task, own, self._hold, (), asyncio_context())  # noqa: SLF001
+            self._loop = loop = loop_of_backend_code("to_asyncio.wrap_async_context_manager")
+            await checkpoint(loop)
+            self._make_futures(loop)
+            self._task = loop._core.call(start_task, loop, self._hold, (), asyncio_context())
         else:
             self._loop = None
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            self._make_futures(running)
             self._task = running.create_task(self._hold())
         # Whichever comes first.
         self._task.add_done_callback(lambda _: self._entered.done() or self._entered.cancel())
@@ -66,6 +63,10 @@ class AsyncioContextManager(AbstractAsyncContextManager[T, "bool | None"]):
             result_of(self._task, cancellation)
         self._cancel_again(cancellation)
         return self._entered.result()
+
+    def _make_futures(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._entered = loop.create_future()
+        self._leaving = loop.create_future()
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -76,7 +77,7 @@ class AsyncioContextManager(AbstractAsyncContextManager[T, "bool | None"]):
             if self._loop is None:
                 self._leaving.set_result(failure)
             else:
-                self._loop._core.call(self._leaving.set_result, failure)  # noqa: SLF001
+                self._loop._core.call(self._leaving.set_result, failure)
         # It has been cancelled once already if the block has.
         cancellation = await self._wait_for(self._task, nothing if cancelled else self._task.cancel)
         task_cancelled = self._task.cancelled()
@@ -97,7 +98,7 @@ class AsyncioContextManager(AbstractAsyncContextManager[T, "bool | None"]):
         self, future: asyncio.Future[Any], cancel: Callable[[], object]
     ) -> Callable[[], NoReturn] | None:
         if self._loop is not None:
-            return None if future.done() else await self._loop._trio.wait_for(future, cancel)  # noqa: SLF001
+            return None if future.done() else await self._loop._trio.wait_for(future, cancel)
         exc = await wait_in_asyncio(future, cancel)
         return None if exc is None else Cancellation(exc)
 

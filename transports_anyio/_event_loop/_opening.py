@@ -1,12 +1,11 @@
 """Opening an event loop, and ending it."""
 
-# The event loop's own modules know what it hides from users.
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 import asyncio
 import sys
+import warnings
+from asyncio import _get_running_loop, _set_running_loop
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
 from types import TracebackType
@@ -95,15 +94,15 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
         from .. import _trio
         from ._loop import EventLoop
 
-        _trio.protect(LoopCore._take_turns, LoopCore.turn, LoopCore.call)  # noqa: SLF001
+        _trio.protect(LoopCore._take_turns, LoopCore.turn, LoopCore.call)
         _trio.protect(Opening.__aenter__, Opening.__aexit__)
         self._scope = _trio.Scope()
         loop = EventLoop(_trio)
-        loop._core.end_block = self._scope.cancel  # noqa: SLF001
+        loop._core.end_block = self._scope.cancel
         async with AsyncExitStack() as stack:
             stack.enter_context(self._scope)
             self._inside = await stack.enter_async_context(AsyncExitStack())
-            await loop._open(self._inside)  # noqa: SLF001
+            await loop._open(self._inside)
             stack.pop_all()
         self._loop = loop
         self._token = current_loop.set(loop)
@@ -115,12 +114,12 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
         loop = self._loop
         if loop is None:
             return None
-        core = loop._core  # noqa: SLF001
+        core = loop._core
         advise(exc)
         current_loop.reset(self._token)
         outcome = exc
         try:
-            cancellation = await loop._spawner.finish(end, loop, exc is not None)  # noqa: SLF001
+            cancellation = await loop._spawner.finish(end, loop, exc is not None)
             try:
                 await self._inside.aclose()
                 if exc is None and cancellation is not None:
@@ -153,7 +152,7 @@ def only_one(exc: BaseException) -> BaseException:
 
 async def end(loop: EventLoop, flushing: AbstractContextManager[object], aborting: bool) -> None:
     """End everything in order; `flushing` is a scope that may be cancelled while transports are flushed."""
-    core = loop._core  # noqa: SLF001
+    core = loop._core
     await outcome_in_backend(loop, cancel_tasks, (loop,))
     if not aborting:
         with flushing:
@@ -166,12 +165,29 @@ async def end(loop: EventLoop, flushing: AbstractContextManager[object], abortin
         if not core.ready:
             break
         core.call(bool)
-    loop._close()  # noqa: SLF001
+    loop._close()
+    unset_event_loop(loop)
+
+
+def unset_event_loop(loop: EventLoop) -> None:
+    """Undo `asyncio.set_event_loop(loop)`, if asyncio code has called it."""
+    running = _get_running_loop()  # That of a host, in trio's guest mode.
+    _set_running_loop(None)
+    try:
+        with warnings.catch_warnings():
+            # Where no event loop is set, Python makes one, after a warning since 3.12: that must not come so far.
+            warnings.simplefilter("error")
+            if sys.version_info < (3, 12) or asyncio.get_event_loop() is loop:
+                asyncio.set_event_loop(None)
+    except (DeprecationWarning, RuntimeError):
+        pass  # None is set.
+    finally:
+        _set_running_loop(running)
 
 
 async def abort_transports(loop: EventLoop) -> None:
     """Abort servers and transports, and wait for every `connection_lost`."""
-    core = loop._core  # noqa: SLF001
+    core = loop._core
     core.call(core.abort_transports)
     await core.until_empty()
 

@@ -1,8 +1,5 @@
 """Which side calls, asyncio code or backend code, and which event loop it means."""
 
-# The event loop's own modules know what it hides from users.
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 import asyncio
@@ -46,7 +43,7 @@ def loop_of_backend_code(name: str) -> EventLoop:
             f"{name}() found no event loop: call it inside `async with transports_anyio.open_event_loop():`, or let "
             "transports_anyio.run_asyncio() run the program"
         )
-    if get_ident() != loop._core.thread:  # noqa: SLF001
+    if get_ident() != loop._core.thread:
         raise RuntimeError(
             f"{name}() was called in another thread than the event loop's: use asyncio.run_coroutine_threadsafe(), "
             "loop.call_soon_threadsafe(), or one of anyio.from_thread's functions"
