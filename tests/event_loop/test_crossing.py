@@ -779,3 +779,30 @@ async def test_other_tasks_run_beside_crossings_that_wait_for_nothing(anyio_back
                 await cross()
                 assert time.monotonic() < end
         tasks.cancel_scope.cancel()
+
+
+async def test_a_group_of_exceptions_of_a_backend_function_is_the_same_object(anyio_backend):
+    mistake = ExceptionGroup("several", [MistakeError(), ValueError()])
+
+    async def fail():
+        raise mistake
+
+    async def ask():
+        with pytest.raises(ExceptionGroup) as caught:
+            await from_asyncio.run(fail)
+        return caught.value
+
+    async with open_event_loop():
+        assert await to_asyncio.run(ask) is mistake
+
+
+async def test_stop_iteration_of_a_backend_function_becomes_a_runtime_error(anyio_backend):
+    async def fail():
+        raise StopIteration
+
+    async def ask():
+        with pytest.raises(RuntimeError, match="raised StopIteration"):
+            await from_asyncio.run(fail)
+
+    async with open_event_loop():
+        await to_asyncio.run(ask)

@@ -434,6 +434,16 @@ def test_the_exception_handler_runs_in_the_context_of_what_failed(run):
 # -- what only the owner may do
 
 
+def test_every_method_of_an_event_loop_is_there(run):
+    async def main():
+        loop = asyncio.get_running_loop()
+        for name, method in vars(asyncio.AbstractEventLoop).items():
+            if callable(method) and not name.startswith("_"):
+                assert getattr(type(loop), name) is not method, name
+
+    run(main)
+
+
 def test_what_a_running_event_loop_refuses(run):
     async def main():
         loop = asyncio.get_running_loop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import sys
 import threading
 from contextlib import asynccontextmanager
@@ -247,6 +248,70 @@ async def test_cancelled_from_outside(anyio_backend):
             await anyio.sleep(3600)
     assert scope.cancelled_caught
     assert events == ["cleaned up", "lost", "lost"]
+
+
+async def test_nothing_is_left_after_a_cancellation(anyio_backend):
+    """No file descriptor, no thread, no task."""
+    only_trio(anyio_backend)
+    import trio
+
+    async def serve(begun):
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+        for _ in range(3):
+            await loop.create_connection(asyncio.Protocol, *server.sockets[0].getsockname())
+        await loop.subprocess_exec(asyncio.SubprocessProtocol, sys.executable, "-c", "input()")
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            loop.add_reader(ours, str)
+            await loop.run_in_executor(None, str)
+            begun.set()
+            await from_asyncio.run(anyio.sleep, 3600)
+
+    async def use():
+        begun = asyncio.Event()
+        with anyio.CancelScope() as scope:
+            async with open_event_loop():
+                await start(serve, begun)
+                await to_asyncio.run(begun.wait)
+                scope.cancel()
+                await anyio.sleep(3600)
+        assert scope.cancelled_caught
+
+    def tasks():
+        return trio.lowlevel.current_statistics().tasks_living
+
+    await use()  # Whatever is loaded and opened once.
+    before = len(os.listdir("/proc/self/fd")), threading.active_count(), tasks()
+    await use()
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count(), tasks()) == before
+
+
+async def test_a_task_that_does_not_end_holds_the_end_up(anyio_backend):
+    only_trio(anyio_backend)
+    cancellations = []
+
+    async def stubborn(enough):
+        while not enough.is_set():
+            try:
+                await enough.wait()
+            except asyncio.CancelledError as exc:
+                cancellations.append(exc)
+
+    async def release(enough):
+        await until(lambda: cancellations)
+        await anyio.sleep(0.01)
+        assert not loop.is_closed()
+        loop.call_soon(enough.set)
+
+    async with anyio.create_task_group() as tasks:
+        async with open_event_loop() as loop:
+            enough = asyncio.Event()
+            await start(stubborn, enough)
+            await to_asyncio.run(asyncio.sleep, 0)
+            tasks.start_soon(release, enough)
+    assert len(cancellations) == 1
+    assert loop.is_closed()
 
 
 async def test_what_is_written_is_flushed_when_the_block_ends(anyio_backend):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import socket
 import ssl
 import struct
@@ -194,6 +195,40 @@ def test_a_handler_that_fails_is_reported(run):
             await closed(writer)
 
     run(main)
+
+
+def test_a_socket_that_was_accepted_elsewhere(run):
+    async def main():
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            accepted, _ = listener.accept()
+        received = asyncio.StreamReader()
+        transport, _ = await loop.connect_accepted_socket(lambda: asyncio.StreamReaderProtocol(received), accepted)
+        writer.write(b"hello")
+        assert await received.readexactly(5) == b"hello"
+        transport.write(b"goodbye")
+        transport.close()
+        assert await reader.read() == b"goodbye"
+        writer.close()
+        await writer.wait_closed()
+
+    run(main)
+
+
+def test_a_protocol_factory_that_is_a_coroutine_function(run):
+    """Our error says what asyncio code calls instead; uvloop and asyncio fail when they use the protocol."""
+
+    async def factory():
+        return asyncio.Protocol()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        with pytest.raises(TypeError, match=re.escape("asyncio.create_task()")):
+            await loop.create_connection(factory, "127.0.0.1", 1)
+
+    if run.name == "trio":
+        run(main)
 
 
 def test_a_server_that_is_asked_to_end(run):

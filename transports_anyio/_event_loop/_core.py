@@ -130,7 +130,8 @@ class LoopCore(Core):
     def _run_ready(self) -> None:
         # As `Core._run_ready`, but without the cost of a call for the handles that are nearly all of them.
         ready = self.ready
-        callback = function = args = None
+        callback: Any = None
+        function = args = None
         for _ in range(len(ready)):
             callback = ready.popleft()
             try:
