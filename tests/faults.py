@@ -47,8 +47,8 @@ class Layer:
 
     def spoils(self, name: str) -> bool:
         caller = sys._getframe(2).f_globals["__name__"]
-        # The poller's wake-ups are no transport's.
-        if not caller.startswith("transports_anyio.") or caller.endswith("_poller"):
+        # The calls by which a driver wakes itself belong to no transport.
+        if not caller.startswith("transports_anyio.") or caller.endswith(("_driver", "_poller")):
             return False
         number = self.calls[name]
         self.calls[name] += 1

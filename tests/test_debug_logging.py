@@ -82,7 +82,7 @@ async def test_an_echo(anyio_backend: Any) -> None:
         "<TransportGroup open transports=0 buffered=0>: entered",
         "<Server serving connections=0 buffered=0>: listening",
         "<Server serving connections=0 buffered=0>: accepted ADDRESS",
-        "<TransportGroup closing transports=0 buffered=0>: leaving, once everything is flushed and closed",
+        "<TransportGroup closing transports=0 buffered=0>: leaving, closing all transports",
         "<Server serving connections=0 buffered=0>: closing",
         "<TransportGroup closed transports=0 buffered=0>: left",
     ]
@@ -157,7 +157,7 @@ async def test_an_end_by_an_exception(anyio_backend: Any) -> None:
         except BaseException as exc:
             assert "ZeroDivisionError" in repr(exc)
     assert lines[-4:] == [
-        "<TransportGroup closing transports=2 buffered=0>: leaving by ZeroDivisionError(), everything is aborted",
+        "<TransportGroup closing transports=2 buffered=0>: leaving, aborting all transports: ZeroDivisionError()",
         "<StreamTransport open buffered=0>: aborted",
         "<StreamTransport open buffered=0>: aborted",
         "<TransportGroup closed transports=0 buffered=0>: left",

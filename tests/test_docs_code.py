@@ -314,19 +314,75 @@ def test_every_module_is_in_the_architecture() -> None:
     assert {module for module in modules if not re.search(rf"`(?:\w+/)?{module}`", text)} == set()
 
 
+PACKAGE = Path(transports_anyio.__file__).parent
+MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+#: The modules of the standard library that "May know" names, beside layers and packages: those that do I/O.
+IO_MODULES = {"asyncio", "os", "select", "selectors", "signal", "socket", "ssl", "subprocess"}
+#: Packages that are imported for annotations only.
+FOR_TYPES = {"_typeshed", "typing_extensions"}
+
+
+def imports_of(name: str) -> dict[str, int]:
+    """The first component of each name that a module imports, with the number of leading dots."""
+    found: dict[str, int] = {}
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update((alias.name.partition(".")[0], 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found.update((each.partition(".")[0], node.level) for each in names)
+    return found
+
+
+def known_by(name: str) -> tuple[set[str], set[str]]:
+    """The layers, packages and I/O modules that a module imports, and the other modules of its own folder."""
+    depth = name.count("/") + 1
+    outside = {
+        each
+        for each, level in imports_of(name).items()
+        if level == depth
+        or (level == 0 and each not in FOR_TYPES and (each in IO_MODULES or each not in sys.stdlib_module_names))
+    }
+    return outside, {each for each, level in imports_of(name).items() if 0 < level < depth}
+
+
+def layers() -> dict[str, set[str]]:
+    """What the modules of each layer import from outside the layer. A layer is a module or a folder."""
+    found: dict[str, set[str]] = {}
+    for name in MODULES:
+        if name != "__init__.py":
+            layer = name.partition("/")[0].removesuffix(".py")
+            found.setdefault(layer, set()).update(known_by(name)[0] - {layer})
+    return found
+
+
 def test_imports_lead_down_only() -> None:
-    """No room knows one that knows it, not for annotations either."""
-    package = Path(transports_anyio.__file__).parent
-    rooms: dict[str, set[str]] = {}
-    for path in package.rglob("_*.py"):
-        inside = path.relative_to(package)
-        if inside.name != "__init__.py":
-            depth = len(inside.parts)
-            known = re.findall(rf"^ *from \.{{{depth}}}(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-            rooms.setdefault(inside.parts[0].removesuffix(".py"), set()).update(known)
-    order = [*TopologicalSorter(rooms).static_order()]
-    assert set(order[-2:]) == {"_group", "_event_loop"}
+    """No layer imports one that imports it, not for annotations either."""
+    order = [*TopologicalSorter(layers()).static_order()]
     assert {"_core", "_channels", "_endpoints"} < set(order)
+    assert {*[each for each in order if each.startswith("_")][-2:]} == {"_group", "_event_loop"}
+
+
+def test_the_architecture_lists_what_each_layer_imports() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition("| layer |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)/?` \|[^|]*\|([^|]*)\|$", table, re.MULTILINE)
+    assert {layer: set(re.findall(r"`(\w+)`", known)) for layer, known in rows} == layers()
+
+
+def may_know(name: str) -> set[str] | None:
+    """The names after "May know:" in the docstring of a module, if it has such a line."""
+    docstring = ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8"))) or ""
+    line = re.search(r"^May know: (`.*(?:\n\S.*)*)", docstring, re.MULTILINE)
+    return None if line is None else set(re.findall(r"`(\w+)`", line[1]))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if may_know(name) is not None])
+def test_a_module_imports_only_what_it_may_know(name: str) -> None:
+    """Its docstring names layers, packages, I/O modules, and modules of the same folder."""
+    outside, inside = known_by(name)
+    assert (outside | inside) - (may_know(name) or set()) == set()
 
 
 # -- the package ------------------------------------------------------------------------------------------

@@ -40,8 +40,9 @@ from support import (
 
 from transports_anyio import TransportGroup
 from transports_anyio._channels import _pipe
-from transports_anyio._poller import WaitingListPoller
-from transports_anyio._selector import make_selector
+from transports_anyio._driver import TaskDriver
+from transports_anyio._poller import Poller
+from transports_anyio._selector import make_system_selector
 
 pytestmark = pytest.mark.anyio
 
@@ -843,10 +844,10 @@ async def test_a_platform_that_cannot_wait_for_pipes(
 ROUNDS_IN_THREADS = 300
 
 
-def poller_of_a_thread() -> WaitingListPoller:
-    readiness = make_selector()
-    assert readiness is not None
-    return WaitingListPoller(readiness)
+def poller_of_a_thread() -> Poller:
+    selector = make_system_selector()
+    assert selector is not None
+    return Poller(selector, TaskDriver(selector, anyio.current_time))
 
 
 def test_g6_a_terminal_that_groups_in_two_threads_use(anyio_backend: Any) -> None:

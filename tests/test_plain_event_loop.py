@@ -369,7 +369,7 @@ def test_a_group_on_trio_as_a_guest_of_asyncio(request: pytest.FixtureRequest) -
 
     async def serve(peers: list[bytes]) -> None:
         async with TransportGroup() as group:
-            kinds.append(type(group._core.poller))
+            kinds.append(type(group._core.driver))
             contexts = collect_contexts(group)
             async with connected(group, echo()) as (_, _, peer):
                 for place in PLACES:
@@ -396,6 +396,6 @@ def test_a_group_on_trio_as_a_guest_of_asyncio(request: pytest.FixtureRequest) -
         await serve(done)
         (await over).unwrap()
         assert done == [b"done"] * 2
-        assert {kind.__name__ for kind in kinds} == {"LoopPoller", "TrioPoller"}
+        assert {kind.__name__ for kind in kinds} == {"LoopDriver", "TrioDriver"}
 
     asyncio.run(asyncio.wait_for(main(), GUARD))

@@ -1,4 +1,4 @@
-"""The pollers: one suite of rules for all of them, and the transports over the one that this platform does not need."""
+"""Pollers: the same tests for every selector and driver, and transports over those that this platform does not need."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from support import (
 
 import transports_anyio._group
 from transports_anyio import TransportGroup
-from transports_anyio._loop_poller import make_poller
-from transports_anyio._poller import Poller, TaskPoller, WaitingListPoller
+from transports_anyio._driver import TaskDriver
+from transports_anyio._poller import Poller, make_poller
 from transports_anyio._selector import (
     BATCH_SIZE,
     READ,
@@ -44,14 +44,16 @@ from transports_anyio._selector import (
     PlatformSelector,
     Registration,
     Selector,
-    make_selector,
+    SystemSelector,
+    make_system_selector,
 )
+from transports_anyio._task_selector import TaskSelector
 
 pytestmark = pytest.mark.anyio
 
 
-class Turns:
-    """An owner of a poller that does nothing but take its turns."""
+class DispatchingScheduler:
+    """A scheduler that only calls the callbacks of file descriptors."""
 
     def __init__(self, poller: Poller) -> None:
         self.poller = poller
@@ -64,7 +66,7 @@ class Turns:
     def failed(self, registration: Registration, exc: BaseException) -> None:
         self.failures.append((registration, exc))
 
-    def turn(self) -> float:
+    def run_once(self) -> float:
         self.count += 1
         self.poller.dispatch(self.failed)
         if self.deadline <= self.poller.time():
@@ -74,7 +76,7 @@ class Turns:
         return self.deadline
 
 
-def watch_of(
+def register(
     poller: Poller, sock: socket.socket, read: Callable[[], object], write: Callable[[], object] | None = None
 ) -> Registration:
     registration = Registration(sock.fileno())
@@ -89,18 +91,22 @@ def raise_failure(registration: Registration, exc: BaseException) -> None:
     raise exc
 
 
+def task_driven(selector: Selector) -> Poller:
+    return Poller(selector, TaskDriver(selector, anyio.current_time))
+
+
 def waiting_poller() -> Poller:
-    selector = make_selector()
+    selector = make_system_selector()
     assert selector is not None
-    return WaitingListPoller(selector)
+    return task_driven(selector)
 
 
-#: Every kind of poller: what is made here, what other backends, other systems with a selector, and Windows have.
+#: The poller of this backend, and those of other backends, of other systems with a selector, and of Windows.
 POLLERS: dict[str, Callable[[], Poller]] = {
     "made here": make_poller,
     "waiting": waiting_poller,
-    "selector": lambda: WaitingListPoller(PlatformSelector()),
-    "tasks": TaskPoller,
+    "selector": lambda: task_driven(PlatformSelector()),
+    "tasks": lambda: task_driven(TaskSelector()),
 }
 
 
@@ -110,14 +116,14 @@ def make(request: pytest.FixtureRequest) -> Callable[[], Poller]:
 
 
 @asynccontextmanager
-async def running(make: Callable[[], Poller]) -> AsyncIterator[tuple[Poller, Turns]]:
+async def running(make: Callable[[], Poller]) -> AsyncIterator[tuple[Poller, DispatchingScheduler]]:
     poller = make()
-    turns = Turns(poller)
+    scheduler = DispatchingScheduler(poller)
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(poller.run, turns)
+            tasks.start_soon(poller.driver.run, scheduler)
             await anyio.sleep(0.005)
-            yield poller, turns
+            yield poller, scheduler
             tasks.cancel_scope.cancel()
     finally:
         poller.close()
@@ -134,25 +140,25 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 async def test_the_best_poller_is_chosen(anyio_backend: Any) -> None:
     poller = make_poller()
-    assert type(poller).__name__ == ("TrioPoller" if anyio_backend[0] == "trio" else "LoopPoller")
+    assert type(poller.driver).__name__ == ("TrioDriver" if anyio_backend[0] == "trio" else "LoopDriver")
     poller.close()
 
 
-async def test_readiness_is_told_in_every_batch_until_it_is_over(anyio_backend: Any, make: Any) -> None:
-    told: list[int] = []
+async def test_readiness_is_reported_in_every_batch_while_it_lasts(anyio_backend: Any, make: Any) -> None:
+    reported: list[int] = []
     with pair() as (a, b):
         async with running(make) as (poller, _):
-            registration = watch_of(poller, a, lambda: told.append(READ))
+            registration = register(poller, a, lambda: reported.append(READ))
             poller.set_interest(registration, READ)
             await anyio.sleep(0.01)
-            assert told == []
+            assert reported == []
             b.send(b"x")
-            await until(lambda: len(told) >= 3)
+            await until(lambda: len(reported) >= 3)
             a.recv(1)
             await anyio.sleep(0.01)
-            count = len(told)
+            count = len(reported)
             await anyio.sleep(0.01)
-            assert len(told) == count
+            assert len(reported) == count
             poller.set_interest(registration, 0)
 
 
@@ -161,7 +167,7 @@ class MustBeWatched(Registration):
 
 
 @pytest.mark.parametrize("kind", ["made here", "waiting", "selector"])
-async def test_a_descriptor_that_has_to_be_watched_and_cannot(anyio_backend: Any, kind: str) -> None:
+async def test_a_descriptor_that_must_be_watched_but_cannot_be(anyio_backend: Any, kind: str) -> None:
     async with running(POLLERS[kind]) as (poller, _):
         with pair() as (a, _b):
             registration = MustBeWatched(a.fileno())
@@ -176,122 +182,125 @@ async def test_a_descriptor_that_has_to_be_watched_and_cannot(anyio_backend: Any
         poller.register(registration)
         with pytest.raises(OSError):
             poller.set_interest(registration, WRITE)
-        assert not poller.is_ready
+        assert not poller.selector.always_ready
         poller.unregister(registration)
 
 
 async def test_both_directions_and_changes_of_the_interest(anyio_backend: Any, make: Any) -> None:
-    told: list[int] = []
+    reported: list[int] = []
     with pair() as (a, b):
         async with running(make) as (poller, _):
-            registration = watch_of(poller, a, lambda: told.append(READ), lambda: told.append(WRITE))
+            registration = register(poller, a, lambda: reported.append(READ), lambda: reported.append(WRITE))
             poller.set_interest(registration, READ | WRITE)
-            await until(lambda: told)
-            assert set(told) == {WRITE}
+            await until(lambda: reported)
+            assert set(reported) == {WRITE}
             b.send(b"x")
-            await until(lambda: READ in told)
+            await until(lambda: READ in reported)
             poller.set_interest(registration, READ)
-            told.clear()
-            await until(lambda: len(told) >= 2)
-            assert set(told) == {READ}
+            reported.clear()
+            await until(lambda: len(reported) >= 2)
+            assert set(reported) == {READ}
             poller.set_interest(registration, WRITE)
-            told.clear()
-            await until(lambda: len(told) >= 2)
-            assert set(told) == {WRITE}
+            reported.clear()
+            await until(lambda: len(reported) >= 2)
+            assert set(reported) == {WRITE}
             poller.set_interest(registration, 0)
-            told.clear()
+            reported.clear()
             await anyio.sleep(0.01)
-            assert told == []
+            assert reported == []
 
 
-async def test_a_hang_up_is_told_to_whoever_waits(anyio_backend: Any, make: Any) -> None:
+async def test_a_hang_up_is_reported_in_both_directions(anyio_backend: Any, make: Any) -> None:
     for interest in (READ, WRITE):
-        told: list[int] = []
+        reported: list[int] = []
         with pair() as (a, b):
             async with running(make) as (poller, _):
-                registration = watch_of(
-                    poller, a, lambda told=told: told.append(READ), lambda told=told: told.append(WRITE)
+                registration = register(
+                    poller,
+                    a,
+                    lambda reported=reported: reported.append(READ),
+                    lambda reported=reported: reported.append(WRITE),
                 )
                 b.close()
                 poller.set_interest(registration, interest)
-                await until(lambda told=told: told)
-                assert set(told) == {interest}
+                await until(lambda reported=reported: reported)
+                assert set(reported) == {interest}
                 poller.set_interest(registration, 0)
 
 
 async def test_a_descriptor_number_that_is_used_again(anyio_backend: Any, make: Any) -> None:
-    told: list[str] = []
+    reported: list[str] = []
     async with running(make) as (poller, _):
         for number in range(20):
             name = f"owner {number}"
             with pair() as (a, b):
-                registration = watch_of(poller, a, lambda name=name: told.append(name))
+                registration = register(poller, a, lambda name=name: reported.append(name))
                 poller.set_interest(registration, READ)
                 b.send(b"x")
                 if number % 2:
-                    await until(lambda name=name: name in told)
+                    await until(lambda name=name: name in reported)
                 poller.set_interest(registration, 0)
-            told.clear()
+            reported.clear()
             await anyio.sleep(0.001)
-            assert told == []
+            assert reported == []
 
 
-async def test_a_callback_may_take_out_others_of_its_batch(anyio_backend: Any, make: Any) -> None:
-    told: list[int] = []
+async def test_a_callback_may_unregister_others_of_its_batch(anyio_backend: Any, make: Any) -> None:
+    reported: list[int] = []
     with pair() as (a, b), pair() as (c, d):
         async with running(make) as (poller, _):
 
             def ready(number: int) -> None:
-                told.append(number)
+                reported.append(number)
                 for registration in registrations:
                     poller.set_interest(registration, 0)
 
-            registrations = [watch_of(poller, a, lambda: ready(1)), watch_of(poller, c, lambda: ready(2))]
+            registrations = [register(poller, a, lambda: ready(1)), register(poller, c, lambda: ready(2))]
             b.send(b"x")
             d.send(b"x")
             for registration in registrations:
                 poller.set_interest(registration, READ)
-            await until(lambda: told)
+            await until(lambda: reported)
             await anyio.sleep(0.01)
-            assert len(told) == 1
+            assert len(reported) == 1
 
 
 async def test_deadlines(anyio_backend: Any, make: Any) -> None:
-    async with running(make) as (poller, turns):
-        turns.deadline = poller.time() + 0.02
-        poller.wake()
-        await until(lambda: turns.deadline == inf)
+    async with running(make) as (poller, scheduler):
+        scheduler.deadline = poller.time() + 0.02
+        poller.driver.wake()
+        await until(lambda: scheduler.deadline == inf)
 
 
 async def test_waking(anyio_backend: Any, make: Any) -> None:
-    async with running(make) as (poller, turns):
-        for wake in (poller.wake, poller.wake_threadsafe):
-            before = turns.count
+    async with running(make) as (poller, scheduler):
+        for wake in (poller.driver.wake, poller.driver.wake_threadsafe):
+            before = scheduler.count
             wake()
-            await until(lambda before=before: turns.count > before)
+            await until(lambda before=before: scheduler.count > before)
             await anyio.sleep(0.005)
-        before = turns.count
-        thread = threading.Thread(target=poller.wake_threadsafe)
+        before = scheduler.count
+        thread = threading.Thread(target=poller.driver.wake_threadsafe)
         thread.start()
-        await until(lambda: turns.count > before)
+        await until(lambda: scheduler.count > before)
         thread.join()
 
 
-async def test_what_a_turn_raises_comes_out_of_run(anyio_backend: Any, make: Any) -> None:
+async def test_run_raises_what_an_iteration_raises(anyio_backend: Any, make: Any) -> None:
     poller = make()
-    turns = Turns(poller)
-    turns.failure = ZeroDivisionError()
+    scheduler = DispatchingScheduler(poller)
+    scheduler.failure = ZeroDivisionError()
     try:
-        turns.deadline = -inf
+        scheduler.deadline = -inf
         with anyio.fail_after(GUARD), pytest.raises(BaseException) as caught:
-            await poller.run(turns)
+            await poller.driver.run(scheduler)
         assert "ZeroDivisionError" in repr(caught.value)
     finally:
         poller.close()
 
 
 async def test_hundreds_of_descriptors(anyio_backend: Any, make: Any) -> None:
-    told: set[int] = set()
+    reported: set[int] = set()
     registrations: list[Registration] = []
     pairs = [socket.socketpair() for _ in range(200)]
     try:
@@ -300,12 +309,12 @@ async def test_hundreds_of_descriptors(anyio_backend: Any, make: Any) -> None:
 
                 def ready(sock: socket.socket = a) -> None:
                     os.read(sock.fileno(), 1)
-                    told.add(sock.fileno())
+                    reported.add(sock.fileno())
 
-                registrations.append(watch_of(poller, a, ready))
+                registrations.append(register(poller, a, ready))
                 poller.set_interest(registrations[-1], READ)
                 b.send(b"x")
-            await until(lambda: len(told) == len(pairs))
+            await until(lambda: len(reported) == len(pairs))
             for registration in registrations:
                 poller.set_interest(registration, 0)
     finally:
@@ -315,7 +324,7 @@ async def test_hundreds_of_descriptors(anyio_backend: Any, make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [EpollSelector, PlatformSelector])
-def test_g1_one_batch_has_all_that_is_ready(make: Callable[[], Selector]) -> None:
+def test_g1_one_batch_has_all_that_is_ready(make: Callable[[], SystemSelector]) -> None:
     selector = make()
     called: list[int] = []
     with ExitStack() as exits:
@@ -337,7 +346,7 @@ def test_g1_one_batch_has_all_that_is_ready(make: Callable[[], Selector]) -> Non
 async def test_g1_data_comes_before_a_timer_over_every_poller(
     stack: Stack, poller: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever notices that a descriptor is ready has had the time to do so before a timer that is due runs."""
+    """Tasks that notice that a file descriptor is ready run before a timer that is due."""
     monkeypatch.setattr(transports_anyio._core, "make_poller", POLLERS[poller])
     outcomes: list[str] = []
 
@@ -368,7 +377,7 @@ async def test_g1_data_comes_before_a_timer_over_every_poller(
 async def test_g5_what_a_callback_raises_is_passed_on_and_the_others_are_called(
     anyio_backend: Any, make: Any, error: type[BaseException]
 ) -> None:
-    """It is called again, as long as its descriptor is ready."""
+    """It is called again, as long as its file descriptor is ready."""
 
     def fail() -> None:
         raise error
@@ -376,8 +385,8 @@ async def test_g5_what_a_callback_raises_is_passed_on_and_the_others_are_called(
     called: list[int] = []
     with pair() as (a, b), pair() as (c, d):
         async with running(make) as (poller, owner):
-            failing = watch_of(poller, a, fail)
-            other = watch_of(poller, c, lambda: called.append(1))
+            failing = register(poller, a, fail)
+            other = register(poller, c, lambda: called.append(1))
             b.send(b"x")
             d.send(b"x")
             poller.set_interest(failing, READ)
@@ -426,7 +435,7 @@ async def test_the_transports_work_over_every_poller(
 async def test_p6_input_does_not_end_a_writer_over_any_poller(
     anyio_backend: Any, poller: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Most systems tell a hang-up as input, and have to be asked which of the two it is."""
+    """Most systems report a hang-up as input, so another call has to distinguish them."""
     monkeypatch.setattr(transports_anyio._core, "make_poller", POLLERS[poller])
     with pair() as (a, b):
         async with TransportGroup() as group:
@@ -444,51 +453,54 @@ async def test_p6_input_does_not_end_a_writer_over_any_poller(
                     await anyio.lowlevel.checkpoint()
 
 
-async def test_a_number_that_belongs_to_somebody_else_by_now(make: Callable[[], Poller], anyio_backend: Any) -> None:
-    """Somebody has closed a descriptor behind its owner's back, and the system has given its number away once more."""
-    told: list[int] = []
+async def test_a_reused_descriptor_number(make: Callable[[], Poller], anyio_backend: Any) -> None:
+    """The user has closed a registered file descriptor, and the system has reused its number."""
+    reported: list[int] = []
     with pair() as (a, b):
         async with running(make) as (poller, _):
-            first = watch_of(poller, a, lambda: told.append(1), lambda: told.append(1))
+            first = register(poller, a, lambda: reported.append(1), lambda: reported.append(1))
             poller.set_interest(first, READ)
             poller.set_interest(first, 0)
-            second = watch_of(poller, a, lambda: told.append(2))
+            second = register(poller, a, lambda: reported.append(2))
             poller.set_interest(second, READ)
             poller.unregister(first)
             b.send(b"x")
-            await until(lambda: told)
-            assert set(told) == {2}
+            await until(lambda: reported)
+            assert set(reported) == {2}
             poller.unregister(second)
 
 
-async def test_a_descriptor_closed_behind_our_back(anyio_backend: Any) -> None:
-    """Whoever waits for it is told, and learns from its next call what has happened."""
+async def test_a_registered_descriptor_that_the_user_closes(anyio_backend: Any) -> None:
+    """It is reported as ready, so that the next call that uses it raises."""
     for make in (make_poller, waiting_poller, POLLERS["selector"]):
-        told: list[int] = []
+        reported: list[int] = []
         with pair() as (a, _):
             async with running(make) as (poller, _):
-                registration = watch_of(
-                    poller, a, lambda told=told: told.append(READ), lambda told=told: told.append(WRITE)
+                registration = register(
+                    poller,
+                    a,
+                    lambda reported=reported: reported.append(READ),
+                    lambda reported=reported: reported.append(WRITE),
                 )
                 poller.set_interest(registration, READ)
                 a.close()
-                assert told == []
+                assert reported == []
                 poller.set_interest(registration, READ | WRITE)
-                await until(lambda told=told: {READ, WRITE} <= set(told))
+                await until(lambda reported=reported: {READ, WRITE} <= set(reported))
                 poller.unregister(registration)
 
 
 class LeavingError(Exception):
-    """What a block raises here."""
+    """An error raised by a block."""
 
 
 @pytest.mark.parametrize("poller", POLLERS)
 @pytest.mark.parametrize("how", ["normally", "by an exception", "by a cancellation"])
 @pytest.mark.parametrize("buffered", [False, True])
-async def test_a_socket_closed_behind_our_back_breaks_no_ones_end(
+async def test_a_socket_that_the_user_closes_does_not_disturb_others(
     anyio_backend: Any, poller: str, how: str, buffered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own connection ends as well as it can; all the others end as they would have, and so does the block."""
+    """Its own connection ends; all others, and the block, end as if nothing had happened."""
     monkeypatch.setattr(transports_anyio._core, "make_poller", POLLERS[poller])
     protocols = [Recorder() for _ in range(4)]
     caught: list[BaseException] = []
@@ -501,7 +513,7 @@ async def test_a_socket_closed_behind_our_back_breaks_no_ones_end(
                     sockets.append(sock)
                     closing.enter_context(listener.accept()[0])
                     transport, _ = await group.create_connection(lambda protocol=protocol: protocol, sock=sock)
-                    # Leaving normally flushes what waits, which nobody reads of the others.
+                    # Leaving normally flushes the buffers, and only this peer is gone: the others do not read.
                     if buffered and (how != "normally" or protocol is protocols[1]):
                         fill(transport, 1 << 20)
                 group.call_later(3600, print)
@@ -523,7 +535,7 @@ async def test_a_socket_closed_behind_our_back_breaks_no_ones_end(
 def test_an_interrupt_in_a_callback_with_full_buffers(
     anyio_backend: Any, poller: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No more turns are taken, and the connections still let go of what they wait for, one direction at a time."""
+    """The scheduler has stopped, and the connections still unregister, one direction at a time."""
     monkeypatch.setattr(transports_anyio._core, "make_poller", POLLERS[poller])
     protocols = [Recorder() for _ in range(3)]
 

@@ -1,4 +1,4 @@
-"""Time and hand-over: `call_soon`, timers, threads, tasks, and the exception handler."""
+"""Scheduling: `call_soon`, timers, threads, tasks, and the exception handler."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ from support import (
 )
 
 from transports_anyio import DatagramProtocol, SubprocessProtocol, TransportGroup, current_group
-from transports_anyio._core import SERVED_IN_A_TURN, Core
-from transports_anyio._scheduling import Handle
+from transports_anyio._core import Core
+from transports_anyio._handles import Handle
+from transports_anyio._scheduler import MAX_SERVED
 from transports_anyio._selector import BATCH_SIZE
 
 pytestmark = pytest.mark.anyio
@@ -53,7 +54,7 @@ variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", defau
 
 
 def scheduler(group: Any, name: str) -> Callable[..., Any]:
-    """`call_soon`, or one of its relatives with the time filled in."""
+    """Return `call_soon` or a similar method, with the time filled in."""
     if name == "call_later":
         return lambda callback, *args, **options: group.call_later(0.01, callback, *args, **options)
     if name == "call_at":
@@ -87,7 +88,7 @@ async def test_first_in_first_out(stack: Stack) -> None:
     assert order == list(range(200))
 
 
-async def test_what_a_callback_schedules_waits_for_the_next_turn(stack: Stack) -> None:
+async def test_a_callback_scheduled_by_a_callback_runs_in_the_next_iteration(stack: Stack) -> None:
     order: list[str] = []
     async with stack.open() as group:
 
@@ -102,32 +103,32 @@ async def test_what_a_callback_schedules_waits_for_the_next_turn(stack: Stack) -
 
 
 async def test_a_callback_that_schedules_itself_does_not_starve_connections(stack: Stack) -> None:
-    turns = 0
+    iterations = 0
     async with stack.open() as group, connected(group) as (_, protocol, peer):
 
         def again() -> None:
-            nonlocal turns
-            turns += 1
+            nonlocal iterations
+            iterations += 1
             if not protocol.received:
                 group.call_soon(again)
 
         again()
         await peer.send(b"let me in")
         await protocol.wait_received(9)
-    assert turns > 0
+    assert iterations > 0
 
 
 def wait_for_input(transport: Any) -> None:
-    """Block until the system has something for the transport, which has not heard of it yet."""
+    """Block until data has arrived that the transport has not received yet."""
     assert select.select([transport.get_extra_info("socket").fileno()], [], [], GUARD)[0]
 
 
-#: How long the callbacks of a flood take, in seconds: long enough for one of them to be a turn.
+#: How long the callbacks of a flood take, in seconds: long enough for one of them to fill an iteration.
 SLOW = 0.004
 
 
-async def served_for_each_turn_of_a_task(served: list[int]) -> float:
-    """How many callbacks a task waits for, on an average, when it gives way."""
+async def served_for_each_step_of_a_task(served: list[int]) -> float:
+    """Return how many callbacks run between two steps of a task, on average."""
     await until(lambda: served)
     before = len(served)
     await turns(5)
@@ -136,7 +137,7 @@ async def served_for_each_turn_of_a_task(served: list[int]) -> float:
 
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
 async def test_a_flood_whose_callbacks_are_slow_does_not_keep_tasks_waiting(stack: Stack, kind: Any) -> None:
-    """A turn is bounded by time, not only by how much there is to do: each message brings the next one.
+    """An iteration is limited in time, not only in the number of events: each message brings the next one.
 
     This counts, and measures nothing: on a loaded machine callbacks are slower still.
     """
@@ -152,13 +153,13 @@ async def test_a_flood_whose_callbacks_are_slow_does_not_keep_tasks_waiting(stac
     hook = "on_data_received" if kind is Recorder else "on_buffer_updated"
     async with stack.open() as group, connected(group, kind(**{hook: received})) as (_, _, peer):
         await peer.send(b"x")
-        count = await served_for_each_turn_of_a_task(served)
+        count = await served_for_each_step_of_a_task(served)
         stop = True
     assert count <= 4
 
 
 async def test_a_flood_of_connections_that_are_slow_to_make_does_not_keep_tasks_waiting(stack: Stack) -> None:
-    """As many as wait to be accepted, and then the tasks' turn; each connection brings the next one."""
+    """Tasks run after the connections that wait to be accepted; each connection brings the next one."""
     served: list[int] = []
     clients: list[Peer] = []
     stop = False
@@ -175,7 +176,7 @@ async def test_a_flood_of_connections_that_are_slow_to_make_does_not_keep_tasks_
         server = await group.create_server(lambda: Recorder(on_connection_made=made), HOST, 0, backlog=8)
         address = server.sockets[0].getsockname()
         clients.append(Peer.connect(address))
-        count = await served_for_each_turn_of_a_task(served)
+        count = await served_for_each_step_of_a_task(served)
         stop = True
         await turns()
         clients.pop().close()
@@ -183,10 +184,10 @@ async def test_a_flood_of_connections_that_are_slow_to_make_does_not_keep_tasks_
 
 
 @pytest.mark.parametrize("reason", ["messages", "call_soon_threadsafe", "timers", "call_soon", "tasks"])
-async def test_turns_do_not_multiply(stack: Stack, reason: str) -> None:
-    """While there is always something to do, whatever else asks for a turn gets the one that comes anyway.
+async def test_iterations_do_not_multiply(stack: Stack, reason: str) -> None:
+    """While there is always something to do, other requests for an iteration do not add one.
 
-    A callback that schedules itself runs once in a turn, and a checkpoint is one round of the backend's.
+    A callback that schedules itself runs once in an iteration, and a checkpoint takes one iteration of the backend.
     """
     count = 0
     stop = False
@@ -220,8 +221,8 @@ async def test_turns_do_not_multiply(stack: Stack, reason: str) -> None:
         assert 1 <= count - before <= 300
 
 
-async def test_turns_do_not_multiply_while_a_descriptor_is_always_ready(anyio_backend: Any) -> None:
-    """The system does not watch such a device, so a turn that is due at once takes the place of every wait."""
+async def test_iterations_do_not_multiply_while_a_descriptor_is_always_ready(anyio_backend: Any) -> None:
+    """The system does not watch such a device, so the next iteration begins at once, without a wait."""
     async with TransportGroup() as group:
         transport, protocol = await group.connect_read_pipe(Recorder, open("/dev/zero", "rb", 0))
         await protocol.wait_for("data_received")
@@ -239,8 +240,8 @@ async def test_turns_do_not_multiply_while_a_descriptor_is_always_ready(anyio_ba
         assert 1 <= protocol.count("data_received") - before <= 60
 
 
-async def test_a_listener_of_which_somebody_has_a_copy_costs_no_turns_once_it_is_closed(anyio_backend: Any) -> None:
-    """A child that was forked, most often. The system goes on listening, and reports clients to nobody."""
+async def test_closed_but_inherited_listener_does_not_spin(anyio_backend: Any) -> None:
+    """A forked child has the copy, for example. The system still listens, and reports clients that nothing accepts."""
     async with CountingGroup() as group:
         server = await group.create_server(Recorder, HOST, 0)
         listener = server.sockets[0]
@@ -249,12 +250,12 @@ async def test_a_listener_of_which_somebody_has_a_copy_costs_no_turns_once_it_is
             server.close()
             with Peer.connect(address):
                 await turns()
-                group.turns = 0
+                group.iterations = 0
                 await turns(20)
-                assert group.turns <= 1
+                assert group.iterations <= 1
 
 
-async def test_what_was_scheduled_before_runs_before_input_that_waits(stack: Stack) -> None:
+async def test_scheduled_callbacks_run_before_input_that_waits(stack: Stack) -> None:
     order: list[str] = []
     protocol = Recorder(on_data_received=lambda *_: order.append("input"))
     async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
@@ -267,7 +268,7 @@ async def test_what_was_scheduled_before_runs_before_input_that_waits(stack: Sta
     assert order == ["scheduled", "input"]
 
 
-async def test_a_timer_that_is_due_runs_before_what_input_has_scheduled(stack: Stack) -> None:
+async def test_a_due_timer_runs_before_callbacks_that_input_schedules(stack: Stack) -> None:
     order: list[str] = []
 
     def on_data(*_: object) -> None:
@@ -278,7 +279,7 @@ async def test_a_timer_that_is_due_runs_before_what_input_has_scheduled(stack: S
     async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
         transport.pause_reading()
         await peer.send(b"input")
-        # Nobody has a turn from here on until both are due.
+        # Nothing else runs until both are due.
         transport.resume_reading()
         group.call_at(group.time(), order.append, "timer")
         wait_for_input(transport)
@@ -286,7 +287,7 @@ async def test_a_timer_that_is_due_runs_before_what_input_has_scheduled(stack: S
     assert order == ["input", "timer", "scheduled"]
 
 
-#: More than epoll is first asked for.
+#: More than the first call of epoll asks for.
 MANY = BATCH_SIZE + 50
 
 #: How long the program is held up, and after what part of it the time-outs fall due, in seconds.
@@ -295,7 +296,7 @@ TIME_OUT = 0.03
 
 
 class Impatient(asyncio.Protocol, DatagramProtocol):
-    """Gives up after a time-out, unless something arrives before."""
+    """Closes after a time-out, unless data arrives first."""
 
     timer: Any = None
 
@@ -318,7 +319,7 @@ class Impatient(asyncio.Protocol, DatagramProtocol):
 
 
 async def connect_tcp(group: Any, factory: Any, exits: AsyncExitStack) -> Callable[[bytes], object]:
-    """Make a connection, and return what sends something to it at once; so do the next ones."""
+    """Make a connection, and return a function that sends to it at once, like the functions below."""
     _, _, peer = await exits.enter_async_context(connected(group, factory()))
     return peer.socket.send
 
@@ -395,7 +396,7 @@ async def test_g1_data_that_has_arrived_comes_before_a_timer(stack: Stack, kind:
 
 
 async def test_g1_data_of_many_connections_comes_before_their_timers(stack: Stack) -> None:
-    """The program stands still: a slow callback, a signal that stops it, a computer that sleeps."""
+    """The program is stopped for a while, by a slow callback, a signal, or a computer that sleeps."""
     outcomes: list[str] = []
     made: list[Impatient] = []
 
@@ -409,13 +410,13 @@ async def test_g1_data_of_many_connections_comes_before_their_timers(stack: Stac
             protocol.arm()
         for send in sends:
             send(b"in time")
-        time.sleep(STALL)  # noqa: ASYNC251  # everything stands still
+        time.sleep(STALL)  # noqa: ASYNC251  # nothing else runs
         await until(lambda: len(outcomes) >= MANY)
     assert outcomes == ["received"] * MANY
 
 
 async def test_g1_a_slow_callback_of_a_connection_lets_no_timer_overtake_the_others(stack: Stack) -> None:
-    """What has arrived while it ran was there before any time-out that has passed is looked at."""
+    """Data that arrived while it ran is received before timers that fell due are run."""
     outcomes: list[str] = []
 
     def hold_up() -> None:
@@ -529,7 +530,7 @@ async def test_a_cancelled_callback_does_not_run(stack: Stack, name: str) -> Non
     assert calls == ["last"]
 
 
-async def test_a_handle_is_told_apart_by_its_repr(stack: Stack) -> None:
+async def test_repr_of_handles(stack: Stack) -> None:
     def callback(*args: object) -> None: ...
 
     async with stack.open() as group:
@@ -544,7 +545,7 @@ async def test_a_handle_is_told_apart_by_its_repr(stack: Stack) -> None:
         assert "cancelled" in repr(timer)
 
 
-async def test_when_tells_the_time_of_a_timer(stack: Stack) -> None:
+async def test_when_returns_the_time_of_a_timer(stack: Stack) -> None:
     async with stack.open() as group:
         when = group.time() + 3600
         timer = group.call_at(when, print)
@@ -558,7 +559,7 @@ async def test_when_tells_the_time_of_a_timer(stack: Stack) -> None:
 
 
 async def test_g7_timers_compare_as_asyncios(stack: Stack) -> None:
-    """By time, and as equal when they do the same at the same time."""
+    """They are ordered by time, and equal if time, callback and arguments are."""
     calls: list[int] = []
     async with stack.open() as group:
         when = group.time() + 3600
@@ -605,7 +606,7 @@ async def test_cancelling_a_timer_after_it_ran_is_harmless(stack: Stack) -> None
         await until(lambda: len(calls) == 4)
 
 
-async def test_cancelling_lets_go_of_what_the_callback_holds(stack: Stack) -> None:
+async def test_cancelling_releases_the_callback_and_its_arguments(stack: Stack) -> None:
     class Thing: ...
 
     async with stack.open() as group:
@@ -632,7 +633,7 @@ async def test_a_hundred_thousand_timers(stack: Stack) -> None:
     assert fired == [-1, -2]
 
 
-async def test_rearming_a_timer_keeps_nothing_of_the_cancelled_ones(stack: Stack) -> None:
+async def test_rearming_a_timer_frees_the_cancelled_ones(stack: Stack) -> None:
     class Thing: ...
 
     alive: weakref.WeakSet[Thing] = weakref.WeakSet()
@@ -652,7 +653,7 @@ async def test_rearming_a_timer_keeps_nothing_of_the_cancelled_ones(stack: Stack
         timer.cancel()
 
 
-async def test_timers_that_are_left_run_in_order_after_many_were_cancelled(stack: Stack) -> None:
+async def test_remaining_timers_run_in_order_after_many_were_cancelled(stack: Stack) -> None:
     order: list[int] = []
     async with stack.open() as group:
         now = group.time()
@@ -667,12 +668,12 @@ async def test_timers_that_are_left_run_in_order_after_many_were_cancelled(stack
 
 
 def scattered(size: int) -> list[int]:
-    """The numbers up to a `size` that 7 does not divide, each once."""
+    """Return the numbers below `size`, which 7 must not divide, in mixed order."""
     return [number * 7 % size for number in range(size)]
 
 
-async def test_rearming_a_timer_behind_another_one_keeps_nothing_either(stack: Stack) -> None:
-    """The cancelled ones never come to the top, as long as the other one is pending."""
+async def test_rearming_a_timer_later_than_another_frees_the_cancelled_ones(stack: Stack) -> None:
+    """The cancelled ones never become the first timer while the other one is pending."""
     async with stack.open() as group:
         first = group.call_later(1800, print)
         gc.collect()
@@ -680,22 +681,22 @@ async def test_rearming_a_timer_behind_another_one_keeps_nothing_either(stack: S
         for number in range(20_000):
             group.call_later(3600, print).cancel()
             if not number % 100:
-                await anyio.lowlevel.checkpoint()  # asyncio tidies up in its turns.
+                await anyio.lowlevel.checkpoint()  # asyncio removes cancelled timers in its iterations.
         gc.collect()
         assert len(gc.get_objects()) - before < 2000
         first.cancel()
 
 
 class CountingCore(Core):
-    def turn(self) -> float:
-        self.group.turns += 1
-        return super().turn()
+    def run_once(self) -> float:
+        self.group.iterations += 1
+        return super().run_once()
 
 
 class CountingGroup(TransportGroup):
-    """How often it had its turn."""
+    """A group that counts its iterations."""
 
-    turns = 0
+    iterations = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -704,7 +705,7 @@ class CountingGroup(TransportGroup):
 
 @pytest.mark.parametrize("where", ["a callback", "a task"])
 async def test_a_cancelled_timer_costs_no_wake_up(anyio_backend: Any, where: str) -> None:
-    """Whether it was cancelled in a turn of the group's, or while the group was waiting for it."""
+    """It was cancelled in an iteration, or while the group was waiting for it."""
     timers: list[Any] = []
     fired: list[int] = []
 
@@ -725,9 +726,9 @@ async def test_a_cancelled_timer_costs_no_wake_up(anyio_backend: Any, where: str
         else:
             arm()
             cancel()
-        group.turns = 0
+        group.iterations = 0
         await until(lambda: fired)
-        assert group.turns <= 1  # That of the last one.
+        assert group.iterations <= 1  # For the last timer.
     assert fired == [1]
 
 
@@ -738,38 +739,38 @@ async def test_a_timer_that_was_waited_for_and_is_cancelled_costs_no_wake_up(any
         await turns()  # The group waits for it.
         timer.cancel()
         await turns()
-        group.turns = 0
+        group.iterations = 0
         group.call_later(0.2, fired.append, 1)
         await until(lambda: fired)
-        assert group.turns <= 1
+        assert group.iterations <= 1
 
 
-async def test_a_task_that_rearms_a_time_out_costs_no_turns(anyio_backend: Any) -> None:
+async def test_a_task_that_rearms_a_time_out_causes_no_iterations(anyio_backend: Any) -> None:
     async with CountingGroup() as group:
         timer = group.call_later(3600, print)
         await turns()
-        group.turns = 0
+        group.iterations = 0
         for _ in range(100):
             timer.cancel()
             timer = group.call_later(3600, print)
             await anyio.lowlevel.checkpoint()
         await turns()
-        assert group.turns == 0
+        assert group.iterations == 0
         timer.cancel()
 
 
-async def test_a_time_between_the_ticks_of_the_loops_clock_costs_one_turn(anyio_backend: Any) -> None:
+async def test_a_time_between_the_ticks_of_the_loops_clock_causes_one_iteration(anyio_backend: Any) -> None:
     """uvloop counts in milliseconds, rounded."""
     fired: list[float] = []
     async with CountingGroup() as group:
         await turns()
-        group.turns = 0
+        group.iterations = 0
         for number in range(1, 31):
             when = group.time() + 0.002 + number * 0.00013
             group.call_at(when, lambda when=when: fired.append(group.time() - when))
             await until(lambda number=number: len(fired) == number)  # type: ignore[misc]
-        # The first one may have to tell a group that waits without an end.
-        assert group.turns <= 2 * 30
+        # The first one may wake a group that waits without a deadline.
+        assert group.iterations <= 2 * 30
         assert min(fired) >= -1e-6
 
 
@@ -802,7 +803,7 @@ async def test_a_group_that_is_not_open_takes_no_callbacks(anyio_backend: Any, n
 
 
 @pytest.mark.parametrize("name", ["call_later", "call_at"])
-async def test_no_time_is_refused_at_the_call(stack: Stack, name: str) -> None:
+async def test_missing_time_is_refused_at_the_call(stack: Stack, name: str) -> None:
     async with stack.open() as group:
         with pytest.raises(TypeError):
             getattr(group, name)(None, print)
@@ -820,9 +821,7 @@ async def test_no_time_is_refused_at_the_call(stack: Stack, name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["call_later", "call_at"])
-async def test_what_is_no_time_is_refused_at_the_call(
-    stack: Stack, name: str, when: Any, error: type[Exception]
-) -> None:
+async def test_invalid_time_is_refused_at_the_call(stack: Stack, name: str, when: Any, error: type[Exception]) -> None:
     calls: list[int] = []
     async with stack.open() as group:
         for _ in range(2):  # With and without others to compare with.
@@ -843,7 +842,7 @@ async def test_a_time_that_never_comes(anyio_backend: Any, when: float) -> None:
     assert calls == ["soon"]
 
 
-async def test_what_is_no_async_function_is_refused_at_the_call(anyio_backend: Any) -> None:
+async def test_start_soon_refuses_what_is_not_an_async_function(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         coroutine = anyio.lowlevel.checkpoint()
         with pytest.raises(TypeError, match=r"start_soon\(\) takes an async function"):
@@ -856,7 +855,7 @@ async def test_what_is_no_async_function_is_refused_at_the_call(anyio_backend: A
 async def test_a_new_task_has_its_first_turn_before_more_data_is_received(
     stack: Stack, in_a_scheduled_turn: bool
 ) -> None:
-    """It may be about to call `start_tls`, and then what comes in is the handshake."""
+    """It may call `start_tls`, and then the data belongs to the handshake."""
     order: list[str] = []
     started: list[Any] = []
 
@@ -881,7 +880,7 @@ async def test_a_new_task_has_its_first_turn_before_more_data_is_received(
 
 
 async def test_a_task_that_a_callback_wakes_has_its_turn_soon(stack: Stack) -> None:
-    """On asyncio before anything more is received; here a turn may go on for a while, but not without end."""
+    """On asyncio before anything more is received; here an iteration may receive more, within limits."""
     received = 0
     woken = anyio.Event()
     seen: list[int] = []
@@ -900,11 +899,11 @@ async def test_a_task_that_a_callback_wakes_has_its_turn_soon(stack: Stack) -> N
             await woken.wait()
             seen.append(received - before)
         transport.abort()
-    # A backend may give the group another turn before the task.
-    assert max(seen) <= (1 if stack.is_oracle else 2 * SERVED_IN_A_TURN), seen
+    # A backend may run another iteration of the group before the task.
+    assert max(seen) <= (1 if stack.is_oracle else 2 * MAX_SERVED), seen
 
 
-async def test_a_task_of_connection_made_has_its_first_turn_before_any_data_is_received(stack: Stack) -> None:
+async def test_a_task_started_by_connection_made_begins_before_data_is_received(stack: Stack) -> None:
     order: list[str] = []
     started: list[Any] = []
 
@@ -944,7 +943,7 @@ def not_async(*_: object) -> str:
     return "done already"
 
 
-#: What `start_soon` is called with, and what comes out.
+#: The arguments of `start_soon`, and the error.
 MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception]]] = {
     "a name that cannot be printed": ((never, 1), {"name": Nameless()}, LookupError),
     "a function that is not async": ((not_async,), {}, TypeError),
@@ -955,8 +954,8 @@ MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception]]] = {
 
 @pytest.mark.parametrize("where", ["the block", "a callback"])
 @pytest.mark.parametrize("mistake", MISTAKES)
-async def test_a_mistake_in_start_soon_comes_out_at_the_call(anyio_backend: Any, mistake: str, where: str) -> None:
-    """No task is counted that was never made, which leaving the block would wait for; and no coroutine is forgotten."""
+async def test_start_soon_raises_for_wrong_arguments_at_the_call(anyio_backend: Any, mistake: str, where: str) -> None:
+    """The task is not counted, so the block can be left; and no coroutine is left unawaited."""
     args, options, error = MISTAKES[mistake]
     with anyio.fail_after(GUARD):
         async with TransportGroup() as group:
@@ -969,7 +968,7 @@ async def test_a_mistake_in_start_soon_comes_out_at_the_call(anyio_backend: Any,
                 await until(lambda: contexts)
                 assert [type(context["exception"]) for context in contexts] == [error]
             assert group.statistics().running_tasks == 0
-            # The group is none the worse for it.
+            # The group still works.
             done: list[int] = []
             group.call_soon(done.append, 1)
             await until(lambda: done)
@@ -979,7 +978,7 @@ async def test_a_mistake_in_start_soon_comes_out_at_the_call(anyio_backend: Any,
 
 
 async def test_a_thread_wakes_a_group_whose_tasks_all_wait(stack: Stack) -> None:
-    """And does so again."""
+    """It does so more than once."""
     threads: list[int] = []
     async with stack.open() as group:
         for _ in range(3):
@@ -998,16 +997,16 @@ async def test_a_thread_wakes_a_group_whose_tasks_all_wait(stack: Stack) -> None
     assert threads == [threading.get_ident()] * 3
 
 
-async def test_what_is_handed_over_in_a_row_costs_one_turn(anyio_backend: Any) -> None:
+async def test_call_soon_threadsafe_in_a_row_causes_one_iteration(anyio_backend: Any) -> None:
     calls: list[int] = []
     async with CountingGroup() as group:
         await turns()
-        group.turns = 0
+        group.iterations = 0
         for number in range(1000):
             group.call_soon_threadsafe(calls.append, number)
         await until(lambda: len(calls) == 1000)
         await turns()
-        assert group.turns <= 2
+        assert group.iterations <= 2
     assert calls == list(range(1000))
 
 
@@ -1017,9 +1016,9 @@ async def test_cancel_in_another_thread_waits_for_a_callback_that_runs(stack: St
     order: list[str] = []
 
     def callback() -> None:
-        handle.cancel()  # In its own thread it waits for nothing.
+        handle.cancel()  # In its own thread it does not wait.
         begun.set()
-        time.sleep(0.05)  # Time for the other thread to be wrong.
+        time.sleep(0.05)  # Gives the other thread time to fail.
         order.append("ran")
 
     def cancel() -> None:
@@ -1037,7 +1036,7 @@ async def test_cancel_in_another_thread_waits_for_a_callback_that_runs(stack: St
         handle = group.call_soon_threadsafe(order.append, "never")
         thread = threading.Thread(target=handle.cancel)
         thread.start()
-        thread.join()  # Before the group has its turn.
+        thread.join()  # Before the group runs an iteration.
         await turns()
         assert handle.cancelled()
         assert len(order) == 2
@@ -1060,7 +1059,7 @@ async def test_many_threads_at_once(stack: Stack) -> None:
 
 
 async def test_what_a_thread_has_handed_over_runs_however_close_to_the_end(anyio_backend: Any) -> None:
-    """Whoever gets a handle knows that the callback runs, and whoever gets an error that it does not."""
+    """If the call returns a handle, the callback runs; if it raises, the callback does not."""
     for _ in range(50):
         ran: list[int] = []
         accepted: list[int] = []
@@ -1083,8 +1082,8 @@ async def test_what_a_thread_has_handed_over_runs_however_close_to_the_end(anyio
         assert ran == accepted
 
 
-async def test_a_signal_handler_hands_over_whatever_it_interrupts(anyio_backend: Any) -> None:
-    """It runs in the group's own thread, perhaps in the midst of another hand-over."""
+async def test_call_soon_threadsafe_in_a_signal_handler(anyio_backend: Any) -> None:
+    """It runs in the group's own thread, possibly during another `call_soon_threadsafe`."""
     calls: list[str] = []
     async with TransportGroup() as group:
         before = signal.signal(signal.SIGALRM, lambda *_: group.call_soon_threadsafe(calls.append, "signal"))
@@ -1100,7 +1099,7 @@ async def test_a_signal_handler_hands_over_whatever_it_interrupts(anyio_backend:
     assert len(calls) - calls.count("signal") >= 1000
 
 
-async def test_a_thread_that_comes_too_late_is_told(anyio_backend: Any) -> None:
+async def test_call_soon_threadsafe_after_the_end_raises(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         pass
     errors: list[BaseException] = []
@@ -1122,7 +1121,7 @@ async def test_a_thread_that_comes_too_late_is_told(anyio_backend: Any) -> None:
 
 
 @every_scheduler
-async def test_the_context_is_that_of_the_call(stack: Stack, name: str) -> None:
+async def test_callbacks_run_in_the_context_of_the_call(stack: Stack, name: str) -> None:
     seen: list[str] = []
     async with stack.open() as group:
         variable.set("at the call")
@@ -1150,10 +1149,10 @@ async def test_a_context_can_be_given(stack: Stack, name: str) -> None:
 
 
 def test_a_handle_that_is_cancelled_between_any_two_instructions() -> None:
-    """By another thread, say: the callback is called as it was given, or not at all."""
+    """By another thread, for example: the callback is called with its arguments, or not at all."""
 
     def called(instruction: int) -> list[object]:
-        """What is called when the handle is cancelled before so many instructions of its own have run."""
+        """Return the calls, if the handle is cancelled before this number of its own instructions has run."""
         calls: list[object] = []
         handle = Handle(lambda *args: calls.append(args), ("argument",), contextvars.copy_context())
         seen = 0
@@ -1186,7 +1185,7 @@ def test_a_handle_that_is_cancelled_between_any_two_instructions() -> None:
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio's handles have it since Python 3.12")
 @every_scheduler
-async def test_a_handle_tells_its_context(stack: Stack, name: str) -> None:
+async def test_get_context_of_a_handle(stack: Stack, name: str) -> None:
     context = contextvars.copy_context()
     variable.set("the caller's")
     async with stack.open() as group:
@@ -1200,7 +1199,7 @@ async def test_a_handle_tells_its_context(stack: Stack, name: str) -> None:
 
 @every_scheduler
 async def test_a_context_without_variables_can_be_given(stack: Stack, name: str) -> None:
-    """It is false, as everything that is empty."""
+    """It is empty, so it is false."""
     seen: list[str] = []
     variable.set("the caller's")
     async with stack.open() as group:
@@ -1212,7 +1211,7 @@ async def test_a_context_without_variables_can_be_given(stack: Stack, name: str)
 @pytest.mark.ours_only("asyncio has no group")
 @every_scheduler
 async def test_the_group_is_current_in_a_given_context(stack: Stack, name: str) -> None:
-    """Only while the callback runs; also when the context is that of the call itself."""
+    """Only while the callback runs, even if the context is the caller's own."""
     seen: list[Any] = []
     context = contextvars.Context()
     context.run(variable.set, "given")
@@ -1258,8 +1257,10 @@ async def test_an_exception_is_reported_and_the_next_callback_runs(stack: Stack,
 
 @every_scheduler
 @pytest.mark.parametrize("given", [False, True])
-async def test_the_exception_handler_sees_the_variables_of_what_failed(stack: Stack, name: str, given: bool) -> None:
-    """Those of the call, and what the callback itself has set: a request's number for the log, most often."""
+async def test_the_exception_handler_runs_in_the_context_of_the_failed_callback(
+    stack: Stack, name: str, given: bool
+) -> None:
+    """It sees those of the call, and those that the callback has set, such as a request number for the log."""
     seen: list[str] = []
 
     def failing() -> None:
@@ -1279,7 +1280,7 @@ async def test_the_exception_handler_sees_the_variables_of_what_failed(stack: St
 
 
 class Unavailable:
-    """A stand-in for something that cannot be had now, as some frameworks have them."""
+    """A proxy whose object is not available, as some frameworks have them."""
 
     def __getattr__(self, name: str) -> Any:
         raise LookupError(name)
@@ -1307,7 +1308,7 @@ async def test_a_callback_that_has_no_name_and_cannot_say_so(stack: Stack, name:
 
 @every_scheduler
 def test_a_given_context_that_is_entered_already(anyio_backend: Any, name: str) -> None:
-    """It cannot be entered twice: neither for the callback, nor to report that."""
+    """It cannot be entered twice, neither for the callback nor for reporting the failure."""
     backend, options = anyio_backend
     calls: list[str] = []
     seen: list[Any] = []
@@ -1402,8 +1403,8 @@ class Unprintable(Recorder):
         raise LookupError("in repr()")
 
 
-async def test_the_default_handler_cannot_tell_what_it_cannot_print(stack: Stack) -> None:
-    """It is told that it failed, and all that it was told of has ended is the one connection."""
+async def test_the_default_handler_fails_for_an_object_without_repr(stack: Stack) -> None:
+    """The failure of the handler is logged, and only the connection in the report has ended."""
     failing, other = Unprintable(on_data_received=lambda *_: 1 / 0), Recorder()
     async with stack.open() as group:
         async with connected(group, failing) as (_, _, peer), connected(group, other) as (_, _, other_peer):
@@ -1462,7 +1463,7 @@ async def test_what_call_soon_was_given_runs_before_the_block_is_left(anyio_back
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-async def test_what_ends_the_program_in_the_last_turn_keeps_nothing_from_running(
+async def test_system_exit_in_the_last_iteration_does_not_keep_other_callbacks_from_running(
     anyio_backend: Any, error: type[BaseException]
 ) -> None:
     calls: list[str] = []
@@ -1505,7 +1506,7 @@ async def test_connection_lost_may_schedule_while_the_group_ends(stack: Stack, h
 
 
 async def test_connection_lost_of_a_child_may_schedule_while_the_group_ends(anyio_backend: Any) -> None:
-    """It comes after the ends of the child and of its pipes, each in a turn of its own."""
+    """It comes after the end of the child and of its pipes, each in an iteration of its own."""
     fired: list[int] = []
 
     class Child(SubprocessProtocol):
@@ -1523,7 +1524,7 @@ async def test_connection_lost_of_a_child_may_schedule_while_the_group_ends(anyi
 # -- tasks ------------------------------------------------------------------------------------------------
 
 
-async def test_timers_run_for_the_tasks_that_the_end_of_the_block_waits_for(anyio_backend: Any) -> None:
+async def test_timers_run_while_the_block_waits_for_tasks(anyio_backend: Any) -> None:
     log: list[str] = []
 
     async def task() -> None:
@@ -1599,8 +1600,8 @@ CALLBACKS = [
 
 @pytest.mark.ours_only("asyncio has no group")
 @pytest.mark.parametrize("callback", [*CALLBACKS, "timer", "call_soon", "task"])
-async def test_a_task_waits_for_what_a_callback_signals(stack: Stack, callback: str) -> None:
-    """From every callback: the current group, a task of its own, and an event that another task waits for."""
+async def test_a_task_waits_for_an_event_that_a_callback_sets(stack: Stack, callback: str) -> None:
+    """Every callback can use the current group, start a task, and set an event that another task waits for."""
     groups: list[Any] = []
     async with stack.open() as group:
         signal = anyio.Event()
@@ -1651,7 +1652,7 @@ async def test_a_task_waits_for_what_a_callback_signals(stack: Stack, callback: 
 @pytest.mark.parametrize(
     "callback", ["datagram_received", "error_received", "pipe_data_received", "pipe_connection_lost", "process_exited"]
 )
-async def test_a_task_waits_for_what_a_datagram_or_a_child_signals(stack: Stack, callback: str) -> None:
+async def test_a_task_waits_for_an_event_that_a_datagram_or_child_callback_sets(stack: Stack, callback: str) -> None:
     async with stack.open() as group:
         signal = anyio.Event()
 
@@ -1665,7 +1666,7 @@ async def test_a_task_waits_for_what_a_datagram_or_a_child_signals(stack: Stack,
         if callback in ("datagram_received", "error_received"):
             protocol: Any = type("Protocol", (DatagramProtocol,), {callback: hook})
             local, _ = await group.create_datagram_endpoint(protocol, local_addr=(HOST, 0))
-            # To itself, or to where nobody listens any more.
+            # To itself, or to an address where nothing listens any more.
             name = local.get_extra_info("sockname")
             if callback == "datagram_received":
                 local.sendto(b"data", name)

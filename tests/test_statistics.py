@@ -76,7 +76,7 @@ def moved(group: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize("on_disk", [True, False])
 async def test_files_count(anyio_backend: Any, on_disk: bool) -> None:
-    """Those that the system sends by itself, and those that are read block by block."""
+    """Files that the system sends, and files that are read in blocks."""
     content = pattern(1_000_000)
     with tempfile.TemporaryFile() if on_disk else io.BytesIO() as file:
         file.write(content)
@@ -106,8 +106,8 @@ async def test_buffered_protocols_count(anyio_backend: Any) -> None:
         assert moved(group) == (10, 0)
 
 
-async def test_encryption_in_mid_stream_counts_on(anyio_backend: Any, certificate_authority: trustme.CA) -> None:
-    """The protocol's bytes, before and after; not those that TLS makes of them."""
+async def test_bytes_before_and_after_start_tls_count(anyio_backend: Any, certificate_authority: trustme.CA) -> None:
+    """The protocol's bytes before and after `start_tls` count, not the ciphertext."""
     certificates = Certificates(certificate_authority)
     async with TransportGroup() as group:
         one, other = Recorder(), Recorder()
@@ -180,7 +180,7 @@ async def test_tasks_count_while_they_run(anyio_backend: Any) -> None:
         await until(lambda: not group.statistics().running_tasks)
 
 
-async def test_a_handshake_is_no_transport_yet(anyio_backend: Any, certificate_authority: trustme.CA) -> None:
+async def test_a_pending_handshake_is_not_a_transport(anyio_backend: Any, certificate_authority: trustme.CA) -> None:
     certificates = Certificates(certificate_authority)
     async with TransportGroup() as group:
         server = await group.create_server(Recorder, "127.0.0.1", 0, ssl=certificates.server())
@@ -191,7 +191,7 @@ async def test_a_handshake_is_no_transport_yet(anyio_backend: Any, certificate_a
             assert (now.open_transports, now.pending_handshakes) == ({}, 1)
             assert "transports=0 buffered=0 handshakes=1 " in repr(group)
             assert repr(server).endswith(" connections=0 buffered=0 handshakes=1>")
-            # One that has got through, beside it.
+            # A second client, whose handshake succeeds.
             peer = await TLSPeer.connect_to(server.sockets[0].getsockname(), certificates.client(), NAME)
             with peer:
                 await until(lambda: group.statistics().open_transports)
@@ -199,13 +199,13 @@ async def test_a_handshake_is_no_transport_yet(anyio_backend: Any, certificate_a
                 assert (now.open_transports, now.pending_handshakes) == ({"StreamTransport": 1}, 1)
                 assert repr(server).endswith(" connections=1 buffered=0 handshakes=1>")
             silent.close()
-            group.set_exception_handler(lambda *_: None)  # It is told of the one that said nothing.
+            group.set_exception_handler(lambda *_: None)  # Ignore the report about the silent client.
             await until(lambda: not group.statistics().pending_handshakes)
             assert "handshakes" not in repr(group) + repr(server)
             await until(lambda: not group.statistics().open_transports)
 
 
-async def test_a_repr_tells_the_state(anyio_backend: Any) -> None:
+async def test_repr_shows_the_state(anyio_backend: Any) -> None:
     group = TransportGroup()
     assert "new" in repr(group)
     async with group:
@@ -233,8 +233,8 @@ async def test_a_repr_tells_the_state(anyio_backend: Any) -> None:
 
 
 @pytest.mark.parametrize("enough", [40, pytest.param(400, marks=pytest.mark.exhaustive)])
-async def test_another_thread_may_look(anyio_backend: Any, enough: int) -> None:
-    """That of a monitor, say, while connections come and go."""
+async def test_statistics_from_another_thread(anyio_backend: Any, enough: int) -> None:
+    """A monitoring thread, for example, while connections begin and end."""
     over = threading.Event()
     looks = []
 

@@ -18,7 +18,7 @@ from asyncio.trsock import TransportSocket
 from . import from_asyncio, to_asyncio
 from ._event_loop._opening import open_event_loop, run_asyncio
 from ._group import TransportGroup, current_group
-from ._scheduling import Handle, TimerHandle
+from ._handles import Handle, TimerHandle
 from ._server import Server
 from ._statistics import GroupStatistics
 

@@ -1,7 +1,7 @@
-"""The one door to the user's code.
+"""Calling user code, and reporting its errors.
 
-Holds: which group is current, and how a connection's callbacks are entered and their failures reported.
-Knows nothing of what the callbacks are.
+Holds: the current group, the context in which a connection's callbacks run, and checks of protocols.
+May know: `_errors`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ current: ContextVar[Any] = ContextVar("transports_anyio.current_group")
 
 
 class GivenContext:
-    """A context that the user gave for a callback: the group is current in it, but only while the callback runs."""
+    """A context that the user gave for a callback. The group is current in it only while the callback runs."""
 
     __slots__ = ("_group", "context")
 
@@ -36,7 +36,7 @@ class GivenContext:
 
 
 def call_with_current(group: Group, callback: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call `callback` in the caller's context, with `group` current."""
+    """Return `callback(*args, **kwargs)`, called in the caller's context with `group` current."""
     token = current.set(group)
     try:
         return callback(*args, **kwargs)
@@ -45,10 +45,10 @@ def call_with_current(group: Group, callback: Callable[P, T], /, *args: P.args, 
 
 
 def check_made_protocol(protocol: object, factory: object) -> None:
-    """Raise what asyncio raises, `AttributeError` or `TypeError`, for an object that can never be a protocol.
+    """Raise asyncio's `AttributeError` or `TypeError` if a factory returned an object that is not a protocol.
 
-    Any object with the right methods is one. Which it needs beyond `connection_made` depends on what happens to its
-    connection, so a callback that is missing otherwise is reported when it is due.
+    A protocol is any object with `connection_made`. Which other callbacks it needs depends on the connection, so a
+    missing one is reported when it is called.
     """
     if not hasattr(protocol, "connection_made"):
         raise AttributeError(
@@ -63,9 +63,9 @@ def check_made_protocol(protocol: object, factory: object) -> None:
 
 
 def check_given_protocol(protocol: object, name: str) -> None:
-    """Raise `TypeError` for an object that can never be the protocol that the method or function `name` is given.
+    """Raise `TypeError` if the argument of `name` is not a protocol for a connection that has been made.
 
-    It comes to a connection that has been made, so that the callback it cannot do without is `connection_lost`.
+    Its `connection_made` is not called any more, but its `connection_lost` is.
     """
     if not hasattr(protocol, "connection_lost"):
         raise TypeError(
@@ -80,16 +80,16 @@ def check_given_protocol(protocol: object, name: str) -> None:
 
 
 def discarded(thing: object) -> str:
-    """Describe what is refused. A coroutine is closed: that it was never awaited needs no second warning."""
+    """Return the repr of a refused object. A coroutine is closed, which avoids a "never awaited" warning."""
     if not iscoroutine(thing):
         return safe_repr(thing)
-    what = f"the coroutine {thing!r}"
+    description = f"the coroutine {thing!r}"
     thing.close()
-    return what
+    return description
 
 
 def is_class_of_protocols(protocol: object, callback: str) -> TypeGuard[type]:
-    """Whether `protocol` is a class whose instances have the callback. Class methods make it as good as an object."""
+    """Whether `protocol` is a class whose instances have `callback`, and not a class with class methods."""
     if not isinstance(protocol, type):
         return False
     try:
@@ -100,10 +100,10 @@ def is_class_of_protocols(protocol: object, callback: str) -> TypeGuard[type]:
 
 
 class CallbackContext:
-    """The way from one connection into the user's code.
+    """Calls the callbacks of one connection.
 
     `run` calls a function in the connection's own copy of the `contextvars` context, in which the group is current.
-    Whatever the function raises goes to `report`, unless `leaves`.
+    Callers pass what it raises to `report`.
     """
 
     __slots__ = ("call_soon", "context", "group", "leaves", "run")
@@ -117,21 +117,26 @@ class CallbackContext:
         self.run(current.set, group)
 
     def make_protocol(self, factory: Callable[[], ProtocolT]) -> ProtocolT:
-        """Call the protocol factory in the connection's context; what it raises is the caller's to handle.
+        """Return the protocol that `factory` makes in the connection's context.
 
-        Raises `AttributeError` or `TypeError` when it returns what can never be a protocol.
+        Raises what the factory raises, and `AttributeError` or `TypeError` if it returns no protocol.
         """
         protocol: ProtocolT = self.run(factory)
         check_made_protocol(protocol, factory)
         return protocol
 
     def run_nested(self, callback: Callable[..., object], *args: object) -> None:
-        """Call `callback` in the caller's context, with the group current."""
+        """Call `callback` in the caller's context, with the group current: the connection's may be in use."""
         call_with_current(self.group, callback, *args)
 
     def report(self, message: str, exc: BaseException, transport: object, protocol: object) -> None:
-        """Tell the exception handler, with asyncio's keys, in the connection's context."""
-        # A copy: the caller may be in the context already, and it cannot be entered twice.
+        """Report `exc` to the exception handler, in the connection's context, or raise it if it ends the group.
+
+        The exception handler gets asyncio's keys.
+        """
+        if self.leaves(exc):
+            raise exc
+        # In a copy: the context may be in use, and cannot be entered twice.
         self.context.copy().run(
             self.group.call_exception_handler,
             {"message": message, "exception": exc, "transport": transport, "protocol": protocol},

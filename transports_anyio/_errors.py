@@ -1,14 +1,16 @@
-"""What goes wrong in the user's code, and how it is told.
+"""Exceptions of user code, and the log.
 
-Holds: the one rule for an exception that leaves the user's code, and where everything is logged.
-May know: logging and AnyIO's cancellation.
+Holds: the rule for which exceptions propagate and which are reported, the logger, and wordings of errors.
+May know: `anyio`, `exceptiongroup`.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import anyio
 
@@ -19,15 +21,17 @@ logger = logging.getLogger("transports_anyio")
 
 ExceptionContext: TypeAlias = "dict[str, Any]"
 
+T = TypeVar("T")
+
 
 class Group(Protocol):
-    """Whom the user's code knows as its group, and who hears of its errors."""
+    """The part of `TransportGroup`, or of an event loop, that is needed to report errors."""
 
     def call_exception_handler(self, context: dict[str, Any]) -> None: ...
 
 
 class NotOpenError(RuntimeError):
-    """Raised for a call that needs an open group, before or after that."""
+    """Raised for a call that needs an open group, before the group is entered and after it is left."""
 
     def __init__(self, message: str, group: Group) -> None:
         super().__init__(message)
@@ -35,53 +39,58 @@ class NotOpenError(RuntimeError):
 
 
 def is_refusal(exc: BaseException, group: Group) -> bool:
-    """Whether `exc` says that `group` is not open, alone or as the only kind in an exception group."""
+    """Whether `exc` is the `NotOpenError` of `group`, or an exception group of nothing else."""
     if isinstance(exc, BaseExceptionGroup):
         return all(is_refusal(each, group) for each in exc.exceptions)
     return isinstance(exc, NotOpenError) and exc.group is group
 
 
 def should_propagate(exc: BaseException) -> bool:
-    """Whether `exc`, raised in the user's code, ends the group instead of being reported."""
+    """Whether `exc`, raised by user code, ends the group instead of being reported."""
     if isinstance(exc, Exception):
-        return False  # Nearly always, and also where AnyIO does not know what runs.
+        return False  # The usual case, which also works where AnyIO does not know the backend.
     return isinstance(exc, (KeyboardInterrupt, SystemExit, anyio.get_cancelled_exc_class()))
 
 
-def safe_repr(thing: object) -> str:
-    """Return `repr(thing)`, which is the user's code too: it may fail, and nothing else has to."""
+def run_user_code(function: Callable[..., T], *args: Any, failed: Callable[[BaseException], T]) -> T:
+    """Return `function(*args)`, or what `failed` returns for an exception that does not propagate."""
     try:
-        return repr(thing)
+        return function(*args)
     except BaseException as exc:
         if should_propagate(exc):
             raise
-        return object.__repr__(thing)
+        return failed(exc)
+
+
+def safe_repr(thing: object) -> str:
+    """Return `repr(thing)`, or the default repr if that raises."""
+    return run_user_code(repr, thing, failed=lambda _: object.__repr__(thing))
 
 
 def log_debug(group: Group, message: str, *args: object) -> None:
-    """Log `message` at level DEBUG. What a `repr` or a handler raises is reported, and the caller goes on."""
-    try:
-        logger.debug(message, *args, stacklevel=2)
-    except BaseException as exc:
-        if should_propagate(exc):
-            raise
+    """Log `message` at level DEBUG. Exceptions of a `repr` or a log handler are reported."""
+
+    def failed(exc: BaseException) -> None:
         group.call_exception_handler({"message": "Exception while logging", "exception": exc})
+
+    if logger.isEnabledFor(logging.DEBUG):
+        run_user_code(partial(logger.debug, stacklevel=3), message, *args, failed=failed)
 
 
 def has_callback(protocol: object, name: str) -> bool:
-    """Return whether the protocol has the callback `name`."""
+    """Whether the protocol has the callback `name`."""
     try:
         return hasattr(protocol, name)
     except Exception:
-        return True  # A mock whose attributes raise: the call will raise the same error.
+        return True  # A mock whose attributes raise: calling the callback raises the same error.
 
 
 def failed_callback(protocol: object, name: str) -> str:
-    """Say that the callback `name` has failed: in asyncio's words, and what to do if the protocol has none."""
+    """Return asyncio's message for a failed callback, with advice if the protocol does not have it."""
     said = f"Fatal error: protocol.{name}() call failed."
     if has_callback(protocol, name):
         return said
     said += f" {type(protocol).__qualname__} has no method {name}(): "
     if name == "data_received" and has_callback(protocol, "get_buffer"):
-        return said + "derive it from BufferedProtocol if its get_buffer() is to be used."
+        return said + "derive it from BufferedProtocol to use its get_buffer()."
     return said + "define it, or derive the class from one of asyncio's protocol classes, which define them all."

@@ -1,7 +1,7 @@
-"""The group: owner of every transport, server, timer and task made through it.
+"""The transport group, which makes and owns transports, servers, timers and tasks.
 
-Holds: what users see of a group. How it works inside is `_core`'s.
-May know: every room below it.
+Holds: the public methods of a group that are not endpoint functions. `_core` has its inside.
+May know: `anyio`, `_callbacks`, `_core`, `_endpoints`, `_errors`, `_handles`, `_statistics`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ._endpoints._start_tls import StartTLSEndpoints
 from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
 from ._endpoints._unix import UNIXEndpoints
-from ._errors import ExceptionContext, log_debug, logger, should_propagate
-from ._resources import PendingHandshake
-from ._scheduling import Handle, ThreadSafeHandle, TimerHandle
+from ._errors import ExceptionContext, log_debug, logger, run_user_code
+from ._handles import Handle, ThreadSafeHandle, TimerHandle
 from ._statistics import GroupStatistics, describe_flow
 
 if TYPE_CHECKING:
+    from anyio import CancelScope
     from typing_extensions import Self
 
 AsyncFunction: TypeAlias = "Callable[..., Coroutine[Any, Any, object]]"
@@ -63,32 +63,33 @@ class TransportGroup(
     """Makes transports and owns them: an async context manager on an AnyIO task group, entered once.
 
     Leaving the block normally closes the servers, closes the transports (buffered data is flushed) and waits for
-    their `connection_lost`. Leaving it by an exception or a cancellation aborts them, and their `connection_lost`
-    still runs before the block is left. Exceptions of the block and of the group's tasks come out as an
-    `ExceptionGroup`, as from any AnyIO task group.
+    their `connection_lost`. Leaving it by an exception or a cancellation aborts them; their `connection_lost` still
+    runs before the block is left. Exceptions of the block and of the group's tasks are raised as an
+    `ExceptionGroup`, as by any AnyIO task group.
 
     Endpoint functions make connections. They take a `protocol_factory`: a protocol class, or a function without
-    parameters that returns a protocol. They raise `RuntimeError` outside the block and in another thread than the
-    group's, `TypeError` for a factory that can return no protocol (a coroutine function, or a protocol instead of its
-    class), and `AttributeError` when what it has returned is none.
+    parameters that returns a protocol. They raise
+
+    - `RuntimeError` outside the block, and in another thread than the group's,
+    - `TypeError` for a factory that cannot return a protocol (an async function, or a protocol instead of its class),
+    - `AttributeError` if the object that it returns is not a protocol.
     """
 
     def __init__(self) -> None:
         self._core = Core(self)
         self._exception_handler: ExceptionHandler | None = None
 
-    # Life
+    # Life cycle
 
     async def __aenter__(self) -> Self:
         core = self._core
-        if core.poller is not None:
-            msg = "a TransportGroup is entered once: make a new one"
+        if core.entered:
+            msg = "a TransportGroup can only be entered once: make a new one"
             raise RuntimeError(msg)
         async with AsyncExitStack() as stack:
             stack.callback(self._left)
             await core.enter(stack)
-            # Twice, because trio lets a `KeyboardInterrupt` come between any two lines: what it keeps one of them from,
-            # the next one does.
+            # Registered twice on purpose: a `KeyboardInterrupt` may interrupt the first call on trio.
             stack.callback(current.reset, current.set(self))
             stack.callback(core.abort_all)
             stack.callback(core.abort_all)
@@ -106,26 +107,41 @@ class TransportGroup(
     async def _leave(self, _: type[BaseException] | None, exc: BaseException | None, __: TracebackType | None) -> None:
         self._core.open = False
         if exc is not None:
-            log_debug(self, "%r: leaving by %r, everything is aborted", self, exc)
+            log_debug(self, "%r: leaving, aborting all transports: %r", self, exc)
             return
-        log_debug(self, "%r: leaving, once everything is flushed and closed", self)
+        log_debug(self, "%r: leaving, closing all transports", self)
         self._core.close_all()
         await self._core.until_empty()
 
     def _left(self) -> None:
         log_debug(self, "%r: left", self)
 
-    def is_closing(self) -> bool:
-        """Whether the block is being left, or has been: no more connections can be made.
+    @property
+    def cancel_scope(self) -> CancelScope:
+        """The cancel scope around the block and the group's tasks, as every AnyIO task group has it.
 
-        For a protocol that connects again in `connection_lost`, say.
+        `group.cancel_scope.cancel()` ends the group from a callback, a task or the block: transports are aborted, tasks
+        cancelled, and the program goes on after the block. `deadline`, in seconds of `time`, does so at that time.
+        Raises `RuntimeError` before the group is entered.
+
+        Source: https://anyio.readthedocs.io/en/stable/api.html#anyio.abc.TaskGroup.cancel_scope
         """
-        return self._core.poller is not None and not self._core.open
+        core = self._core
+        if not core.entered:
+            raise core.not_open()
+        return core.task_group.cancel_scope
+
+    def is_closing(self) -> bool:
+        """Whether the block is being left, or has been left, so that no more connections can be made.
+
+        A protocol that connects again in `connection_lost` asks this first, for example.
+        """
+        return self._core.entered and not self._core.open
 
     async def wait_closed(self) -> None:
-        """Wait until every transport of the group has closed, its `connection_lost` delivered."""
+        """Wait until every transport of the group has closed and its `connection_lost` has been called."""
         await anyio.lowlevel.checkpoint()
-        while self._core.transports:
+        while self._core.has_connections:
             await self._core.changed.wait()
 
     # Tasks
@@ -133,15 +149,14 @@ class TransportGroup(
     def start_soon(self, async_function: AsyncFunction, *args: Any, name: object = None) -> None:
         """Start a task that belongs to the group and awaits `async_function(*args)`.
 
-        May be called from a callback: a task that `data_received` starts has its first turn before its connection
-        receives more. The failure of a task cancels the group, as in any AnyIO task group. `name` is for debugging, the
-        function's by default.
+        Callbacks may call this: a task that `data_received` starts takes its first step before its connection receives
+        more. An exception of a task cancels the group, as in any AnyIO task group. `name` is for debugging; it defaults
+        to the function's name.
 
-        Raises `RuntimeError` when the group is not open and in another thread, `TypeError` when `async_function` is
-        none, or does not take these arguments.
+        Raises `RuntimeError` if the group is not open and in another thread, `TypeError` if `async_function` is not an
+        async function or does not take these arguments.
         """
-        self._core.require_alive("start_soon")
-        self._core.require_own_thread("start_soon", "anyio.from_thread.run_sync(group.start_soon, ...)")
+        self._core.check_alive("start_soon", "anyio.from_thread.run_sync(group.start_soon, ...)")
         if not callable(async_function):
             msg = f"start_soon() takes an async function and its arguments, got {async_function!r}"
             raise TypeError(msg)
@@ -158,42 +173,46 @@ class TransportGroup(
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.time
         """
-        return self._core.live_poller("time").time()
+        core = self._core
+        if not core.entered:
+            raise core.not_open("time")
+        return core.time()
 
     def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> Handle:
-        """Call `callback(*args)` in the group's next turn, in `context` or a copy of the caller's.
+        """Call `callback(*args)` in the next iteration, in `context` or a copy of the caller's.
 
-        First in, first out. What the callback raises goes to the exception handler. Raises `RuntimeError` when the
-        group is not open, `TypeError` when `callback` cannot be called.
+        Callbacks run in the order of the calls. What they raise is passed to the exception handler. Raises
+        `RuntimeError` if the group is not open, `TypeError` if `callback` is not callable.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_soon
         """
         core = self._core
-        poller = core.require_alive("call_soon")
+        if not core.alive:
+            raise core.not_open("call_soon")
         handle = Handle(callback, args, core.context_for(callback, context))
         core.ready.append(handle)
-        poller.wake()
+        core.driver.wake()
         return handle
 
     def call_soon_threadsafe(
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> Handle:
-        """Call `callback(*args)` in the group's next turn, as `call_soon` does, from any thread.
+        """Call `callback(*args)` in the next iteration, as `call_soon` does, from any thread.
 
-        `context` defaults to a copy of the caller's. When `cancel` of the handle returns, in whatever thread, the
-        callback has run to its end, or will never run. Raises as `call_soon` does.
+        `context` defaults to a copy of the caller's. The handle may be cancelled in any thread: once `cancel` returns,
+        the callback has finished or never runs. Raises as `call_soon` does.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_soon_threadsafe
         """
         core = self._core
         handle = ThreadSafeHandle(callback, args, core.context_for(callback, context))
         with core.handing_over:
-            poller = core.require_alive("call_soon_threadsafe")
+            core.check_alive("call_soon_threadsafe")
             core.ready.append(handle)
         try:
-            poller.wake_threadsafe()
+            core.driver.wake_threadsafe()
         except RuntimeError as exc:
-            if core.alive:  # It was never left, and nothing runs any more that could call anything.
+            if core.alive:  # The backend has stopped without leaving the group.
                 raise core.not_open("call_soon_threadsafe") from exc
         return handle
 
@@ -202,23 +221,23 @@ class TransportGroup(
     ) -> TimerHandle:
         """Call `callback(*args)` after `delay` seconds, in `context` or a copy of the caller's.
 
-        Timers run by time, then in the order in which they were made. One that is pending when the group ends never
-        runs. Raises as `call_soon` does, `TypeError` also when `delay` is no number, `ValueError` when it is NaN.
+        Timers run in the order of their times, and of the calls for equal times. Timers that are pending when the group
+        ends never run. Raises as `call_soon` does, `TypeError` also if `delay` is not a number, `ValueError` if it is
+        NaN.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_later
         """
         core = self._core
-        poller = core.poller
-        if poller is None:
+        if not core.entered:
             raise core.not_open("call_later")
-        return core.set_timer(poller.time() + delay, callback, args, context)
+        return core.set_timer(core.time() + delay, callback, args, context)
 
     def call_at(
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> TimerHandle:
-        """Call `callback(*args)` at `when`, in seconds of `time`, otherwise as `call_later` does.
+        """Call `callback(*args)` at `when`, in seconds of `time`; otherwise like `call_later`.
 
-        `context` and what is raised are as for `call_later`.
+        `context` and the exceptions are those of `call_later`.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_at
         """
@@ -227,9 +246,9 @@ class TransportGroup(
     # Errors
 
     def set_exception_handler(self, handler: ExceptionHandler | None) -> None:
-        """Call `handler(group, context)` for every error of a callback; `None` restores the default.
+        """Call `handler(group, context)` for each error of a callback; `None` restores the default.
 
-        Raises `TypeError` when `handler` is neither callable nor `None`.
+        Raises `TypeError` if `handler` is neither callable nor `None`.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.set_exception_handler
         """
@@ -239,40 +258,39 @@ class TransportGroup(
         self._exception_handler = handler
 
     def get_exception_handler(self) -> ExceptionHandler | None:
-        """Return the handler that was set, or `None` while the default one is in use.
+        """Return the exception handler, or `None` if the default one is in use.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.get_exception_handler
         """
         return self._exception_handler
 
     def call_exception_handler(self, context: ExceptionContext) -> None:
-        """Report `context` to the exception handler: `message`, and perhaps `exception`, `transport` and others.
+        """Report an error to the exception handler.
+
+        `context` is a dictionary with `message`, and possibly `exception`, `transport` and others.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_exception_handler
         """
         if self._exception_handler is None:
-            self._report_at_last(context)
+            self._report_by_default(context)
             return
-        try:
-            call_with_current(self, self._exception_handler, self, context)
-        except BaseException as exc:
-            if should_propagate(exc):
-                raise
-            self._report_at_last(
+
+        def failed(exc: BaseException) -> None:
+            self._report_by_default(
                 {"message": "Unhandled error in exception handler", "exception": exc, "context": context}
             )
 
-    def _report_at_last(self, context: ExceptionContext) -> None:
-        # What is logged has the `repr` of the user's objects in it, and a derived group may have a handler of its own.
-        try:
-            self.default_exception_handler(context)
-        except BaseException as exc:
-            if should_propagate(exc):
-                raise
-            logger.exception("Exception in default exception handler")
+        run_user_code(call_with_current, self, self._exception_handler, self, context, failed=failed)
+
+    def _report_by_default(self, context: ExceptionContext) -> None:
+        # This runs user code, too: the `repr` of objects in the context, and a handler that a derived class overrides.
+        def failed(exc: BaseException) -> None:
+            logger.error("Exception in default exception handler", exc_info=exc)
+
+        run_user_code(self.default_exception_handler, context, failed=failed)
 
     def default_exception_handler(self, context: ExceptionContext) -> None:
-        """Log `context` as an error, to the logger `transports_anyio`, with the traceback of its `exception`.
+        """Log the error that `context` describes to the logger `transports_anyio`, with the exception's traceback.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.default_exception_handler
         """
@@ -281,20 +299,19 @@ class TransportGroup(
         exc = context.get("exception")
         logger.error("\n".join(lines), exc_info=exc if isinstance(exc, BaseException) else None)
 
-    # Looking at it
+    # Introspection
 
     def statistics(self) -> GroupStatistics:
-        """Return what is open, buffered and pending, and how much has been moved; as AnyIO's `statistics` methods.
+        """Return what is open, buffered and pending, and how much was transferred, like AnyIO's `statistics` methods.
 
         May be called from any thread.
         """
         core = self._core
-        owned = tuple(core.transports)  # Whoever looks may be another thread.
-        transports = [each for each in owned if not isinstance(each, PendingHandshake)]
+        transports = tuple(core.transports)  # Another thread may call this while the set changes.
         traffic = [transport.traffic() for transport in transports]
         return GroupStatistics(
             open_transports=dict(Counter(type(transport).__name__ for transport in transports)),
-            pending_handshakes=len(owned) - len(transports),
+            pending_handshakes=len(core.handshakes),
             open_servers=len(core.servers),
             running_tasks=core.tasks_running,
             bytes_received=core.bytes_received + sum(received for received, _, _ in traffic),
@@ -305,8 +322,9 @@ class TransportGroup(
 
     def __repr__(self) -> str:
         core = self._core
-        state = "open" if core.open else "new" if core.poller is None else "closing" if core.alive else "closed"
+        state = "open" if core.open else "new" if not core.entered else "closing" if core.alive else "closed"
         return (
-            f"<TransportGroup {state} {describe_flow('transports', core.transports)} servers={len(core.servers)} "
+            f"<TransportGroup {state} {describe_flow('transports', core.transports, core.handshakes)} "
+            f"servers={len(core.servers)} "
             f"tasks={core.tasks_running} timers={len(core.timers)}>"
         )

@@ -1,11 +1,12 @@
-"""What a group owns, and ends with itself: transports, and the TLS handshakes that come before some of them.
+"""What a group owns, and ends when it ends.
 
-May know: the TLS channel.
+Holds: the contract of what a group owns, and pending TLS handshakes.
+May know: `_channels`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Resource(Protocol):
-    """What a group owns: a transport of any kind."""
+    """A transport of any kind."""
 
     def close(self) -> None: ...
     def abort(self) -> None: ...
@@ -22,43 +23,37 @@ class Resource(Protocol):
 
 
 class PendingHandshake:
-    """A TLS handshake under way, which the group owns until it is over; whoever began it hears of the outcome."""
+    """A TLS handshake in progress, whose connection has no transport yet."""
 
-    __slots__ = ("_add_resource", "_channel", "_over", "_remove_resource", "aborted", "failure")
+    __slots__ = ("_channel", "_done", "_members", "aborted")
 
     def __init__(
-        self, channel: TLSChannel, add_resource: Callable[[Resource], None], remove_resource: Callable[[Resource], None]
+        self,
+        channel: TLSChannel,
+        members: Iterable[set[PendingHandshake]],
+        done: Callable[[PendingHandshake, Exception | None], None],
     ) -> None:
         self._channel = channel
-        self._add_resource = add_resource
-        self._remove_resource = remove_resource
+        self._members = tuple(members)
+        self._done = done
         self.aborted: bool = False  # By this side.
-        self.failure: Exception | None = None
 
-    def begin(self, over: Callable[[], None]) -> None:
-        """Call `over` once, perhaps before this returns. The channel is closed after a failure."""
-        self._over = over
-        self._add_resource(self)
-        self._channel.handshake(self._done)
+    def begin(self) -> None:
+        """Begin the handshake. `done` is called once, perhaps before this returns."""
+        for each in self._members:
+            each.add(self)
+        self._channel.handshake(self._over)
 
-    def _done(self, exc: Exception | None) -> None:
-        self._remove_resource(self)
-        self.failure = exc
+    def _over(self, exc: Exception | None) -> None:
+        for each in self._members:
+            each.discard(self)
         if exc is not None:
             self._channel.close(aborted=True)
-        over = self._over
-        del self._over  # It may well refer to this object: no cycle.
-        over()
-
-    def traffic(self) -> tuple[int, int, int]:
-        return 0, 0, 0  # Of the protocol's bytes there are none yet.
-
-    def is_writing_paused(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        self.abort()
+        done = self._done
+        del self._done  # Break a cycle: it may refer to this object.
+        done(self, exc)
 
     def abort(self) -> None:
+        """End the handshake; `done` is called with an error."""
         self.aborted = True
         self._channel.close(aborted=True)

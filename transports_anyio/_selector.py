@@ -1,10 +1,10 @@
-"""The system's own list of descriptors and of what each waits for.
+"""Selectors: they report which of many file descriptors are ready.
 
-Holds: a list for Linux, and one for every other platform that has such a list.
-May know: `select`, `selectors`. Knows nothing of waiting, turns, or what the descriptors are.
+Holds: what is registered for a file descriptor, the contract of selectors, and the selectors of the operating systems.
+May know: `anyio`, `select`, `selectors`.
 
-An epoll or kqueue descriptor is itself readable when anything registered in it is ready. So to wait for all of them
-costs the same for any number, and the whole batch is taken with one call that does not wait.
+An epoll or kqueue file descriptor is itself readable when a file descriptor registered in it is ready. So one wait is
+enough for any number of them, and one call that does not block returns all that are ready.
 """
 
 from __future__ import annotations
@@ -15,34 +15,37 @@ import selectors
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from typing import TypeAlias
+
+import anyio
 
 READ: int = selectors.EVENT_READ
 WRITE: int = selectors.EVENT_WRITE
-#: That the other end has hung up, and input does not matter. Where the system cannot tell these apart it is as `READ`.
+#: The peer has hung up, and input does not matter. Systems that cannot tell the two apart report input as well.
 HANGUP: int = 4
 
-# What a batch calls with a watch and what one of its callbacks has raised; it returns, or raises to end the batch.
+# `dispatch` calls it with a registration and the exception that one of its callbacks raised. If it raises, too, the
+# rest of the batch is dropped.
 Failed: TypeAlias = "Callable[[Registration, BaseException], None]"
 
-# What calls `read_ready`.
+# The interests for which `read_ready` is called.
 INPUT = READ | HANGUP
 
-# What the system says of a descriptor that need not be watched: it is always ready (`/dev/null`, for example), or
-# somebody has closed it behind our back, which whoever reads or writes next will learn.
+# The errors for a file descriptor that cannot be watched: it is always ready (`/dev/null`, for example), or the user
+# has closed it, and the next call that uses it will raise.
 UNWATCHED = {errno.EPERM, errno.EBADF, errno.ENOENT}
 
 
 class Registration:
-    """A descriptor, what it waits for, and whom to call when it is ready."""
+    """A file descriptor, the events it waits for, and the callbacks for them."""
 
     __slots__ = ("fd", "interest", "read_ready", "write_ready")
 
-    #: Whether it counts as always ready if the system refuses to watch it. If not, that is an error.
+    #: Whether the file descriptor counts as always ready if the system refuses to watch it. If not, that is an error.
     ready_if_refused = True
 
-    #: Whether the next owner of the descriptor takes it over.
+    #: Whether the next registration of the same file descriptor replaces this one.
     gives_way = False
 
     read_ready: Callable[[], object]
@@ -50,12 +53,12 @@ class Registration:
 
     def __init__(self, fd: int) -> None:
         self.fd: int = fd
-        self.interest: int = 0  # A mask of `READ`, `WRITE` and `HANGUP`, which only a poller changes.
+        self.interest: int = 0  # A mask of `READ`, `WRITE` and `HANGUP`. Only selectors change it.
 
     def error_ready(self) -> bool:
-        """Take what keeps the descriptor ready and is met by neither reading nor writing: see `take_error_queue`.
+        """Take what keeps the file descriptor ready, but is neither read nor written, such as an error queue.
 
-        Return whether there was anything. If the connection has an error besides, that is reported again.
+        Return whether there was anything. An error of the connection itself is reported again.
         """
         return False
 
@@ -63,15 +66,15 @@ class Registration:
         return f"<{type(self).__name__} of file descriptor {self.fd}>"
 
     def notify(self, mask: int) -> None:
-        """Call whom it concerns that the descriptor is ready for what is in `mask`."""
-        # The interest is looked at again for each half: a callback of this batch may have changed it.
+        """Call the callbacks for the events in `mask`."""
+        # The interest is looked up again for each event: a callback of the same batch may have changed it.
         if mask & READ and self.interest & INPUT:
             self.read_ready()
         if mask & self.interest & WRITE:
             self.write_ready()
 
-    def tell_or_fail(self, mask: int, failed: Failed) -> None:
-        """As `tell`; what a callback raises is passed to `failed`."""
+    def notify_or_fail(self, mask: int, failed: Failed) -> None:
+        """Call the callbacks for the events in `mask`, and pass to `failed` what they raise."""
         try:
             self.notify(mask)
         except BaseException as exc:
@@ -79,49 +82,108 @@ class Registration:
 
 
 def selected(interest: int) -> int:
-    """Return what a selector, which knows of no hang-ups, is asked for instead of `interest`."""
+    """Return `interest` for a selector that knows no hang-ups: input stands for them."""
     return interest & WRITE | (READ if interest & INPUT else 0)
 
 
-class Selector(ABC):
-    """Descriptors that stay registered, and are told by the batch.
+def call(function: Callable[..., object], *args: object) -> None:
+    """Call `function(*args)`."""
+    function(*args)
 
-    Errors and hang-ups are reported whatever the interest, so a descriptor with nothing to wait for is taken out
-    instead of staying in with an empty interest.
+
+class Selector(ABC):
+    """Registered file descriptors, whose callbacks `dispatch` calls in batches."""
+
+    #: Whether tasks notice that a file descriptor is ready, so that `dispatch` knows it only after they have run.
+    needs_tasks = False
+
+    def __init__(self) -> None:
+        #: The registration of each file descriptor, whatever it waits for. If the user closes a file descriptor that is
+        #: registered, the system may reuse its number: the last registration of the number is the valid one.
+        self.registrations: dict[int, Registration] = {}
+        #: Registrations whose file descriptors the system does not watch: they count as ready.
+        self.always_ready: set[Registration] = set()
+        #: Calls functions that need the backend. On trio, asyncio code may run when an interest changes.
+        self.as_backend: Callable[..., object] = call
+
+    @abstractmethod
+    def set_interest(self, registration: Registration, interest: int) -> None:
+        """Wait for the events of `interest`, which differs from the present interest, or for none if it is 0.
+
+        Raises `OSError` when the system watches as many file descriptors as it can.
+        """
+
+    @abstractmethod
+    def dispatch(self, failed: Failed) -> int:
+        """Call the callbacks of each file descriptor that is ready now, once; return how many were ready.
+
+        What a callback raises is passed to `failed`, and the rest of the batch is still called.
+        """
+
+    @abstractmethod
+    async def wait(self) -> None:
+        """Wait until a file descriptor is ready."""
+
+    def running(self) -> AbstractAsyncContextManager[object]:
+        """Return the context in which `wait` may be called."""
+        return nullcontext()
+
+    def reopen(self) -> None:  # noqa: B027  # a selector of tasks cannot fail
+        """Replace what the system has for this selector, after an error. It watches the same file descriptors."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the resources of the selector."""
+
+
+class SystemSelector(Selector):
+    """A selector of the operating system, which is itself a file descriptor.
+
+    The system reports errors and hang-ups even for an empty interest, so a file descriptor without an interest is
+    removed from it.
     """
 
     def __init__(self) -> None:
-        #: Whom every descriptor belongs to, whatever it waits for. Where somebody has closed one behind its owner's
-        #: back, the system may give its number away once more: it belongs to the last one then.
-        self.registrations: dict[int, Registration] = {}
-        #: Whom the system does not watch.
-        self.always_ready: set[Registration] = set()
+        super().__init__()
+        self.open()
+
+    @abstractmethod
+    def open(self) -> None:
+        """Make an empty selector in the system."""
+
+    def reopen(self) -> None:
+        with suppress(OSError):  # Before `open`: if the user has closed it, the new one may get its number.
+            self.close()
+        self.open()
+        for registration in self.registrations.values():
+            interest, registration.interest = registration.interest, 0
+            with suppress(OSError):  # The user has closed the file descriptor, too.
+                self.set_interest(registration, interest)
 
     @abstractmethod
     def fileno(self) -> int:
-        """Return the descriptor of the list, which is readable when anybody in it is ready."""
+        """Return the selector's file descriptor. It is readable when a registered one is ready."""
 
     @abstractmethod
     def add(self, fd: int, interest: int) -> None:
-        """Register a descriptor. Raises `OSError` for one that need not be watched, and when the list is full."""
+        """Watch a file descriptor. Raises `OSError` if it cannot be watched, and when the selector is full."""
 
     @abstractmethod
     def change(self, fd: int, interest: int) -> None:
-        """Change what a descriptor is registered for. Raises `OSError` as `add`."""
+        """Change the events a file descriptor is watched for. Raises `OSError` as `add` does."""
 
     @abstractmethod
     def remove(self, fd: int) -> None:
-        """Take out a descriptor, which may be closed already."""
+        """Stop watching a file descriptor, which may be closed already."""
 
     def set_interest(self, registration: Registration, interest: int) -> None:
-        """Register `watch` for another interest than it has, or take it out. Raises `OSError` when the list is full."""
         fd = registration.fd
         if registration in self.always_ready:
             if not interest:
                 self.always_ready.discard(registration)
         elif self.registrations.get(fd) is not registration:
             if interest:
-                self.always_ready.add(registration)  # The number belongs to somebody else by now.
+                self.always_ready.add(registration)  # The number was reused: its next call will raise.
         elif not interest:
             self.remove(fd)
         else:
@@ -133,37 +195,28 @@ class Selector(ABC):
                 self.always_ready.add(registration)
         registration.interest = interest
 
-    @abstractmethod
-    def dispatch(self, failed: Failed) -> int:
-        """Call the callbacks of every descriptor that is ready now, once; return how many the system has reported.
-
-        What a callback raises is passed to `failed`, and the others of the batch are still called.
-        """
-
     def notify_always_ready(self, failed: Failed) -> None:
-        """Call everybody whom the system does not report."""
+        """Call the callbacks of the file descriptors that the system does not watch."""
         for registration in tuple(self.always_ready):
-            registration.tell_or_fail(selected(registration.interest), failed)
+            registration.notify_or_fail(selected(registration.interest), failed)
 
-    @abstractmethod
-    def close(self) -> None:
-        """Give the list back."""
+    async def wait(self) -> None:
+        await anyio.wait_readable(self.fileno())
 
 
-class PlatformSelector(Selector):
-    """What `selectors` has for this platform: kqueue on BSD and macOS."""
+class PlatformSelector(SystemSelector):
+    """The selector that Python's `selectors` has for this platform: kqueue on BSD and macOS."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def open(self) -> None:
         self._platform_selector = selectors.DefaultSelector()
-        # Every selector that can be waited for has it; `SelectSelector` and `PollSelector` have not.
+        # Only `SelectSelector` and `PollSelector`, which cannot be waited for, have no file descriptor.
         self._fd: int = self._platform_selector.fileno()  # type: ignore[attr-defined,unused-ignore]
 
     def fileno(self) -> int:
         return self._fd
 
     def add(self, fd: int, interest: int) -> None:
-        with suppress(KeyError):  # What is left of one that somebody has closed behind its owner's back.
+        with suppress(KeyError):  # Left over from a file descriptor that the user has closed.
             self._platform_selector.unregister(fd)
         self._platform_selector.register(fd, selected(interest))
 
@@ -171,16 +224,16 @@ class PlatformSelector(Selector):
         self._platform_selector.modify(fd, selected(interest))
 
     def remove(self, fd: int) -> None:
-        with suppress(KeyError):  # `modify` takes out what it cannot change.
+        with suppress(KeyError):  # `modify` removes a file descriptor that it cannot change.
             self._platform_selector.unregister(fd)
 
     def dispatch(self, failed: Failed) -> int:
         registrations = self.registrations
         batch = self._platform_selector.select(0)  # All that is ready.
         for key, mask in batch:
-            registration = registrations.get(key.fd)  # None after a callback of this batch has closed it.
+            registration = registrations.get(key.fd)  # `None` if a callback of this batch has closed it.
             if registration is not None:
-                registration.tell_or_fail(mask, failed)
+                registration.notify_or_fail(mask, failed)
         if self.always_ready:
             self.notify_always_ready(failed)
         return len(batch)
@@ -190,7 +243,7 @@ class PlatformSelector(Selector):
 
 
 if sys.platform == "linux":
-    # What epoll is asked for, by what a descriptor waits for.
+    # epoll's events for each interest.
     EVENTS = tuple(
         (select.EPOLLIN if interest & READ else 0)
         | (select.EPOLLOUT if interest & WRITE else 0)
@@ -198,20 +251,20 @@ if sys.platform == "linux":
         for interest in range(8)
     )
 
-    # An error or a hang-up is for whoever waits: the next call tells what it is.
+    # Errors and hang-ups are reported in both directions: the next call raises the error.
     READABLE = ~select.EPOLLOUT
     WRITABLE = ~select.EPOLLIN
 
     ERROR: int = select.EPOLLERR
 
-    # How many descriptors a call is first asked for. It allocates memory for as many, so more only when they are ready.
+    # How many file descriptors one call asks for. The call allocates memory for all of them, so it asks for more only
+    # if as many are ready.
     BATCH_SIZE = 256
 
-    class EpollSelector(Selector):
-        """epoll, called directly: through `selectors` a descriptor costs a third more to take, a quarter to add."""
+    class EpollSelector(SystemSelector):
+        """epoll without Python's `selectors`, which makes dispatching a third and adding a quarter dearer."""
 
-        def __init__(self) -> None:
-            super().__init__()
+        def open(self) -> None:
             self._epoll = select.epoll()
 
         def fileno(self) -> int:
@@ -224,25 +277,25 @@ if sys.platform == "linux":
             self._epoll.modify(fd, EVENTS[interest])
 
         def remove(self, fd: int) -> None:
-            try:  # Not `suppress`: every connection that ends comes here, and it would cost about as much as the call.
+            try:  # `suppress` would cost about as much as the call, for each connection that ends.
                 self._epoll.unregister(fd)
             except OSError:
-                pass  # Whoever has closed the descriptor behind our back has taken it out.
+                pass  # The user has closed the file descriptor, which also removes it.
 
         def dispatch(self, failed: Failed) -> int:
             registrations = self.registrations
             batch = self._epoll.poll(0, BATCH_SIZE)
             if len(batch) == BATCH_SIZE < len(registrations):
-                # All that is ready belongs in one batch: timers come after it.
+                # Timers run after the batch, so it needs all that is ready.
                 batch = self._epoll.poll(0, len(registrations))
             for fd, events in batch:
-                registration = registrations.get(fd)  # None after a callback of this batch has closed it.
+                registration = registrations.get(fd)  # `None` if a callback of this batch has closed it.
                 if registration is None:
                     continue
                 try:
                     if events & ERROR and registration.error_ready():
                         events &= ~ERROR  # noqa: PLW2901  # another name would cost every event an assignment
-                    # As `Watch.tell`, without the cost of a call.
+                    # `Registration.notify` without the cost of a call.
                     if events & READABLE and registration.interest & INPUT:
                         registration.read_ready()
                     if events & WRITABLE and registration.interest & WRITE:
@@ -257,8 +310,8 @@ if sys.platform == "linux":
             self._epoll.close()
 
 
-def make_selector() -> Selector | None:
-    """Return the list that this platform has, if it has one that can be waited for (Windows has none)."""
+def make_system_selector() -> SystemSelector | None:
+    """Return the best selector of this platform, or `None` if it has none that can be waited for (Windows)."""
     if sys.platform == "linux":
         return EpollSelector()
     return PlatformSelector() if hasattr(selectors.DefaultSelector, "fileno") else None

@@ -18,7 +18,6 @@ import anyio.lowlevel
 from ._channels._socket import SocketChannel, is_tcp, name_or_none, set_nodelay
 from ._channels._tls import TLSChannel
 from ._errors import log_debug, logger
-from ._resources import PendingHandshake
 from ._selector import READ, Registration
 from ._sockets import address_error
 from ._statistics import describe_flow
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from ._channels._abc import Channel
     from ._channels._tls_engine import TLSOptions
     from ._core import Core
-    from ._resources import Resource
+    from ._resources import PendingHandshake
 
 # Out of descriptors or memory: accepting again at once would fail again at once and starve everything else, so
 # wait a while as asyncio does (ACCEPT_RETRY_DELAY, in seconds). The connections stay in the backlog meanwhile.
@@ -73,7 +72,7 @@ class Server(asyncio.AbstractServer):
     ) -> None:
         # The sockets, which are bound, are the server's from here on: whatever goes wrong closes them.
         self._core = core
-        self._poller = core.live_poller()
+        self._poller = core.poller
         self._tls = tls
         self._on_close = on_close
         # Connections see the variables of whoever made the server, as in asyncio.
@@ -87,10 +86,11 @@ class Server(asyncio.AbstractServer):
         self._serving_forever = False
         self._closed = False
         self._addresses: list[Any] = []  # What they were, once closed.
-        self._connections: set[Resource] = set()
+        self._connections: set[StreamTransport] = set()
+        self._handshakes: set[PendingHandshake] = set()
         self._changed = Waiters()
         try:
-            core.require_open()
+            core.check_open()
             for registration in self._registrations.values():
                 self._poller.register(registration)
             core.servers.add(self)
@@ -170,18 +170,22 @@ class Server(asyncio.AbstractServer):
 
     def close_clients(self) -> None:
         """Close the transports of all accepted connections."""
+        for pending in tuple(self._handshakes):
+            pending.abort()
         for transport in tuple(self._connections):
             transport.close()
 
     def abort_clients(self) -> None:
         """Abort the transports of all accepted connections."""
+        for pending in tuple(self._handshakes):
+            pending.abort()
         for transport in tuple(self._connections):
             transport.abort()
 
     async def wait_closed(self) -> None:
         """Wait until the server is closed and all accepted connections are lost."""
         await anyio.lowlevel.checkpoint()
-        while not self._closed or self._connections:
+        while not self._closed or self._connections or self._handshakes:
             await self._changed.wait()
 
     async def __aenter__(self) -> Self:
@@ -300,19 +304,15 @@ class Server(asyncio.AbstractServer):
                 raise
             self._report_lost_client(exc, peername_of(inner))
             return
-        pending = PendingHandshake(channel, self._core.add_resource, self._core.remove_resource)
-        self._connections.add(pending)
 
-        def over() -> None:
-            self._connections.discard(pending)
-            failure, pending.failure = pending.failure, None
+        def done(pending: PendingHandshake, failure: Exception | None) -> None:
             if failure is None:
                 self._context.copy().run(self._begin, channel)
             elif not pending.aborted:
                 self._report_lost_client(failure, peername_of(inner))
             self._changed.notify()
 
-        pending.begin(over)
+        self._core.handshake(channel, done, self._handshakes)
 
     def _begin(self, channel: Channel) -> None:
         try:
@@ -344,7 +344,8 @@ class Server(asyncio.AbstractServer):
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "serving" if self._serving else "not serving"
-        return f"<Server {state} on {self._names()} {describe_flow('connections', self._connections)}>"
+        flow = describe_flow("connections", self._connections, self._handshakes)
+        return f"<Server {state} on {self._names()} {flow}>"
 
     def _names(self) -> list[Any]:
         return self._addresses if self._closed else [name_or_none(sock.getsockname) for sock in self._sockets]

@@ -1,4 +1,8 @@
-"""What a group has open, buffered and pending, at a glance."""
+"""Statistics of a group.
+
+Holds: `GroupStatistics`, and the summary that the `repr` of groups and servers shows.
+May know: `_resources`.
+"""
 
 from __future__ import annotations
 
@@ -6,43 +10,40 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ._resources import PendingHandshake
-
 if TYPE_CHECKING:
-    from ._resources import Resource
+    from ._resources import PendingHandshake, Resource
 
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """What `TransportGroup.statistics` returns."""
+    """The result of `TransportGroup.statistics`."""
 
     #: How many transports are open, by the name of their class.
     open_transports: dict[str, int]
-    #: How many connections that a server has accepted, or that are being made, are still at their TLS handshake.
+    #: How many connections, accepted or being made, have not finished their TLS handshake.
     pending_handshakes: int
     #: How many servers are open.
     open_servers: int
-    #: How many tasks of `start_soon` run.
+    #: How many tasks of `start_soon` are running.
     running_tasks: int
-    #: Bytes that the protocols of the group have been given so far.
+    #: How many bytes the protocols of the group have received so far.
     bytes_received: int
-    #: Bytes that the system has taken from them so far.
+    #: How many of the bytes that they have written have been sent so far.
     bytes_sent: int
-    #: Bytes that are written but not yet sent, over all open transports.
+    #: How many bytes are written but not yet sent, on all open transports.
     bytes_buffered: int
-    #: Timers that have neither run nor been cancelled.
+    #: How many timers have neither run nor been cancelled.
     pending_timers: int
 
 
-def describe_flow(name: str, owned: Collection[Resource]) -> str:
-    """Say for a `repr` how many transports there are, how much they buffer, and how many have paused their protocol."""
-    owned = tuple(owned)  # Whoever looks may be another thread.
-    transports = [each for each in owned if not isinstance(each, PendingHandshake)]
+def describe_flow(name: str, transports: Collection[Resource], handshakes: Collection[PendingHandshake]) -> str:
+    """Return the part of a `repr` about transports: how many, what they buffer, how many have paused their protocol."""
+    transports = tuple(transports)  # Another thread may call this while the set changes.
     buffered = sum(transport.traffic()[2] for transport in transports)
     paused = sum(transport.is_writing_paused() for transport in transports)
-    said = f"{name}={len(transports)} buffered={buffered}"
+    description = f"{name}={len(transports)} buffered={buffered}"
     if paused:
-        said += f" paused={paused}"
-    if len(owned) > len(transports):
-        said += f" handshakes={len(owned) - len(transports)}"
-    return said
+        description += f" paused={paused}"
+    if handshakes:
+        description += f" handshakes={len(handshakes)}"
+    return description

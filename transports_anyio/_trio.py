@@ -1,8 +1,9 @@
 """What trio offers and AnyIO does not: its clock, its protection from Ctrl-C, tasks that another task wakes.
 
-Holds: the poller that trio gets, and what an event loop needs of trio.
-May know: `_poller`, `_selector`; trio, its public functions only. No other module imports trio, and this one is
-imported only while trio runs.
+Holds: the driver for trio, and what an event loop needs of trio.
+May know: `trio`, `_driver`, `_selector`.
+
+No other module imports trio, and this one is imported only while trio runs. It uses public functions only.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any, NoReturn
 import trio
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled, disable_ki_protection, enable_ki_protection
 
-from ._poller import Turns, WaitingListPoller
-from ._selector import Selector
+from ._driver import DrivenScheduler, TaskDriver
+from ._selector import SystemSelector
 
-__all__ = ["Scope", "Spawner", "TrioPoller", "checkpoint", "checkpoint_if_cancelled", "clock", "protect", "wait_for"]
+__all__ = ["Scope", "Spawner", "TrioDriver", "checkpoint", "checkpoint_if_cancelled", "clock", "protect", "wait_for"]
 
 Scope = trio.CancelScope
 Cancelled = trio.Cancelled
@@ -38,92 +39,98 @@ def protect(*functions: Callable[..., object]) -> None:
         enable_ki_protection(function)
 
 
-class TrioPoller(WaitingListPoller):
-    """A poller whose turns are taken by two tasks: one waits for the selector, the other one is the alarm.
+class TrioDriver(TaskDriver):
+    """Runs iterations in two tasks: one waits for the selector, the other one is the alarm.
 
     Only a cancellation wakes a task that waits for a file descriptor, and that takes a scope for each wait. The alarm
     is woken directly, and keeps its scope while it waits. The deadline of the scope is moved for an earlier time only:
-    when the alarm goes off it looks what time is wanted by then.
+    when the alarm goes off, it waits again if a later time is wanted by then.
     """
 
-    def __init__(self, selector: Selector) -> None:
-        super().__init__(selector)
-        self._taking_turns = False
+    def __init__(self, selector: SystemSelector, time: Callable[[], float]) -> None:
+        super().__init__(selector, time)
+        self._system_selector = selector
+        self._running = False  # One of the tasks runs iterations.
         self._failure: BaseException | None = None
         self._parked: trio.lowlevel.Task | None = None  # The alarm, while it waits.
-        self._wanted = inf  # When the next turn is due.
-        self._alarm_at = -inf  # The deadline of the alarm's scope. Minus infinity: it has none.
+        self._wanted = inf  # The deadline of the next iteration.
+        self._alarm_at = -inf  # The deadline of the alarm's scope; minus infinity if it does not wait.
         self._alarm_scope = trio.CancelScope()
 
-    async def run(self, turns: Turns) -> None:
+    async def run(self, scheduler: DrivenScheduler) -> None:
         async def alarm() -> None:
-            await self._run(self._alarm, turns, nursery)
+            await self._run(self._alarm, scheduler, nursery)
 
         if trio.lowlevel.currently_ki_protected():
             enable_ki_protection(alarm)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(alarm, name="transports_anyio: alarm")
-                await self._run(self._watch, turns, nursery)
+                await self._run(self._watch, scheduler, nursery)
             if self._failure is not None:
                 raise self._failure
         finally:
             self.waiting = False
             self._failure = None
 
-    async def _run(self, task: Callable[[Turns], Awaitable[None]], turns: Turns, nursery: trio.Nursery) -> None:
-        """Run one of the two tasks. What it raises ends both, and comes out of `run` as itself, not in a group."""
+    async def _run(
+        self,
+        task: Callable[[DrivenScheduler], Awaitable[None]],
+        scheduler: DrivenScheduler,
+        nursery: trio.Nursery,
+    ) -> None:
+        """Run one of the two tasks. What it raises ends both, and `run` raises it as itself, not in a group."""
         try:
-            await task(turns)
+            await task(scheduler)
         except trio.Cancelled:
             raise
         except BaseException as exc:
             self._failure = self._failure or exc
             nursery.cancel_scope.cancel()
 
-    async def _watch(self, turns: Turns) -> None:
-        """Take turns when the selector has something."""
+    async def _watch(self, scheduler: DrivenScheduler) -> None:
+        """Run iterations when a file descriptor is ready."""
         await checkpoint()
         while True:
-            await self._take_turns(turns)
-            await trio.lowlevel.wait_readable(self._selector.fileno())
+            await self._run_iterations(scheduler)
+            await trio.lowlevel.wait_readable(self._system_selector.fileno())
 
-    async def _alarm(self, turns: Turns) -> None:
-        """Take turns after a wake-up, and when one is due."""
+    async def _alarm(self, scheduler: DrivenScheduler) -> None:
+        """Run iterations after a wake-up, and at the deadline."""
         task = trio.lowlevel.current_task()
         while True:
             self._alarm_at = self._wanted
             with trio.CancelScope(deadline=self._wanted) as self._alarm_scope:
                 self._parked = task
-                await trio.lowlevel.wait_task_rescheduled(self._alarm_goes_off)
+                await trio.lowlevel.wait_task_rescheduled(self._abort_alarm)
             self._alarm_at = -inf
             if not (self.waiting and self._wanted > self.time()):
-                await self._take_turns(turns)
+                await self._run_iterations(scheduler)
 
-    def _alarm_goes_off(self, _: object) -> trio.lowlevel.Abort:
+    def _abort_alarm(self, _: object) -> trio.lowlevel.Abort:
         self._parked = None
         return trio.lowlevel.Abort.SUCCEEDED
 
-    async def _take_turns(self, turns: Turns) -> None:
-        """Take turns until there is something to wait for, unless the other task does so already."""
-        if self._taking_turns:
+    async def _run_iterations(self, scheduler: DrivenScheduler) -> None:
+        """Run iterations until there is something to wait for, unless the other task does so already."""
+        if self._running:
             return
-        self._taking_turns = True
+        self._running = True
         self.waiting = False
         self._wanted = inf
         try:
             while True:
-                if turns.tasks_started:
-                    # trio runs what is ready in any order: they have begun for certain after a second checkpoint.
+                if scheduler.tasks_started:
+                    # trio runs ready tasks in random order; only a second checkpoint is sure to come after them.
                     await checkpoint()
-                deadline = turns.turn()
+                deadline = scheduler.run_once()
                 if not (
                     deadline == -inf or self._selector.always_ready or (deadline != inf and deadline <= self.time())
                 ):
                     break
                 await checkpoint()
         finally:
-            self._taking_turns = False
+            self._running = False
         self.waiting = True
         self.wait_until(deadline)
 
@@ -137,7 +144,7 @@ class TrioPoller(WaitingListPoller):
         if self.waiting:
             self.waiting = False
             alarm, self._parked = self._parked, None
-            if alarm is not None:  # If not, it is about to run.
+            if alarm is not None:  # If it is `None`, the alarm is about to run.
                 trio.lowlevel.reschedule(alarm)
 
 

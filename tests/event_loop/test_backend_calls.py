@@ -14,7 +14,9 @@ from support import Recorder, until
 
 import transports_anyio._core
 from transports_anyio import SubprocessProtocol, TransportGroup, from_asyncio, open_event_loop, to_asyncio
-from transports_anyio._poller import TaskPoller
+from transports_anyio._driver import TaskDriver
+from transports_anyio._poller import Poller
+from transports_anyio._task_selector import TaskSelector
 
 
 class Child(SubprocessProtocol):
@@ -66,11 +68,10 @@ async def test_a_poller_with_tasks(anyio_backend, monkeypatch):
         pytest.skip("no poller of ours")
 
     def make_poller():
-        poller = TaskPoller()
         from transports_anyio._trio import clock
 
-        poller.time = clock()
-        return poller
+        selector = TaskSelector()
+        return Poller(selector, TaskDriver(selector, clock()))
 
     monkeypatch.setattr(transports_anyio._core, "make_poller", make_poller)
 

@@ -17,7 +17,7 @@ from ._receive_buffers import RECEIVE_SIZE, buffers
 from ._socket import describe_socket, take_error_queue
 
 if TYPE_CHECKING:
-    from .._scheduling import TimerHandle
+    from .._handles import TimerHandle
 
 
 # The largest datagram that is received whole, in bytes: asyncio's figure. The rest of a larger one is lost.

@@ -14,14 +14,14 @@ from .._channels._socket import SocketChannel, is_tcp, set_nodelay
 from .._channels._tls import TLSChannel
 from .._channels._tls_engine import TLSOptions
 from .._errors import safe_repr
-from .._resources import PendingHandshake
 from .._selector import Registration
 from .._transports._stream import StreamTransport
-from .._waiters import InterruptSafeEvent
+from .._waiters import Outcome
 
 if TYPE_CHECKING:
     from .._channels._abc import Channel
     from .._core import Core
+    from .._resources import PendingHandshake
 
 ProtocolT = TypeVar("ProtocolT")
 
@@ -83,7 +83,7 @@ class Endpoints:
         @wraps(function)
         async def call(self: Endpoints, *args: Any, **options: Any) -> Any:
             try:
-                self._core.require_callable(name, called_as)
+                self._core.check_open(name, called_as)
                 for at, parameter in factories:
                     if at <= len(args):
                         check_factory(name, args[at - 1], self._start_task)
@@ -137,7 +137,7 @@ class Endpoints:
         The socket is the group's from here on: whatever goes wrong closes it.
         """
         try:
-            poller = self._core.require_open()
+            poller = self._core.check_open()
             if is_tcp(sock):
                 set_nodelay(sock)
             channel: Channel = SocketChannel(poller, sock)
@@ -161,7 +161,7 @@ class Endpoints:
 
         Raises `RuntimeError` for one that is the group's already, which is left alone.
         """
-        poller = self._core.require_open()
+        poller = self._core.check_open()
         user = poller.owner(sock.fileno())
         if user is not None:
             raise RuntimeError(f"{sock!r} is used already, by another transport or server of the group: {user!r}")
@@ -182,17 +182,16 @@ class Endpoints:
         Raises `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves,
         `ConnectionAbortedError` when it takes too long, and `RuntimeError` when the group ends.
         """
-        over = InterruptSafeEvent()
-        pending = PendingHandshake(channel, self._core.add_resource, self._core.remove_resource)
+        core = self._core
+        outcome = Outcome()
+
+        def done(pending: PendingHandshake, exc: Exception | None) -> None:
+            outcome.set(core.not_open() if pending.aborted and not core.open else exc)
+
         try:
-            pending.begin(over.set)
-            await over.wait()
-            if pending.failure is None or pending.aborted:
-                self._core.require_open()  # The group may have ended before this task had its turn.
-            if pending.failure is not None:
-                raise pending.failure
+            core.handshake(channel, done)
+            await outcome.wait()
+            core.check_open()  # The group may have ended before this task runs again.
         except BaseException:
-            pending.abort()
+            channel.close(aborted=True)
             raise
-        finally:
-            pending.failure = None  # Its traceback has this frame: no cycle.

@@ -61,7 +61,7 @@ class DatagramEndpoints(Endpoints):
         remote: Any = None
         if sock is None:
             pairs = await address_pairs(local_addr, remote_addr, family, proto, flags)
-            self._core.require_open()  # Before anything is replaced.
+            self._core.check_open()  # Before anything is replaced.
             sock, remote = await first_that_works(pairs, bool(reuse_port), bool(allow_broadcast))
         else:
             check_datagram_socket(
@@ -76,7 +76,7 @@ class DatagramEndpoints(Endpoints):
             )
             await self._take_over(sock)
         try:
-            channel = DatagramSocketChannel(self._core.require_open(), sock, self._core.call_later)
+            channel = DatagramSocketChannel(self._core.check_open(), sock, self._core.call_later)
         except BaseException:
             sock.close()
             raise
@@ -106,9 +106,9 @@ class DatagramEndpoints(Endpoints):
         Source: https://anyio.readthedocs.io/en/stable/networking.html
         """
         await anyio.lowlevel.checkpoint()
-        self._core.require_open()
+        self._core.check_open()
         self._require_unused(datagram_socket)
-        channel = AnyIODatagramChannel(datagram_socket, self._core.live_poller().time)
+        channel = AnyIODatagramChannel(datagram_socket, self._core.time)
         make = partial(DatagramTransport, address=channel.remote_address)
         transport, protocol = self._core.make_transport(make, protocol_factory, channel)
         self._run_for(datagram_socket, channel.run)

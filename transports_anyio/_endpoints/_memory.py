@@ -34,7 +34,7 @@ class MemoryEndpoints(Endpoints):
     ) -> tuple[tuple[StreamTransport, ProtocolT], tuple[StreamTransport, OtherProtocolT]]:
         """Make both transports. Raises `RuntimeError` when the group is not open, and whatever a factory raises."""
         await anyio.lowlevel.checkpoint()
-        self._core.require_open()
+        self._core.check_open()
         core = self._core
         a, b = pair(core.call_internal, chunk_size=chunk_size, buffer_size=buffer_size, info_a=info_a, info_b=info_b)
         transport_a, protocol_a = core.make_transport(StreamTransport, factory_a, a)

@@ -59,7 +59,7 @@ class PipeEndpoints(Endpoints):
     ) -> tuple[StreamTransport, ProtocolT]:
         require_pipes()
         await anyio.lowlevel.checkpoint()
-        channel = PipeChannel(self._core.require_open(), pipe, writing=transport_class is WritePipeTransport)
+        channel = PipeChannel(self._core.check_open(), pipe, writing=transport_class is WritePipeTransport)
         transport, protocol = self._core.make_transport(transport_class, protocol_factory, channel)
         transport.start()
         return transport, protocol

@@ -138,7 +138,7 @@ class ProcessEndpoints(Endpoints):
                 "subprocess_exec() start the program"
             )
         await anyio.lowlevel.checkpoint()
-        poller = self._core.require_open()
+        poller = self._core.check_open()
         streams = {fd: s for fd, s in enumerate((process.stdin, process.stdout, process.stderr)) if s is not None}
         self._require_unused(process, *streams.values())
         callback_context = self._core.callback_context()
@@ -153,7 +153,7 @@ class ProcessEndpoints(Endpoints):
     ) -> tuple[asyncio.SubprocessTransport, ProtocolT]:
         require_pipes()
         await anyio.lowlevel.checkpoint()
-        poller = self._core.require_open()
+        poller = self._core.check_open()
         # From here on nothing waits, so nothing can be cancelled half-way.
         callback_context = self._core.callback_context()
         protocol = callback_context.make_protocol(protocol_factory)

@@ -1,6 +1,6 @@
 """Programs, as users name them, found along `PATH` and started.
 
-May know: `subprocess`. Knows nothing of what becomes of a child.
+May know: `os`, `subprocess`. Knows nothing of what becomes of a child.
 """
 
 from __future__ import annotations

@@ -65,11 +65,11 @@ class StreamEndpoints(Endpoints):
         )
         if not isinstance(stream, (ByteReceiveStream, ByteSendStream)):
             raise TypeError(f"a ByteStream, ByteReceiveStream or ByteSendStream was expected, got {stream!r}")
-        plain = AnyIOStreamChannel(stream, self._core.live_poller().time)
+        plain = AnyIOStreamChannel(stream, self._core.time)
         if tls is not None and not plain.is_two_way:
             raise TypeError(f"TLS takes a stream of both directions, got {stream!r}")
         await anyio.lowlevel.checkpoint()
-        self._core.require_open()
+        self._core.check_open()
         self._require_unused(stream)
         channel: Channel = plain
         if tls is not None:

@@ -123,7 +123,7 @@ class UNIXEndpoints(Endpoints):
                 raise ValueError("path was not specified, and no sock specified")
             path = os.fspath(path)
             await anyio.lowlevel.checkpoint()
-            self._core.require_open()  # Before anything is replaced.
+            self._core.check_open()  # Before anything is replaced.
             sock = bound(path)
         cleanup = SocketFile(sock).remove if cleanup_socket else None
         return Server(self._core, protocol_factory, [sock], backlog, tls, start_serving=start_serving, on_close=cleanup)

@@ -1,7 +1,7 @@
-"""The inside of an event loop: a group's core, whose turns are taken with the event loop set as the running one.
+"""The inside of an event loop: a group's core, whose iterations run with the event loop set as the running one.
 
 Holds: the two sides and the way from one to the other. *asyncio code* runs while the event loop is set as running: in
-turns, and in `call`. *Backend code* runs in the backend's own tasks, and in `as_backend`.
+iterations, and in `call`. *Backend code* runs in the backend's own tasks, and in `as_backend`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .._callbacks import CallbackContext
 from .._core import Core
 from .._errors import NotOpenError
-from .._selector import Registration
 from ._handles import Handle
 from ._sides import library
 
 if TYPE_CHECKING:
+    from .._poller import Poller
     from ._loop import EventLoop
 
 T = TypeVar("T")
 
 
-class LoopDoor(CallbackContext):
+class LoopCallbackContext(CallbackContext):
     """The way from a connection into asyncio code, which knows no group."""
 
     __slots__ = ("_core",)
@@ -48,7 +48,7 @@ class LoopDoor(CallbackContext):
 
 
 class LoopCore(Core):
-    """What an event loop owns, and its turn."""
+    """The scheduler of an event loop, with all that it owns."""
 
     goes_on = True  # A task takes several steps for most things, and a round through the backend costs more than those.
 
@@ -59,7 +59,7 @@ class LoopCore(Core):
         self.leaving: BaseException | None = None
         #: Ends the block of the event loop.
         self.end_block: Callable[[], object] = bool
-        self._running = False  # In a turn or a call: callbacks are under way.
+        self._running = False  # An iteration or a call is running.
 
     # The two sides
 
@@ -101,8 +101,8 @@ class LoopCore(Core):
                 self._leave(before)
         self._running = True
         self._outside = before
-        poller = self.live_poller()
-        waiting, poller.waiting = poller.waiting, False
+        driver = self.driver
+        waiting, driver.waiting = driver.waiting, False
         try:
             return function(*args)
         finally:
@@ -111,24 +111,24 @@ class LoopCore(Core):
             self._running = False
             self._leave(before)
             if waiting:
-                poller.waiting = True
-                if self.ready or poller.is_ready:
-                    poller.wake()
+                driver.waiting = True
+                if self.ready or self.poller.selector.always_ready:
+                    driver.wake()
                 elif self.timers.heap:
-                    poller.wait_until(self.timers.next_deadline())
+                    driver.wait_until(self.timers.next_deadline())
 
     def _run_on(self) -> None:
-        """Run what is ready. If that makes something ready, go on as a turn does, in which I/O has its turn, too."""
+        """Run what is ready. If that makes something ready, run an iteration, which includes I/O."""
         if self.ready:
             self._run_ready()
             if self.ready:
                 try:
-                    super().turn()
-                except Exception as exc:  # The selector has failed, which `_take_turns` will see, too.
+                    super().run_once()
+                except Exception as exc:  # The selector has failed, as it will in the next iteration.
                     self.leave_by(exc)
 
     def _run_ready(self) -> None:
-        # As `Core._run_ready`, but without the cost of a call for the handles that are nearly all of them.
+        # As `Scheduler._run_ready`, but without the cost of a call for the handles that are nearly all of them.
         ready = self.ready
         callback: Any = None
         function = args = None
@@ -150,26 +150,24 @@ class LoopCore(Core):
         """Run a callback; what it raises is reported."""
         self._run_callback(callback)
 
-    def _start_turns(self) -> None:
+    def _start_scheduler(self) -> None:
         # Not by AnyIO, whose own lines would not be protected from Ctrl-C.
-        self._loop._spawner.start(self._take_turns)
+        self._loop._spawner.start(self._run_scheduler)
 
-    async def _take_turns(self) -> None:
-        with self.turns:
-            poller = self.live_poller()
+    async def _run_scheduler(self) -> None:
+        with self.scheduler_scope:
             while True:
                 try:
-                    await poller.run(self)
-                except Exception as exc:  # The selector has failed. The turns go on, for the clean-ups.
+                    await self.driver.run(self)
+                except Exception as exc:  # The selector has failed. The iterations continue, for the clean-ups.
                     self.leave_by(exc)
-                    poller.renew()
-                    self.dispatch = poller.dispatch
+                    self.poller.selector.reopen()
 
-    def turn(self) -> float:
+    def run_once(self) -> float:
         before = self._outside = self._enter()
         self._running = True
         try:
-            return super().turn()
+            return super().run_once()
         finally:
             self._running = False
             self._leave(before)
@@ -197,27 +195,28 @@ class LoopCore(Core):
                 context["source_traceback"] = traceback
         self._loop.call_exception_handler(context)
 
-    def _descriptor_failed(self, registration: Registration, exc: BaseException) -> None:
+    def report(self, exc: BaseException, message: str, **details: object) -> None:
         if self.leaves(exc):
             self.leave_by(exc)
         else:
-            super()._descriptor_failed(registration, exc)
+            super().report(exc, message, **details)
 
     def not_open(self, name: str = "") -> NotOpenError:
         return NotOpenError("Event loop is closed", self.group)
 
-    def require_callable(self, name: str, called_as: str) -> None:
+    def check_open(self, name: str = "", called_as: str = "") -> Poller:
         if not self.open:
             raise self.not_open(name)
         if get_ident() != self.thread:
             raise RuntimeError(
                 f"{name}() was called in another thread than the event loop's: use asyncio.run_coroutine_threadsafe()"
             )
+        return self.poller
 
     # What a group does in another way
 
     def callback_context(self) -> CallbackContext:
-        return LoopDoor(self)
+        return LoopCallbackContext(self)
 
     def context_for(self, callback: object, given: Context | None) -> Context:
         return copy_context() if given is None else given

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from .._scheduling import Timers
+from .._handles import Timers
 from ._logger import logger
 
 OWN_FILES = str(Path(__file__).parent)

@@ -20,6 +20,7 @@ from weakref import WeakSet
 
 import anyio
 
+from .._driver import Driver
 from .._endpoints._datagram import DatagramEndpoints
 from .._endpoints._pipes import PipeEndpoints
 from .._endpoints._processes import ProcessEndpoints
@@ -70,6 +71,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     _start_task = "asyncio.create_task()"
 
     _poller: Poller  # Since it was opened.
+    _driver: Driver
 
     def __init__(self, backend: ModuleType) -> None:
         self._core: LoopCore = LoopCore(self)  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -98,9 +100,10 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         await self._spawner.enter(stack)
         await core.enter(stack)
         core.opened()
-        self._poller = poller = core.live_poller()
+        self._poller = poller = core.poller
+        self._driver = core.driver
         poller.loop = self
-        self.time = poller.time  # type: ignore[method-assign]  # without the cost of a call
+        self.time = core.time  # type: ignore[method-assign]  # without the cost of a call
         core.call(anyio.get_cancelled_exc_class)  # Loads AnyIO's asyncio backend, which takes long, not in a turn.
 
     def _start_backend_task(
@@ -118,7 +121,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.time
         """
-        return self._core.live_poller().time()
+        return self._core.time()
 
     def call_soon(  # type: ignore[override]  # typeshed binds the types of the arguments to the callback's
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
@@ -131,9 +134,9 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             self._check(callback, "call_soon")
         handle = self._new_handle(callback, args, self, context)
         self._append(handle)
-        poller = self._poller
-        if poller.waiting:
-            poller.wake()
+        driver = self._driver
+        if driver.waiting:
+            driver.wake()
         return handle
 
     def call_soon_threadsafe(  # type: ignore[override]  # as `call_soon`
@@ -150,9 +153,9 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             check_callback(callback, "call_soon_threadsafe")
         handle = (DebugHandle if self._debug else ThreadSafeHandle)(callback, args, self, context)
         with core.handing_over:
-            poller = core.require_alive("call_soon_threadsafe")
+            core.check_alive("call_soon_threadsafe")
             self._append(handle)
-        poller.wake_threadsafe()
+        core.driver.wake_threadsafe()
         return handle
 
     def call_later(  # type: ignore[override]  # as `call_soon`
@@ -184,9 +187,9 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             self._check(callback, "call_at")
         timers = self._timers
         handle = self._new_timer_handle(when, callback, args, self, context, timers)
-        poller = self._poller
-        if poller.waiting and timers.next_deadline() == when:
-            poller.wait_until(when)
+        driver = self._driver
+        if driver.waiting and timers.next_deadline() == when:
+            driver.wait_until(when)
         return handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:

@@ -94,7 +94,7 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
         from .. import _trio
         from ._loop import EventLoop
 
-        _trio.protect(LoopCore._take_turns, LoopCore.turn, LoopCore.call)
+        _trio.protect(LoopCore._run_scheduler, LoopCore.run_once, LoopCore.call)
         _trio.protect(Opening.__aenter__, Opening.__aexit__)
         self._scope = _trio.Scope()
         loop = EventLoop(_trio)

@@ -1,4 +1,4 @@
-"""The poller on trio: one task waits for file descriptors, another one is woken and keeps the time."""
+"""The driver for trio: one task waits for file descriptors, another one is woken and keeps the time."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def run_with_mock_clock(async_function):
     trio.run(async_function, clock, clock=clock)
 
 
-def counting_turns(core):
-    """Count the turns of a core in the list that is returned."""
-    counted = []
-    turn = core.turn
+def times_of_iterations(core):
+    """Return a list that gets the time of each iteration."""
+    times = []
+    run_once = core.run_once
 
-    def count():
-        counted.append(core.time())
-        return turn()
+    def record():
+        times.append(core.time())
+        return run_once()
 
-    core.turn = count
-    return counted
+    core.run_once = record
+    return times
 
 
 @pytest.mark.parametrize("delays", [(5, 1), (1, 5), (3, 3), (5, 3, 1, 4, 2)])
@@ -49,17 +49,17 @@ def test_timers_that_are_set_while_it_waits_are_on_time(delays):
     run_with_mock_clock(main)
 
 
-def test_a_timer_that_was_cancelled_takes_no_turn():
+def test_a_timer_that_was_cancelled_runs_no_iteration():
     async def main(clock):
         async with TransportGroup() as group:
             first = group.call_later(1, called.append, "first")
             group.call_later(2, called.append, "second")
             await trio.testing.wait_all_tasks_blocked()
             start = clock.current_time()
-            counted = counting_turns(group._core)
+            times = times_of_iterations(group._core)
             first.cancel()
             await trio.sleep(3)
-            assert [time - start for time in counted] == pytest.approx([2])
+            assert [time - start for time in times] == pytest.approx([2])
 
     called: list[str] = []
     run_with_mock_clock(main)
@@ -70,19 +70,19 @@ def test_a_wake_up_in_the_same_thread_sends_nothing():
     async def main():
         async with TransportGroup() as group:
             await trio.testing.wait_all_tasks_blocked()
-            poller = group._core.live_poller()
+            driver = group._core.driver
 
             def send():
                 raise AssertionError("a byte was sent")
 
-            poller.wake_threadsafe = send
+            driver.wake_threadsafe = send
             for number in range(10):
-                assert poller.waiting
+                assert driver.waiting
                 group.call_soon(called.append, number)
-                assert not poller.waiting
+                assert not driver.waiting
                 group.call_soon(called.append, number)  # There is one wake-up for both.
                 await trio.testing.wait_all_tasks_blocked()
-            del poller.wake_threadsafe
+            del driver.wake_threadsafe
 
     called: list[int] = []
     trio.run(main)
@@ -90,7 +90,7 @@ def test_a_wake_up_in_the_same_thread_sends_nothing():
 
 
 def test_wake_ups_timers_and_readiness_at_the_same_time():
-    """Whichever task takes the turn, nothing is lost, and nothing runs twice."""
+    """Whichever task runs the iteration, nothing is lost, and nothing runs twice."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -174,15 +174,14 @@ def test_a_failure_of_either_task_comes_out_as_itself():
         async with TransportGroup() as group:
             await trio.testing.wait_all_tasks_blocked()
             core = group._core
-            poller = core.live_poller()
-            core.turn = fail
-            provoke(poller)
+            core.run_once = fail
+            provoke(core.driver)
             await trio.sleep_forever()
 
     for provoke in (
-        lambda poller: poller.wake(),
-        lambda poller: poller.wake_threadsafe(),
-        lambda poller: poller.wait_until(-inf),
+        lambda driver: driver.wake(),
+        lambda driver: driver.wake_threadsafe(),
+        lambda driver: driver.wait_until(-inf),
     ):
         with pytest.raises(BaseException) as caught:
             trio.run(main, provoke)

@@ -1,7 +1,7 @@
-"""Callbacks in order and in time.
+"""Handles and timers.
 
-Holds: the handles of callbacks, and the timers by the time at which they are due.
-May know: nothing but the callbacks; clocks and turns are the group's.
+Holds: the handles of callbacks, and a heap of timers.
+May know: `_callbacks`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import contextvars
 import heapq
 from collections.abc import Callable
 from math import inf
-from reprlib import repr as short_repr  # Bounded, and never raises: callbacks and arguments are the user's.
+from reprlib import repr as short_repr  # Short, and never raises, whatever the user's objects do.
 from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 if TYPE_CHECKING:
     from ._callbacks import GivenContext
 
-#: Where a callback runs.
+#: The context that a callback runs in.
 Context: TypeAlias = "contextvars.Context | GivenContext"
 
 
 class Handle:
-    """A callback that a group will run in its next turn; as `asyncio.Handle`.
+    """A callback that a group runs in the next iteration, like `asyncio.Handle`.
 
     Source: https://docs.python.org/3/library/asyncio-eventloop.html#callback-handles
     """
@@ -30,13 +30,13 @@ class Handle:
     __slots__ = ("__weakref__", "_args", "_callback", "_context")
 
     def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Context) -> None:
-        # `None` once cancelled: what a callback holds must not live until its time would have come.
+        # `None` once cancelled, so that a cancelled timer does not keep the callback alive until its deadline.
         self._callback: Callable[..., object] | None = callback
         self._args = args
         self._context = context
 
     def cancel(self) -> None:
-        """Do not run the callback. Does nothing when it has run, or was cancelled before."""
+        """Cancel the callback. Does nothing if it has run or was cancelled already."""
         self._callback = None
         self._args = ()
 
@@ -50,8 +50,8 @@ class Handle:
         return context if isinstance(context, contextvars.Context) else context.context
 
     def __call__(self) -> None:
-        """Run the callback in its context, unless it was cancelled; what it raises is the caller's to report."""
-        args = self._args  # First: another thread that cancels takes the callback away before them.
+        """Run the callback in its context, unless it was cancelled. The caller reports what it raises."""
+        args = self._args  # Read first: `cancel` in another thread removes the callback before them.
         callback = self._callback
         if callback is not None:
             self._context.run(callback, *args)
@@ -61,7 +61,7 @@ class Handle:
             return "cancelled"
         try:
             name = self._callback.__qualname__
-        except Exception:  # It has none, or is a stand-in for something that cannot be had now.
+        except Exception:  # It has no name, or is a proxy that raises.
             name = short_repr(self._callback)
         return f"{name}({', '.join(map(short_repr, self._args))})"
 
@@ -70,16 +70,16 @@ class Handle:
 
 
 class ThreadSafeHandle(Handle):
-    """A callback that another thread may cancel: when `cancel` returns, it has run to its end, or will never run."""
+    """A handle that other threads may cancel. Once `cancel` returns, the callback has finished or never runs."""
 
     __slots__ = ("_lock",)
 
     def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Context) -> None:
         super().__init__(callback, args, context)
-        self._lock = RLock()  # The callback itself may cancel it.
+        self._lock = RLock()  # Reentrant, because the callback itself may cancel the handle.
 
     def cancel(self) -> None:
-        """Do not run the callback; wait for its end when it runs in another thread at the moment."""
+        """Cancel the callback. Waits for its end if it is running in another thread."""
         with self._lock:
             super().cancel()
 
@@ -88,40 +88,41 @@ class ThreadSafeHandle(Handle):
             super().__call__()
 
 
-#: When it is due, the how-manieth it was, and the timer: `None` once that was cancelled.
+#: `[deadline, sequence number, handle]`; the handle is `None` once run or cancelled.
 Entry = list[Any]
 
-# Cancelled timers stay in the heap until they come up or until they are both this many and the greater part of it:
-# every timer is then removed at most once for each time it was pushed, which keeps a re-armed time-out logarithmic.
+# Cancelled timers stay in the heap until they are due, or until there are more than this, and more than half of all.
+# So removing them costs each timer at most one step, and setting a time-out again stays logarithmic.
 CANCELLED_TO_REMOVE = 100
 
 
 class Timers:
-    """Timers by time, then by submission."""
+    """Timers in the order of their deadlines, and of their making for equal ones."""
 
     __slots__ = ("_cancelled", "_first_cancelled", "_submitted", "heap")
 
     def __init__(self, first_cancelled: Callable[[], None]) -> None:
-        """`first_cancelled` is called when the timer that would have been due first has been cancelled."""
+        """`first_cancelled` is called when the timer with the earliest deadline is cancelled."""
         self._first_cancelled = first_cancelled
         self.heap: list[Entry] = []
         self._submitted = 0
         self._cancelled = 0
 
     def __len__(self) -> int:
-        """How many timers are pending."""
+        """Return how many timers are pending."""
         return len(self.heap) - self._cancelled
 
     def push(self, when: float, handle: Callable[[], object]) -> Entry:
-        """Add `handle`, and return what `cancel` takes."""
+        """Add `handle`, and return its entry, for `cancel`."""
         self._submitted += 1
         entry = [when, self._submitted, handle]
         heapq.heappush(self.heap, entry)
         return entry
 
     def cancel(self, entry: Entry) -> None:
+        """Cancel a timer. Does nothing if it has run or was cancelled already."""
         if entry[2] is None:
-            return  # It has run, or was cancelled before.
+            return
         entry[2] = None
         self._cancelled += 1
         first = entry is self.heap[0]
@@ -133,7 +134,7 @@ class Timers:
             self._first_cancelled()
 
     def next_deadline(self) -> float:
-        """The time of the first pending timer, infinity if there is none."""
+        """Return the deadline of the first pending timer, or infinity without one."""
         heap = self.heap
         while heap and heap[0][2] is None:
             heapq.heappop(heap)
@@ -141,7 +142,7 @@ class Timers:
         return cast("float", heap[0][0]) if heap else inf
 
     def take_due(self, now: float) -> list[Callable[[], object]]:
-        """Take out every timer that is due at `now`."""
+        """Remove and return the timers that are due at `now`."""
         due = []
         while self.next_deadline() <= now:
             entry = heapq.heappop(self.heap)
@@ -150,21 +151,22 @@ class Timers:
         return due
 
     def clear(self) -> None:
+        """Remove all timers."""
         for entry in self.heap:
-            entry[2] = None  # Nothing that a handle could still cancel.
+            entry[2] = None  # `cancel` of its handle does nothing any more.
         self.heap.clear()
         self._cancelled = 0
 
 
 class TimerHandle(Handle):
-    """A callback that a group will run at a time; as `asyncio.TimerHandle`."""
+    """A callback that a group runs at a given time, like `asyncio.TimerHandle`."""
 
     __slots__ = ("_entry", "_timers")
 
     def __init__(
         self, when: float, callback: Callable[..., object], args: tuple[Any, ...], context: Context, timers: Timers
     ) -> None:
-        # Not through the base's: servers make and cancel one of these for every message.
+        # Without `super()`, for speed: servers make and cancel a timer for every message.
         self._callback = callback
         self._args = args
         self._context = context
@@ -172,16 +174,16 @@ class TimerHandle(Handle):
         self._entry = timers.push(when, self)
 
     def when(self) -> float:
-        """The time at which the callback is due, in seconds of `TransportGroup.time`."""
+        """Return the time at which the callback is due, in seconds of `TransportGroup.time`."""
         return cast("float", self._entry[0])
 
     def cancel(self) -> None:
-        """Do not run the callback. Does nothing when it has run, or was cancelled before."""
+        """Cancel the callback. Does nothing if it has run or was cancelled already."""
         self._callback = None
         self._args = ()
         self._timers.cancel(self._entry)
 
-    # As asyncio: by time; equal are two of the same time that do the same.
+    # As in asyncio: ordered by time; equal if time, callback and arguments are equal.
 
     def __hash__(self) -> int:
         return hash(self.when())

@@ -1,0 +1,144 @@
+"""Drivers: they wait for a selector and call the scheduler.
+
+Holds: the contract of drivers, and the driver that waits in a task, which works on every backend.
+May know: `anyio`, `socket`, `_selector`.
+"""
+
+from __future__ import annotations
+
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from math import inf
+from typing import Protocol
+
+import anyio
+import anyio.lowlevel
+
+from ._selector import READ, Registration, Selector
+
+# Deadlines this close, in seconds, count as reached: sums of times are not more exact (asyncio's clock resolution on
+# Linux).
+RESOLUTION = 1e-9
+
+
+class DrivenScheduler(Protocol):
+    """What a driver needs of the scheduler."""
+
+    #: Whether tasks were started since the last iteration began. They run before the next one.
+    tasks_started: bool
+
+    def run_once(self) -> float:
+        """Run one iteration: scheduled callbacks, callbacks of ready file descriptors, and timers that are due.
+
+        Return the deadline of the next iteration, which comes earlier if a file descriptor is ready. Minus infinity
+        means at once, infinity means no deadline.
+        """
+        ...
+
+
+class Driver(ABC):
+    """Runs an iteration when a file descriptor is ready, when the deadline has come, and after `wake`."""
+
+    def __init__(self, time: Callable[[], float]) -> None:
+        #: The clock, in seconds.
+        self.time: Callable[[], float] = time
+        #: Whether it waits for the next iteration, so that `wake` is needed to begin it at once.
+        self.waiting = False
+
+    @abstractmethod
+    async def run(self, scheduler: DrivenScheduler) -> None:
+        """Run iterations until cancelled. Raises what `scheduler.run_once` raises."""
+
+    @abstractmethod
+    def wait_until(self, deadline: float) -> None:
+        """Change the deadline of the next iteration. May only be called while `waiting`."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Begin the next iteration at once. May only be called in the thread of the scheduler."""
+
+    @abstractmethod
+    def wake_threadsafe(self) -> None:
+        """Begin the next iteration at once, from any thread. Raises `RuntimeError` if the driver is closed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the resources of the driver."""
+
+
+class TaskDriver(Driver):
+    """Waits in a task, through AnyIO."""
+
+    def __init__(self, selector: Selector, time: Callable[[], float]) -> None:
+        super().__init__(time)
+        self._selector = selector
+        self._scope: anyio.CancelScope | None = None  # Around a wait that has a deadline.
+        # A socket pair rather than a pipe: it wakes a selector on every platform.
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.setblocking(False)
+        self._sender.setblocking(False)
+        self._wake_sent = False  # A byte is on its way. One is enough for any number of threads.
+        waker = Registration(self._receiver.fileno())
+        waker.read_ready = self._woken
+        selector.registrations[waker.fd] = waker
+        selector.set_interest(waker, READ)
+
+    async def run(self, scheduler: DrivenScheduler) -> None:
+        selector = self._selector
+        deadline = -inf
+        async with selector.running():
+            while True:
+                if deadline == -inf or selector.always_ready or (deadline != inf and deadline <= self.time()):
+                    await anyio.lowlevel.checkpoint()
+                else:
+                    self.waiting = True
+                    try:
+                        if deadline == inf:
+                            await selector.wait()
+                        else:
+                            with anyio.CancelScope(deadline=deadline) as self._scope:
+                                await selector.wait()
+                    finally:
+                        self.waiting = False
+                        self._scope = None
+                if scheduler.tasks_started:
+                    # trio runs ready tasks in random order; only a second checkpoint is sure to come after them.
+                    await anyio.lowlevel.checkpoint()
+                deadline = scheduler.run_once()
+
+    def wait_until(self, deadline: float) -> None:
+        if self._scope is None:
+            self.wake()
+        else:
+            self._scope.deadline = deadline
+
+    def wake(self) -> None:
+        if self.waiting:
+            self.waiting = False
+            self.wake_threadsafe()
+
+    def wake_threadsafe(self) -> None:
+        if self._wake_sent:
+            return
+        try:
+            self._wake_sent = True
+            self._sender.send(b"\0")
+        except OSError as exc:
+            self._wake_sent = False
+            raise RuntimeError("the driver is closed") from exc
+        except BaseException:  # `KeyboardInterrupt`: the byte may not be sent, so the next call sends one.
+            self._wake_sent = False
+            raise
+
+    def _woken(self) -> None:
+        try:
+            self._receiver.recv(4096)
+        except BlockingIOError:
+            pass  # A late report: the byte has been received already.
+        # Not before the byte is received: a new byte would be received with it, and be lost.
+        self._wake_sent = False
+
+    def close(self) -> None:
+        self._receiver.close()
+        self._sender.close()

@@ -1,0 +1,163 @@
+"""The driver where an asyncio event loop runs: asyncio's own or uvloop.
+
+Holds: a driver that runs the iterations in callbacks of the event loop.
+May know: `asyncio`, `anyio`, `sniffio`, `_driver`, `_selector`.
+
+A wait through AnyIO adds our selector to the loop's selector, removes it again, and switches tasks, for every batch.
+With one request at a time, that costs more than everything else together. So the selector stays registered in the
+loop, and the loop's own callback runs the iteration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from math import inf
+from typing import Any
+
+import anyio
+
+from ._driver import RESOLUTION, DrivenScheduler, Driver
+from ._selector import SystemSelector
+
+# AnyIO asks sniffio which backend runs, if it is installed (trio brings it). sniffio recognizes asyncio by the current
+# task, and callbacks of the loop have none, so iterations name the backend here.
+running: Any
+try:
+    from sniffio import thread_local as running
+except ImportError:
+    running = None  # AnyIO looks for a running loop.
+
+# How long to wait, in seconds, for the rest of a time that the loop has cut short: uvloop rounds to milliseconds.
+ROUNDED_OFF = 0.001
+
+
+class LoopDriver(Driver):
+    """Keeps the selector registered in the running event loop, and runs iterations in the loop's callbacks."""
+
+    def __init__(self, selector: SystemSelector, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop.time)
+        self._selector = selector
+        self._fd = selector.fileno()
+        self._loop = loop
+        self._scheduler: DrivenScheduler | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = inf  # Of the loop's timer.
+        self._wanted = inf  # The deadline that the timer is moved to.
+        self._moving = False
+        self._scheduled = False
+        self._wake_sent = False
+        self._failure: BaseException | None = None
+        self._stopped = anyio.Event()
+
+    async def run(self, scheduler: DrivenScheduler) -> None:
+        self._scheduler = scheduler
+        self._loop.add_reader(self._fd, self._ready)
+        self._run_once()
+        try:
+            await self._stopped.wait()
+        finally:
+            self._stop()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run_once(self) -> None:
+        scheduler = self._scheduler
+        if scheduler is None:
+            return  # Woken before the first iteration, or after the last one.
+        self.waiting = False
+        try:
+            if running is None:
+                deadline = scheduler.run_once()
+            else:
+                before, running.name = running.name, "asyncio"
+                try:
+                    deadline = scheduler.run_once()
+                finally:
+                    running.name = before
+        except BaseException as exc:
+            # `run` raises it, as on every backend, instead of the loop's callback.
+            self._failure = exc
+            self._stop()
+            self._stopped.set()
+            return
+        if deadline == -inf or self._selector.always_ready:
+            self._schedule()
+            return
+        self.waiting = True
+        self._wanted = deadline
+        if deadline != self._deadline:
+            self._set_timer(deadline)
+
+    # At most one iteration of ours in each iteration of the loop.
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._scheduled_run)
+
+    def _scheduled_run(self) -> None:
+        self._scheduled = False
+        self._run_once()
+
+    def _ready(self) -> None:
+        scheduler = self._scheduler
+        if scheduler is not None and scheduler.tasks_started:
+            self._schedule()  # uvloop may call a reader before a task that was started earlier.
+        elif not self._scheduled:
+            self._run_once()
+
+    def _set_timer(self, deadline: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._deadline = deadline
+        self._timer = None if deadline == inf else self._loop.call_at(deadline, self._timer_due)
+
+    def _timer_due(self) -> None:
+        if self.time() + RESOLUTION < self._deadline:
+            # uvloop rounds to milliseconds: a timer for the remainder would fire at once, again and again.
+            self._timer = self._loop.call_later(ROUNDED_OFF, self._timer_due)
+            return
+        self._deadline = inf
+        self._timer = None
+        self._run_once()
+
+    def _stop(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler = None
+            self.waiting = False
+            self._loop.remove_reader(self._fd)
+            self._set_timer(inf)
+
+    def wait_until(self, deadline: float) -> None:
+        self._wanted = deadline
+        # A task may set and cancel many timers in a row: the loop's own timer is moved once for all of them.
+        if not self._moving:
+            self._moving = True
+            self._loop.call_soon(self._move_timer)
+
+    def _move_timer(self) -> None:
+        self._moving = False
+        if self.waiting and self._wanted != self._deadline:
+            self._set_timer(self._wanted)
+
+    def wake(self) -> None:
+        if self.waiting:
+            self.waiting = False
+            self._schedule()
+
+    def wake_threadsafe(self) -> None:
+        if self._wake_sent:
+            return  # The iteration that an earlier call asked for serves this call, too.
+        self._wake_sent = True
+        try:
+            self._loop.call_soon_threadsafe(self._woken)
+        except BaseException:  # `RuntimeError` when the loop is closed.
+            self._wake_sent = False
+            raise
+
+    def _woken(self) -> None:
+        self._wake_sent = False
+        self._ready()
+
+    def close(self) -> None:
+        """Do nothing: `run` has removed everything from the loop."""
