@@ -1,7 +1,7 @@
 """What trio offers and AnyIO does not: its clock, its protection from Ctrl-C, tasks that another task wakes.
 
 Holds: the driver for trio, and what an event loop needs of trio.
-May know: `trio`, `_driver`, `_selector`.
+May know: `asyncio`, `trio`, `_driver`, `_selector`.
 
 No other module imports trio, and this one is imported only while trio runs. It uses public functions only.
 """
@@ -28,12 +28,12 @@ Cancelled = trio.Cancelled
 
 
 def clock() -> Callable[[], float]:
-    """Return what tells the time of this run, and need not look for it each time, as `trio.current_time` does."""
+    """Return the clock of this run as a function. Unlike `trio.current_time`, it need not look the clock up."""
     return trio.lowlevel.current_clock().current_time
 
 
 def protect(*functions: Callable[..., object]) -> None:
-    """Let no `KeyboardInterrupt` come between two lines of `functions`, nor of what they call."""
+    """Protect `functions`, and what they call, from `KeyboardInterrupt`. It goes to trio's main task instead."""
     for function in functions:
         assert isinstance(function, FunctionType)
         enable_ki_protection(function)
@@ -150,9 +150,10 @@ class TrioDriver(TaskDriver):
 
 @enable_ki_protection
 async def wait_for(future: asyncio.Future[Any], cancel: Callable[[], object]) -> Callable[[], NoReturn] | None:
-    """Wait until `future` is done, whatever happens; call `cancel` once if this task is cancelled before that.
+    """Wait until `future` is done. If this task is cancelled before that, call `cancel` once, and continue to wait.
 
-    Return what raises the cancellation, if there was one: `Cancelled`, or the `KeyboardInterrupt` of the main task.
+    Return a function that raises the cancellation, if there was one: `trio.Cancelled`, or `KeyboardInterrupt` in the
+    main task.
     """
     task = trio.lowlevel.current_task()
     raise_cancellation: Callable[[], NoReturn] | None = None
@@ -177,12 +178,12 @@ async def _unprotected(async_function: Callable[..., Awaitable[Any]], args: tupl
 
 
 class Spawner:
-    """Starts tasks of trio's whose result is the result of a future of asyncio's."""
+    """Starts trio tasks for an event loop, and runs its end."""
 
     _nursery: trio.Nursery
 
     async def enter(self, stack: AsyncExitStack) -> None:
-        """Accept tasks, until `stack` is left, which waits for them."""
+        """Open the nursery. When `stack` is left, it waits for the tasks."""
         self._nursery = await stack.enter_async_context(trio.open_nursery())
 
     def start(self, async_function: Callable[..., Awaitable[object]], *args: object) -> None:
@@ -193,9 +194,10 @@ class Spawner:
     async def finish(
         self, async_function: Callable[..., Awaitable[object]], *args: object
     ) -> Callable[[], NoReturn] | None:
-        """Await `async_function(first, flushing, *rest)`, which nothing cancels, and no Ctrl-C interrupts.
+        """Await `async_function(first, flushing, *rest)`, protected from cancellations and Ctrl-C.
 
-        `flushing` is a scope that is cancelled if this task is. Return what raises the cancellation then.
+        `flushing` is a scope that is cancelled when this task is cancelled. Return a function that raises the
+        cancellation then.
         """
         task = trio.lowlevel.current_task()
         raise_cancellation: Callable[[], NoReturn] | None = None
@@ -214,7 +216,7 @@ class Spawner:
             flushing.cancel()
             return trio.lowlevel.Abort.FAILED
 
-        # A task of its own, because only the main task is given what Ctrl-C raises.
+        # In a task of its own: Ctrl-C raises `KeyboardInterrupt` in the main task only.
         self._nursery.start_soon(enable_ki_protection(run), name="transports_anyio: end of an event loop")
         await trio.lowlevel.wait_task_rescheduled(abort)
         return raise_cancellation
@@ -228,8 +230,8 @@ class Spawner:
     ) -> None:
         """Start a task that awaits `async_function(*args)` inside `scope`.
 
-        `settle` is called after its end, outside the scope: with what it has raised, or `None` and what it has
-        returned. A cancellation is `CancelledError` of asyncio's.
+        After its end, outside the scope, `settle` is called with the exception and the result, one of which is `None`.
+        A cancellation is passed as `asyncio.CancelledError`.
         """
         self._nursery.start_soon(self._run, async_function, args, scope, settle, name=async_function)
 
@@ -245,7 +247,7 @@ class Spawner:
         try:
             with scope:
                 result = await _unprotected(async_function, args)
-        except trio.Cancelled:  # Of the event loop itself.
+        except trio.Cancelled:  # The event loop ends.
             settle(asyncio.CancelledError(), None)
             raise
         except BaseException as exc:
@@ -253,4 +255,4 @@ class Spawner:
         else:
             settle(asyncio.CancelledError() if scope.cancelled_caught else None, result)
         finally:
-            del settle, args  # What was raised has this frame, and has been passed to `settle`: no cycle.
+            del settle, args  # Break a cycle: the traceback of the exception has this frame.

@@ -1,7 +1,9 @@
-"""The inside of an event loop: a group's core, whose iterations run with the event loop set as the running one.
+"""The core of an event loop: a group's core whose iterations run with the event loop set as running.
 
-Holds: the two sides and the way from one to the other. *asyncio code* runs while the event loop is set as running: in
-iterations, and in `call`. *Backend code* runs in the backend's own tasks, and in `as_backend`.
+Holds: how each call gets the right environment. There are two kinds of code. *Asyncio code* runs while the event loop
+is set as running, which is in iterations and in `LoopCore.call`. *Backend code* runs in the tasks of the backend, and
+in `LoopCore.as_backend`.
+May know: `asyncio`, `_callbacks`, `_core`, `_errors`, `_handles`, `_loop`, `_poller`, `_sides`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ T = TypeVar("T")
 
 
 class LoopCallbackContext(CallbackContext):
-    """The way from a connection into asyncio code, which knows no group."""
+    """The callback context of a connection in an event loop: no group is current in it."""
 
     __slots__ = ("_core",)
 
@@ -43,28 +45,28 @@ class LoopCallbackContext(CallbackContext):
     def run_nested(self, callback: Callable[..., object], *args: object) -> None:
         if _get_running_loop() is self.group:
             callback(*args)
-        else:  # Backend code calls a method of the transport.
+        else:  # Backend code has called a method of the transport.
             self._core.call(callback, *args)
 
 
 class LoopCore(Core):
     """The scheduler of an event loop, with all that it owns."""
 
-    goes_on = True  # A task takes several steps for most things, and a round through the backend costs more than those.
+    goes_on = True  # Most work takes a task several steps, and an iteration of the backend costs more than these.
 
     def __init__(self, loop: EventLoop) -> None:
         super().__init__(loop)
         self._loop = loop
-        #: What has come out of a callback or task to end the program, the first of it.
+        #: The first `KeyboardInterrupt` or `SystemExit` of a callback or task, or the first failure of the selector.
         self.leaving: BaseException | None = None
-        #: Ends the block of the event loop.
+        #: Cancels the block of `open_event_loop`.
         self.end_block: Callable[[], object] = bool
         self._running = False  # An iteration or a call is running.
 
-    # The two sides
+    # Asyncio code and backend code
 
     def _enter(self) -> tuple[Any, ...]:
-        """Set the event loop as running; return what `_leave` restores."""
+        """Begin to run asyncio code: set the event loop as running. Return what `_leave` restores."""
         before = (_get_running_loop(), library.name, sys.get_asyncgen_hooks())
         _set_running_loop(self._loop)
         library.name = "asyncio"
@@ -78,7 +80,7 @@ class LoopCore(Core):
         _set_running_loop(loop)
 
     def as_backend(self, function: Callable[..., T], *args: Any) -> T:
-        """Return `function(*args)`, called by asyncio code, as backend code."""
+        """Return `function(*args)`, run as backend code. Asyncio code calls this."""
         if not self._running:
             return function(*args)
         before = (_get_running_loop(), library.name, sys.get_asyncgen_hooks())
@@ -89,12 +91,12 @@ class LoopCore(Core):
             self._leave(before)
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Return `function(*args)`, called by backend code, as asyncio code.
+        """Return `function(*args)`, run as asyncio code. Backend code calls this.
 
-        Then run what is ready, as long as that is quickly done: no other task has to be woken for it.
+        Then run the callbacks that are ready, so that the driver need not be woken for them.
         """
         before = self._enter()
-        if self._running:  # Backend code that asyncio code has called.
+        if self._running:  # Asyncio code has called backend code, which calls this.
             try:
                 return function(*args)
             finally:
@@ -106,7 +108,7 @@ class LoopCore(Core):
         try:
             return function(*args)
         finally:
-            del function, args  # The traceback of an exception that a task keeps has this frame behind it: no cycle.
+            del function, args  # Break a cycle: a task may keep an exception, whose traceback has this frame.
             self._run_on()
             self._running = False
             self._leave(before)
@@ -118,7 +120,7 @@ class LoopCore(Core):
                     driver.wait_until(self.timers.next_deadline())
 
     def _run_on(self) -> None:
-        """Run what is ready. If that makes something ready, run an iteration, which includes I/O."""
+        """Run the callbacks that are ready. If they schedule others, run an iteration, which includes I/O."""
         if self.ready:
             self._run_ready()
             if self.ready:
@@ -128,7 +130,7 @@ class LoopCore(Core):
                     self.leave_by(exc)
 
     def _run_ready(self) -> None:
-        # As `Scheduler._run_ready`, but without the cost of a call for the handles that are nearly all of them.
+        # As `Scheduler._run_ready`, but most callbacks are plain handles, which need no call of their own here.
         ready = self.ready
         callback: Any = None
         function = args = None
@@ -144,7 +146,7 @@ class LoopCore(Core):
                     callback()
             except BaseException as exc:
                 self._callback_failed(callback, exc)
-        del callback, function, args  # The traceback of an exception that a task keeps has this frame: no cycle.
+        del callback, function, args  # Break a cycle: a task may keep an exception, whose traceback has this frame.
 
     def run_callback(self, callback: Callable[[], object]) -> None:
         """Run a callback; what it raises is reported."""
@@ -178,7 +180,7 @@ class LoopCore(Core):
         return isinstance(exc, (KeyboardInterrupt, SystemExit))
 
     def leave_by(self, exc: BaseException) -> None:
-        """End the block of the event loop, and raise `exc` then."""
+        """Cancel the block of `open_event_loop`, which raises `exc` when everything has ended."""
         if self.leaving is None:
             self.leaving = exc
         self.end_block()
@@ -213,7 +215,7 @@ class LoopCore(Core):
             )
         return self.poller
 
-    # What a group does in another way
+    # Other differences from a group
 
     def callback_context(self) -> CallbackContext:
         return LoopCallbackContext(self)

@@ -1,4 +1,8 @@
-"""Context managers of asyncio libraries, for backend code."""
+"""Context managers of asyncio libraries, for backend code.
+
+Holds: what `to_asyncio.wrap_async_context_manager` returns.
+May know: `anyio`, `asyncio`, `_crossing`, `_loop`, `_sides`.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ class AsyncioContextManager(AbstractAsyncContextManager[T, "bool | None"]):
         self._manager = manager
 
     async def _hold(self) -> bool:
-        """Return whether the context manager has suppressed what the block was left by."""
+        """Enter the context manager, wait, and leave it. Return whether it has suppressed an exception."""
         async with self._manager as value:
             self._entered.set_result(value)
             failure = await self._leaving
@@ -56,7 +60,7 @@ class AsyncioContextManager(AbstractAsyncContextManager[T, "bool | None"]):
             await anyio.lowlevel.checkpoint_if_cancelled()
             self._make_futures(running)
             self._task = running.create_task(self._hold())
-        # Whichever comes first.
+        # If the task ends before it has entered the context manager, the wait for that ends, too.
         self._task.add_done_callback(lambda _: self._entered.done() or self._entered.cancel())
         cancellation = await self._wait_for(self._entered, self._task.cancel)
         if self._entered.cancelled():
@@ -78,18 +82,18 @@ class AsyncioContextManager(AbstractAsyncContextManager[T, "bool | None"]):
                 self._leaving.set_result(failure)
             else:
                 self._loop._core.call(self._leaving.set_result, failure)
-        # It has been cancelled once already if the block has.
+        # If the block was cancelled, the task has had its cancellation.
         cancellation = await self._wait_for(self._task, nothing if cancelled else self._task.cancel)
         task_cancelled = self._task.cancelled()
         try:
             suppressed = result_of(self._task, cancellation)
         except BaseException as error:
             if exc is not None and ((cancelled and task_cancelled) or exc is error or exc is error.__cause__):
-                exc.__traceback__ = traceback  # Without the lines of the asyncio task.
+                exc.__traceback__ = traceback  # Remove the lines of the asyncio task.
                 return False
             raise
         finally:
-            del self._task  # Its exception has this frame: no cycle.
+            del self._task  # Break a cycle: the traceback of its exception has this frame.
         if not cancelled:
             self._cancel_again(cancellation)
         return suppressed and not cancelled
@@ -108,7 +112,7 @@ class AsyncioContextManager(AbstractAsyncContextManager[T, "bool | None"]):
 
 
 class Cancellation:
-    """A cancellation that was caught in an asyncio task; to call it raises it."""
+    """A cancellation that was caught in an asyncio task. A call raises it."""
 
     def __init__(self, exc: asyncio.CancelledError) -> None:
         self.exc = exc

@@ -1,4 +1,8 @@
-"""What is awaited on the wrong side: the errors that asyncio and trio raise for it, and which function to use."""
+"""Advice for a frequent mistake: asyncio code awaits something of the backend, or the reverse.
+
+Holds: the advice, which is added to the errors that asyncio and trio raise then.
+May know: `exceptiongroup`.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,15 @@ if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 BACKEND_AWAITED_BY_ASYNCIO = (
-    "This asyncio task has awaited something of the backend's: await it with "
+    "This asyncio task has awaited something that belongs to the backend: await it with "
     "transports_anyio.from_asyncio.run(async_function, *args)."
 )
 ASYNCIO_AWAITED_BY_BACKEND = (
-    "This backend code has awaited something of asyncio's: await it with "
+    "This backend code has awaited something that belongs to asyncio: await it with "
     "transports_anyio.to_asyncio.run(async_function, *args)."
 )
 
-#: How the messages of asyncio and trio begin, and what to say.
+#: By type of error: how the message of asyncio or trio begins, and the advice.
 ADVICE = {
     RuntimeError: ("Task got bad yield: ", BACKEND_AWAITED_BY_ASYNCIO),
     TypeError: ("trio.run received unrecognized yield message ", ASYNCIO_AWAITED_BY_BACKEND),
@@ -24,7 +28,7 @@ ADVICE = {
 
 
 def advise(exc: BaseException | None) -> None:
-    """Add to the message of such an error, in groups, too, which function to use."""
+    """Add advice to the message of such an error, also if it is in a group."""
     if isinstance(exc, BaseExceptionGroup):
         for each in exc.exceptions:
             advise(each)

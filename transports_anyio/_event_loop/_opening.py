@@ -1,4 +1,8 @@
-"""Opening an event loop, and ending it."""
+"""The beginning and the end of an event loop.
+
+Holds: `open_event_loop`, `run_asyncio`, and the order in which everything ends.
+May know: `anyio`, `asyncio`, `exceptiongroup`, `_core`, `_crossing`, `_loop`, `_mistakes`, `_sides`, `_trio`.
+"""
 
 from __future__ import annotations
 
@@ -27,24 +31,25 @@ if sys.version_info < (3, 11):
 
 T = TypeVar("T")
 
-# How often what is ready is run at the end, for callbacks that schedule callbacks.
+# The number of times that callbacks which schedule callbacks are run at the end.
 ROUNDS_AT_THE_END = 100
 
 
 def open_event_loop() -> AbstractAsyncContextManager[asyncio.AbstractEventLoop]:
     """Return a context manager that opens an asyncio event loop for its block.
 
-    On trio it is ours, and runs beside trio's tasks; `to_asyncio` hands asyncio code over to it. On asyncio and uvloop,
-    and in asyncio code, it is the running event loop, and nothing is wrapped.
+    On trio it is an event loop of this package, which runs beside trio's tasks. Use `to_asyncio` to run asyncio code
+    in it. On asyncio and uvloop, and in asyncio code on trio, it is the running event loop, and nothing ends with the
+    block.
 
-    When the block is left, all asyncio tasks are cancelled and waited for, servers and transports are closed, and
-    asynchronous generators and threads are ended, as `asyncio.run` does. A task that does not end holds this up. If the
-    block is left by an exception or a cancellation, transports are aborted; every `connection_lost` is called.
+    When the block is left on trio, all asyncio tasks are cancelled and awaited, servers and transports are closed, and
+    asynchronous generators and threads are ended, as `asyncio.run` does. The end waits for a task that does not end. If
+    the block is left by an exception or a cancellation, transports are aborted instead of closed. `connection_lost` is
+    called for each of them.
 
-    What the block raises comes out as itself. `KeyboardInterrupt` and `SystemExit` of a callback or task end the block
-    by a cancellation, and are raised when everything has ended.
-
-    Raises `RuntimeError` where neither an event loop nor trio runs.
+    Raises the exception of the block, as itself and not in a group; `KeyboardInterrupt` or `SystemExit` of a callback
+    or task, which cancels the block, when everything has ended; and `RuntimeError` where neither an event loop nor trio
+    runs.
 
     Source: https://docs.python.org/3/library/asyncio-runner.html
     """
@@ -59,11 +64,14 @@ def run_asyncio(
 ) -> T:
     """Run `async_function(*args)`, which is asyncio code, on `backend`, and return its result.
 
-    As `asyncio.run(async_function(*args))`, on any backend of AnyIO's: `backend` and `backend_options` are those of
-    `anyio.run`. Ctrl-C cancels the task of the function and raises `KeyboardInterrupt` when it has ended.
+    It is `asyncio.run(async_function(*args))` on any backend of AnyIO. Ctrl-C cancels the task of the function.
 
-    Raises whatever the function raises, `asyncio.CancelledError` when its task is cancelled, `RuntimeError` when an
-    event loop is running in this thread, and `LookupError` when the backend is not installed.
+    async_function: called in an asyncio task; it returns an awaitable.
+    backend, backend_options: as for `anyio.run`.
+
+    Raises whatever the function raises; `asyncio.CancelledError` if its task is cancelled; `KeyboardInterrupt` after
+    Ctrl-C, when the task has ended; `RuntimeError` if an event loop is running in this thread; and `LookupError` if the
+    backend is not installed.
 
     Source: https://docs.python.org/3/library/asyncio-runner.html#asyncio.run
     """
@@ -77,7 +85,7 @@ def run_asyncio(
     except TaskCancelled:
         raise asyncio.CancelledError from None
     finally:
-        asyncio.set_event_loop(None)  # As `asyncio.run`: the one that asyncio code has set is closed.
+        asyncio.set_event_loop(None)  # As `asyncio.run`: if asyncio code has set one, it is closed by now.
 
 
 class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | None"]):
@@ -89,7 +97,7 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
         running = running_loop()
         if running is not None:
             return running
-        await anyio.lowlevel.checkpoint_if_cancelled()  # Raises where nothing runs.
+        await anyio.lowlevel.checkpoint_if_cancelled()  # Raises `RuntimeError` where nothing runs.
         # Here, because they import trio.
         from .. import _trio
         from ._loop import EventLoop
@@ -125,7 +133,7 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
                 if exc is None and cancellation is not None:
                     cancellation()
             except BaseException as error:
-                # The block's own comes before a cancellation, which comes again.
+                # The exception of the block is more important than a cancellation, which will be raised again.
                 if exc is None or not isinstance(error, anyio.get_cancelled_exc_class()):
                     outcome = only_one(error)
             try:
@@ -140,18 +148,18 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
                 return suppressed
             raise outcome
         finally:
-            outcome = None  # Its traceback has this frame: no cycle.
+            outcome = None  # Break a cycle: its traceback has this frame.
 
 
 def only_one(exc: BaseException) -> BaseException:
-    """Return the exception that is alone in groups of groups."""
+    """Return the only exception of a group, or of groups in it; otherwise `exc`."""
     while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
         exc = exc.exceptions[0]
     return exc
 
 
 async def end(loop: EventLoop, flushing: AbstractContextManager[object], aborting: bool) -> None:
-    """End everything in order; `flushing` is a scope that may be cancelled while transports are flushed."""
+    """End everything in order. A cancellation of the scope `flushing` ends the wait for write buffers."""
     core = loop._core
     await outcome_in_backend(loop, cancel_tasks, (loop,))
     if not aborting:
@@ -160,7 +168,7 @@ async def end(loop: EventLoop, flushing: AbstractContextManager[object], abortin
             await core.until_empty()
     await abort_transports(loop)
     await outcome_in_backend(loop, wind_up, (loop,))
-    await abort_transports(loop)  # What that has opened.
+    await abort_transports(loop)  # Those that were opened by the callbacks and tasks that ended last.
     for _ in range(ROUNDS_AT_THE_END):
         if not core.ready:
             break
@@ -175,12 +183,12 @@ def unset_event_loop(loop: EventLoop) -> None:
     _set_running_loop(None)
     try:
         with warnings.catch_warnings():
-            # Where no event loop is set, Python makes one, after a warning since 3.12: that must not come so far.
+            # `get_event_loop` makes one if none is set. Since Python 3.12 it warns first, which is an error here.
             warnings.simplefilter("error")
             if sys.version_info < (3, 12) or asyncio.get_event_loop() is loop:
                 asyncio.set_event_loop(None)
     except (DeprecationWarning, RuntimeError):
-        pass  # None is set.
+        pass  # No event loop was set.
     finally:
         _set_running_loop(running)
 
@@ -193,7 +201,7 @@ async def abort_transports(loop: EventLoop) -> None:
 
 
 async def wind_up(loop: EventLoop) -> None:
-    """End what is left, in asyncio's order."""
+    """End tasks, asynchronous generators and threads, in asyncio's order."""
     await cancel_tasks(loop)
     await loop.shutdown_asyncgens()
     await loop.shutdown_default_executor()
@@ -201,7 +209,7 @@ async def wind_up(loop: EventLoop) -> None:
 
 
 async def cancel_tasks(loop: EventLoop) -> None:
-    """Cancel all other tasks, and wait for their end."""
+    """Cancel all other tasks, wait until they have ended, and report those that failed."""
     tasks = asyncio.all_tasks(loop) - {asyncio.current_task(loop)}
     if not tasks:
         return
