@@ -47,6 +47,11 @@ class Core(Scheduler):
     task_group: TaskGroup
     scheduler_scope: CancelScope
 
+    # Defaults of the class: an instance with 30 or more attributes makes all of them slower to look up in CPython.
+    bytes_received: int = 0  # By transports that have ended.
+    bytes_sent: int = 0
+    _ending = False  # The scheduler stops after the last task of the user.
+
     def __init__(self, group: Group) -> None:
         super().__init__(group)
         self.transports: set[Resource] = set()
@@ -54,10 +59,8 @@ class Core(Scheduler):
         self.servers: set[AbstractServer] = set()
         self.open: bool = False  # Connections can be made: the block has been entered and not been left.
         self.tasks_running: int = 0
-        self.bytes_received: int = 0  # By transports that have ended.
-        self.bytes_sent: int = 0
+
         self.changed: Waiters = Waiters()  # Notified when a transport, handshake or task ends.
-        self._ending = False  # The scheduler stops after the last task of the user.
 
     # Life cycle
 
