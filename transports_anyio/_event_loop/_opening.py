@@ -66,8 +66,8 @@ def run_asyncio(
 
     It is `asyncio.run(async_function(*args))` on any backend of AnyIO. Ctrl-C cancels the task of the function.
 
-    async_function: called in an asyncio task; it returns an awaitable.
-    backend, backend_options: as for `anyio.run`.
+    `async_function` is called in an asyncio task, and returns an awaitable. `backend` and `backend_options` are those
+    of `anyio.run`.
 
     Raises whatever the function raises; `asyncio.CancelledError` if its task is cancelled; `KeyboardInterrupt` after
     Ctrl-C, when the task has ended; `RuntimeError` if an event loop is running in this thread; and `LookupError` if the
