@@ -1,4 +1,4 @@
-"""From backend code to asyncio code and back: each row of what a crossing does, on every backend."""
+"""Crossings between backend code and asyncio code: results, errors, cancellation, context variables."""
 
 from __future__ import annotations
 
@@ -750,7 +750,7 @@ async def test_a_failed_crossing_leaves_no_cycle(anyio_backend):
 
 
 async def test_other_tasks_run_beside_crossings_that_wait_for_nothing(anyio_backend):
-    """However quickly they come back, and also those of context managers."""
+    """Also if each of them returns at once, and for context managers."""
     rounds = 0
 
     async def nothing():

@@ -112,8 +112,8 @@ def test_a_second_ctrl_c_while_the_event_loop_ends_breaks_nothing():
     assert events == ["cleaned up"]
 
 
-def test_ctrl_c_between_two_turns():
-    """At every line of what waits and takes turns, which is no part of a turn."""
+def test_ctrl_c_between_two_iterations():
+    """At each line of the driver and of the core, outside of callbacks."""
     trio = pytest.importorskip("trio")
     import asyncio
 

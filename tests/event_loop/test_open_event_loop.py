@@ -1,4 +1,4 @@
-"""How an event loop is opened, and how it ends: each row of what must happen then, on every backend."""
+"""The beginning and the end of an event loop, and the errors that end it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def only_trio(anyio_backend) -> None:
 
 @asynccontextmanager
 async def reported(loop):
-    """What the exception handler is given; the test runner has one of its own on asyncio."""
+    """Collect the reports to the exception handler. On asyncio the test runner has a handler, which is restored."""
     reports = []
     before = loop.get_exception_handler()
     loop.set_exception_handler(lambda _, context: reports.append(context))
@@ -162,7 +162,7 @@ async def test_a_group_in_asyncio_code(anyio_backend):
 
 
 async def test_a_group_beside_it(anyio_backend):
-    """Backend code's group, whose transports asyncio code may write to."""
+    """The group belongs to backend code. Asyncio code may use its transports."""
     async with TransportGroup() as group, open_event_loop():
         server = await group.create_server(
             lambda: Recorder(on_data_received=lambda self, data: self.transport.write(data)), "127.0.0.1", 0
@@ -431,7 +431,7 @@ async def test_the_order_at_the_end(anyio_backend):
     loop.close()
 
 
-async def test_a_callback_that_schedules_itself_for_ever_does_not_hold_the_end_up(anyio_backend):
+async def test_a_callback_that_always_schedules_itself_does_not_hold_the_end_up(anyio_backend):
     only_trio(anyio_backend)
     async with open_event_loop() as loop:
 
@@ -666,7 +666,7 @@ def test_run_asyncio_with_a_mock_clock():
 
 
 def test_in_guest_mode_the_event_loop_of_the_host_is_not_ours():
-    """trio's tasks run in callbacks of the host's event loop, and an event loop of ours runs beside it."""
+    """The tasks of trio run in callbacks of the host's event loop. Ours is another one."""
     trio = pytest.importorskip("trio")
 
     async def in_trio():
@@ -736,7 +736,7 @@ async def test_a_poller_that_fails_ends_the_block_in_order(anyio_backend):
 
 
 async def test_a_selector_that_is_lost_ends_the_block_in_order(anyio_backend):
-    """No wait and no batch of the old one succeeds any more."""
+    """The user has closed its file descriptor: every call of it fails."""
     only_trio(anyio_backend)
     events = []
 
@@ -763,7 +763,7 @@ async def test_a_selector_that_is_lost_ends_the_block_in_order(anyio_backend):
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="older Pythons make a new one")
 def test_an_event_loop_that_asyncio_code_has_set_is_set_no_longer():
-    """Another one that was set stays."""
+    """If another one was set, it stays."""
     trio = pytest.importorskip("trio")
 
     async def main(set_it):

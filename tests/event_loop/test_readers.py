@@ -279,7 +279,7 @@ def test_a_file_descriptor_of_a_transport(run):
 
 
 def test_a_listening_socket_of_a_server(run):
-    """To watch it would take its connections away from the server: asyncio lets that happen."""
+    """The server would accept no connections any more. asyncio lets that happen."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""asyncio's own code over our transports: streams, their TLS, servers, files, pipes."""
+"""asyncio's streams, servers, TLS, files and pipes over the transports of this package."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def closed(writer: asyncio.StreamWriter) -> None:
 
 @asynccontextmanager
 async def serving(handle: Any, **options: Any) -> AsyncIterator[Any]:
-    """Serve by TCP; the address."""
+    """Serve over TCP, and yield the address."""
     server = await asyncio.start_server(handle, HOST, 0, **options)
     try:
         yield server.sockets[0].getsockname()
@@ -217,7 +217,7 @@ def test_a_socket_that_was_accepted_elsewhere(run):
 
 
 def test_a_protocol_factory_that_is_a_coroutine_function(run):
-    """Our error says what asyncio code calls instead; uvloop and asyncio fail when they use the protocol."""
+    """The error says what asyncio code calls instead. asyncio fails later, when it uses the protocol."""
 
     async def factory():
         return asyncio.Protocol()
@@ -480,7 +480,7 @@ def test_datagram_endpoints(run):
 
 
 def test_a_server_and_its_connections_at_the_end_of_the_event_loop(run):
-    """What is left open is closed, as far as the event loop does so."""
+    """The event loop closes what is left open."""
     if not run.name == "trio":
         pytest.skip("asyncio leaves it open, and warns")
     lost = []

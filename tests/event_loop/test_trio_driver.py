@@ -1,4 +1,4 @@
-"""The driver for trio: one task waits for file descriptors, another one is woken and keeps the time."""
+"""The driver for trio: one task waits for file descriptors, another one for wake-ups and deadlines."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_wake_ups_timers_and_readiness_at_the_same_time():
 
 
 def test_a_host_wakes_it_in_guest_mode():
-    """Its callbacks run in the thread of trio, but not in a task of trio's."""
+    """Its callbacks run in the same thread, but not in a task of trio."""
 
     async def guest(loops, ended):
         async with TransportGroup() as group, open_event_loop() as loop:
