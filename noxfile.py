@@ -195,6 +195,9 @@ def ecosystem(session: nox.Session) -> None:
     # Each in a process of its own: what a library leaves behind in one must not disturb another.
     for chosen in [()] if given else [("--backend", backend) for backend in BACKENDS]:
         session.run("pytest", "ecosystem", *chosen, *session.posargs)
+    # The blocks of the documentation that need such libraries.
+    session.install(*group("test"))
+    session.run("pytest", "tests/test_docs_code.py", "-k", "test_page and (README or asyncio_on_trio)")
 
 
 @nox.session(python=ECOSYSTEM_PYTHON)
@@ -273,12 +276,13 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check types, ours and those of users' code, with mypy and pyright."""
+    """Check types, ours, those of users' code and those of the tests, with mypy and pyright."""
     session.install("--editable", ".", *group("test", "types"))
     sources = [name for name in ("transports_anyio", "examples", "tests/typing") if any(ROOT.glob(f"{name}/*.py"))]
     session.run("mypy", *sources)
     for platform in ("darwin", "win32"):
         session.run("mypy", "--platform", platform, "transports_anyio")
+    session.run("mypy", "--config-file", "tests/mypy.ini", "tests")
     session.run("pyright", *sources)
 
 

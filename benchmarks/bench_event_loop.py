@@ -41,7 +41,7 @@ LINE = b"x" * 127 + b"\n"
 
 @dataclass(frozen=True)
 class Row:
-    """A program to measure, and the targets."""
+    """A measurement and its targets."""
 
     name: str
     kind: str

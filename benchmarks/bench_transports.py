@@ -53,7 +53,7 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of a server: the kind of it, and the load generator's arguments."""
+    """A workload of a server: its kind, and the load generator's arguments."""
 
     name: str
     server: str
@@ -152,7 +152,7 @@ def peak_memory(pid: int) -> int:
 
 
 class Load(NamedTuple):
-    """What a run of the load generator cost the server."""
+    """The cost of a run of the load generator for the server."""
 
     cost: float
     """Microseconds of processor time for each request."""
@@ -304,7 +304,7 @@ class Bench:
 
 @contextmanager
 def reported(what: str) -> Iterator[None]:
-    """Go on without a measurement that fails, and say so."""
+    """Skip a measurement that fails, and print the error."""
     print(what.ljust(100), end="\r", file=sys.stderr)
     try:
         yield
@@ -313,7 +313,7 @@ def reported(what: str) -> Iterator[None]:
 
 
 def wait_until_quiet(pid: int) -> None:
-    """Until a process does nothing any more: it has seen the connections of the run before come and go."""
+    """Wait until a process is idle: it has handled all connections of the previous run."""
     import time
 
     before = -1.0

@@ -81,7 +81,7 @@ async def serve_websockets() -> None:
     from websockets.exceptions import ConnectionClosedError
 
     async def echo(connection: Any) -> None:
-        with contextlib.suppress(ConnectionClosedError):  # The load ends without a closing handshake.
+        with contextlib.suppress(ConnectionClosedError):  # The load generator does not close connections in order.
             async for message in connection:
                 await connection.send(message)
 

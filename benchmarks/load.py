@@ -122,7 +122,7 @@ class Load:
 
 
 def serve(seconds: float) -> None:
-    """Accept and end what comes, until nothing has come for so long."""
+    """Accept and close connections, until none has come for that long."""
     answers = 0
     with socket.socket() as listener:
         listener.bind((HOST, 0))

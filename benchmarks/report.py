@@ -236,7 +236,7 @@ def targets(rows: dict[str, Row]) -> list[str]:
             elif value <= limit:
                 yield f"{value:.2f} of {limit:.2f}"
             else:
-                digits = 2 if f"{value:.2f}" != f"{limit:.2f}" else 3  # A miss is not rounded away.
+                digits = 2 if f"{value:.2f}" != f"{limit:.2f}" else 3  # Rounding must not hide a miss.
                 bare = row["figures"].get("epoll")
                 least = f" (bare loop {bare.median / row['figures'][other].median:.2f})" if bare else ""
                 yield f"**{value:.{digits}f} of {limit:.2f}**{least}"

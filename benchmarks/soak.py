@@ -1,11 +1,11 @@
-"""Let connections come and go for some minutes, half of them rude, and see whether the memory stays as it is.
+"""Let connections come and go for some minutes, half of them ill-behaved, and check that memory stays flat.
 
     nox -s soak                                   every backend, two minutes each
     nox -s soak -- --backend trio --seconds 600
 
 One group serves TCP, TLS and UNIX sockets, and makes connections of its own; the clients are a process of their own,
-with bare blocking sockets. After each round everything is over and done with, garbage is collected, and what is left is
-written down. The first third warms up allocators and caches. The figure is the memory after each round; the program
+with bare blocking sockets. After each round every connection has ended, garbage is collected, and memory is
+recorded. The first third warms up allocators and caches. The figure is the memory after each round; the program
 fails when the last third is not as the middle one.
 """
 
@@ -41,10 +41,10 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "trio": {"backend": "trio"},
 }
 
-#: What a client asks of the server with its first byte.
+#: The request of a client, in its first byte.
 ECHO, FLOOD = b"E", b"F"
 FLOOD_SIZE = 1 << 20
-#: How long the server bears with a client, in seconds: the rude ones would stay for ever.
+#: The server's time-out for a client, in seconds: ill-behaved clients would never leave.
 PATIENCE = 0.2
 CLIENTS_AT_ONCE = 12
 
@@ -61,7 +61,7 @@ RESIDENT_ALLOWED = 4  # MiB.
 
 
 class Service(Protocol):
-    """Echo, or a flood of data, for as long as patience lasts."""
+    """Echo, or send a flood of data, until the time-out."""
 
     made = lost = 0
 
@@ -137,7 +137,7 @@ async def serve(directory: str, seconds: float, round_seconds: float) -> list[Sa
                 while time.monotonic() < until:
                     await use(group, ports, directory, client_context)
                 await clients.stdout.receive()
-                # Until the last of the rude has tried our patience.
+                # Until the last ill-behaved client has timed out.
                 await group.wait_closed()
                 gc.collect()
                 samples.append((time.monotonic() - began, Service.made, len(gc.get_objects()), resident()))
@@ -162,7 +162,7 @@ async def use(group: TransportGroup, ports: list[str], directory: str, context: 
         try:
             _, protocol = await connect()
         except OSError:
-            continue  # The server's patience is at its end: the machine is busy.
+            continue  # The server has timed out: the machine is busy.
         await protocol.over.wait()
     with anyio.move_on_after(random.random() * 0.002), contextlib.suppress(OSError):
         transport, _ = await group.create_connection(
@@ -180,7 +180,7 @@ def resident() -> int:
 
 
 class Clients:
-    """Every way to use a server, well or badly."""
+    """Every way to use a server, well-behaved or not."""
 
     def __init__(self, directory: str, tcp: int, tls: int) -> None:
         self.addresses: list[Any] = [(HOST, tcp), f"{directory}/socket"]
@@ -212,7 +212,7 @@ class Clients:
         while len(back) < len(data):
             more = sock.recv(65536)
             if not more:
-                raise ConnectionResetError  # The server's patience is at its end: the machine is busy.
+                raise ConnectionResetError  # The server has timed out: the machine is busy.
             back += more
         assert back == data
 
@@ -249,7 +249,7 @@ class Clients:
 
     def silent(self) -> None:
         with self.connect() as sock:
-            sock.recv(1)  # Until the server's patience is at its end.
+            sock.recv(1)  # Until the server times out.
 
     def never_reads(self) -> None:
         with self.connect() as sock:
@@ -285,7 +285,7 @@ class Clients:
                 self.done[client.__name__] += 1
 
     def run(self) -> None:
-        """Work for so many seconds for each line of standard input; a line of standard output says that it is done."""
+        """For each line of standard input, work for that many seconds, then print a line."""
         for line in sys.stdin:
             until = time.monotonic() + float(line)
             threads = [threading.Thread(target=self.work, args=(until,)) for _ in range(CLIENTS_AT_ONCE)]

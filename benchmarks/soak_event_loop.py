@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120, help="how long")
     parser.add_argument("--round", type=float, default=3, help="seconds between two looks at what is left")
     arguments = parser.parse_args()
-    # They say of every client that has gone that it could not be written to.
+    # They log every client that has gone.
     for logger in ("aiohttp.server", "asyncio", "transports_anyio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     samples, done = anyio.run(run, arguments.seconds, arguments.round, **BACKENDS[arguments.backend])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,5 +49,25 @@ def list_examples(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] += f"\n## {path.name}\n\n{summary}\n\n{program}\n"
 
 
+#: How an item of a plain list of parameters begins: `name, name: what it is`. Further lines of it are indented.
+ITEM = re.compile(r"((?:[a-z_]\w*|\.\.\.)(?:, (?:[a-z_]\w*|\.\.\.))*): ")
+
+
+def format_parameters(
+    _app: Sphinx, _what: str, _name: str, _object: object, _options: object, lines: list[str]
+) -> None:
+    """Turn plain lists of parameters into lists of Sphinx's, in place."""
+    inside = False
+    for number, line in enumerate(lines):
+        if (item := ITEM.match(line)) and (inside or not number or not lines[number - 1]):
+            inside = True
+            lines[number] = f"- `{item[1]}`: {line[item.end() :]}"
+        elif inside and line.startswith("    "):
+            lines[number] = f"  {line.lstrip()}"
+        else:
+            inside = False
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", list_examples)
+    app.connect("autodoc-process-docstring", format_parameters)

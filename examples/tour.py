@@ -1,7 +1,8 @@
 """The tour: the callbacks of one echo server and its client on every backend, side by side.
 
-The first column is asyncio with its own transports; the others are transports_anyio. The exit status is 0 if all
-columns are equal, otherwise 1.
+The first column has the callbacks on asyncio's own transports. The others say for transports_anyio on each backend
+whether the callback and its argument are the same, and show them if they are not. The exit status is 0 if all are
+equal, otherwise 1.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from _backend import BACKENDS
 from tcp_echo_server import Echo
 
 from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup
+from transports_anyio.testing import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,47 +59,23 @@ def describe(data: bytearray) -> str:
     return f"{size} #{hashlib.sha256(data).hexdigest()[:5]}"
 
 
-class Recorder(Protocol):
-    """Record each callback, then call the same method of the protocol that this class is mixed into."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.finished = anyio.Event()
-
-    def connection_made(self, transport: BaseTransport) -> None:
-        # The port differs each time, so only the address is compared.
-        peer = transport.get_extra_info("peername")
-        what = f"{peer[0]}:*" if isinstance(transport, Transport) else repr(transport)
-        self.calls.append(Call("connection_made", what))
-        super().connection_made(transport)
-
-    def data_received(self, data: bytes) -> None:
-        last = self.calls[-1]
-        if last.name != "data_received" or len(last.data) in (len(GREETING), len(PAYLOAD)):
-            last = Call("data_received")
-            self.calls.append(last)
-        last.data += data
-        super().data_received(data)
-
-    def eof_received(self) -> bool | None:
-        self.calls.append(Call("eof_received"))
-        return super().eof_received()
-
-    def pause_writing(self) -> None:
-        self.calls.append(Call("pause_writing"))
-        super().pause_writing()
-
-    def resume_writing(self) -> None:
-        self.calls.append(Call("resume_writing"))
-        super().resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.calls.append(Call("connection_lost", repr(exc)))
-        super().connection_lost(exc)
-        self.finished.set()
+def story(recorder: Recorder) -> list[Call]:
+    """The callbacks that a recorder has recorded, in a form that can be compared."""
+    calls: list[Call] = []
+    for name, *arguments in recorder.calls:
+        if name == "connection_made":
+            # The port differs each time, so only the address is compared.
+            calls.append(Call(name, f"{arguments[0].get_extra_info('peername')[0]}:*"))
+        elif name == "data_received":
+            if calls[-1].name != name or len(calls[-1].data) in (len(GREETING), len(PAYLOAD)):
+                calls.append(Call(name))
+            calls[-1].data += arguments[0]
+        else:
+            calls.append(Call(name, ", ".join(map(repr, arguments))))
+    return calls
 
 
-class Host(Recorder, Echo):
+class Host(Echo):
     """The echo server of tcp_echo_server.py; here it may buffer all that the visitor sends."""
 
     def connection_made(self, transport: BaseTransport) -> None:
@@ -130,10 +108,6 @@ class Guest(Protocol):
         self.transport.resume_reading()
 
 
-class Visitor(Recorder, Guest):
-    pass
-
-
 # -- the visits ------------------------------------------------------------------------------------------
 
 
@@ -149,22 +123,23 @@ class Stack(Interface):
 
 async def visit(stack: Stack) -> dict[str, list[Call]]:
     """Serve one visitor, and return what both ends saw."""
-    hosts: list[Host] = []
+    hosts: list[Recorder] = []
 
-    def make_host() -> Host:
-        hosts.append(Host())
+    def make_host() -> Recorder:
+        hosts.append(Recorder(Host()))
         return hosts[-1]
 
     with anyio.fail_after(PATIENCE):
         server = await stack.create_server(make_host, HOST, 0)
         _, port = server.sockets[0].getsockname()
-        _, visitor = await stack.create_connection(Visitor, HOST, port)
-        await visitor.finished.wait()
+        visitor = Recorder(Guest())
+        await stack.create_connection(lambda: visitor, HOST, port)
+        await visitor.wait_for("connection_lost", timeout=PATIENCE)
         (host,) = hosts
-        await host.finished.wait()
+        await host.wait_for("connection_lost", timeout=PATIENCE)
         server.close()
         await server.wait_closed()
-    return {"server": host.calls, "client": visitor.calls}
+    return {"server": story(host), "client": story(visitor)}
 
 
 async def visit_asyncio() -> dict[str, list[Call]]:
@@ -199,23 +174,32 @@ def paint(text: str, style: int) -> str:
     return text
 
 
-def line(cells: Sequence[str], style: int) -> str:
-    """Cells of 28 columns, so that four of them fit into 120."""
-    return paint("  ".join(f"{cell:28}" for cell in cells).rstrip(), style)
+#: The width of the first column. With the others the table has less than 80 columns.
+WIDTH = 28
+
+
+def line(cells: Sequence[str], widths: Sequence[int], style: int) -> str:
+    return paint("  ".join(map(str.ljust, cells, widths)).rstrip(), style)
 
 
 def main() -> int:
     seen = tour()
-    print(line(list(seen), BOLD))
+    others = list(seen)[1:]
+    widths = [WIDTH, *map(len, others)]
+    print(line(list(seen), widths, BOLD))
     total = different = 0
     for end in ("server", "client"):
-        print(line([f"-- {end} ".ljust(28, "-")] * len(seen), DIM))
+        print(line([f"-- {end} ".ljust(WIDTH, "-"), *("-" * len(name) for name in others)], widths, DIM))
         for calls in zip_longest(*(ends[end] for ends in seen.values()), fillvalue="(nothing)"):
-            cells = [str(call) for call in calls]
-            equal = len(set(cells)) == 1
+            expected, *ours = map(str, calls)
+            equal = set(ours) <= {expected}
+            cells = ["the same" if call == expected else "different" for call in ours]
+            print(line([expected, *cells], widths, GREEN if equal else RED))
+            for name, call in zip(others, ours, strict=True):
+                if call != expected:
+                    print(paint(f"    {name}: {call}", RED))
             total += 1
             different += not equal
-            print(line(cells, GREEN if equal else RED))
     print()
     count = {1: "one", 2: "two", 3: "three", 4: "four"}[len(seen)]
     if different:

@@ -49,4 +49,4 @@ async def main(how: str, fd: str = "0") -> None:
 
 if __name__ == "__main__":
     backend, *arguments = sys.argv[1:]
-    anyio.run(main, *arguments, **BACKENDS[backend])
+    anyio.run(main, *arguments, **BACKENDS[backend])  # type: ignore[arg-type]

@@ -3,6 +3,17 @@
 A *stack* is something that has the event loop's endpoint functions: asyncio itself (the oracle) or a
 `TransportGroup` on one of the backends. A test that takes the `stack` fixture runs on all of them, so that
 asyncio's own transports say what is right.
+
+Where to find what:
+
+- tests of one subject are in `test_<subject>.py`; the large subjects have folders: `tls/`, `group/`, `processes/`
+  and `event_loop/`;
+- `support.py`: stacks, recorders, raw socket peers, peers in other processes; `network.py`: addresses that behave in a
+  certain way; `tls_support.py`: contexts and TLS peers; `*_helpers.py`: helpers for the tests of one folder;
+- `differential.py` runs the scripts of `scenarios.py` on asyncio and on ours; `faults.py` makes system calls fail;
+- `peers.py`, `tls_peers.py`, `load_client.py`, `interrupted.py`, `adopting.py` and `docs_program.py` are programs that
+  tests start;
+- `typing/`: users' code for the type checkers.
 """
 
 from __future__ import annotations
@@ -11,22 +22,26 @@ import functools
 import gc
 import inspect
 import itertools
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import anyio
 import pytest
 import support
 import trustme
-from support import BACKENDS, ORACLE, Stack, open_descriptors
+from support import BACKENDS, ORACLE, Peer, Stack, open_connection, open_descriptors
+from tls_support import Certificates
 
 if sys.platform == "win32":
-    # Of pipes, children, UNIX sockets and terminals, which are not to be had there.
+    # About pipes, children, UNIX sockets and terminals, which Windows does not have.
     collect_ignore = [
-        "test_adopted_sockets.py", "test_pipes.py", "test_subprocess.py", "test_tls_peers.py", "test_unix.py",
+        "test_adopted_sockets.py", "test_pipes.py", "processes", "test_tls_peers.py", "test_unix.py",
     ]  # fmt: skip
 
 
@@ -41,7 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # Started in the background by a shell. The programs that tests end by Ctrl-C would inherit this.
+        # A shell started us in the background. The programs that tests end by Ctrl-C would inherit this.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
         "markers",
@@ -54,12 +69,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrise by backend, and put the oracle in front for the tests that use a stack."""
+    """Parametrise by backend. Tests that use a stack also run on the oracle, first."""
     backends = metafunc.config.getoption("--backend") or list(BACKENDS)
     if "stack" in metafunc.fixturenames:
         names = [name for name in BACKENDS if name in backends]
         mark = metafunc.definition.get_closest_marker("ours_only")
-        # Where Python versions differ, the newest behaviour is right: older ones are no oracle.
+        # Where Python versions differ, the newest behaviour is right, so older versions are no oracle.
         oracle_since = (3, 13) if mark is None else mark.kwargs.get("before")
         if "asyncio" in backends and oracle_since is not None and sys.version_info >= oracle_since:
             names.insert(0, ORACLE)
@@ -76,7 +91,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
-    """Fail a test that has passed and leaves a task. AnyIO's plugin runs it after this."""
+    """Fail a test that has passed but left a task running. AnyIO's plugin runs the wrapper."""
     test = pyfuncitem.obj
     if not inspect.iscoroutinefunction(test) or "anyio_backend" not in pyfuncitem.fixturenames:
         return
@@ -113,13 +128,13 @@ def _warm_up() -> Iterator[None]:
     gc.unfreeze()
 
 
-#: After so many tests, what has come to stay is frozen once more: pytest keeps something of each.
+#: After this number of tests the surviving objects are frozen again, because pytest keeps some of each test.
 TESTS_FOR_A_FREEZE = 100
 tests_begun = itertools.count()
 
 
 def _collect_garbage() -> None:
-    """Leave no garbage. What is there to stay need not be looked through around every test."""
+    """Collect garbage. Long-lived objects are frozen, so that the collector does not visit them around every test."""
     if next(tests_begun) % TESTS_FOR_A_FREEZE:
         gc.collect()
         return
@@ -138,8 +153,28 @@ def certificate_authority() -> trustme.CA:
     return trustme.CA()
 
 
+@pytest.fixture(scope="session")
+def certificates(certificate_authority: trustme.CA) -> Certificates:
+    return Certificates(certificate_authority)
+
+
+@pytest.fixture
+def connect_peer() -> Iterator[Callable[..., Awaitable[tuple[Any, Any, Peer]]]]:
+    """`connected` of support.py without a block: the peers are closed when the test has ended.
+
+    `transport, protocol, peer = await connect_peer(group, protocol, small=True)`
+    """
+    with ExitStack() as peers:
+
+        async def connect(group: Any, protocol: Any = None, *, small: bool = False) -> tuple[Any, Any, Peer]:
+            transport, protocol, peer = await open_connection(group, protocol, small=small)
+            return transport, protocol, peers.enter_context(peer)
+
+        yield connect
+
+
 def _left_over_threads(before: set[threading.Thread]) -> list[threading.Thread]:
-    # trio keeps idle worker threads for some seconds, for everyone in the process.
+    # trio keeps idle worker threads for some seconds, shared by the whole process.
     return [
         thread
         for thread in threading.enumerate()
@@ -147,9 +182,21 @@ def _left_over_threads(before: set[threading.Thread]) -> list[threading.Thread]:
     ]
 
 
+def _check_no_child_is_left() -> None:
+    """Fail if this process has a child, running or a zombie."""
+    if sys.platform == "win32":
+        return
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return
+    raise AssertionError(f"zombie left: {pid} with status {status}" if pid else "child process left running")
+
+
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
-    """Fail a test that leaves a descriptor or a thread, or whose callbacks came in an illegal order."""
+    """Fail a test that leaves a file descriptor, a thread, a child or a zombie, or whose callbacks came in an
+    illegal order."""
     support.RECORDERS.clear()
     _collect_garbage()
     threads_before = set(threading.enumerate())
@@ -164,6 +211,7 @@ def no_leaks() -> Iterator[None]:
     assert _left_over_threads(threads_before) == []
     after = open_descriptors()
     leaked = {fd: what for fd, what in after.items() if descriptors_before.get(fd) != what}
-    assert leaked == {}, "descriptors left open"
+    assert leaked == {}, "file descriptors left open"
+    _check_no_child_is_left()
     for recorder in recorders:
-        recorder.check_finished()
+        recorder.check()

@@ -1,22 +1,22 @@
-"""One script for both ends of a connection, run on asyncio's own transports and on ours: what each end is told.
+"""Run one script for both ends of a connection on asyncio's own transports and on ours, and record the callbacks.
 
 A *step* is `(end, operation, *arguments)`: the end is `"a"` or `"b"`, the operation one of `Script`'s methods or of the
-transport's. A *reaction* is steps that an end takes inside its n-th callback of a name. A *carrier* makes the
+transport's. A *reaction* is a list of steps that an end takes inside its n-th callback of a name. A *carrier* makes the
 connection; a new kind of connection is one new maker in `CARRIERS`.
 
-After every step the world settles: everything that the step has to lead to has happened (`World.owes` says what is
-still to come), so that nothing depends on the order in which a backend serves the two ends.
+After every step the world settles: it waits until everything that the step causes has happened (`World.owes` says
+what is still missing), so that nothing depends on the order in which a backend serves the two ends.
 
-The normalisation. A recording is, for each step, what the operation returned or raised, and for each end what it was
-told and what its transport says of itself. Two recordings are equal up to these points, and no others:
+The normalisation. For each step, a recording has the result of the operation, and for each end its callbacks and
+the state of its transport. Two recordings are equal up to these points, and no others:
 
-- *Chunks.* Bytes received in one step count together: where the stream is cut is the system's business. That they
+- *Chunks.* Bytes received in one step count together: the system decides where the stream is cut. That they
   are the right bytes in order is checked as they come. `get_buffer` and `buffer_updated` are one event with them.
 - *Flow control beside reading.* `pause_writing` and `resume_writing` are a list of their own in each step: whether the
   system reports "writable" or "readable" first is a race.
-- *Sizes of buffers.* Whether something waits is compared, not how much: how much the system took is its business.
+- *Sizes of buffers.* Whether something waits is compared, not how much: the system decides how much it takes.
 - *The state of a transport after `connection_lost`.* It is closing. asyncio's transports forget the rest by then.
-- *What an abort cuts off.* How much of a buffer the system had taken by then is its business.
+- *What an abort cuts off.* The system decides how much of a buffer it had taken by then.
 - *The words of errors.* An exception counts by its class, a report by the class of its exception and the names of its
   keys. (With TLS also not by whose transport it names: asyncio has two on top of each other there.)
 """
@@ -45,27 +45,27 @@ from transports_anyio.testing import BufferedRecorder, Recorder, memory_connecti
 
 Step = tuple[Any, ...]
 
-#: More than the system's buffers of any carrier hold, and the transport's watermarks on top of them.
+#: More than the system's buffers of any carrier and the transport's high watermark together.
 HUGE = 1 << 20
 
 NAME = "differential.example"
 
 
-class Boom(Exception):  # noqa: N818  # it is none
+class Boom(Exception):  # noqa: N818  # not an error
     """What a script raises in a callback."""
 
 
 def pattern(start: int, size: int) -> bytes:
-    """A part of an endless stream that does not repeat within any block of a power of two."""
+    """Return a part of an endless stream that does not repeat within any block of a power of two."""
     first = start % 251
     return (bytes(range(251)) * (size // 251 + 2))[first : first + size]
 
 
-# -- what an end is told --------------------------------------------------------------------------------------
+# -- the callbacks of an end-----------------------------------------------------------------------------------
 
 
 class Script:
-    """What one end does and is told. Its protocols share it."""
+    """The operations and callbacks of one end, shared by its protocols."""
 
     def __init__(self, name: str, reactions: dict[tuple[str, int], Sequence[Step]], world: World) -> None:
         self.name = name
@@ -74,7 +74,7 @@ class Script:
         self.counts: dict[str, int] = {}
         self.transport: Any = None
         self.recorders: list[Any] = []
-        self.told: list[Any] = []
+        self.received_calls: list[Any] = []
         self.flow: list[Any] = []
         self.accepted = 0
         self.received = 0
@@ -89,7 +89,7 @@ class Script:
         return self.world.b if self is self.world.a else self.world.a
 
     def protocol(self, kind: str = "plain", transport: Any = None) -> Any:
-        """A new protocol of this end, inside a recorder that checks the order of its callbacks."""
+        """Return a new protocol of this end, inside a recorder that checks the order of its callbacks."""
         number = len(self.recorders)
         recorder = (
             Recorder(Plain(self, number), transport=transport)
@@ -102,7 +102,7 @@ class Script:
     # What happens to it.
 
     def tell(self, number: int, name: str, *what: Any) -> Any:
-        into = self.flow if name in ("pause_writing", "resume_writing") else self.told
+        into = self.flow if name in ("pause_writing", "resume_writing") else self.received_calls
         last = into[-1] if into else None
         if name == "received" and last is not None and last[:2] == (number, name):
             into[-1] = (number, name, last[2] + what[0])
@@ -123,7 +123,7 @@ class Script:
     def took(self, data: Any) -> None:
         if bytes(data) != pattern(self.received, len(data)):
             message = f"{self.name} got other bytes than were sent, after {self.received}"
-            # What is raised here only ends the connection, and would be equal on both sides.
+            # An exception here would only end the connection, equally on both sides.
             self.world.corrupted.append(message)
             raise AssertionError(message)
         self.received += len(data)
@@ -131,7 +131,7 @@ class Script:
     # What it does.
 
     def perform(self, operation: str, *arguments: Any) -> Any:
-        """Carry out one operation and return how it ended, comparably."""
+        """Carry out one operation and return its result in a comparable form."""
         try:
             method = getattr(self, f"do_{operation}", None)
             if method is None:
@@ -145,7 +145,7 @@ class Script:
         takes = not self.lost and not (self.transport.is_closing() and not self.transport.get_write_buffer_size())
         if self.other.lost and size:
             self.wrote_after_loss_of_other = True
-        # Beforehand: `write` may call `pause_writing`, which writes what comes after this.
+        # Before the call: `write` may call `pause_writing`, whose reaction writes the bytes that follow.
         taken = size if takes else 0
         self.accepted += taken
         try:
@@ -195,8 +195,8 @@ class Script:
 
     def _note_truncation(self) -> None:
         if self.world.carrier.writes(self.name) and not self.lost:
-            # How much is left when writing is resumed, if anything, is for the system to say.
-            resuming = any(entry[1:2] == ("resume_writing",) for entry in self.flow[-2:])  # It may have raised then.
+            # The system decides how much is left when writing is resumed.
+            resuming = any(entry[1:2] == ("resume_writing",) for entry in self.flow[-2:])  # It may have raised.
             if resuming or self.transport.get_write_buffer_size():
                 self.truncated = True
 
@@ -208,17 +208,17 @@ class Script:
             self.transport.close()
 
     def do_reset(self) -> None:
-        """End the connection so that the other end gets a reset, whatever has been read."""
+        """End the connection by a reset, whatever has been read."""
         self.aborted = True
         self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     def do_keep_open(self, answer: Any) -> None:
-        """From now on answer so to `eof_received`."""
+        """Set the return value of `eof_received`."""
         self.keep_open = answer
 
     def do_use_buffer(self, buffer: Any) -> None:
-        """From now on answer so to `get_buffer`."""
+        """Set the return value of `get_buffer`."""
         self.buffer = buffer
 
     def do_set_protocol(self, kind: str) -> None:
@@ -250,17 +250,19 @@ class Script:
         return state
 
     def take(self) -> dict[str, Any]:
-        """What it was told since the last time, and its state."""
-        told = self.told
+        """Return the callbacks since the last call, and the transport's state."""
+        received_calls = self.received_calls
         if self.other.truncated:
-            told = [(*entry[:2], "a part") if entry[1:2] == ("received",) else entry for entry in told]
-        taken = {"told": told, "flow": self.flow, **self.state()}
-        self.told, self.flow = [], []
+            received_calls = [
+                (*entry[:2], "a part") if entry[1:2] == ("received",) else entry for entry in received_calls
+            ]
+        taken = {"received_calls": received_calls, "flow": self.flow, **self.state()}
+        self.received_calls, self.flow = [], []
         return taken
 
 
 def plain(value: Any) -> Any:
-    """What an operation returned, if it can be compared, and its class otherwise."""
+    """Return the result of an operation if it can be compared, and its class otherwise."""
     return value if value is None or isinstance(value, (bool, int, str, bytes, tuple)) else type(value).__name__
 
 
@@ -301,7 +303,7 @@ class Buffered(_Scripted, asyncio.BufferedProtocol):
         self.buffer = memoryview(bytearray(1000))
 
     def get_buffer(self, sizehint: int) -> Any:
-        self.script.react("get_buffer", self.script.told)
+        self.script.react("get_buffer", self.script.received_calls)
         return self.buffer if self.script.buffer is None else self.script.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -320,11 +322,11 @@ class Carrier:
 
     name: str
     make: Maker
-    #: Whose recordings are right: asyncio has nothing in memory.
+    #: The oracle of this carrier; asyncio has no connections in memory.
     oracle: str = ""
     one_way: bool = False
     #: Whether each end tells the other that it closes, and waits for the answer.
-    farewell: bool = False
+    has_shutdown: bool = False
 
     def writes(self, end: str) -> bool:
         return not self.one_way or end == "a"
@@ -347,7 +349,7 @@ async def _accepted(group: Any, factory_a: Any, factory_b: Any, server: Any, soc
 
 
 class Once:
-    """A protocol factory that remembers what it made."""
+    """A protocol factory that keeps the protocols it made."""
 
     def __init__(self, factory: Callable[[], Any]) -> None:
         self.factory = factory
@@ -409,7 +411,7 @@ async def pipe(group: Any, factory_a: Any, factory_b: Any) -> AsyncIterator[None
         yield
 
 
-def memory(**sizes: int) -> Maker:
+def memory(**sizes: Any) -> Maker:
     @asynccontextmanager
     async def make(group: Any, factory_a: Any, factory_b: Any) -> AsyncIterator[None]:
         await memory_connection(group, factory_a, factory_b, **sizes)
@@ -423,7 +425,7 @@ CARRIERS = {
     for carrier in (
         Carrier("tcp", tcp),
         Carrier("unix", unix),
-        Carrier("tls", tls, farewell=True),
+        Carrier("tls", tls, has_shutdown=True),
         Carrier("pipe", pipe, one_way=True),
         Carrier("memory", memory(), oracle="unix"),
         Carrier("memory_in_small_pieces", memory(chunk_size=997, buffer_size=5003), oracle="unix"),
@@ -435,7 +437,7 @@ CARRIERS = {
 
 
 class World:
-    """A connection whose ends follow a script, and the recording of what came of it."""
+    """A connection whose ends follow a script, and its recording."""
 
     def __init__(
         self, carrier: Carrier, reactions: dict[tuple[str, str, int], Sequence[Step]], patience: float = GUARD
@@ -447,9 +449,9 @@ class World:
             mine = {key[1:]: steps for key, steps in reactions.items() if key[0] == name}
             self.ends[name] = Script(name, mine, self)
         self.recording: list[Any] = []
-        #: Whoever got bytes that were not sent to it.
+        #: The ends that received bytes that were not sent to them.
         self.corrupted: list[str] = []
-        self.farewell = carrier.farewell
+        self.has_shutdown = carrier.has_shutdown
         self._group: Any = None
         self._contexts: list[dict[str, Any]] = []
         self._records: list[Any] = []
@@ -464,7 +466,7 @@ class World:
 
     @asynccontextmanager
     async def open(self, stack: Stack, kinds: Sequence[str] = ("plain", "plain")) -> AsyncIterator[World]:
-        """Make the connection, and end it afterwards whatever the script has left of it."""
+        """Make the connection, and end it afterwards, whatever its state."""
         async with stack.open() as group:
             self._group = group
             self._contexts = collect_contexts(group)
@@ -495,7 +497,7 @@ class World:
                 script.recorders[-1].check()
 
     async def step(self, step: Step) -> Any:
-        """Take one step, and return what came of it."""
+        """Take one step, and return its recording."""
         end, operation, *arguments = step
         if end == "both":
             return await self._record(step, await getattr(self, operation)(*arguments))
@@ -503,7 +505,7 @@ class World:
 
     async def start_tls(self) -> None:
         """Encrypt the connection from here on: `a` is the client."""
-        self.farewell = True
+        self.has_shutdown = True
 
         async def upgrade(script: Script, context: ssl.SSLContext, **options: Any) -> None:
             script.transport = await self._group.start_tls(script.transport, script.recorders[-1], context, **options)
@@ -533,7 +535,7 @@ class World:
         return (
             type(context.get("exception")).__name__,
             sorted(context),
-            "somebody's" if self.farewell else whose,
+            "either end's" if self.has_shutdown else whose,
         )
 
     # Waiting for what has to come.
@@ -546,10 +548,10 @@ class World:
                     await anyio.lowlevel.checkpoint()
         except TimeoutError:
             raise AssertionError(f"still to come: {debts}\n{self.recording}") from None
-        await turns(5)  # What must not come would come now.
+        await turns(5)  # Wrong callbacks would come now.
 
     def owes(self, sender: Script, receiver: Script) -> Iterable[str]:
-        """What is still to come from `sender` to `receiver`, or back to `sender`."""
+        """Return what must still arrive from `sender` at `receiver`, or back at `sender`."""
         to, out = receiver.transport, sender.transport
         listens = self.carrier.reads(receiver.name) and not receiver.lost and not receiver.eof_seen and to.is_reading()
         buffered = self.carrier.writes(sender.name) and not sender.lost and out.get_write_buffer_size() > 0
@@ -562,20 +564,20 @@ class World:
             elif receiver.received < sender.accepted:
                 yield f"{receiver.name} receives what {sender.name} wrote"
         if not sender.lost and out.is_closing():
-            waits_for_farewell = self.farewell and not sender.aborted and not listens and not receiver.lost
-            if receiver.lost or listens or not (buffered or waits_for_farewell):
+            waits_for_shutdown = self.has_shutdown and not sender.aborted and not listens and not receiver.lost
+            if receiver.lost or listens or not (buffered or waits_for_shutdown):
                 yield f"{sender.name} is lost"
         if receiver.lost and not sender.lost and self.carrier.writes(sender.name):
             if buffered or self.carrier.one_way:
-                yield f"{sender.name} notices that nobody reads"
+                yield f"{sender.name} notices that the reader has gone"
             elif sender.wrote_after_loss_of_other and not self._hung_up(out):
-                yield f"the system notices that nobody reads from {sender.name}"
+                yield f"the system notices that the reader has gone from {sender.name}"
 
     @staticmethod
     def _hung_up(transport: Any) -> bool:
         sock = transport.get_extra_info("socket") or transport.get_extra_info("pipe")
         if sock is None:
-            return True  # In memory it is known at once.
+            return True  # In memory it is noticed at once.
         poll = select.poll()
         poll.register(sock.fileno(), 0)
         return bool(poll.poll(0))
@@ -600,7 +602,7 @@ class Scenario:
 async def run_scenario(
     scenario: Scenario, carrier: Carrier, stack: Stack, patience: float = GUARD
 ) -> list[dict[str, Any]]:
-    """Run a scenario and return its recording. What is still to come after `patience` seconds is an error."""
+    """Run a scenario and return its recording. Raise if something is still missing after `patience` seconds."""
     world = World(carrier, scenario.reactions, patience)
     async with world.open(stack, scenario.kinds):
         for step in scenario.steps:

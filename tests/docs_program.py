@@ -1,8 +1,9 @@
-"""Run a program of the documentation on a backend that its text does not name.
+"""Run a program of the documentation on a given backend.
 
     python docs_program.py BACKEND PROGRAM [ARGUMENT ...]
 
-`anyio.run` gets BACKEND, whatever the program asks for; `asyncio.run` stays what it is.
+`anyio.run`, and `run_asyncio`, which calls it, get BACKEND, whatever the program asks for. `asyncio.run` stays what it
+is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def run(function: Any, *args: Any, **_ignored: Any) -> Any:
     return anyio_run(function, *args, backend=name, backend_options=options)
 
 
-anyio.run = run
+anyio.run = run  # type: ignore[assignment]
 sys.argv = sys.argv[2:]
 # As `python PROGRAM` does.
 sys.path[0] = str(Path(sys.argv[0]).parent)

@@ -1,16 +1,14 @@
-"""System calls that fail, or do a part: a layer between the package and the operating system.
+"""System calls that fail or do only a part: a layer between the package and the operating system.
 
 The calls are the real ones, on real descriptors, except for the one at the chosen position. Only calls that the package
-itself makes pass through the layer: those of the tests' own peers, of AnyIO and of the backends do not. For transports
-over AnyIO's own objects the layer stands in front of these instead.
+itself makes pass through the layer: those of the tests' own peers, of AnyIO and of the backends do not. For
+transports over AnyIO's own objects the layer wraps these objects instead.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
-import re
 import socket
 import sys
 from collections import Counter
@@ -22,18 +20,18 @@ import anyio
 import anyio.abc
 import pytest
 
-#: What is done instead of the call. `ONE_BYTE` is no error: the call moves a single byte.
+#: The fault that replaces the call. `ONE_BYTE` is no error: the call moves a single byte.
 ONE_BYTE = "one byte"
 FAULTS = ["EAGAIN", "EINTR", ONE_BYTE, "ECONNRESET", "EPIPE", "ENOBUFS", "EMFILE"]
-#: After these the call is made again, and nothing else has changed.
+#: After these faults the call is made again, and nothing else has changed.
 TRANSIENT = {"EAGAIN", "EINTR", ONE_BYTE}
 
-#: Positions of a call in a scenario, as far as they are tried: a scenario has fewer, a bug may have more.
-MOST_CALLS = 400
+#: The highest position of a call that is tried. A scenario has fewer; a bug may have more.
+MAX_CALLS = 400
 
 
 class Layer:
-    """Counts the package's calls, and spoils those that `chosen` picks by name and number, from 0."""
+    """Count the package's calls, and make those fail that `chosen` picks by name and number (from 0)."""
 
     def __init__(self, fault: str, chosen: Callable[[str, int], bool] = lambda name, number: False) -> None:
         self.fault = fault
@@ -43,11 +41,11 @@ class Layer:
 
     def error(self) -> OSError:
         code = getattr(errno, self.fault)
-        return OSError(code, os.strerror(code))  # Python makes it a `BlockingIOError` and so on.
+        return OSError(code, os.strerror(code))  # Python picks the subclass, such as `BlockingIOError`.
 
     def spoils(self, name: str) -> bool:
         caller = sys._getframe(2).f_globals["__name__"]
-        # The calls by which a driver wakes itself belong to no transport.
+        # The calls by which a driver wakes itself do not belong to a transport.
         if not caller.startswith("transports_anyio.") or caller.endswith(("_driver", "_poller")):
             return False
         number = self.calls[name]
@@ -68,7 +66,7 @@ def _is_stream(sock: socket.socket) -> bool:
 
 @contextmanager
 def installed(layer: Layer) -> Iterator[Layer]:
-    """Put the layer under the package."""
+    """Install the layer under the package."""
     sock_type = socket.socket
     real = {
         name: getattr(sock_type, name)
@@ -124,11 +122,9 @@ def installed(layer: Layer) -> Iterator[Layer]:
     def connect_ex(sock: socket.socket, address: Any) -> int:
         if layer.spoils("connect_ex") and layer.fault != ONE_BYTE:
             if layer.fault == "EINTR":
-                # The system goes on connecting by itself (connect(2)).
+                # The system continues to connect (connect(2)).
                 real["connect_ex"](sock, address)
-            code = layer.error().errno
-            assert code is not None
-            return code
+            return getattr(errno, layer.fault)
         code: int = real["connect_ex"](sock, address)
         return code
 
@@ -175,14 +171,14 @@ def installed(layer: Layer) -> Iterator[Layer]:
     with pytest.MonkeyPatch.context() as patch:
         for function in (send, sendmsg, recv, recv_into, sendto, recvfrom_into, accept, connect_ex, shutdown):
             patch.setattr(sock_type, function.__name__, function)
-        for function in (read, readv, write, writev, sendfile):
+        for function in (read, readv, write, writev, sendfile):  # type: ignore[assignment]
             if function.__name__ in system:
                 patch.setattr(os, function.__name__, function)
         yield layer
 
 
 class _InFront:
-    """In front of one of AnyIO's objects, which makes its system calls by itself: the layer stands between it and us.
+    """Wrap one of AnyIO's objects, which makes its own system calls: the layer is between it and us.
 
     Its faults are those that such an object can have.
     """
@@ -231,7 +227,7 @@ class FaultyStream(FaultyReceiveStream, FaultySendStream, anyio.abc.ByteStream):
 
 
 class FaultyDatagrams(_InFront, anyio.abc.ConnectedUDPSocket):
-    """A datagram goes whole, or not at all."""
+    """A datagram is sent whole or not at all."""
 
     @property
     def _raw_socket(self) -> socket.socket:
@@ -249,7 +245,7 @@ class FaultyDatagrams(_InFront, anyio.abc.ConnectedUDPSocket):
 
 
 class FaultyProcess(_InFront, anyio.abc.Process):
-    """Its pipes are what can fail."""
+    """A process whose pipes can fail."""
 
     def __init__(self, real: Any, layer: Layer) -> None:
         super().__init__(real, layer)
@@ -277,74 +273,3 @@ class FaultyProcess(_InFront, anyio.abc.Process):
 
     def send_signal(self, signal: Any) -> None:
         self._real.send_signal(signal)
-
-
-# -- the documented state machines ---------------------------------------------------------------------------
-
-#: https://docs.python.org/3/library/asyncio-protocol.html, a letter for each callback; flow control is looked at apart.
-LETTERS = {
-    "connection_made": "m", "data_received": "d", "get_buffer": "g", "buffer_updated": "u", "eof_received": "e",
-    "connection_lost": "l", "datagram_received": "d", "error_received": "r", "pipe_data_received": "d",
-    "pipe_connection_lost": "p", "process_exited": "x", "pause_writing": "(", "resume_writing": ")",
-}  # fmt: skip
-STREAM = re.compile(r"m(d|gu?)*e?l")
-DATAGRAM = re.compile(r"m(d|r)*l")
-SUBPROCESS = re.compile(r"m(d|p)*x(d|p)*l")
-FLOW = re.compile(r"(\(\))*\(?")
-
-
-def check_legal(calls: list[tuple[Any, ...]], machine: re.Pattern[str]) -> None:
-    """Fail unless the callbacks came in an order that the documentation allows, from the first to the last."""
-    letters = "".join(LETTERS[name] for name, *_ in calls)
-    between = letters[1:-1]
-    assert machine.fullmatch(re.sub(r"[()]", "", letters)), letters
-    assert FLOW.fullmatch(re.sub(r"[^()]", "", letters)), letters
-    assert letters.count("(") + letters.count(")") == between.count("(") + between.count(")"), letters
-    lost_pipes = set()
-    for name, *args in calls:
-        if name in ("pipe_data_received", "pipe_connection_lost"):
-            assert args[0] not in lost_pipes, calls
-            if name == "pipe_connection_lost":
-                lost_pipes.add(args[0])
-
-
-class Keeper(asyncio.DatagramProtocol, asyncio.SubprocessProtocol):
-    """Record the callbacks of a datagram endpoint or of a child."""
-
-    def __init__(self, *, echo: bool = False) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self.echo = echo
-        self.transport: Any = None
-
-    def connection_made(self, transport: Any) -> None:
-        self.calls.append(("connection_made",))
-        self.transport = transport
-
-    def datagram_received(self, data: bytes, addr: Any) -> None:
-        self.calls.append(("datagram_received", data))
-        if self.echo:
-            self.transport.sendto(data, addr)
-
-    def error_received(self, exc: Exception) -> None:
-        self.calls.append(("error_received", exc))
-
-    def pipe_data_received(self, fd: int, data: bytes) -> None:
-        self.calls.append(("pipe_data_received", fd, data))
-
-    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
-        self.calls.append(("pipe_connection_lost", fd, exc))
-
-    def process_exited(self) -> None:
-        self.calls.append(("process_exited",))
-
-    def pause_writing(self) -> None:
-        self.calls.append(("pause_writing",))
-
-    def resume_writing(self) -> None:
-        self.calls.append(("resume_writing",))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.calls.append(("connection_lost", exc))
-
-    def told(self, name: str) -> list[Any]:
-        return [call[-1] for call in self.calls if call[0] == name]

@@ -1,7 +1,7 @@
-"""Ctrl-C at the worst moment, run by a test: `python interrupted.py WHERE`.
+"""Press Ctrl-C at the worst moment; a test runs this: `python interrupted.py WHERE`.
 
-A task of trio's can be interrupted after it has put itself on an event's list of waiters, and before it waits. Whoever
-sets that event later breaks trio. It can also be interrupted between any two lines.
+A task of trio's can be interrupted after it has put itself on an event's list of waiters, and before it waits.
+Setting that event later breaks trio. It can also be interrupted between any two lines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import anyio
 
 from transports_anyio import Protocol, TransportGroup
 
-#: Where something of ours is interrupted while the block is left by an exception: what it is, and its name.
+#: The functions of ours that are interrupted while the block is left by an exception: owner and name.
 FUNCTIONS = {"aborting": "abort_all", "losing": "set_reading"}
 
 
@@ -28,7 +28,7 @@ class Loud(Protocol):
 
 
 def interrupt(when: Callable[[FrameType], object]) -> None:
-    """Press Ctrl-C as soon as a function is called that `when` is true of."""
+    """Press Ctrl-C when a function is called for which `when` is true."""
 
     def trace(frame: FrameType, event: str, argument: object) -> None:
         if when(frame):

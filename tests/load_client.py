@@ -1,4 +1,4 @@
-"""The other end of a great many connections, as a process of its own: `python load_client.py PORT COUNT`."""
+"""The client of many connections, in a process of its own: `python load_client.py PORT COUNT`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import struct
 import sys
 
-#: Connections that are being made at the same time: less than any server's backlog.
+#: The number of connections made at the same time: less than any server's backlog.
 AT_ONCE = 50
 
 
@@ -19,7 +19,7 @@ def main(port: int, count: int) -> None:
         sock.sendall(struct.pack("<I", number))
         socks.append(sock)
         if number % AT_ONCE == AT_ONCE - 1 or number == count - 1:
-            # The server has accepted this one, and so all those before it.
+            # The server has accepted this connection, and therefore all earlier ones.
             assert sock.recv(4, socket.MSG_PEEK)
     print("connected", flush=True)
     sys.stdin.readline()

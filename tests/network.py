@@ -1,4 +1,4 @@
-"""What the tests of the endpoint functions share: addresses that behave in a certain way, and peers."""
+"""Helpers for the tests of the endpoint functions: addresses with a certain behaviour, and peers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def has_ipv6() -> bool:
     return True
 
 
-#: The family of UNIX sockets; where there are none it has a number that means none, for tests that are skipped there.
+#: The family of UNIX sockets. On systems without them it is a number that no family has; tests are skipped there.
 AF_UNIX = getattr(socket, "AF_UNIX", socket.AF_UNSPEC)
 needs_unix = pytest.mark.skipif(AF_UNIX == socket.AF_UNSPEC, reason="no UNIX sockets here")
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="IPv6 is not configured")
@@ -38,9 +38,9 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="IPv6 is not configured")
 
 @contextmanager
 def bound(host: str = HOST, port: int = 0, *, backlog: int | None = None) -> Iterator[socket.socket]:
-    """A bare stream socket of the host's family, which listens if there is a backlog."""
+    """Open a bare stream socket of the host's family; it listens if `backlog` is given."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        # The port may have been a client's, a moment ago.
+        # A client may have used the port a moment ago.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
         if backlog is not None:
@@ -49,7 +49,7 @@ def bound(host: str = HOST, port: int = 0, *, backlog: int | None = None) -> Ite
 
 
 def unused_port(kind: int = socket.SOCK_STREAM) -> int:
-    """A port that nobody has, and that the system gives nobody meanwhile: it gives out those from 32768 on."""
+    """Return a free port that the system does not assign by itself: it assigns ports from 32768 on."""
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket(socket.AF_INET, kind) as sock:
@@ -78,7 +78,7 @@ def black_hole(host: str, port: int = 0) -> Iterator[int]:
 
 @contextmanager
 def few_descriptors(more: int = 0) -> Iterator[Callable[[], None]]:
-    """Let the process open only so many descriptors more; yields what lifts the limit early."""
+    """Limit the file descriptors that the process may still open; yield a function that lifts the limit."""
     resource = pytest.importorskip("resource", reason="no limits of descriptors here")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened: list[socket.socket] = []
@@ -90,7 +90,7 @@ def few_descriptors(more: int = 0) -> Iterator[Callable[[], None]]:
         opened.clear()
 
     try:
-        # The limit is one for the highest number, so the gaps below it are filled.
+        # The limit applies to the highest number, so the gaps below it are filled.
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_descriptors()) + 1 + more, hard))
         while True:
             try:
@@ -129,7 +129,7 @@ def names(monkeypatch: pytest.MonkeyPatch, known: dict[str, list[str]], backend:
         return [(family, kind, proto, "", address[:2]) for family, kind, proto, _, address in found]
 
     with monkeypatch.context() as patch:
-        if backend[1].get("use_uvloop"):  # It brings a resolver of its own.
+        if backend[1].get("use_uvloop"):  # uvloop has its own resolver.
             patch.setattr(anyio, "getaddrinfo", getaddrinfo_of_anyio)
         else:
             patch.setattr(socket, "getaddrinfo", getaddrinfo)
@@ -137,14 +137,14 @@ def names(monkeypatch: pytest.MonkeyPatch, known: dict[str, list[str]], backend:
 
 
 class Echo(Recorder):
-    """Send everything back."""
+    """Send all data back."""
 
     def __init__(self) -> None:
         super().__init__(on_data_received=lambda self, data: self.transport.write(data))
 
 
 class Web(Recorder):
-    """Answer one request, whatever it asks for, with its first line, as HTTP/1.1."""
+    """Answer one HTTP/1.1 request with its first line."""
 
     def __init__(self) -> None:
         super().__init__(on_data_received=Web.answer)
@@ -158,7 +158,7 @@ class Web(Recorder):
 
 
 def a_link_local_address() -> tuple[str, str] | None:
-    """An address of this machine that needs a scope, and the name of its interface."""
+    """Return an address of this machine that needs a scope, and the name of its interface."""
     try:
         with open("/proc/net/if_inet6") as file:
             lines = [line.split() for line in file]
@@ -171,7 +171,7 @@ def a_link_local_address() -> tuple[str, str] | None:
 
 
 async def run_program(*command: str, stdin: bytes | None = None) -> bytes:
-    """What another program prints."""
+    """Run another program and return what it prints."""
     with anyio.fail_after(4 * GUARD):
         return (await anyio.run_process(command, input=stdin)).stdout
 
@@ -186,7 +186,7 @@ async def run_main(source: str, backend: tuple[str, dict[str, Any]], **options: 
 
 @asynccontextmanager
 async def cancelled_after(checkpoints: int) -> AsyncIterator[anyio.CancelScope]:
-    """Cancel the block after so many turns of the event loop; with 0 at its first checkpoint."""
+    """Cancel the block after that many iterations of the event loop; 0 cancels it at its first checkpoint."""
 
     async def count() -> None:
         for _ in range(checkpoints):

@@ -11,7 +11,7 @@ import threading
 def exchange(port: int, size: int, chunk: int, pauses: int) -> None:
     """Send `size` bytes and read until the end at the same time; print both hashes.
 
-    So many times the reading stops, until the test has seen it.
+    The reading stops `stops` times, until the test has seen it.
     """
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
@@ -48,7 +48,7 @@ def exchange(port: int, size: int, chunk: int, pauses: int) -> None:
 
 
 def late_reader(port: int) -> None:
-    """Connect, read nothing until told to, then everything; print length and hash."""
+    """Connect; after a line on standard input read everything; print length and hash."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     sock.connect(("127.0.0.1", port))
@@ -88,7 +88,7 @@ def udp_flood(port: int) -> None:
 
 
 def http_proxy(refusal: str = "") -> None:
-    """Open tunnels for whoever asks by CONNECT, or refuse with a status; print the port, and each tunnel's end."""
+    """Open a tunnel for each CONNECT request, or refuse it with a status; print the port, and each tunnel's end."""
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
 

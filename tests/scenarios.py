@@ -1,4 +1,4 @@
-"""What `test_differential.py` runs: each a script for both ends of a connection, as data. See `differential.py`."""
+"""The scenarios of `test_differential.py`: scripts for both ends of a connection, as data. See `differential.py`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from differential import CARRIERS, EVERYWHERE, HUGE, TWO_WAY, Scenario, Step
 
-#: Where a direction can be closed alone.
+#: Carriers on which one direction can be closed alone.
 HALF_CLOSING = tuple(name for name in TWO_WAY if name != "tls")
-#: Where the system tells a reset from an end.
+#: Carriers on which a reset differs from an end of file.
 RESETTING = ("tcp",)
 
 A_WRITES: Step = ("a", "write", 1000)
@@ -25,7 +25,7 @@ B_RESUMES: Step = ("b", "resume_reading")
 
 
 def over(carriers: Sequence[str], name: str, steps: list[Step], **options: Any) -> Scenario:
-    # A reaction to the first piece of a message comes elsewhere in the stream where pieces are small.
+    # With small pieces a reaction to the first piece of a message comes at another place in the stream.
     if any(callback in ("received", "get_buffer") for _, callback, _ in options.get("reactions", {})):
         carriers = [carrier for carrier in carriers if carrier != "memory_in_small_pieces"]
     return Scenario(name, steps, carriers=carriers, **options)
@@ -435,7 +435,7 @@ def upgrading(name: str, steps: list[Step], **options: Any) -> Scenario:
 
 
 SCENARIOS += [
-    # -- TLS in mid-stream --------------------------------------------------------------------------------------
+    # -- start_tls --------------------------------------------------------------------------------------
     upgrading("start_tls", [UPGRADE, A_WRITES, B_WRITES, A_CLOSES]),
     upgrading("start_tls_behind_data", [A_WRITES, B_WRITES, UPGRADE, B_WRITES, A_WRITES, B_CLOSES]),
     upgrading("start_tls_and_abort", [UPGRADE, A_WRITES, ("a", "abort")]),
@@ -481,7 +481,7 @@ AS_TCP = {
     "memory_in_small_pieces": {"closing_in_resume_writing"},
 }
 
-#: Each difference that docs/differences.md has in its section "Streams", under this name, and where it shows.
+#: Each difference of the section "Streams" of docs/differences.md, by name, with the carriers on which it is visible.
 DIFFERENCES: dict[str, dict[str, Sequence[str]]] = {
     "an exception in a callback": {
         "raising_in_connection_made": SOCKETS,
@@ -586,7 +586,7 @@ DIFFERENCES: dict[str, dict[str, Sequence[str]]] = {
     ),
 }
 
-#: Those that have gone: here asyncio does as we do, in Python 3.14.10 at the latest.
+#: Former differences: asyncio behaves as we do, since Python 3.14.10 at the latest.
 MENDED = {
     "closing_in_resume_writing": ("unix", "memory", "memory_in_small_pieces"),
     "aborting_in_resume_writing": ("tcp", "unix", "memory", "memory_in_small_pieces"),
@@ -599,7 +599,7 @@ MENDED_BY = (3, 14, 10)
 
 
 def is_mended(scenario: str, carrier: str) -> bool | None:
-    """Whether this was a difference and has gone, `None` in a Python in which it may have."""
+    """Return whether this is a former difference; `None` for a Python in which that is not certain."""
     if carrier not in MENDED.get(scenario, ()):
         return False
     version = sys.version_info[:3]
@@ -607,7 +607,7 @@ def is_mended(scenario: str, carrier: str) -> bool | None:
 
 
 def difference(scenario: str, carrier: str) -> str | None:
-    """The difference that shows here."""
+    """Return the difference that is visible here."""
     if is_mended(scenario, carrier):
         return None
     for name, shows in DIFFERENCES.items():
@@ -617,12 +617,12 @@ def difference(scenario: str, carrier: str) -> str | None:
 
 
 def nearest(carrier: str) -> str:
-    """Over which carrier asyncio has what comes nearest to ours over this one."""
+    """Return the carrier over which asyncio comes nearest to ours over this one."""
     return CARRIERS[carrier].oracle or carrier
 
 
 def oracle(scenario: str, carrier: str) -> str | None:
-    """Over which carrier asyncio is the oracle; over none on account of a difference."""
+    """Return the carrier over which asyncio is the oracle; `None` where we differ."""
     if scenario in AS_TCP.get(carrier, ()):
         return "tcp"
     return None if difference(scenario, carrier) else nearest(carrier)

@@ -11,6 +11,7 @@ import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import pytest
+
+from transports_anyio import testing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,9 +36,11 @@ __all__ = [
     "ORACLE",
     "BaseExceptionGroup",
     "BufferedRecorder",
+    "DatagramRecorder",
     "Peer",
     "Recorder",
     "Stack",
+    "SubprocessRecorder",
     "array",
     "capture_log",
     "collect_contexts",
@@ -60,11 +65,13 @@ BACKENDS: dict[str, tuple[str, dict[str, object]]] = {
 HOST = "127.0.0.1"
 #: A kernel buffer small enough to fill at once, large enough not to be throttled by delayed acknowledgements.
 SMALL = 65536
-RECORDERS: list[Recorder | BufferedRecorder] = []
+#: The recorders of the running test.
+RECORDERS: list[Any] = []
 
 
 def open_descriptors() -> dict[int, str]:
-    """Every open descriptor of this process, with what it refers to; on Windows nothing, where sockets have none."""
+    """Return every open file descriptor of this process with its target; nothing on Windows, where sockets have
+    none."""
     found: dict[int, str] = {}
     if sys.platform == "win32":
         return found
@@ -82,26 +89,43 @@ def open_descriptors() -> dict[int, str]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Give way to everything else until the condition holds."""
+    """Wait until the condition holds."""
     with anyio.fail_after(GUARD):
         while not condition():
-            # A real if tiny pause: a bare checkpoint would keep a processor busy that the other side needs.
+            # A real but tiny pause: a bare checkpoint would keep a processor busy that the peer needs.
             await anyio.sleep(0.001)
 
 
 async def turns(count: int = 10) -> None:
-    """Let everything that is ready run, a few times over."""
+    """Run a few iterations of the event loop."""
     for _ in range(count):
         await anyio.lowlevel.checkpoint()
 
 
+async def settle(group: Any) -> None:
+    """Wait until the group has handled everything that was ready before this call.
+
+    A sentinel shows it: bytes for another connection of the group, which are sent now, have been received. The second
+    of them is received in a later batch of the selector than the first, and so after all that was ready with the first.
+    Use this, and not `turns`, before checking that something has not happened.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs, anyio.fail_after(GUARD):
+        transport, sentinel = await group.create_connection(testing.Recorder, sock=ours)
+        for size in (1, 2):
+            theirs.send(b"x")
+            await sentinel.wait_received(size)
+        transport.close()
+        await sentinel.wait_for("connection_lost")
+
+
 def pattern(size: int) -> bytes:
-    """Bytes in which a lost, doubled or exchanged block shows."""
+    """Return bytes in which a lost, doubled or exchanged block is visible."""
     return array.array("I", range(size // 4 + 1)).tobytes()[:size]
 
 
 def leaves(error: BaseException) -> list[BaseException]:
-    """The exceptions inside nested groups, flat."""
+    """Return the exceptions inside nested groups as a flat list."""
     if isinstance(error, BaseExceptionGroup):
         return [leaf for inner in error.exceptions for leaf in leaves(inner)]
     return [error]
@@ -122,149 +146,52 @@ def raises_inside(expected: type[BaseException]) -> Iterator[list[BaseException]
         raise AssertionError(f"{expected.__name__} was not raised")
 
 
-class _Recording:
-    """Record callbacks, let a test hook into each, and note every call in an illegal order."""
+class _Checked:
+    """The part of the tests' recorders that the public ones do not have: their check after the test."""
 
-    def __init__(self, **hooks: Callable[..., Any]) -> None:
-        unknown = [name for name in hooks if not name.startswith("on_")]
-        assert not unknown, unknown
-        self.hooks = {name[3:]: hook for name, hook in hooks.items()}
-        self.calls: list[tuple[Any, ...]] = []
-        self.received = bytearray()
-        self.transport: Any = None
-        self.violations: list[str] = []
-        self.state = "new"
-        self.writing_paused = False
-        self.inside: list[str] = []
-        self._changed: anyio.Event | None = None
-        RECORDERS.append(self)  # type: ignore[arg-type]
+    _state: str
+    calls: list[testing.Call]
 
-    # -- looking at what happened ------------------------------------------------------------------------
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        RECORDERS.append(self)
 
     @property
     def names(self) -> list[str]:
         """The callbacks in order; a run of the same one counts once."""
-        result: list[str] = []
-        for name, *_ in self.calls:
-            if not result or result[-1] != name:
-                result.append(name)
-        return result
+        return [name for name, _ in groupby(call[0] for call in self.calls)]
 
-    def count(self, name: str) -> int:
-        return sum(call[0] == name for call in self.calls)
-
-    @property
-    def lost(self) -> bool:
-        return self.state == "lost"
-
-    @property
-    def lost_with(self) -> BaseException | None:
-        (call,) = [call for call in self.calls if call[0] == "connection_lost"]
-        error: BaseException | None = call[1]
-        return error
-
-    async def wait_until(self, condition: Callable[[], object]) -> None:
-        with anyio.fail_after(GUARD):
-            while not condition():
-                if self._changed is None:
-                    self._changed = anyio.Event()
-                await self._changed.wait()
-
-    async def wait_for(self, name: str, count: int = 1) -> None:
-        await self.wait_until(lambda: self.count(name) >= count)
-
-    async def wait_received(self, size: int) -> bytes:
-        await self.wait_until(lambda: len(self.received) >= size)
-        return bytes(self.received)
-
-    def check_finished(self) -> None:
-        assert self.violations == []
-        assert self.state in ("new", "lost"), f"connection_lost never came: {self.names}"
-
-    # -- recording ---------------------------------------------------------------------------------------
-
-    def _violation(self, name: str) -> None:
-        self.violations.append(f"{name} in state {self.state}, inside {self.inside}: {self.names}")
-
-    def _record(self, name: str, *args: Any) -> Any:
-        allowed = {
-            "connection_made": ("new",),
-            "data_received": ("open",),
-            "get_buffer": ("open",),
-            "buffer_updated": ("open",),
-            "eof_received": ("open",),
-            "pause_writing": ("open", "eof"),
-            "resume_writing": ("open", "eof"),
-            "connection_lost": ("open", "eof"),
-        }[name]
-        if self.state not in allowed:
-            self._violation(name)
-        if self.inside and name not in ("pause_writing", "resume_writing"):
-            self._violation(name)
-        if name in ("pause_writing", "resume_writing"):
-            if self.writing_paused == (name == "pause_writing"):
-                self._violation(name)
-            self.writing_paused = name == "pause_writing"
-        self.state = {"connection_made": "open", "eof_received": "eof", "connection_lost": "lost"}.get(name, self.state)
-        self.calls.append((name, *args))
-        if self._changed is not None:
-            changed, self._changed = self._changed, None
-            changed.set()
-        hook = self.hooks.get(name)
-        if hook is None:
-            return None
-        self.inside.append(name)
-        try:
-            return hook(self, *args)
-        finally:
-            self.inside.pop()
-
-    def connection_made(self, transport: Any) -> None:
+    def take_over(self, transport: Any) -> None:
+        """Be ready for `set_protocol`, after which `connection_made` does not come."""
         self.transport = transport
-        self._record("connection_made", transport)
+        self._state = "open"
 
-    def eof_received(self) -> Any:
-        return self._record("eof_received")
-
-    def pause_writing(self) -> None:
-        self._record("pause_writing")
-
-    def resume_writing(self) -> None:
-        self._record("resume_writing")
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._record("connection_lost", exc)
+    def hand_over(self) -> None:
+        """Do not expect `connection_lost` any more: another protocol gets it, or asyncio forgets it."""
+        self._state = "lost"
 
 
-class Recorder(_Recording, asyncio.Protocol):
+class Recorder(_Checked, testing.Recorder):
     """A recording `Protocol`."""
 
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        self._record("data_received", data)
+
+class BufferedRecorder(_Checked, testing.BufferedRecorder):
+    """A recording `BufferedProtocol`."""
 
 
-class BufferedRecorder(_Recording, asyncio.BufferedProtocol):
-    """A recording `BufferedProtocol`; a hook on `get_buffer` may give the buffer."""
+class DatagramRecorder(_Checked, testing.DatagramRecorder):
+    """A recording `DatagramProtocol`."""
 
-    def __init__(self, size: int = 4096, **hooks: Callable[..., Any]) -> None:
-        super().__init__(**hooks)
-        self.buffer = bytearray(size)
 
-    def get_buffer(self, sizehint: int) -> Any:
-        given = self._record("get_buffer", sizehint)
-        return self.buffer if given is None else given
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.received += self.buffer[:nbytes]
-        self._record("buffer_updated", nbytes)
+class SubprocessRecorder(_Checked, testing.SubprocessRecorder):
+    """A recording `SubprocessProtocol`."""
 
 
 # -- stacks -----------------------------------------------------------------------------------------------
 
 
 class OracleGroup:
-    """asyncio's running loop behind the part of a `TransportGroup`'s interface that both have."""
+    """asyncio's running loop, with the interface that it shares with `TransportGroup`."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -308,8 +235,8 @@ class OracleGroup:
         self.servers.append(server)
         return server
 
-    def _open_recorders(self) -> list[_Recording]:
-        return [p for p in self.protocols if isinstance(p, _Recording) and p.state in ("open", "eof")]
+    def _open_recorders(self) -> list[Any]:
+        return [each for each in self.protocols if isinstance(each, _Checked) and each._state not in ("new", "lost")]
 
     async def finish(self, *, abort: bool) -> None:
         with anyio.CancelScope(shield=True):
@@ -326,24 +253,26 @@ class OracleGroup:
 
 
 class Stack:
-    """asyncio itself, or our group on the backend that runs."""
+    """asyncio itself, or our group on the running backend."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        #: How many tasks the test itself starts inside the block and lets outlive it.
+        #: The number of tasks that the test starts inside the block and that outlive it.
         self.expected_tasks = 0
+        #: Whether the test leaves timers pending when its block ends.
+        self.leaves_timers = False
 
     @property
     def is_oracle(self) -> bool:
         return self.name == ORACLE
 
     def needs_python(self, *version: int, why: str) -> None:
-        """Skip the test where the oracle of this Python does not have what a later one has."""
+        """Skip the test on an oracle that is older than this Python version."""
         if self.is_oracle and sys.version_info < version:
             pytest.skip(f"asyncio of Python {'.'.join(map(str, version))}: {why}")
 
     def only_python_before(self, *version: int, why: str) -> None:
-        """Skip the test where the oracle of this Python has something that we leave out on purpose."""
+        """Skip the test on an oracle that has something that we leave out on purpose."""
         if self.is_oracle and sys.version_info >= version:
             pytest.skip(f"asyncio since Python {'.'.join(map(str, version))}: {why}")
 
@@ -354,8 +283,8 @@ class Stack:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Any]:
         if self.is_oracle:
-            group = OracleGroup()
-            # AnyIO's pytest plugin has a handler of its own, which a fresh loop would not have.
+            group: Any = OracleGroup()
+            # AnyIO's pytest plugin sets an exception handler that a fresh loop would not have.
             plugins_handler = group.get_exception_handler()
             group.set_exception_handler(None)
             try:
@@ -371,18 +300,31 @@ class Stack:
         from transports_anyio import TransportGroup
 
         before = {task.id for task in anyio.get_running_tasks()}
+        group = TransportGroup()
+        leave = group._leave
+        pending_timers = 0
+
+        async def leave_and_count(*exc_info: Any) -> None:
+            nonlocal pending_timers
+            await leave(*exc_info)
+            if exc_info[1] is None:
+                pending_timers = group.statistics().pending_timers
+
+        # Timers have to be counted after the last transport has closed, and before the group drops them.
+        group._leave = leave_and_count
         try:
-            async with TransportGroup() as group:
+            async with group:
                 yield group
+            assert self.leaves_timers or pending_timers == 0, f"{pending_timers} timers left pending"
         finally:
-            # Rule 2: no task of the group's is left the moment the block has been left.
+            # Rule 2: when the block has been left, none of the group's tasks remains.
             after = [task for task in anyio.get_running_tasks() if task.id not in before]
             if len(after) > self.expected_tasks:
                 raise AssertionError(f"tasks left: {after}")
 
 
 def collect_contexts(group: Any) -> list[dict[str, Any]]:
-    """Install an exception handler that collects what it is given."""
+    """Install an exception handler that collects its contexts."""
     contexts: list[dict[str, Any]] = []
     group.set_exception_handler(lambda _group, context: contexts.append(context))
     return contexts
@@ -390,7 +332,7 @@ def collect_contexts(group: Any) -> list[dict[str, Any]]:
 
 @contextmanager
 def capture_log(stack: Stack) -> Iterator[list[logging.LogRecord]]:
-    """The records that the stack's own logger gets, whatever handlers there are."""
+    """Collect the records of the stack's own logger."""
     records: list[logging.LogRecord] = []
 
     class Keep(logging.Handler):
@@ -426,7 +368,7 @@ class Peer:
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         try:
-            sock.connect(address)  # the kernel answers for a listening socket, so this does not block
+            sock.connect(address)  # does not block: the kernel answers for a listening socket
         except BaseException:
             sock.close()
             raise
@@ -438,7 +380,7 @@ class Peer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         with anyio.fail_after(GUARD):
             while view:
@@ -498,9 +440,8 @@ def listening(*, receive_buffer: int | None = None) -> Iterator[socket.socket]:
         yield sock
 
 
-@asynccontextmanager
-async def connected(group: Any, protocol: Any = None, *, small: bool = False) -> AsyncIterator[tuple[Any, Any, Peer]]:
-    """A connection of the group's to a bare socket: `(transport, protocol, peer)`.
+async def open_connection(group: Any, protocol: Any = None, *, small: bool = False) -> tuple[Any, Any, Peer]:
+    """Connect the group to a bare socket; return `(transport, protocol, peer)`. The caller closes the peer.
 
     `small` asks for small kernel buffers on both sides.
     """
@@ -512,14 +453,21 @@ async def connected(group: Any, protocol: Any = None, *, small: bool = False) ->
         sock, _ = listener.accept()
     if small:
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
-    with Peer(sock) as peer:
+    return transport, protocol, Peer(sock)
+
+
+@asynccontextmanager
+async def connected(group: Any, protocol: Any = None, *, small: bool = False) -> AsyncIterator[tuple[Any, Any, Peer]]:
+    """As `open_connection`; the peer is closed at the end of the block. Without a block: the fixture `connect_peer`."""
+    transport, protocol, peer = await open_connection(group, protocol, small=small)
+    with peer:
         yield transport, protocol, peer
 
 
 def fill(transport: Any, at_least: int = 1) -> int:
-    """Write until so many bytes wait in the transport's own buffer; returns what was written.
+    """Write until at least that many bytes wait in the transport's own buffer; return the number of bytes written.
 
-    The kernel's buffers are full then, as far as one turn can tell.
+    The kernel's buffers are then full, as far as one iteration of the event loop can tell.
     """
     chunk = bytes(65536)
     written = 0
@@ -536,7 +484,7 @@ class PeerProcess:
         self._pending = b""
 
     async def line(self) -> str:
-        """The next line that the peer printed."""
+        """Return the next line that the peer printed."""
         assert self._process.stdout is not None
         with anyio.fail_after(4 * GUARD):
             while b"\n" not in self._pending:

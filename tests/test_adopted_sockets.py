@@ -1,4 +1,4 @@
-"""Sockets that others have made: `connect_accepted_socket`, inetd, systemd, a parent process, another process."""
+"""Sockets that were made elsewhere: `connect_accepted_socket`, inetd, systemd, a parent process, another process."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SERVER = Path(__file__).with_name("adopting.py")
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, pytest.param(socket.AF_INET6, marks=needs_ipv6), socket.AF_UNIX])
-async def test_a_server_that_accepts_by_itself(stack: Stack, family: int) -> None:
+async def test_sockets_accepted_by_a_blocking_server(stack: Stack, family: int) -> None:
     async with stack.open() as group:
         with socket.socket(family) as listener, socket.socket(family) as client:
             listener.bind(
-                {socket.AF_INET: (HOST, 0), socket.AF_INET6: (HOST_6, 0)}.get(family, f"\0adopted {id(stack)}")
+                {socket.AF_INET: (HOST, 0), socket.AF_INET6: (HOST_6, 0)}.get(family, f"\0adopted {id(stack)}")  # type: ignore[call-overload]
             )
             listener.listen()
             client.connect(listener.getsockname())
@@ -53,7 +53,7 @@ async def test_a_server_that_accepts_by_itself(stack: Stack, family: int) -> Non
             await until(lambda: accepted.fileno() == -1)
 
 
-async def test_names_stay_known_after_the_peer_has_gone(stack: Stack) -> None:
+async def test_addresses_stay_known_after_the_peer_has_gone(stack: Stack) -> None:
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             peer = Peer.connect(listener.getsockname())
@@ -62,7 +62,7 @@ async def test_names_stay_known_after_the_peer_has_gone(stack: Stack) -> None:
             transport, protocol = await group.connect_accepted_socket(Recorder, accepted)
             peer.reset()
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, ConnectionResetError)
+            assert isinstance(protocol.exception, ConnectionResetError)
             assert transport.get_extra_info("peername") == name
             assert transport.get_extra_info("sockname") == listener.getsockname()
 
@@ -94,7 +94,7 @@ async def test_tls_needs_a_certificate(stack: Stack) -> None:
             await group.connect_accepted_socket(Recorder, ours, ssl=True)
 
 
-async def test_no_ssl_is_spelt_in_two_ways(stack: Stack) -> None:
+async def test_ssl_none_and_false_mean_no_tls(stack: Stack) -> None:
     ours, theirs = socket.socketpair()
     async with stack.open() as group:
         _, protocol = await group.connect_accepted_socket(Recorder, ours, ssl=False)
@@ -120,7 +120,7 @@ async def test_the_socket_is_closed_whatever_happens(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("asyncio has no group")
-async def test_a_group_that_is_over_takes_no_socket(stack: Stack) -> None:
+async def test_a_closed_group_refuses_a_socket(stack: Stack) -> None:
     async with stack.open() as group:
         pass
     ours, theirs = socket.socketpair()
@@ -135,8 +135,8 @@ async def test_a_group_that_is_over_takes_no_socket(stack: Stack) -> None:
 
 @pytest.mark.parametrize("paused", [False, True], ids=["reading", "paused"])
 @pytest.mark.parametrize("again", ["create_connection", "create_unix_connection", "connect_accepted_socket"])
-async def test_a_socket_that_is_adopted_already(stack: Stack, again: str, paused: bool) -> None:
-    """Two owners would take each other's bytes, and wait for each other's end. Its first owner hears nothing of it."""
+async def test_a_socket_in_use_by_another_transport(stack: Stack, again: str, paused: bool) -> None:
+    """Two transports would take each other's bytes, and wait for each other's end. The first one is not affected."""
     stack.only_python_before(3, 14, why="it closes the socket under its first owner")
     ours, theirs = socket.socketpair()
     other = Recorder()
@@ -144,7 +144,7 @@ async def test_a_socket_that_is_adopted_already(stack: Stack, again: str, paused
         transport, protocol = await group.create_connection(Recorder, sock=ours)
         if paused:
             transport.pause_reading()
-        with pytest.raises(RuntimeError, match="is used"):
+        with pytest.raises(RuntimeError, match=r"is (already in use|used) by"):
             await getattr(group, again)(lambda: other, sock=ours)
         assert other.calls == []
         assert ours.fileno() != -1
@@ -159,12 +159,12 @@ async def test_a_socket_that_is_adopted_already(stack: Stack, again: str, paused
             transport.close()
             assert await peer.receive() == b""
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("asyncio makes two transports, of which one hears nothing")
 @pytest.mark.parametrize("again", ["create_connection", "create_unix_connection", "connect_accepted_socket"])
-async def test_a_socket_that_is_adopted_twice_at_a_time(stack: Stack, again: str) -> None:
+async def test_one_socket_adopted_by_two_calls_at_once(stack: Stack, again: str) -> None:
     ours, theirs = socket.socketpair()
     made: list[Any] = []
     refused: list[RuntimeError] = []
@@ -191,8 +191,9 @@ async def test_a_socket_that_is_adopted_twice_at_a_time(stack: Stack, again: str
 
 @pytest.mark.parametrize("end", ["close", "abort", "write", "nothing"])
 @pytest.mark.ours_only("asyncio has a RuntimeError for the second connection")
-async def test_a_number_that_the_system_gives_away_once_more(stack: Stack, end: str) -> None:
-    """Who closes what he gave away learns of it when he uses it; the connection that gets its number does not."""
+async def test_a_reused_fd_after_the_owner_closed_the_socket(stack: Stack, end: str) -> None:
+    """A transport whose socket was closed by its maker fails when it is used; a connection that got its fd is not
+    affected."""
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             ours, theirs = socket.socketpair()
@@ -205,7 +206,7 @@ async def test_a_number_that_the_system_gives_away_once_more(stack: Stack, end: 
                 if end != "nothing":
                     getattr(first, end)(*[b"x"] * (end == "write"))
                     await closed.wait_for("connection_lost")
-                    assert isinstance(closed.lost_with, OSError) is (end == "write")
+                    assert isinstance(closed.exception, OSError) is (end == "write")
                 with Peer(listener.accept()[0]) as peer:
                     await peer.send(b"hello")
                     assert await protocol.wait_received(5) == b"hello"
@@ -214,12 +215,12 @@ async def test_a_number_that_the_system_gives_away_once_more(stack: Stack, end: 
                     second.close()
                     assert await peer.receive() == b""
                 await protocol.wait_for("connection_lost")
-                assert protocol.lost_with is None
+                assert protocol.exception is None
                 assert number not in open_descriptors()
 
 
-async def test_a_number_that_still_belongs_to_another_transport(stack: Stack) -> None:
-    """It cannot be known that its socket has been closed: it has to be ended first."""
+async def test_an_fd_still_in_use_by_another_transport(stack: Stack) -> None:
+    """The transport cannot know that its socket was closed, so it must be ended first."""
     stack.only_python_before(3, 14, why="it closes the new socket")
     ours, theirs = socket.socketpair()
     with theirs:
@@ -229,7 +230,7 @@ async def test_a_number_that_still_belongs_to_another_transport(stack: Stack) ->
             ours.close()
             mine, yours = socket.socketpair()
             assert mine.fileno() == number
-            with pytest.raises(RuntimeError, match="is used"):
+            with pytest.raises(RuntimeError, match=r"is (already in use|used) by"):
                 await group.create_connection(Recorder, sock=mine)
             assert mine.fileno() == number
             transport.close()
@@ -246,7 +247,7 @@ async def test_a_number_that_still_belongs_to_another_transport(stack: Stack) ->
 
 @asynccontextmanager
 async def child(stack: Stack, *arguments: object, command: tuple[str, ...] = (), **options: Any) -> AsyncIterator[Any]:
-    """A process that serves what it is handed, with a group on the backend of the test."""
+    """A process that serves the sockets it gets, with a group on the backend of the test."""
     backend = stack.name
     program = [*command, sys.executable, str(SERVER), backend, *map(str, arguments)]
     process = await anyio.open_process(program, stderr=None, **options)
@@ -318,7 +319,7 @@ async def test_another_process_sends_a_connection_over_a_unix_socket(stack: Stac
 async def test_systemd_hands_over_a_socket(stack: Stack, accept: bool) -> None:
     """`LISTEN_FDS` descriptors from 3 on: see sd_listen_fds(3)."""
     port = unused_port()
-    # It hands over nothing of the environment that it is not told to.
+    # It passes on only the variables that it is given.
     packages = os.pathsep.join(filter(None, sys.path))
     command = ["systemd-socket-activate", f"--listen={HOST}:{port}", "-E", f"PYTHONPATH={packages}"]
     if accept:

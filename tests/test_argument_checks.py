@@ -1,4 +1,4 @@
-"""Arguments that do not work, one and two at a time: asyncio's error, and the one that asyncio finds first.
+"""Invalid arguments, one and two at a time: asyncio's error, and of two the one that asyncio finds first.
 
 Each table has the mistakes that can be made with one endpoint function in the order in which asyncio looks for them.
 The oracle proves the order; every pair of mistakes that can be made together has to raise the error of the first.
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Kind:
-    """Stands for something that is made for each test."""
+    """A placeholder for an object that is made for each test."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -31,7 +31,7 @@ class Kind:
 
 #: Not given at all: with what needs it to be given, a mistake cannot be made.
 ABSENT = Kind("absent")
-#: Given, and whatever it is makes no difference.
+#: Given; its value makes no difference.
 ANY = Kind("any")
 STREAM, UNIX_STREAM, DATAGRAM, SEQPACKET, TLS, CONTEXT, TRANSPORT, ENDPOINT, CLOSED, TEXT, BINARY = map(
     Kind,
@@ -53,7 +53,7 @@ class Mistake(NamedTuple):
     options: dict[str, Any]
     error: type[Exception]
     message: str
-    #: Whether asyncio does not notice it, or in the middle of things.
+    #: Whether asyncio does not notice it, or only after it has begun.
     only_ours: bool = False
 
 
@@ -205,7 +205,7 @@ TABLES: dict[str, list[Mistake]] = {
     ],
 }
 
-#: What a function needs besides, whatever the mistakes.
+#: The other arguments that a function needs.
 NEEDED: dict[str, dict[str, Any]] = {
     "start_tls": {"protocol": OBJECT},
     "subprocess_exec": {"program": "true"},
@@ -213,12 +213,12 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 
 
-#: Functions that are given a protocol, if anything.
+#: Functions that take a protocol.
 NO_FACTORY = {"start_tls", "sendfile"}
 
 
 def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | None:
-    """The options of two mistakes at a time, `None` when they cannot be made together."""
+    """Return the options of two mistakes at a time, or `None` if they cannot be made together."""
     options = dict(first)
     for name, value in second.items():
         known = options.setdefault(name, value)
@@ -230,7 +230,7 @@ def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any] | No
 
 
 def together(function: str, first: Mistake) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The options of a mistake alone and with each later one, and whether asyncio is no oracle for them."""
+    """Yield the options of a mistake alone and with each later one, and whether asyncio is no oracle for them."""
     yield first.options, first.only_ours
     mistakes = TABLES[function]
     for second in mistakes[mistakes.index(first) + 1 :]:
@@ -241,7 +241,7 @@ def together(function: str, first: Mistake) -> Iterator[tuple[dict[str, Any], bo
 
 @asynccontextmanager
 async def made(group: Any, options: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """The options, with everything in them that a test needs made anew."""
+    """Return the options, with new objects for the placeholders."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -303,14 +303,14 @@ async def test_s12_the_first_mistake_is_raised(stack: Stack, function: str, mist
                 with pytest.raises(mistake.error, match=mistake.message) as caught:
                     await getattr(group, function)(*positional, **keywords)
                 assert type(caught.value) is mistake.error, options
-                # Nothing has been done: what the caller gave is the caller's, and nothing else is open.
+                # Nothing has been done: the caller still owns its objects, and nothing else is open.
                 assert [sock.fileno() for sock in given] == numbers, options
                 assert open_descriptors() == before, options
                 assert contexts == []
 
 
-def test_mistakes_are_made_together() -> None:
-    """Or else the order of the tables would be tested by nothing."""
+def test_mistakes_are_tested_in_pairs() -> None:
+    """Otherwise nothing would test the order of the tables."""
     counts = {name: sum(len(list(together(name, each))) for each in table) for name, table in TABLES.items()}
     assert all(counts[name] > len(table) for name, table in TABLES.items()), counts
     assert sum(counts.values()) > 300

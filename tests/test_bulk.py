@@ -18,7 +18,7 @@ PAUSES = 3
 
 
 class Pusher(Recorder):
-    """Send `SIZE` bytes, no faster than the transport asks for, and hash both directions."""
+    """Send `SIZE` bytes with flow control, and hash both directions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Pusher(Recorder):
 
     def eof_received(self) -> bool:
         super().eof_received()
-        return True  # what is left to send goes on
+        return True  # the rest is still sent
 
 
 @pytest.mark.ours_only("the buffer of the oracle is measured elsewhere")

@@ -1,4 +1,4 @@
-"""The chat server of the examples: several visitors, and one who does not read."""
+"""The chat server of the examples: several guests, and one that does not read."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Door:
         return Guest(self.stack.enter_context(Peer.connect(self.address, receive_buffer=receive_buffer)))
 
     async def enter(self, name: str, *others: Guest, receive_buffer: int | None = None) -> Guest:
-        """A guest who has a name, and whom the others have seen coming."""
+        """Log a guest in and wait until the others have been notified."""
         guest = self.knock(receive_buffer=receive_buffer)
         assert await guest.hear() == "* your name, please"
         await guest.say(name)
@@ -65,7 +65,7 @@ async def chatting(stack: Stack, room: Room) -> AsyncIterator[Door]:
         await until(lambda: not room.members)
 
 
-async def test_everybody_hears_everybody(stack: Stack) -> None:
+async def test_every_guest_gets_every_message(stack: Stack) -> None:
     async with chatting(stack, Room()) as door:
         anna = await door.enter("anna")
         bert = await door.enter("bert", anna)
@@ -78,7 +78,7 @@ async def test_everybody_hears_everybody(stack: Stack) -> None:
         assert await anna.hear() == "* bert has left"
 
 
-async def test_names(stack: Stack) -> None:
+async def test_rules_for_names(stack: Stack) -> None:
     async with chatting(stack, Room()) as door:
         anna = await door.enter("anna")
         guest = door.knock()
@@ -93,7 +93,7 @@ async def test_names(stack: Stack) -> None:
             await guest.say(name)
             assert await guest.hear() == answer
         assert await anna.hear() == "* bert is here"
-        # Nobody hears of those who leave before they have a name.
+        # There is no notice when a guest without a name leaves.
         door.knock().peer.close()
         await anna.say("alone?")
         assert await anna.hear() == "anna: alone?"
@@ -131,8 +131,8 @@ async def test_a_reset(stack: Stack) -> None:
         assert (await anna.hear()).startswith("* bert has left (")
 
 
-async def test_a_slow_reader_holds_up_nobody(stack: Stack) -> None:
-    """What waits for it is bounded, it is dropped beyond that, and the others miss nothing."""
+async def test_a_slow_reader_does_not_delay_the_others(stack: Stack) -> None:
+    """Its buffer is bounded, it is disconnected beyond that, and the others miss nothing."""
     room = Room(limit=128 * 1024)
     async with chatting(stack, room) as door:
         anna = await door.enter("anna")
@@ -144,7 +144,7 @@ async def test_a_slow_reader_holds_up_nobody(stack: Stack) -> None:
         while "slow" in room.members:
             await anna.say(f"{count:06} " + "x" * 1000)
             for guest in (anna, bert):
-                # The notice comes behind the line that was too much.
+                # The notice comes after the line that exceeded the limit.
                 assert await guest.hear() == f"anna: {count:06} " + "x" * 1000
             peak = max(peak, visitor.transport.get_write_buffer_size())
             count += 1

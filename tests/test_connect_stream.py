@@ -1,4 +1,4 @@
-"""`connect_stream`: a protocol on any AnyIO byte stream, the other end driven as a bare AnyIO stream."""
+"""`connect_stream`: a protocol on any AnyIO byte stream; the test drives the other end as a bare AnyIO stream."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.anyio
 
 
 class MemoryReceiver(ByteReceiveStream):
-    """A user's own stream: what comes out of a memory object stream, at most so much at a time."""
+    """A user's stream over a memory object stream, with a limit on the size of each piece."""
 
     def __init__(self, items: MemoryObjectReceiveStream[bytes]) -> None:
         self.buffered = BufferedByteReceiveStream(items)
@@ -114,11 +114,11 @@ def pair(kind: str, certificate_authority: trustme.CA) -> Any:
     return pairs[kind]()
 
 
-async def farewell(transport: Any, protocol: Any, theirs: ByteStream) -> None:
+async def close_both(transport: Any, protocol: Any, theirs: ByteStream) -> None:
     """Close both ends: over TLS each waits for the other's close_notify."""
     transport.close()
     if isinstance(theirs, UNIXSocketStream):
-        # AnyIO's, on asyncio, complains (`InvalidStateError`) if the end comes in the moment in which it is cancelled.
+        # AnyIO's stream on asyncio raises `InvalidStateError` if the end comes when it is being cancelled.
         await protocol.wait_for("connection_lost")
     with anyio.fail_after(GUARD):
         await theirs.aclose()
@@ -150,8 +150,8 @@ async def test_bytes_go_both_ways(anyio_backend: Any, pair: Any) -> None:
         transport.write(b"good ")
         transport.writelines([b"d", bytearray(b"a"), memoryview(b"y")])
         assert await receive_exactly(theirs, 8) == b"good day"
-        await farewell(transport, protocol, theirs)
-        assert protocol.lost_with is None
+        await close_both(transport, protocol, theirs)
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("protocol_class", [Recorder, BufferedRecorder])
@@ -173,7 +173,7 @@ async def test_bulk_in_both_directions_at_once(anyio_backend: Any, pair: Any, pr
             await theirs.send(back)
         assert await protocol.wait_received(size) == back
         assert received == there
-        await farewell(transport, protocol, theirs)
+        await close_both(transport, protocol, theirs)
 
 
 async def test_writing_is_paused_and_resumed(anyio_backend: Any, pair: Any) -> None:
@@ -186,10 +186,10 @@ async def test_writing_is_paused_and_resumed(anyio_backend: Any, pair: Any) -> N
         assert await receive_exactly(theirs, size) == bytes(size)
         await protocol.wait_for("resume_writing")
         assert transport.get_write_buffer_size() <= 16 * 1024
-        await farewell(transport, protocol, theirs)
+        await close_both(transport, protocol, theirs)
 
 
-async def test_what_is_written_is_the_data_of_the_moment(anyio_backend: Any, pair: Any) -> None:
+async def test_a_bytearray_may_be_changed_after_write(anyio_backend: Any, pair: Any) -> None:
     async with pair as (ours, theirs), TransportGroup() as group:
         transport, protocol = await group.connect_stream(Recorder, ours)
         data = bytearray(pattern(300_000))
@@ -198,7 +198,7 @@ async def test_what_is_written_is_the_data_of_the_moment(anyio_backend: Any, pai
         data[:] = bytes(len(data))
         data.clear()
         assert await receive_exactly(theirs, len(expected)) == expected
-        await farewell(transport, protocol, theirs)
+        await close_both(transport, protocol, theirs)
 
 
 async def test_close_flushes(anyio_backend: Any, pair: Any) -> None:
@@ -218,7 +218,7 @@ async def test_close_flushes(anyio_backend: Any, pair: Any) -> None:
             assert transport.is_closing()
             assert not protocol.lost
             tasks.start_soon(read, theirs)
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert received == data
 
 
@@ -230,15 +230,15 @@ async def test_abort_drops_what_is_buffered(anyio_backend: Any, pair: Any) -> No
         transport.abort()
         assert transport.get_write_buffer_size() == 0
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert len(await receive_all(theirs)) < size
 
 
 @pytest.mark.parametrize("peer", ["silent", "gone"])
-async def test_a_peer_that_does_not_say_goodbye(
+async def test_a_tls_peer_that_never_answers_the_shutdown(
     anyio_backend: Any, certificate_authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, peer: str
 ) -> None:
-    """A TLS stream says goodbye and waits for the answer, for so long and no longer."""
+    """A TLS stream sends `close_notify` and waits for the answer, for a limited time."""
     monkeypatch.setattr("transports_anyio._channels._anyio.CLOSE_TIMEOUT", 0.05)
     async with tls_pair(certificate_authority) as (ours, theirs):
         with anyio.fail_after(GUARD):
@@ -250,7 +250,7 @@ async def test_a_peer_that_does_not_say_goodbye(
                 transport.close()
                 await protocol.wait_for("connection_lost")
         assert contexts == []
-        assert peer == "gone" or protocol.lost_with is None
+        assert peer == "gone" or protocol.exception is None
         if peer == "silent":
             await anyio.aclose_forcefully(theirs)
 
@@ -262,7 +262,7 @@ async def test_the_end_of_the_stream(anyio_backend: Any, pair: Any) -> None:
         await theirs.aclose()
         await protocol.wait_for("connection_lost")
         assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("kind", ["memory", "tcp", "unix"])
@@ -281,7 +281,7 @@ async def test_half_close(anyio_backend: Any, pair: Any) -> None:
         assert await receive_all(theirs) == answer
         transport.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_write_eof_then_close(anyio_backend: Any) -> None:
@@ -303,10 +303,10 @@ async def test_tls_has_no_half_close(anyio_backend: Any, certificate_authority: 
             transport.write_eof()
         await theirs.aclose()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
-async def test_pausing_reading_holds_everything_back(anyio_backend: Any, pair: Any) -> None:
+async def test_nothing_is_received_while_reading_is_paused(anyio_backend: Any, pair: Any) -> None:
     async with pair as (ours, theirs), TransportGroup() as group:
         transport, protocol = await group.connect_stream(Recorder, ours)
         transport.pause_reading()
@@ -317,7 +317,7 @@ async def test_pausing_reading_holds_everything_back(anyio_backend: Any, pair: A
             assert not protocol.received
             transport.resume_reading()
             assert await protocol.wait_received(9) == b"held back"
-        await farewell(transport, protocol, theirs)
+        await close_both(transport, protocol, theirs)
 
 
 async def test_a_paused_reader_bounds_what_is_taken_from_the_stream(anyio_backend: Any) -> None:
@@ -354,7 +354,7 @@ async def test_extra_info_comes_from_the_typed_attributes(anyio_backend: Any, ce
         assert transport.get_extra_info("cipher")[0]
         assert transport.get_extra_info("peercert")["subjectAltName"] == (("DNS", "localhost"),)
         assert transport.get_extra_info("nothing like it", "default") == "default"
-        await farewell(transport, protocol, theirs)
+        await close_both(transport, protocol, theirs)
 
 
 async def test_a_stream_without_attributes_has_no_extra_info(anyio_backend: Any) -> None:
@@ -373,12 +373,12 @@ async def test_a_receiving_stream(anyio_backend: Any) -> None:
         assert await protocol.wait_received(7) == b"one way"
         await sender.aclose()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("end", ["close", "abort", "by the stream", "leaving"])
 async def test_a_receiving_stream_takes_no_data(anyio_backend: Any, end: str) -> None:
-    """Nobody would ever send it, and the close would wait for that."""
+    """It would never be sent, and the close would wait for that."""
     sender, receiver = one_way()
     with anyio.fail_after(GUARD):
         async with sender:
@@ -406,11 +406,11 @@ async def test_a_receiving_stream_takes_no_data(anyio_backend: Any, end: str) ->
                         transport.write(b"data")
                 if end != "leaving":
                     await protocol.wait_for("connection_lost")
-    assert protocol.lost_with is None
+    assert protocol.exception is None
 
 
 class Scripted(ByteStream):
-    """A user's own, which returns this, one after the other, whatever it is asked for."""
+    """A user's stream that returns the given pieces, whatever size is asked for."""
 
     def __init__(self, *items: bytes) -> None:
         self.items = list(items)
@@ -432,7 +432,7 @@ every_protocol = pytest.mark.parametrize("protocol_kind", [Recorder, BufferedRec
 
 
 @every_protocol
-async def test_nothing_received_is_not_the_end_of_a_stream(anyio_backend: Any, protocol_kind: Any) -> None:
+async def test_an_empty_chunk_is_not_the_end_of_a_stream(anyio_backend: Any, protocol_kind: Any) -> None:
     """`EndOfStream` is. AnyIO asks users to ignore the empty chunks that some streams return."""
     stream = Scripted(b"", b"one ", b"", b"", b"two ", b"three", b"")
     async with TransportGroup() as group:
@@ -441,13 +441,13 @@ async def test_nothing_received_is_not_the_end_of_a_stream(anyio_backend: Any, p
     assert protocol.received == b"one two three"
     assert protocol.names[-2:] == ["eof_received", "connection_lost"]
     assert protocol.count("eof_received") == 1
-    assert protocol.lost_with is None
+    assert protocol.exception is None
     assert (b"",) not in [call[1:] for call in protocol.calls]
     assert (0,) not in [call[1:] for call in protocol.calls]
 
 
-async def test_a_stream_that_does_nothing_but_return_nothing(anyio_backend: Any) -> None:
-    """It never waits, and lets everybody else have their turn all the same."""
+async def test_a_stream_that_always_returns_empty_chunks(anyio_backend: Any) -> None:
+    """It never waits, but other tasks run all the same."""
 
     class Empty(Scripted):
         async def receive(self, max_bytes: int = 65536) -> bytes:
@@ -464,7 +464,7 @@ async def test_a_stream_that_does_nothing_but_return_nothing(anyio_backend: Any)
 
 
 class Copied(bytes):
-    """Bytes that count what is copied out of them, and out of the copies."""
+    """Bytes that count what is copied from them and from their copies."""
 
     total = 0
 
@@ -477,7 +477,7 @@ class Copied(bytes):
 @pytest.mark.parametrize("pauses", [False, True])
 @pytest.mark.parametrize("size", [64, 4096])
 async def test_a_stream_that_gives_more_than_it_was_asked_for(anyio_backend: Any, size: int, pauses: bool) -> None:
-    """And a protocol that takes little at a time. What it has not taken is not copied again and again."""
+    """The protocol takes little at a time. The rest is not copied each time."""
     data = Copied(pattern(1 << 20))
     Copied.total = 0
     given = 0
@@ -491,10 +491,12 @@ async def test_a_stream_that_gives_more_than_it_was_asked_for(anyio_backend: Any
 
     async with TransportGroup() as group:
         stream = Scripted(data, b"and the rest")
-        _, protocol = await group.connect_stream(lambda: BufferedRecorder(size, on_buffer_updated=updated), stream)
+        _, protocol = await group.connect_stream(
+            lambda: BufferedRecorder(buffer_size=size, on_buffer_updated=updated), stream
+        )
         await protocol.wait_for("connection_lost")
     assert protocol.received == data + b"and the rest"
-    assert protocol.lost_with is None
+    assert protocol.exception is None
     assert Copied.total <= 2 * len(data)
 
 
@@ -510,7 +512,7 @@ async def test_a_sending_stream(anyio_backend: Any) -> None:
 
 
 class Failing(ByteStream):
-    """Fails in each direction the way it is told."""
+    """A stream that fails in each direction with the given error."""
 
     def __init__(self, receiving: Exception | None, sending: Exception | None) -> None:
         self.receiving = receiving
@@ -570,7 +572,7 @@ async def test_errors_become_os_errors_with_their_cause(
         if direction == "sending":
             transport.write(b"x")
         await protocol.wait_for("connection_lost")
-        lost_with = protocol.lost_with
+        lost_with = protocol.exception
         assert isinstance(lost_with, expected)
         assert lost_with is error or lost_with.__cause__ is error
         assert contexts == []
@@ -578,7 +580,7 @@ async def test_errors_become_os_errors_with_their_cause(
 
 
 @pytest.mark.parametrize("direction", ["receiving", "sending", "closing"])
-async def test_what_cannot_say_what_it_is_ends_nothing_else(anyio_backend: Any, direction: str) -> None:
+async def test_an_error_whose_repr_fails_ends_one_connection(anyio_backend: Any, direction: str) -> None:
     class Mute:
         def __repr__(self) -> str:
             raise LookupError("no words")
@@ -601,24 +603,24 @@ async def test_what_cannot_say_what_it_is_ends_nothing_else(anyio_backend: Any, 
         if direction == "closing":
             transport.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None if direction == "closing" else protocol.lost_with.__cause__ is error
+        assert protocol.exception is None if direction == "closing" else protocol.exception.__cause__ is error
         await until(lambda: stream.closed)
         assert [context["exception"] for context in contexts] == ([error] if direction == "closing" else [])
         await theirs.send(b"alive")
         await other.wait_received(5)
 
 
-async def test_a_failing_end_of_sending_breaks_the_connection(anyio_backend: Any) -> None:
+async def test_a_failing_send_eof_breaks_the_connection(anyio_backend: Any) -> None:
     stream = Failing(None, anyio.BrokenResourceError())
     async with TransportGroup() as group:
         transport, protocol = await group.connect_stream(Recorder, stream)
         transport.write_eof()
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionResetError)
+        assert isinstance(protocol.exception, ConnectionResetError)
 
 
 class Farewell(Failing):
-    """Notes that its sending side was ended; that takes a while, and may fail or take for ever."""
+    """Record that `send_eof` was called; it takes a while, may fail, and may never return."""
 
     def __init__(self, how: str) -> None:
         super().__init__(None, None)
@@ -636,10 +638,10 @@ class Farewell(Failing):
 
 @pytest.mark.parametrize("how", ["works", "fails", "hangs"])
 @pytest.mark.parametrize("callback", ["connection_made", "resume_writing", None])
-async def test_the_end_of_sending_is_the_last_that_is_sent(
+async def test_send_eof_comes_after_all_data(
     anyio_backend: Any, callback: str | None, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`close` after `write_eof`: the stream is told both, and the connection keeps nobody in the group."""
+    """`close` after `write_eof`: the stream gets both, and the connection does not hold up the end of the group."""
     monkeypatch.setattr("transports_anyio._channels._anyio.CLOSE_TIMEOUT", 0.05)
 
     def end(protocol: Recorder) -> None:
@@ -664,12 +666,12 @@ async def test_the_end_of_sending_is_the_last_that_is_sent(
                 end(protocol)
             await protocol.wait_for("connection_lost")
     assert (stream.ended, stream.closed) == (1, 1)
-    assert protocol.lost_with is None
+    assert protocol.exception is None
     assert contexts == []
 
 
 @pytest.mark.parametrize("callback", ["connection_made", "data_received", "eof_received", "connection_lost"])
-async def test_a_callback_that_raises_ends_this_connection_only(anyio_backend: Any, callback: str) -> None:
+async def test_a_callback_that_raises_ends_its_connection_only(anyio_backend: Any, callback: str) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError(callback)
 
@@ -688,13 +690,13 @@ async def test_a_callback_that_raises_ends_this_connection_only(anyio_backend: A
         assert str(context["exception"]) == callback
         assert context["protocol"] is protocol
         if callback != "connection_lost":
-            assert protocol.lost_with is context["exception"]
+            assert protocol.exception is context["exception"]
         await other_theirs.send(b"alive")
         await other.wait_received(5)
 
 
 @pytest.mark.parametrize("what", ["an object stream", "no stream"])
-async def test_what_moves_no_bytes_is_refused_and_left_to_the_caller(anyio_backend: Any, what: str) -> None:
+async def test_objects_that_are_no_byte_streams_are_refused(anyio_backend: Any, what: str) -> None:
     sender, receiver = anyio.create_memory_object_stream[bytes](1)
     with sender, receiver:
         async with TransportGroup() as group:
@@ -705,7 +707,7 @@ async def test_what_moves_no_bytes_is_refused_and_left_to_the_caller(anyio_backe
         assert await receiver.receive() == b"still the caller's"
 
 
-async def test_a_stream_that_fails_to_close_ends_nothing_else(anyio_backend: Any) -> None:
+async def test_a_stream_that_fails_to_close_ends_one_connection(anyio_backend: Any) -> None:
     class Unclosable(Failing):
         async def aclose(self) -> None:
             await super().aclose()
@@ -718,7 +720,7 @@ async def test_a_stream_that_fails_to_close_ends_nothing_else(anyio_backend: Any
         transport, protocol = await group.connect_stream(Recorder, stream)
         transport.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         await until(lambda: contexts)
         (context,) = contexts
         assert context["message"].startswith("Closing <")
@@ -743,15 +745,15 @@ async def test_a_factory_that_raises_leaves_the_stream_to_the_caller(anyio_backe
         await protocol.wait_received(12)
 
 
-async def test_a_stream_that_a_transport_uses_already(anyio_backend: Any, pair: Any) -> None:
-    """Two owners would take each other's bytes, and the first to end would close it under the other."""
+async def test_a_stream_in_use_by_another_transport(anyio_backend: Any, pair: Any) -> None:
+    """Two transports would take each other's bytes, and the first to end would close the stream of the other."""
     second = Recorder()
     refused: list[TransportGroup] = []
 
     async with pair as (ours, theirs), TransportGroup() as group:
 
         async def connect_again(group: TransportGroup) -> None:
-            with pytest.raises(RuntimeError, match="used already, by another transport"):
+            with pytest.raises(RuntimeError, match="is already in use by another transport"):
                 await group.connect_stream(lambda: second, ours)
             refused.append(group)
 
@@ -767,10 +769,10 @@ async def test_a_stream_that_a_transport_uses_already(anyio_backend: Any, pair: 
         await first.wait_received(5)
         transport.abort()
         await first.wait_for("connection_lost")
-        assert first.lost_with is None
+        assert first.exception is None
 
 
-async def test_a_stream_that_is_connected_twice_at_a_time(anyio_backend: Any) -> None:
+async def test_one_stream_connected_by_two_calls_at_once(anyio_backend: Any) -> None:
     outcomes: list[Any] = []
 
     async def connect(group: TransportGroup, stream: ByteStream) -> None:
@@ -800,7 +802,7 @@ async def test_cancelling_the_group_closes_the_streams(anyio_backend: Any, pair:
                 scope.cancel()
                 await anyio.sleep_forever()
         assert protocol.lost
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         with pytest.raises((anyio.ClosedResourceError, anyio.BrokenResourceError)):
             await ours.receive()
         assert len(await receive_all(theirs)) < 32 << 20
@@ -833,7 +835,7 @@ async def test_both_halves_of_a_stapled_stream_are_closed(anyio_backend: Any, ho
                 else:
                     transport.close()
                 await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert contexts == []
         assert sending.closed
         with pytest.raises(anyio.BrokenResourceError), anyio.fail_after(GUARD):
@@ -852,8 +854,8 @@ async def test_an_exception_of_the_block_aborts(anyio_backend: Any, pair: Any) -
         assert protocol.lost
 
 
-async def test_a_protocol_on_a_stream_from_inside_a_callback_free_task(anyio_backend: Any) -> None:
-    """Two protocols back to back, each on one end of a pair, through tasks of the group."""
+async def test_protocols_relay_through_tasks_of_the_group(anyio_backend: Any) -> None:
+    """Two protocols, each on one end of a pair, connected by tasks of the group."""
     received: list[bytes] = []
 
     def answer(protocol: Any, data: bytes) -> None:
@@ -874,7 +876,7 @@ async def test_a_protocol_on_a_stream_from_inside_a_callback_free_task(anyio_bac
 
 
 async def test_a_send_that_ends_together_with_the_connection(anyio_backend: Any) -> None:
-    """The task hears of what it has sent when the buffer is gone already."""
+    """The task's `send` returns when the buffer is already gone."""
 
     class Slow(ByteSendStream):
         def __init__(self) -> None:
@@ -888,7 +890,7 @@ async def test_a_send_that_ends_together_with_the_connection(anyio_backend: Any)
         async def aclose(self) -> None:
             pass
 
-    # On trio, which of two tasks runs first is a matter of chance.
+    # trio runs ready tasks in random order.
     for _ in range(20):
         async with TransportGroup() as group:
             stream = Slow()
@@ -898,7 +900,7 @@ async def test_a_send_that_ends_together_with_the_connection(anyio_backend: Any)
             stream.done.set()
             transport.abort()
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
 
 
 async def test_reading_that_is_resumed_and_paused_at_once(anyio_backend: Any) -> None:

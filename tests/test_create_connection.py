@@ -41,7 +41,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def visit(group: Any, listener: socket.socket, *address: Any, **options: Any) -> Any:
-    """Connect, exchange a word with the listener, close; returns the transport's extra info of the socket's names."""
+    """Connect, exchange a word with the listener, close; return `sockname` and `peername`."""
     with anyio.fail_after(GUARD):
         transport, protocol = await group.create_connection(Recorder, *address, **options)
     sock, _ = listener.accept()
@@ -96,7 +96,7 @@ async def test_scope_ids(stack: Stack, by: str) -> None:
             assert info["peername"] == (address, listener.getsockname()[1], 0, number)
 
 
-async def test_no_host_is_the_loopback(stack: Stack) -> None:
+async def test_a_host_of_none_means_the_loopback(stack: Stack) -> None:
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             info = await visit(group, listener, None, listener.getsockname()[1])
@@ -104,8 +104,8 @@ async def test_no_host_is_the_loopback(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("host", ["localhost", HOST])
-async def test_a_protocol(stack: Stack, host: str) -> None:
-    """By its number. Which there are besides the one of TCP depends on the system."""
+async def test_a_protocol_number(stack: Stack, host: str) -> None:
+    """A protocol by its number. Other numbers than that of TCP depend on the system."""
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             port = listener.getsockname()[1]
@@ -115,14 +115,14 @@ async def test_a_protocol(stack: Stack, host: str) -> None:
             assert transport.get_extra_info("socket").proto == socket.IPPROTO_TCP
             listener.accept()[0].close()
             if stack.is_oracle and host == HOST:
-                return  # Which takes TCP whatever it is told, where it need not ask the resolver.
-            with pytest.raises(socket.gaierror):  # It has no streams.
+                return  # uvloop uses TCP whatever it is given, for numeric addresses.
+            with pytest.raises(socket.gaierror):  # UDP has no streams.
                 await group.create_connection(Recorder, host, port, family=socket.AF_INET, proto=socket.IPPROTO_UDP)
 
 
 @needs_ipv6
 @pytest.mark.parametrize("host", [HOST, HOST.encode()])
-async def test_flags_of_the_resolver(stack: Stack, host: Any) -> None:
+async def test_flags_are_passed_to_the_resolver(stack: Stack, host: Any) -> None:
     """IPv4 by way of an IPv6 socket: without the flag the host has no address of the family."""
     async with stack.open() as group:
         with bound(backlog=1) as listener:
@@ -140,7 +140,7 @@ async def test_flags_of_the_resolver(stack: Stack, host: Any) -> None:
 
 
 def a_service() -> tuple[str, int] | None:
-    """A service whose port an ordinary user may bind, and nobody has bound."""
+    """Return a service with a free port that an ordinary user may bind."""
     for name in ("nfs", "x11", "git", "svn", "postgresql", "mysql", "ircd", "irc", "sip", "openvpn", "rfb", "amqp"):
         try:
             port = socket.getservbyname(name, "tcp")
@@ -152,7 +152,7 @@ def a_service() -> tuple[str, int] | None:
 
 
 @pytest.mark.skipif(a_service() is None, reason="no service is known here")
-async def test_the_name_of_a_service(stack: Stack) -> None:
+async def test_a_service_name_as_port(stack: Stack) -> None:
     name, port = a_service() or ("", 0)
     async with stack.open() as group:
         with bound(port=port, backlog=1) as listener:
@@ -162,7 +162,7 @@ async def test_the_name_of_a_service(stack: Stack) -> None:
 
 @pytest.mark.skipif(a_service() is None, reason="no service is known here")
 @pytest.mark.skipif(a_link_local_address() is None, reason="there is no link-local address")
-async def test_the_name_of_a_service_behind_a_scope(stack: Stack) -> None:
+async def test_a_service_name_with_a_scoped_address(stack: Stack) -> None:
     name, port = a_service() or ("", 0)
     address, interface = a_link_local_address() or ("", "")
     number = socket.if_nametoindex(interface)
@@ -189,7 +189,9 @@ async def test_the_name_of_a_service_behind_a_scope(stack: Stack) -> None:
         (HOST, 1, {"proto": 12345}),
     ],
 )
-async def test_what_cannot_be_resolved(stack: Stack, host: str, port: Any, options: dict[str, Any]) -> None:
+async def test_hosts_and_ports_that_cannot_be_resolved(
+    stack: Stack, host: str, port: Any, options: dict[str, Any]
+) -> None:
     expected = socket.gaierror
     if port == -1 and not stack.is_oracle:
         expected = OverflowError  # type: ignore[assignment]
@@ -208,10 +210,10 @@ async def test_a_name_with_a_label_of_a_wrong_length(stack: Stack, host: str) ->
 
 
 @pytest.mark.ours_only("asyncio has IDNA 2003")
-async def test_names_beyond_ascii(stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_non_ascii_host_names(stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """IDNA 2008, which has a sharp s, and no snowman."""
     async with stack.open() as group:
-        known = {"stra\xdfe.test": [HOST], "xn--strae-oqa.test": [HOST]}  # The first is for uvloop's resolver.
+        known = {"stra\xdfe.test": [HOST], "xn--strae-oqa.test": [HOST]}  # The first form is for uvloop's resolver.
         with bound(backlog=1) as listener, names(monkeypatch, known, anyio_backend):
             await visit(group, listener, "stra\xdfe.test", listener.getsockname()[1])
         with pytest.raises(UnicodeError):
@@ -241,7 +243,7 @@ class Ports(enum.IntEnum):
 
 
 @pytest.mark.parametrize("port", [Ports.TOP, " 65535", "+65535"], ids=repr)
-async def test_what_is_a_number_too(stack: Stack, port: Any) -> None:
+async def test_ports_of_other_number_types(stack: Stack, port: Any) -> None:
     async with stack.open() as group:
         with bound(port=65535, backlog=1) as listener:
             await visit(group, listener, HOST, port)
@@ -249,7 +251,7 @@ async def test_what_is_a_number_too(stack: Stack, port: Any) -> None:
 
 @pytest.mark.parametrize("host", [f"{HOST}\0.example", f"{HOST}\0.example".encode()])
 async def test_a_nul_in_a_host(stack: Stack, host: Any) -> None:
-    """Nobody listens behind it, and somebody before it: what a C string would end with is not the host."""
+    """A listener at the part before the NUL must not be reached: the host does not end where a C string would."""
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             with pytest.raises(ValueError, match="null"):
@@ -301,7 +303,7 @@ async def test_numeric_addresses_need_no_thread(stack: Stack, monkeypatch: pytes
 
 @linux_only
 @pytest.mark.parametrize("options", [{}, {"happy_eyeballs_delay": 1000}, {"interleave": 2}], ids=str)
-async def test_a_name_whose_first_address_refuses(
+async def test_the_next_address_is_tried_without_delay_after_a_refusal(
     stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """With the delay of an hour: the second attempt begins as soon as the first has failed."""
@@ -315,7 +317,7 @@ async def test_a_name_whose_first_address_refuses(
 @pytest.mark.parametrize("options", [{}, {"happy_eyeballs_delay": 1000}], ids=str)
 async def test_the_second_address_when_the_first_refuses(stack: Stack, options: dict[str, Any]) -> None:
     async with stack.open() as group:
-        for host in (HOST, HOST_6):  # Whichever the system sorts first.
+        for host in (HOST, HOST_6):  # The order depends on the system.
             with bound(host, backlog=1) as listener:
                 await visit(group, listener, None, listener.getsockname()[1], **options)
 
@@ -324,7 +326,7 @@ async def test_the_second_address_when_the_first_refuses(stack: Stack, options: 
 async def test_happy_eyeballs_does_not_wait_for_a_black_hole(
     stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system would wait for minutes. Both addresses of a kind: nothing but the delay can help."""
+    """The system would wait for minutes. Both addresses have one family, so only the delay can help."""
     async with stack.open() as group:
         with bound(backlog=1) as listener, black_hole("127.0.0.77", listener.getsockname()[1]) as port:
             before = open_descriptors()
@@ -332,7 +334,7 @@ async def test_happy_eyeballs_does_not_wait_for_a_black_hole(
                 with anyio.fail_after(GUARD):
                     transport, _ = await group.create_connection(Recorder, "two.test", port, happy_eyeballs_delay=0.01)
                 assert transport.get_extra_info("peername") == listener.getsockname()
-            # The loser is closed as soon as there is a winner.
+            # The losing attempt is closed as soon as another one has connected.
             after = open_descriptors()
             assert set(after) - set(before) == {transport.get_extra_info("socket").fileno()}
             listener.accept()[0].close()
@@ -340,8 +342,8 @@ async def test_happy_eyeballs_does_not_wait_for_a_black_hole(
 
 @needs_ipv6
 @linux_only
-async def test_families_take_turns(stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is tried, and in which order, stands in the error."""
+async def test_address_families_alternate(stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the addresses in the order in which they were tried."""
     addresses = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "::1", "127.0.0.4"]
     port = unused_port()
     async with stack.open() as group:
@@ -363,7 +365,7 @@ async def test_families_take_turns(stack: Stack, anyio_backend: Any, monkeypatch
 
 @needs_ipv6
 @pytest.mark.parametrize("delay", [None, 0, 0.001])
-async def test_one_error_names_every_address(stack: Stack, delay: float | None) -> None:
+async def test_the_error_names_every_address(stack: Stack, delay: float | None) -> None:
     port = unused_port()
     async with stack.open() as group:
         with pytest.raises(OSError, match="Multiple exceptions") as caught:
@@ -372,7 +374,7 @@ async def test_one_error_names_every_address(stack: Stack, delay: float | None) 
         assert f"'{HOST_6}', {port}" in str(caught.value)
 
 
-async def test_a_single_error_is_the_one_of_the_system(stack: Stack) -> None:
+async def test_a_single_failure_is_raised_unchanged(stack: Stack) -> None:
     port = unused_port()
     async with stack.open() as group:
         with pytest.raises(ConnectionRefusedError, match=rf"Connect call failed.*127\.0\.0\.1', {port}") as caught:
@@ -382,7 +384,7 @@ async def test_a_single_error_is_the_one_of_the_system(stack: Stack) -> None:
 
 @needs_ipv6
 @pytest.mark.parametrize("delay", [None, 0.001])
-async def test_all_errors(stack: Stack, delay: float | None) -> None:
+async def test_all_errors_raises_an_exception_group(stack: Stack, delay: float | None) -> None:
     stack.needs_python(3, 12, why="there is no all_errors")
     async with stack.open() as group:
         with pytest.raises(ExceptionGroup) as caught:
@@ -398,8 +400,8 @@ async def test_all_errors(stack: Stack, delay: float | None) -> None:
 @needs_ipv6
 @pytest.mark.parametrize("listening", [False, True])
 @pytest.mark.parametrize("options", [{}, {"all_errors": True}, {"happy_eyeballs_delay": 0.001}], ids=str)
-async def test_errors_are_not_kept(stack: Stack, options: dict[str, Any], listening: bool) -> None:
-    """Not even until the collector runs: who tries again and again would gather errors, and the frames behind them."""
+async def test_errors_leave_no_reference_cycle(stack: Stack, options: dict[str, Any], listening: bool) -> None:
+    """Not even until the garbage collector runs: retrying would pile up errors and their frames."""
     if stack.is_oracle and (options or listening):
         pytest.skip("asyncio lets go of them where every address fails, one after the other")
 
@@ -411,10 +413,10 @@ async def test_errors_are_not_kept(stack: Stack, options: dict[str, Any], listen
         gc.disable()
         try:
             before = errors()
-            for host in (HOST, HOST_6):  # Whichever the system sorts first, the other one refuses.
+            for host in (HOST, HOST_6):  # The order depends on the system; the other address refuses.
                 with bound(host, backlog=1 if listening else None) as listener, suppress(OSError, ExceptionGroup):
                     await visit(group, listener, None, listener.getsockname()[1], **options)
-                await turns()  # The event loop's own callbacks let go of theirs.
+                await turns()  # The event loop's own callbacks release their references.
             assert errors() == before
         finally:
             gc.enable()
@@ -424,7 +426,7 @@ async def test_errors_are_not_kept(stack: Stack, options: dict[str, Any], listen
 @pytest.mark.ours_only("the oracle has an IndexError for it: CPython 135836")
 @pytest.mark.parametrize("delay", [0, 0.001, 1000])
 async def test_s3_every_attempt_fails_at_every_point(stack: Stack, delay: float) -> None:
-    """Refused at once, refused later, and without a descriptor for a socket: an `OSError` that names what was tried."""
+    """Refused at once, refused later, and no file descriptor for a socket: an `OSError` that names the addresses."""
     async with stack.open() as group:
         for more in range(3):
             with few_descriptors(more), pytest.raises(OSError) as caught:
@@ -518,7 +520,7 @@ async def test_s5_a_socket_that_cannot_be_made_counts_as_a_failed_address(stack:
 
 @needs_ipv6
 async def test_s5_a_socket_that_cannot_be_made_among_others(stack: Stack) -> None:
-    """Room for one socket: of two attempts at a time, one has to do without."""
+    """Only one socket can be opened: of two concurrent attempts, one fails."""
     async with stack.open() as group:
         with bound(HOST, backlog=1) as listener, bound(HOST_6, listener.getsockname()[1], backlog=1):
             with few_descriptors(1):
@@ -533,8 +535,8 @@ async def test_s5_a_socket_that_cannot_be_made_among_others(stack: Stack) -> Non
 @pytest.mark.parametrize(
     ("delay", "error"), [("soon", TypeError), ([1], TypeError), (10**400, OverflowError)], ids=["str", "list", "huge"]
 )
-async def test_what_is_no_delay(stack: Stack, delay: Any, error: type[Exception]) -> None:
-    """It comes out alone, and not in a group of the tasks that race."""
+async def test_invalid_happy_eyeballs_delay(stack: Stack, delay: Any, error: type[Exception]) -> None:
+    """The error is raised alone, not in the exception group of the racing tasks."""
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             before = open_descriptors()
@@ -547,8 +549,8 @@ async def test_what_is_no_delay(stack: Stack, delay: Any, error: type[Exception]
 
 @needs_ipv6
 @pytest.mark.parametrize("delay", [float("nan"), float("inf"), -1, True, 1e300], ids=str)
-async def test_delays_of_a_strange_kind(stack: Stack, delay: float) -> None:
-    """Each is a number, and so some head start or none."""
+async def test_unusual_but_valid_happy_eyeballs_delay(stack: Stack, delay: float) -> None:
+    """Each is a number, and so a valid delay."""
     async with stack.open() as group:
         for host in (HOST, HOST_6):
             with bound(host, backlog=1) as listener:
@@ -561,10 +563,10 @@ async def test_delays_of_a_strange_kind(stack: Stack, delay: float) -> None:
 @pytest.mark.parametrize(
     ("scope", "error"), [((1 << 21, 0), OverflowError), ((0, "lo"), TypeError)], ids=["flow", "scope"]
 )
-async def test_a_local_address_that_no_socket_takes(
+async def test_an_invalid_local_address(
     stack: Stack, scope: tuple[Any, ...], error: type[Exception], delay: float | None
 ) -> None:
-    """A mistake of the caller's, which is no reason to try another address: it comes out alone, whatever races."""
+    """It is the caller's mistake, so no other address is tried; it is raised alone."""
     async with stack.open() as group:
         with bound(HOST_6, backlog=1) as listener:
             before = open_descriptors()
@@ -595,7 +597,7 @@ async def test_a_local_address(stack: Stack, host: Any) -> None:
 
 
 @needs_ipv6
-async def test_a_local_address_of_the_right_family(stack: Stack) -> None:
+async def test_the_local_address_of_the_matching_family_is_used(stack: Stack) -> None:
     """`None` is both loopback addresses."""
     async with stack.open() as group:
         for host in (HOST, HOST_6):
@@ -623,7 +625,7 @@ async def test_every_local_address_is_tried(
             assert info["sockname"] == ("127.0.0.6", port)
 
 
-async def test_a_local_address_that_cannot_be_had(stack: Stack) -> None:
+async def test_an_unavailable_local_address(stack: Stack) -> None:
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             name = listener.getsockname()
@@ -633,10 +635,10 @@ async def test_a_local_address_that_cannot_be_had(stack: Stack) -> None:
 
 
 @linux_only
-async def test_a_local_address_that_fails_for_every_remote_one(
+async def test_a_local_address_that_fails_for_every_remote_address(
     stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is one failure, and has the number of one."""
+    """It is a single failure, with its errno."""
     async with stack.open() as group:
         with bound(backlog=1) as listener, names(monkeypatch, {"two.test": ["127.0.0.77", HOST]}, anyio_backend):
             name = listener.getsockname()
@@ -650,14 +652,14 @@ async def test_a_local_address_that_fails_for_every_remote_one(
     [((HOST,), ValueError), ((), ValueError), (HOST, TypeError), (5, TypeError), ((HOST, 0, 0, 0, 0), TypeError)],
     ids=str,
 )
-async def test_what_is_no_local_address(stack: Stack, local_addr: Any, error: type[Exception]) -> None:
+async def test_malformed_local_address(stack: Stack, local_addr: Any, error: type[Exception]) -> None:
     async with stack.open() as group:
         with bound(backlog=1) as listener, pytest.raises(error):
             await group.create_connection(Recorder, *listener.getsockname(), local_addr=local_addr)
 
 
 @needs_ipv6
-async def test_no_local_address_of_the_family(stack: Stack) -> None:
+async def test_no_local_address_of_a_matching_family(stack: Stack) -> None:
     stack.needs_python(3, 12, why="it connects as if there were no local_addr")
     async with stack.open() as group:
         with bound(backlog=1) as listener:
@@ -666,7 +668,7 @@ async def test_no_local_address_of_the_family(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("all_errors came with Python 3.12")
-async def test_failures_to_bind_are_among_all_errors(stack: Stack) -> None:
+async def test_all_errors_includes_failures_to_bind(stack: Stack) -> None:
     async with stack.open() as group:
         with bound(backlog=1) as listener:
             name = listener.getsockname()
@@ -710,13 +712,13 @@ async def test_an_adopted_unix_socket(stack: Stack) -> None:
 
 
 async def test_an_adopted_socket_that_is_not_connected(stack: Stack) -> None:
-    """As asyncio: nothing tells it from a connection that the peer has just reset."""
+    """As asyncio: it cannot be distinguished from a connection that the peer has just reset."""
     async with stack.open() as group:
         _, protocol = await group.create_connection(Recorder, sock=socket.socket())
         await protocol.wait_for("connection_lost")
         assert protocol.names == ["connection_made", "connection_lost"]
         assert protocol.transport.get_extra_info("peername") is None
-        assert protocol.lost_with.errno == errno.ENOTCONN
+        assert protocol.exception.errno == errno.ENOTCONN
 
 
 async def test_sockets_that_cannot_be_adopted(stack: Stack) -> None:
@@ -763,10 +765,8 @@ async def test_an_adopted_socket_is_closed_whatever_happens(stack: Stack) -> Non
 @linux_only
 @pytest.mark.ours_only("asyncio reports it, and leaves a connection that hears nothing")
 @pytest.mark.parametrize("adopted", [False, True])
-async def test_a_system_that_watches_no_more_descriptors(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch, adopted: bool
-) -> None:
-    """ENOSPC of epoll (`max_user_watches`): it costs the connection, and not the group."""
+async def test_epoll_refuses_the_socket(stack: Stack, monkeypatch: pytest.MonkeyPatch, adopted: bool) -> None:
+    """ENOSPC of epoll (`max_user_watches`) ends the connection, not the group."""
     failure = OSError(errno.ENOSPC, "as the system would")
     refused = Recorder()
 
@@ -786,7 +786,7 @@ async def test_a_system_that_watches_no_more_descriptors(
             assert caught.value is failure
             await refused.wait_for("connection_lost")
             assert refused.names == ["connection_made", "connection_lost"]
-            assert refused.lost_with is failure
+            assert refused.exception is failure
             listener.accept()[0].close()
             await until(lambda: open_descriptors() == before)
             assert group.statistics().open_transports == {"StreamTransport": 1}
@@ -794,7 +794,7 @@ async def test_a_system_that_watches_no_more_descriptors(
             assert await protocol.wait_received(5) == b"alive"
             transport.write(b"answer")
             assert await peer.receive_exactly(6) == b"answer"
-            await visit(group, listener, *address)  # There is room again.
+            await visit(group, listener, *address)  # epoll accepts file descriptors again.
 
 
 # -- what goes wrong, and what is set ---------------------------------------------------------------------------------
@@ -810,14 +810,14 @@ async def test_neither_an_address_nor_a_socket(stack: Stack) -> None:
     ("name", "value", "version"),
     [("server_hostname", "x", (3, 10)), ("ssl_handshake_timeout", 1, (3, 10)), ("ssl_shutdown_timeout", 1, (3, 11))],
 )
-async def test_parameters_of_tls_without_tls(stack: Stack, name: str, value: Any, version: tuple[int, int]) -> None:
+async def test_tls_parameters_without_ssl(stack: Stack, name: str, value: Any, version: tuple[int, int]) -> None:
     stack.needs_python(*version, why=f"there is no {name}")
     async with stack.open() as group:
         with pytest.raises(ValueError, match="only meaningful with ssl"):
             await group.create_connection(Recorder, HOST, 1, **{name: value})
 
 
-async def test_tls_needs_a_name(stack: Stack) -> None:
+async def test_tls_needs_a_server_name(stack: Stack) -> None:
     ours, theirs = socket.socketpair()
     async with stack.open() as group:
         with ours, theirs, pytest.raises(ValueError, match="server_hostname"):
@@ -839,7 +839,7 @@ async def test_a_factory_that_raises(stack: Stack) -> None:
 
 @pytest.mark.ours_only("asyncio has no group")
 async def test_a_group_that_ends_while_it_connects(stack: Stack) -> None:
-    errors = []
+    errors: list[Any] = []
 
     async def connect(address: Any) -> None:
         try:
@@ -872,7 +872,7 @@ async def test_nagles_algorithm_is_off_on_both_sides(stack: Stack) -> None:
         server.close()
 
 
-async def test_a_transports_socket_is_to_look_at(stack: Stack) -> None:
+async def test_a_transport_socket_cannot_do_io(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         sock = transport.get_extra_info("socket")
         assert sock.family == socket.AF_INET
@@ -888,7 +888,7 @@ async def test_a_transports_socket_is_to_look_at(stack: Stack) -> None:
             sock.settimeout(1)
         with pytest.raises(ValueError):
             sock.setblocking(True)
-        if sys.version_info >= (3, 11):  # Python 3.10 still has, and deprecates, what it means to take away.
+        if sys.version_info >= (3, 11):  # Python 3.10 still has the deprecated methods.
             for name in ("recv", "recv_into", "recvfrom", "recvmsg", "send", "sendall", "sendto", "sendmsg", "close"):
                 assert not hasattr(sock, name), name
             assert not hasattr(sock, "detach")
@@ -899,8 +899,8 @@ async def test_a_transports_socket_is_to_look_at(stack: Stack) -> None:
             sock.getpeername()
 
 
-async def test_a_transports_socket_is_asyncios_class(stack: Stack) -> None:
-    """Programs and type checkers know it by its name, and it shuts down and duplicates as everywhere."""
+async def test_a_transport_socket_behaves_as_asyncios(stack: Stack) -> None:
+    """It has asyncio's class name, and `shutdown` and `dup` work."""
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         sock = transport.get_extra_info("socket")
         assert type(sock) is TransportSocket
@@ -912,4 +912,4 @@ async def test_a_transports_socket_is_asyncios_class(stack: Stack) -> None:
         await protocol.wait_received(14)
         transport.write(b"x")
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, BrokenPipeError)
+        assert isinstance(protocol.exception, BrokenPipeError)

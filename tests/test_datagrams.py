@@ -29,6 +29,7 @@ from support import (
     leaves,
     open_descriptors,
     peer_process,
+    settle,
     turns,
     until,
 )
@@ -42,13 +43,13 @@ pytestmark = pytest.mark.anyio
 
 
 class Endpoint(asyncio.DatagramProtocol):
-    """Record what comes, and answer if asked to."""
+    """Record datagrams, and answer if `echo` is set."""
 
     def __init__(self, *, echo: bool = False) -> None:
         self.echo = echo
         self.transport: Any = None
         self.received: list[tuple[bytes, Any]] = []
-        self.errors: list[Exception] = []
+        self.errors: list[Any] = []
         self.flow: list[str] = []
         self.lost: list[Exception | None] = []
 
@@ -80,7 +81,7 @@ class Endpoint(asyncio.DatagramProtocol):
 @contextmanager
 def udp_peer(family: int = socket.AF_INET, host: str = HOST) -> Iterator[socket.socket]:
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.bind(socket.getaddrinfo(host, 0, family, socket.SOCK_DGRAM)[0][4])  # A scope and all.
+        sock.bind(socket.getaddrinfo(host, 0, family, socket.SOCK_DGRAM)[0][4])  # With its scope.
         sock.setblocking(False)
         yield sock
 
@@ -95,7 +96,7 @@ async def receive(sock: socket.socket, size: int = 65536) -> tuple[bytes, Any]:
 
 
 class Endpoints:
-    """Makes endpoints of a stack's, and sees them closed at the end, on the oracle too."""
+    """Make endpoints of a stack, and wait at the end until all are closed, on the oracle too."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -142,7 +143,7 @@ async def test_datagrams_both_ways(stack: Stack, family: int, host: str) -> None
 
 
 @pytest.mark.ours_only("asyncio's datagram transports share a class with its streams")
-async def test_no_methods_of_streams(stack: Stack) -> None:
+async def test_a_datagram_transport_has_no_stream_methods(stack: Stack) -> None:
     async with stack.open() as group, Endpoints(group) as endpoints:
         transport, _ = await endpoints.make(local_addr=(HOST, 0))
         assert not isinstance(transport, asyncio.Transport)
@@ -151,7 +152,7 @@ async def test_no_methods_of_streams(stack: Stack) -> None:
 
 
 async def test_a_transport_takes_attributes(stack: Stack) -> None:
-    """Programs keep what belongs to an endpoint with its transport, and tests put a function in a method's place."""
+    """Programs store their own attributes on a transport, and tests replace its methods."""
     async with stack.open() as group, Endpoints(group) as endpoints:
         transport, _ = await endpoints.make(local_addr=(HOST, 0))
         sent: list[tuple[bytes, Any]] = []
@@ -163,7 +164,7 @@ async def test_a_transport_takes_attributes(stack: Stack) -> None:
 
 @pytest.mark.skipif(a_link_local_address() is None, reason="there is no link-local address")
 @pytest.mark.parametrize("connected", [False, True])
-async def test_flow_and_scope(stack: Stack, connected: bool) -> None:
+async def test_ipv6_flow_info_and_scope(stack: Stack, connected: bool) -> None:
     address, interface = a_link_local_address() or ("", "")
     host, scope = f"{address}%{interface}", socket.if_nametoindex(interface)
     with udp_peer(socket.AF_INET6, host) as peer:
@@ -204,7 +205,7 @@ async def test_both_addresses(stack: Stack) -> None:
             assert await receive(peer) == (b"x", transport.get_extra_info("sockname"))
 
 
-async def test_neither_address_but_a_family(stack: Stack) -> None:
+async def test_a_family_without_addresses(stack: Stack) -> None:
     with udp_peer() as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             transport, _ = await endpoints.make(family=socket.AF_INET)
@@ -222,10 +223,10 @@ async def test_names_are_resolved(stack: Stack) -> None:
 
 
 @needs_ipv6
-async def test_the_second_address_when_the_first_is_taken(stack: Stack) -> None:
-    """No host is the loopback, of which one is IPv4 and one is IPv6."""
+async def test_the_second_address_is_used_when_the_first_is_taken(stack: Stack) -> None:
+    """A host of `None` means the loopback, IPv4 or IPv6."""
     async with stack.open() as group, Endpoints(group) as endpoints:
-        for host, other in ((HOST, "::1"), ("::1", HOST)):  # Whichever the system sorts first.
+        for host, other in ((HOST, "::1"), ("::1", HOST)):  # The order depends on the system.
             with udp_peer(socket.AF_INET6 if ":" in host else socket.AF_INET, host) as taken:
                 port = taken.getsockname()[1]
                 transport, _ = await endpoints.make(local_addr=(None, port))
@@ -238,7 +239,7 @@ async def test_the_second_address_when_the_first_is_taken(stack: Stack) -> None:
 async def test_every_resolved_address_is_tried(
     stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, free: int, connected: bool
 ) -> None:
-    """Addresses of one family: the first that can be had."""
+    """Of the addresses of one family, the first that can be bound is used."""
     if stack.is_oracle and free != 2:
         pytest.skip("asyncio keeps the last address of each family only")
     addresses = ["127.0.0.5", "127.0.0.6", "127.0.0.7"]
@@ -264,7 +265,7 @@ async def test_every_resolved_address_is_tried(
 
 
 @needs_ipv6
-async def test_flags_of_the_resolver(stack: Stack) -> None:
+async def test_flags_are_passed_to_the_resolver(stack: Stack) -> None:
     """IPv4 by way of an IPv6 socket: without the flag the host has no address of the family."""
     with udp_peer() as peer:
         port = peer.getsockname()[1]
@@ -278,16 +279,16 @@ async def test_flags_of_the_resolver(stack: Stack) -> None:
             assert await receive(peer) == (b"hello", (HOST, transport.get_extra_info("sockname")[1]))
 
 
-async def test_a_protocol_of_the_system(stack: Stack) -> None:
-    """By its number. Which there are besides the one of UDP depends on the system."""
+async def test_a_protocol_number(stack: Stack) -> None:
+    """A protocol by its number. Other numbers than that of UDP depend on the system."""
     async with stack.open() as group, Endpoints(group) as endpoints:
         for where in ({"local_addr": (HOST, 0)}, {"remote_addr": ("localhost", 9)}, {}):
             options: dict[str, Any] = {"family": socket.AF_INET, **where}
             transport, _ = await endpoints.make(proto=socket.IPPROTO_UDP, **options)
             assert transport.get_extra_info("socket").proto == socket.IPPROTO_UDP
             if stack.is_oracle and where.get("local_addr"):
-                continue  # Which takes UDP whatever it is told, where it need not ask the resolver.
-            with pytest.raises(OSError):  # It has no datagrams.
+                continue  # uvloop uses UDP whatever it is given, for numeric addresses.
+            with pytest.raises(OSError):  # TCP has no datagrams.
                 await group.create_datagram_endpoint(Endpoint, proto=socket.IPPROTO_TCP, **options)
 
 
@@ -336,15 +337,15 @@ async def test_an_adopted_socket(stack: Stack) -> None:
             assert sock.gettimeout() == 0
 
 
-async def test_a_socket_that_is_adopted_already(stack: Stack) -> None:
-    """Two owners would take each other's datagrams. Its first owner hears nothing of it."""
+async def test_a_socket_in_use_by_another_endpoint(stack: Stack) -> None:
+    """Two transports would take each other's datagrams. The first one is not affected."""
     with udp_peer() as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             sock.bind((HOST, 0))
             transport, protocol = await endpoints.make(sock=sock)
             other = Endpoint()
-            with pytest.raises(RuntimeError, match="is used"):
+            with pytest.raises(RuntimeError, match=r"is (already in use|used) by"):
                 await group.create_datagram_endpoint(lambda: other, sock=sock)
             assert other.transport is None
             peer.sendto(b"question", sock.getsockname())
@@ -368,7 +369,7 @@ async def test_d3_an_adopted_socket_that_is_connected(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("asyncio sends it to the peer, without a word")
-async def test_d9_another_address_than_the_peer_of_an_adopted_socket(stack: Stack) -> None:
+async def test_d9_sendto_another_address_on_an_adopted_connected_socket(stack: Stack) -> None:
     with udp_peer() as peer, udp_peer() as other:
         async with stack.open() as group, Endpoints(group) as endpoints:
             sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -385,7 +386,7 @@ async def test_d9_another_address_than_the_peer_of_an_adopted_socket(stack: Stac
 
 
 @needs_ipv6
-async def test_the_peer_of_an_adopted_ipv6_socket_without_its_scope(stack: Stack) -> None:
+async def test_sendto_the_peer_of_an_adopted_ipv6_socket_without_scope(stack: Stack) -> None:
     with udp_peer(socket.AF_INET6, "::1") as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
@@ -398,9 +399,7 @@ async def test_the_peer_of_an_adopted_ipv6_socket_without_its_scope(stack: Stack
 
 @pytest.mark.ours_only("asyncio sends it to the peer, without a word")
 @pytest.mark.parametrize("named", [False, True])
-async def test_d9_another_address_than_the_peer_of_an_adopted_unix_socket(
-    stack: Stack, tmp_path: Path, named: bool
-) -> None:
+async def test_d9_sendto_another_address_on_an_adopted_unix_socket(stack: Stack, tmp_path: Path, named: bool) -> None:
     with clogged_unix_peer(tmp_path) as other:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         theirs.setblocking(False)
@@ -411,7 +410,7 @@ async def test_d9_another_address_than_the_peer_of_an_adopted_unix_socket(
                 transport, _ = await endpoints.make(Endpoint(echo=True), sock=ours)
                 with pytest.raises(ValueError, match="address"):
                     transport.sendto(b"for the other", other.getsockname())
-                theirs.send(b"hello")  # Answered to the address that it came from.
+                theirs.send(b"hello")  # The answer goes to the sender's address.
                 assert (await receive(theirs))[0] == b"hello"
                 with pytest.raises(BlockingIOError):
                     other.recv(1)
@@ -419,10 +418,8 @@ async def test_d9_another_address_than_the_peer_of_an_adopted_unix_socket(
 
 @pytest.mark.skipif(not hasattr(UDPSocket, "from_socket"), reason="this AnyIO makes its sockets itself")
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
-async def test_d9_another_address_than_the_peer_of_an_anyio_socket(
-    anyio_backend: Any, tmp_path: Path, family: int
-) -> None:
-    """AnyIO calls it unconnected, and it was made from a socket that is connected."""
+async def test_d9_sendto_another_address_on_an_anyio_socket(anyio_backend: Any, tmp_path: Path, family: int) -> None:
+    """AnyIO's object is the unconnected one, but was made from a connected socket."""
     unix = family == socket.AF_UNIX
     with clogged_unix_peer(tmp_path) if unix else udp_peer() as peer, udp_peer() as other:
         sock = socket.socket(family, socket.SOCK_DGRAM)
@@ -469,7 +466,7 @@ async def test_d9_a_netlink_socket_sends_to_others_than_the_kernel(stack: Stack)
 
 
 @pytest.mark.ours_only("asyncio takes a peer without a name for none")
-async def test_an_adopted_end_of_a_pair(stack: Stack) -> None:
+async def test_an_adopted_end_of_a_socketpair(stack: Stack) -> None:
     """Its peer has no name."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     theirs.setblocking(False)
@@ -498,7 +495,7 @@ async def test_an_adopted_socket_is_closed_by_a_cancellation(stack: Stack) -> No
 
 @contextmanager
 def clogged_unix_peer(directory: Path) -> Iterator[socket.socket]:
-    """A peer whose queue can be filled: UNIX datagrams wait, where UDP's are dropped."""
+    """A peer whose queue can be filled: UNIX datagrams wait, while UDP drops them."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(directory / "peer"))
         sock.setblocking(False)
@@ -506,7 +503,7 @@ def clogged_unix_peer(directory: Path) -> Iterator[socket.socket]:
 
 
 @pytest.mark.ours_only("asyncio 3.13.0 never gets the header's size out of the buffer", before=(3, 14, 10))
-async def test_what_cannot_be_sent_waits_in_order(stack: Stack, tmp_path: Path) -> None:
+async def test_unsent_datagrams_wait_in_order(stack: Stack, tmp_path: Path) -> None:
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             transport, protocol = await endpoints.make(family=socket.AF_UNIX, remote_addr=peer.getsockname())
@@ -523,8 +520,8 @@ async def test_what_cannot_be_sent_waits_in_order(stack: Stack, tmp_path: Path) 
             assert transport.get_write_buffer_size() == 0
 
 
-async def test_nothing_overtakes_what_waits(stack: Stack, tmp_path: Path) -> None:
-    """There is room again, and the transport has had no turn yet."""
+async def test_new_datagrams_queue_after_waiting_ones(stack: Stack, tmp_path: Path) -> None:
+    """The receiver has space again, and the transport has not run yet."""
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             transport, _ = await endpoints.make(family=socket.AF_UNIX, remote_addr=peer.getsockname())
@@ -539,8 +536,8 @@ async def test_nothing_overtakes_what_waits(stack: Stack, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("end", ["close", "abort"])
-async def test_nothing_is_received_any_more(stack: Stack, tmp_path: Path, end: str) -> None:
-    """Neither at once, when something has arrived already, nor while `close` flushes."""
+async def test_nothing_is_received_after_close(stack: Stack, tmp_path: Path, end: str) -> None:
+    """Neither a datagram that has already arrived, nor one that arrives while `close` flushes."""
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             ours = str(tmp_path / "ours")
@@ -551,7 +548,7 @@ async def test_nothing_is_received_any_more(stack: Stack, tmp_path: Path, end: s
                 transport.sendto(b"x")
             peer.sendto(b"too late", ours)
             getattr(transport, end)()
-            await turns()
+            await settle(group)
             if end == "close":
                 assert protocol.lost == []
                 peer.sendto(b"later still", ours)
@@ -564,7 +561,7 @@ async def test_nothing_is_received_any_more(stack: Stack, tmp_path: Path, end: s
 
 
 @pytest.mark.ours_only("asyncio 3.13.0 never gets the header's size out of the buffer", before=(3, 14, 10))
-async def test_d2_the_buffer_counts_headers_in_and_out(stack: Stack, tmp_path: Path) -> None:
+async def test_d2_buffer_size_counts_headers_when_adding_and_removing(stack: Stack, tmp_path: Path) -> None:
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             transport, protocol = await endpoints.make(family=socket.AF_UNIX, remote_addr=peer.getsockname())
@@ -588,7 +585,7 @@ async def test_d2_the_buffer_counts_headers_in_and_out(stack: Stack, tmp_path: P
             assert transport.get_write_buffer_size() == 0
 
 
-async def test_w13_close_sends_what_waits(stack: Stack, tmp_path: Path) -> None:
+async def test_w13_close_sends_waiting_datagrams(stack: Stack, tmp_path: Path) -> None:
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             transport, protocol = await endpoints.make(family=socket.AF_UNIX, remote_addr=peer.getsockname())
@@ -604,7 +601,7 @@ async def test_w13_close_sends_what_waits(stack: Stack, tmp_path: Path) -> None:
 
 
 @pytest.mark.ours_only("asyncio forgets to count what it drops", before=(3, 15))
-async def test_abort_drops_what_waits(stack: Stack, tmp_path: Path) -> None:
+async def test_abort_drops_waiting_datagrams(stack: Stack, tmp_path: Path) -> None:
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             transport, protocol = await endpoints.make(family=socket.AF_UNIX, remote_addr=peer.getsockname())
@@ -618,7 +615,7 @@ async def test_abort_drops_what_waits(stack: Stack, tmp_path: Path) -> None:
 
 
 @pytest.mark.ours_only("asyncio has no group")
-async def test_leaving_the_block_by_an_exception_drops_what_waits(stack: Stack, tmp_path: Path) -> None:
+async def test_leaving_the_block_by_an_exception_drops_waiting_datagrams(stack: Stack, tmp_path: Path) -> None:
     protocol = Endpoint()
     with clogged_unix_peer(tmp_path) as peer:
         with pytest.raises(BaseException) as caught:
@@ -706,8 +703,8 @@ async def test_d1_a_peer_that_refuses(stack: Stack) -> None:
             await until(lambda: protocol.received)
 
 
-async def test_a_datagram_to_nobody_is_dropped_in_silence(stack: Stack) -> None:
-    """The system tells it only of sockets that are connected to one address."""
+async def test_an_unconnected_endpoint_ignores_a_refused_datagram(stack: Stack) -> None:
+    """The system reports a refusal only to connected sockets."""
     with udp_peer() as peer:
         nobody = peer.getsockname()
     async with stack.open() as group, Endpoints(group) as endpoints:
@@ -734,7 +731,7 @@ async def test_d1_a_datagram_that_is_too_large(stack: Stack) -> None:
 
 
 class Exhausted(socket.socket):
-    """A socket of a system that has no room for a datagram now and then: Linux says so of a device's queue only."""
+    """A socket whose `sendto` sometimes fails with ENOBUFS, which Linux raises only for a full device queue."""
 
     failures: list[OSError]
 
@@ -750,8 +747,8 @@ class Exhausted(socket.socket):
 
 
 @pytest.mark.parametrize("connected", [False, True])
-async def test_a_system_without_room_for_a_datagram(stack: Stack, connected: bool) -> None:
-    """It costs the datagram, and the endpoint lives on."""
+async def test_sendto_without_buffer_space(stack: Stack, connected: bool) -> None:
+    """The datagram is lost, and the endpoint lives on."""
     with udp_peer() as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             sock = Exhausted(socket.AF_INET, socket.SOCK_DGRAM)
@@ -770,15 +767,15 @@ async def test_a_system_without_room_for_a_datagram(stack: Stack, connected: boo
             assert protocol.lost == []
 
 
-async def test_a_system_without_room_for_a_datagram_that_has_waited(stack: Stack, tmp_path: Path) -> None:
-    """It costs the one whose turn it was: the others are sent, in order."""
+async def test_a_waiting_datagram_without_buffer_space(stack: Stack, tmp_path: Path) -> None:
+    """Only the datagram at the head is lost: the others are sent, in order."""
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             sock = Exhausted(socket.AF_UNIX, socket.SOCK_DGRAM)
             sock.connect(peer.getsockname())
             sock.failures = []
             transport, protocol = await endpoints.make(sock=sock)
-            sent = []
+            sent: list[Any] = []
             while transport.get_write_buffer_size() == 0:
                 sent.append(struct.pack("<I", len(sent)))
                 transport.sendto(sent[-1])
@@ -798,8 +795,8 @@ async def test_a_system_without_room_for_a_datagram_that_has_waited(stack: Stack
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no epoll")
 @pytest.mark.ours_only("asyncio reports it, and leaves an endpoint that hears nothing")
-async def test_a_system_that_watches_no_more_descriptors(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ENOSPC of epoll (`max_user_watches`): it costs the endpoint, and not the group."""
+async def test_epoll_refuses_the_endpoint(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC of epoll (`max_user_watches`) ends the endpoint, not the group."""
     failure = OSError(errno.ENOSPC, "as the system would")
 
     def full(*_: object) -> None:
@@ -826,7 +823,7 @@ async def test_a_system_that_watches_no_more_descriptors(stack: Stack, monkeypat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other codes for it")
-async def test_a_system_without_a_way_to_the_peer(stack: Stack) -> None:
+async def test_the_peer_is_unreachable(stack: Stack) -> None:
     """No broadcasts without permission; and no IPv4 address but as one of IPv6."""
     async with stack.open() as group, Endpoints(group) as endpoints:
         for host, address, code in (
@@ -918,8 +915,8 @@ async def test_a_callback_that_raises_is_reported_and_the_endpoint_lives_on(
 
 @pytest.mark.parametrize("kind", ["socket", "AnyIO socket"])
 @pytest.mark.parametrize("caught", [False, True])
-async def test_an_exit_in_connection_made_leaves_through_the_group(anyio_backend: Any, kind: str, caught: bool) -> None:
-    """The caller gets no endpoint then, and none is left."""
+async def test_system_exit_in_connection_made_propagates(anyio_backend: Any, kind: str, caught: bool) -> None:
+    """The call raises, and no endpoint is left."""
 
     class Leaving(Endpoint):
         def connection_made(self, transport: Any) -> None:
@@ -977,7 +974,7 @@ async def make_endpoint(endpoints: Endpoints, kind: str, directory: Path) -> tup
 @pytest.mark.ours_only("asyncio ends the endpoint")
 @pytest.mark.parametrize("kind", ["udp", "unix", "adopted unix", "anyio udp", "anyio unix"])
 @pytest.mark.parametrize("address", ["nonsense", ("one", "two", "three"), (HOST, 70000), (HOST, "http"), 5, b"\0", ()])
-async def test_what_cannot_be_an_address_is_reported_and_the_endpoint_stays_open(
+async def test_an_invalid_address_is_reported_and_the_endpoint_stays_open(
     stack: Stack, kind: str, address: Any, tmp_path: Path
 ) -> None:
     async with stack.open() as group, Endpoints(group) as endpoints:
@@ -1005,8 +1002,8 @@ async def test_what_cannot_be_an_address_is_reported_and_the_endpoint_stays_open
 
 @pytest.mark.ours_only("it has no such sockets")
 @pytest.mark.parametrize("kind", ["udp", "unix", "adopted unix", "anyio udp", "anyio unix"])
-async def test_an_error_of_sending_loses_nothing_that_has_arrived(stack: Stack, kind: str, tmp_path: Path) -> None:
-    """To look for more errors must not take a datagram: UNIX and netlink sockets have no queue of errors."""
+async def test_a_send_error_loses_no_received_datagram(stack: Stack, kind: str, tmp_path: Path) -> None:
+    """Reading the error queue must not take a datagram: UNIX and netlink sockets have no error queue."""
     async with stack.open() as group, Endpoints(group) as endpoints:
         transport, protocol, own = await make_endpoint(endpoints, kind, tmp_path)
         family = socket.AF_UNIX if "unix" in kind else socket.AF_INET
@@ -1016,13 +1013,13 @@ async def test_an_error_of_sending_loses_nothing_that_has_arrived(stack: Stack, 
                 transport.sendto(bytes(4 << 20), own)  # Too large.
             await until(lambda: len(protocol.received) == 3)
         assert protocol.data == [b"0", b"1", b"2"]
-        if kind != "anyio udp":  # On asyncio AnyIO keeps it to itself.
+        if kind != "anyio udp":  # On asyncio AnyIO does not report it.
             await until(lambda: len(protocol.errors) == 3)
         assert protocol.lost == []
 
 
 @pytest.mark.skipif(not hasattr(socket, "AF_NETLINK"), reason="there is no netlink")
-async def test_an_error_of_sending_by_netlink_loses_nothing_that_has_arrived(stack: Stack) -> None:
+async def test_a_netlink_send_error_loses_no_received_datagram(stack: Stack) -> None:
     message = struct.pack("=IHHII", 20, 16, 1, 0, 0) + b"PING"
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 2) as other:
         other.bind((0, 0))
@@ -1039,7 +1036,7 @@ async def test_an_error_of_sending_by_netlink_loses_nothing_that_has_arrived(sta
 
 @pytest.mark.ours_only("asyncio ends the endpoint")
 @pytest.mark.parametrize("kind", ["udp", "unix", "adopted unix", "anyio udp", "anyio unix"])
-async def test_an_address_that_is_missing(stack: Stack, kind: str, tmp_path: Path) -> None:
+async def test_sendto_without_an_address(stack: Stack, kind: str, tmp_path: Path) -> None:
     async with stack.open() as group, Endpoints(group) as endpoints:
         contexts = collect_contexts(group)
         transport, protocol, own = await make_endpoint(endpoints, kind, tmp_path)
@@ -1053,8 +1050,8 @@ async def test_an_address_that_is_missing(stack: Stack, kind: str, tmp_path: Pat
 
 @pytest.mark.ours_only("asyncio ends the endpoint")
 @pytest.mark.parametrize("kind", ["unix", "adopted unix", "anyio unix"])
-async def test_d8_a_sender_without_a_name_is_answered(stack: Stack, kind: str, tmp_path: Path) -> None:
-    """It cannot be sent to, which does not concern the other peers."""
+async def test_d8_a_reply_to_an_unnamed_sender(stack: Stack, kind: str, tmp_path: Path) -> None:
+    """Sending to it fails, which does not affect the other peers."""
     async with stack.open() as group, Endpoints(group) as endpoints:
         contexts = collect_contexts(group)
         transport, protocol, own = await make_endpoint(endpoints, kind, tmp_path)
@@ -1071,13 +1068,13 @@ async def test_d8_a_sender_without_a_name_is_answered(stack: Stack, kind: str, t
 
 
 @pytest.mark.ours_only("asyncio ends the endpoint")
-async def test_an_address_that_is_none_behind_others_that_wait(stack: Stack, tmp_path: Path) -> None:
-    """It costs its own datagram, and not the order of the others."""
+async def test_an_invalid_address_after_waiting_datagrams(stack: Stack, tmp_path: Path) -> None:
+    """Only its own datagram is lost, and the others keep their order."""
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             contexts = collect_contexts(group)
             transport, protocol = await endpoints.make(family=socket.AF_UNIX, local_addr=str(tmp_path / "ours"))
-            sent = []
+            sent: list[Any] = []
             while transport.get_write_buffer_size() == 0:
                 sent.append(struct.pack("<I", len(sent)))
                 transport.sendto(sent[-1], peer.getsockname())
@@ -1110,7 +1107,7 @@ async def test_an_address_that_is_none_behind_others_that_wait(stack: Stack, tmp
         pytest.param({"family": AF_UNIX, "remote_addr": "/nonexistent/socket"}, FileNotFoundError, marks=needs_unix),
     ],
 )
-async def test_arguments_that_do_not_work(stack: Stack, options: Any, error: type[Exception]) -> None:
+async def test_invalid_arguments(stack: Stack, options: Any, error: type[Exception]) -> None:
     async with stack.open() as group:
         with pytest.raises(error):
             await group.create_datagram_endpoint(Endpoint, **options)
@@ -1129,7 +1126,7 @@ async def test_errors_name_the_address(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("asyncio keeps them until the collector runs")
-async def test_errors_are_not_kept(stack: Stack) -> None:
+async def test_errors_leave_no_reference_cycle(stack: Stack) -> None:
     def errors() -> int:
         return sum(issubclass(type(thing), OSError) for thing in gc.get_objects())
 
@@ -1188,7 +1185,7 @@ async def test_d12_a_datagram_that_is_not_received_whole(stack: Stack, tmp_path:
 @pytest.mark.parametrize(
     "option", ["local_addr", "remote_addr", "family", "proto", "flags", "reuse_port", "allow_broadcast"]
 )
-async def test_an_adopted_socket_comes_alone(stack: Stack, option: str) -> None:
+async def test_sock_excludes_other_parameters(stack: Stack, option: str) -> None:
     async with stack.open() as group:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             with pytest.raises(ValueError, match=option):
@@ -1206,7 +1203,7 @@ async def test_a_factory_that_raises_leaves_nothing_open(stack: Stack) -> None:
             await group.create_datagram_endpoint(factory, local_addr=(HOST, 0))
 
 
-async def test_sharing_a_port(stack: Stack) -> None:
+async def test_reuse_port_lets_endpoints_share_a_port(stack: Stack) -> None:
     async with stack.open() as group, Endpoints(group) as endpoints:
         first, _ = await endpoints.make(local_addr=(HOST, 0), reuse_port=True)
         address = first.get_extra_info("sockname")
@@ -1216,7 +1213,7 @@ async def test_sharing_a_port(stack: Stack) -> None:
             await group.create_datagram_endpoint(Endpoint, local_addr=address)
 
 
-async def test_sharing_a_port_where_that_is_missing(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reuse_port_on_a_system_without_it(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     async with stack.open() as group:
         monkeypatch.delattr(socket, "SO_REUSEPORT")
         before = open_descriptors()
@@ -1271,7 +1268,7 @@ async def test_unix_datagrams(stack: Stack, tmp_path: Path, abstract: bool) -> N
         assert server.received == [(b"hello", str(tmp_path / "client"))]
 
 
-async def test_an_empty_remote_address_is_none(stack: Stack, tmp_path: Path) -> None:
+async def test_an_empty_remote_address_means_no_address(stack: Stack, tmp_path: Path) -> None:
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
             ours = str(tmp_path / "ours")
@@ -1311,7 +1308,7 @@ async def test_d7_ten_thousand_datagrams_in_a_burst(stack: Stack, tmp_path: Path
         assert protocol.errors == []
 
 
-async def test_r5_a_flood_leaves_the_others_their_turn(stack: Stack) -> None:
+async def test_r5_a_flood_does_not_starve_other_endpoints(stack: Stack) -> None:
     async with stack.open() as group, Endpoints(group) as endpoints:
         flooded, flood = await endpoints.make(local_addr=(HOST, 0))
         other, quiet = await endpoints.make(Endpoint(echo=True), local_addr=(HOST, 0))
@@ -1329,7 +1326,7 @@ async def test_r5_a_flood_leaves_the_others_their_turn(stack: Stack) -> None:
 
 
 class Restless(Endpoint):
-    """Send itself one more for each that comes: there is always another."""
+    """An endpoint that sends itself a datagram for each that it receives."""
 
     def __init__(self, *, at_most: int, burn: float = 0) -> None:
         super().__init__()
@@ -1346,8 +1343,8 @@ class Restless(Endpoint):
             self.transport.sendto(data, addr)
 
 
-async def test_what_is_always_ready_leaves_the_timers_their_turn(stack: Stack) -> None:
-    """Counted and not measured: a timer of some milliseconds, against so many datagrams that they take a second."""
+async def test_an_always_ready_endpoint_does_not_starve_timers(stack: Stack) -> None:
+    """Counted, not measured: a timer of some milliseconds, against datagrams that take a second."""
     at_most = 200_000
     async with stack.open() as group, Endpoints(group) as endpoints:
         transport, protocol = await endpoints.make(Restless(at_most=at_most), local_addr=(HOST, 0))
@@ -1364,8 +1361,9 @@ async def test_what_is_always_ready_leaves_the_timers_their_turn(stack: Stack) -
         assert at[0] < at_most / 2
 
 
-async def test_slow_callbacks_leave_the_tasks_their_turn(stack: Stack) -> None:
-    """Each takes a millisecond: what bounds a turn cannot be a number of them. Counted and not measured."""
+async def test_slow_callbacks_do_not_starve_tasks(stack: Stack) -> None:
+    """Each callback takes a millisecond, so an iteration must be bounded by time, not by a count. Counted, not
+    measured."""
     at_most = 3_000
     counts = []
     async with stack.open() as group, Endpoints(group) as endpoints:
@@ -1397,7 +1395,7 @@ async def test_closing_in_the_middle_of_a_batch_ends_it(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("asyncio has no current group")
-async def test_the_current_group(stack: Stack) -> None:
+async def test_the_current_group_in_callbacks(stack: Stack) -> None:
     groups = []
 
     class Asking(Endpoint):
@@ -1419,7 +1417,7 @@ async def test_the_current_group(stack: Stack) -> None:
 # -- other peers --------------------------------------------------------------------------------------------
 
 
-async def test_a_resolver_of_another_library(stack: Stack) -> None:
+async def test_a_dnslib_resolver_asks_our_endpoint(stack: Stack) -> None:
     """A name server made with dnslib, asked by a resolver in another process."""
     dnslib = pytest.importorskip("dnslib")
 
@@ -1459,13 +1457,13 @@ async def test_an_anyio_udp_socket(anyio_backend: Any) -> None:
             assert protocol.lost == [None]
 
 
-async def test_an_anyio_socket_that_a_transport_uses_already(anyio_backend: Any) -> None:
+async def test_an_anyio_socket_in_use_by_another_endpoint(anyio_backend: Any) -> None:
     second = Endpoint()
     with udp_peer() as peer:
         async with TransportGroup() as group:
             udp = await anyio.create_udp_socket(local_host=HOST)
             transport, first = await group.connect_datagram_socket(Endpoint, udp)
-            with pytest.raises(RuntimeError, match="used already, by another transport"):
+            with pytest.raises(RuntimeError, match="is already in use by another transport"):
                 await group.connect_datagram_socket(lambda: second, udp)
             peer.sendto(b"data", transport.get_extra_info("sockname"))
             await until(lambda: first.data == [b"data"])
@@ -1528,7 +1526,7 @@ async def test_an_anyio_socket_that_fails_to_send(anyio_backend: Any, tmp_path: 
 
 
 async def test_an_anyio_socket_that_a_peer_refuses(anyio_backend: Any) -> None:
-    """AnyIO tells of it on trio, and keeps it to itself on asyncio; either way the endpoint lives on."""
+    """AnyIO raises it on trio and hides it on asyncio; in both cases the endpoint lives on."""
     with udp_peer() as peer:
         address = peer.getsockname()
     async with TransportGroup() as group:
@@ -1539,14 +1537,14 @@ async def test_an_anyio_socket_that_a_peer_refuses(anyio_backend: Any) -> None:
             await until(lambda: protocol.errors)
             assert isinstance(protocol.errors[0], ConnectionRefusedError)
         else:
-            await until(lambda: transport.get_write_buffer_size() == 0)
+            await until(lambda: transport.get_write_buffer_size() == 0)  # type: ignore[attr-defined]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
             peer.bind(address)
             peer.setblocking(False)
             if anyio_backend[0] != "trio":
-                # A refusal that asyncio has not noticed yet takes the place of a datagram.
+                # asyncio drops a datagram if it has not noticed a refusal yet.
                 transport.sendto(b"now?")
-                await until(lambda: transport.get_write_buffer_size() == 0)
+                await until(lambda: transport.get_write_buffer_size() == 0)  # type: ignore[attr-defined]
             transport.sendto(b"now!")
             while (await receive(peer))[0] != b"now!":
                 pass
@@ -1555,7 +1553,7 @@ async def test_an_anyio_socket_that_a_peer_refuses(anyio_backend: Any) -> None:
         assert not transport.is_closing()
 
 
-async def test_the_socket_of_an_anyio_socket_is_to_look_at(anyio_backend: Any) -> None:
+async def test_the_transport_socket_of_an_anyio_socket_cannot_do_io(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         udp = await anyio.create_udp_socket(local_host=HOST)
         transport, _ = await group.connect_datagram_socket(Endpoint, udp)
@@ -1579,7 +1577,7 @@ async def test_cancelling_the_group_closes_an_anyio_socket(anyio_backend: Any) -
         await udp.receive()
 
 
-async def test_an_anyio_socket_that_somebody_else_closes(anyio_backend: Any) -> None:
+async def test_an_anyio_socket_closed_by_its_owner(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         udp = await anyio.create_udp_socket(local_host=HOST)
         _, protocol = await group.connect_datagram_socket(Endpoint, udp)
@@ -1590,8 +1588,8 @@ async def test_an_anyio_socket_that_somebody_else_closes(anyio_backend: Any) -> 
         assert isinstance(protocol.lost[0], OSError)
 
 
-async def test_an_anyio_socket_that_another_task_receives_from(anyio_backend: Any) -> None:
-    """AnyIO says so without giving way: to try again and again would stop everything else."""
+async def test_an_anyio_socket_that_another_task_reads(anyio_backend: Any) -> None:
+    """AnyIO raises without yielding: retrying in a loop would stop everything else."""
 
     async def receive_first() -> None:
         with suppress(anyio.ClosedResourceError):
@@ -1610,8 +1608,8 @@ async def test_an_anyio_socket_that_another_task_receives_from(anyio_backend: An
         assert protocol.errors == []
 
 
-async def test_an_anyio_socket_whose_descriptor_is_gone(anyio_backend: Any, tmp_path: Path) -> None:
-    """It is so for every datagram, and not told for each."""
+async def test_an_anyio_socket_with_a_closed_fd(anyio_backend: Any, tmp_path: Path) -> None:
+    """Every datagram fails, but not every failure is reported."""
     async with TransportGroup() as group:
         sock = await anyio.create_unix_datagram_socket(local_path=str(tmp_path / "socket"))
         _, protocol = await group.connect_datagram_socket(Endpoint, sock)
@@ -1623,7 +1621,7 @@ async def test_an_anyio_socket_whose_descriptor_is_gone(anyio_backend: Any, tmp_
         assert protocol.errors == []
 
 
-async def test_only_anyio_sockets_are_connected(anyio_backend: Any) -> None:
+async def test_connect_datagram_socket_refuses_other_objects(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, pytest.raises(TypeError, match="AnyIO"):
             await group.connect_datagram_socket(Endpoint, sock)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""With the logger at DEBUG, the log of a conversation reads as its story."""
+"""The log of a connection at level DEBUG."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOGGER = logging.getLogger("transports_anyio")
 
 @contextmanager
 def story(level: int = logging.DEBUG) -> Iterator[list[str]]:
-    """What is logged, without addresses and numbers."""
+    """Return the log without addresses and numbers."""
     lines: list[str] = []
 
     class Keep(logging.Handler):
@@ -47,7 +47,7 @@ def story(level: int = logging.DEBUG) -> Iterator[list[str]]:
 
 
 def about(lines: list[str], kind: str) -> list[str]:
-    """The lines of one transport, without its name."""
+    """Return the lines of one transport, without its name."""
     return [line.removeprefix(f"<{kind} ") for line in lines if line.startswith(f"<{kind} ")]
 
 
@@ -60,7 +60,7 @@ class Echo(Protocol):
 
 
 async def converse(messages: int = 100) -> None:
-    """Ask an echo server, one after the other, so that the order of the lines is no matter of chance."""
+    """Ask an echo server one request after the other, so that the order of the lines is certain."""
     async with TransportGroup() as group:
         server = await group.create_server(Echo, HOST, 0)
         transport, client = await group.create_connection(Recorder, *server.sockets[0].getsockname())
@@ -76,9 +76,9 @@ async def converse(messages: int = 100) -> None:
 async def test_an_echo(anyio_backend: Any) -> None:
     with story() as lines:
         await converse()
-    # The two ends of the connection are made in an order that the system chooses, so each is looked at apart.
-    told = [line for line in lines if "StreamTransport" not in line]
-    assert told == [
+    # The system decides which end is made first, so each end is checked separately.
+    logged = [line for line in lines if "StreamTransport" not in line]
+    assert logged == [
         "<TransportGroup open transports=0 buffered=0>: entered",
         "<Server serving connections=0 buffered=0>: listening",
         "<Server serving connections=0 buffered=0>: accepted ADDRESS",
@@ -92,27 +92,31 @@ async def test_an_echo(anyio_backend: Any) -> None:
         "open buffered=0 eof written>: end of file sent",
         "open buffered=0 eof written>: end of file received",
         "open buffered=0 eof received eof written>: closing",
-        "closing buffered=0 eof received eof written>: lost, all is flushed",
+        "closing buffered=0 eof received eof written>: everything is sent",
+        "closing buffered=0 eof received eof written>: connection lost",
+        "closed buffered=0 eof received eof written>: closed",
     ]
     server = [
         "open buffered=0>: connection made, with a Echo",
         "open buffered=0>: end of file received",
         "open buffered=0 eof received>: closing",
-        "closing buffered=0 eof received>: lost, all is flushed",
+        "closing buffered=0 eof received>: everything is sent",
+        "closing buffered=0 eof received>: connection lost",
+        "closed buffered=0 eof received>: closed",
     ]
     assert [line for line in streams if line in client] == client
     assert [line for line in streams if line in server] == server
-    assert len(streams) == len(client) + len(server)  # Nothing was said of the hundred messages.
+    assert len(streams) == len(client) + len(server)  # Nothing was logged for the hundred messages.
 
 
-async def test_nothing_is_said_at_info(anyio_backend: Any) -> None:
+async def test_nothing_is_logged_at_info(anyio_backend: Any) -> None:
     with story(logging.INFO) as lines:
         await converse()
     assert lines == []
 
 
-async def test_messages_cost_nothing(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The logger is asked as often for a hundred messages as for one, and that is when something changes."""
+async def test_messages_are_not_logged(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logger is asked as often for a hundred messages as for one: only when a state changes."""
     asked = 0
     is_enabled_for = LOGGER.isEnabledFor
 
@@ -138,14 +142,14 @@ async def test_flow_control_and_a_failure(anyio_backend: Any) -> None:
             await until(lambda: not protocol.writing_paused)
             peer.reset()
             await protocol.wait_for("connection_lost")
-    told = [re.sub(r"buffered=\d+", "buffered=N", line) for line in about(lines, "StreamTransport")]
-    assert told[:3] == [
+    logged = [re.sub(r"buffered=\d+", "buffered=N", line) for line in about(lines, "StreamTransport")]
+    assert logged[:3] == [
         "open buffered=N>: connection made, with a Recorder",
         "open buffered=N writing paused>: pause_writing()",
         "open buffered=N>: resume_writing()",
     ]
-    assert re.match(r"open .*: (read|write) failed: \w+Error\(", told[3])
-    assert re.match(r"open .*: lost by \w+Error\(", told[4])
+    assert re.match(r"open .*: (read|write) failed: \w+Error\(", logged[3])
+    assert re.match(r"open .*: connection lost: \w+Error\(", logged[4])
 
 
 async def test_an_end_by_an_exception(anyio_backend: Any) -> None:
@@ -156,10 +160,12 @@ async def test_an_end_by_an_exception(anyio_backend: Any) -> None:
                 raise ZeroDivisionError
         except BaseException as exc:
             assert "ZeroDivisionError" in repr(exc)
-    assert lines[-4:] == [
+    assert lines[-6:] == [
         "<TransportGroup closing transports=2 buffered=0>: leaving, aborting all transports: ZeroDivisionError()",
         "<StreamTransport open buffered=0>: aborted",
         "<StreamTransport open buffered=0>: aborted",
+        "<StreamTransport closed buffered=0>: closed",
+        "<StreamTransport closed buffered=0>: closed",
         "<TransportGroup closed transports=0 buffered=0>: left",
     ]
 
@@ -181,7 +187,7 @@ async def test_handshakes(anyio_backend: Any, certificate_authority: trustme.CA)
                     Recorder, *address, ssl=certificates.client(), server_hostname="other.example"
                 )
     assert lines.count(f"TLS handshake with ADDRESS done: TLSv1.3, {cipher}") == 2
-    # Each end tells it, and of whom.
+    # Each end logs it, with the peer.
     (refusal,) = [line for line in lines if "CERTIFICATE_VERIFY_FAILED" in line]
     assert refusal.startswith("TLS handshake with ADDRESS failed: SSLCertVerificationError")
     assert sum(line.startswith("TLS handshake with ADDRESS failed: ") for line in lines) == 2
@@ -194,7 +200,7 @@ async def test_an_upgrade(anyio_backend: Any, certificate_authority: trustme.CA)
         async with TransportGroup() as group:
             (client, a), (server, b) = await memory_connection(group, Recorder, Recorder)
             upgraded = []
-            server.pause_reading()  # What comes next is the handshake.
+            server.pause_reading()  # The next bytes are the handshake.
 
             async def upgrade() -> None:
                 upgraded.append(await group.start_tls(server, b, certificates.server(), server_side=True))
@@ -237,16 +243,21 @@ async def test_datagrams_and_pipes(anyio_backend: Any) -> None:
     assert about(lines, "DatagramTransport") == [
         "open buffered=0>: connection made, with a DatagramProtocol",
         "open buffered=0>: closing",
-        "closing buffered=0>: lost, all is flushed",
+        "closing buffered=0>: connection lost",
+        "closed buffered=0>: closed",
     ]
     assert about(lines, "WritePipeTransport") == [
         "open buffered=0>: connection made, with a Protocol",
         "open buffered=0>: closing",
-        "closing buffered=0>: lost, all is flushed",
+        "closing buffered=0>: everything is sent",
+        "closing buffered=0>: connection lost",
+        "closed buffered=0>: closed",
     ]
     assert about(lines, "ReadPipeTransport") == [
         "open buffered=0>: connection made, with a Protocol",
         "open buffered=0>: end of file received",
         "open buffered=0 eof received>: closing",
-        "closing buffered=0 eof received>: lost, all is flushed",
+        "closing buffered=0 eof received>: everything is sent",
+        "closing buffered=0 eof received>: connection lost",
+        "closed buffered=0 eof received>: closed",
     ]

@@ -1,4 +1,4 @@
-"""The same script on asyncio's own transports and on ours, over everything that carries a stream: `differential.py`."""
+"""Run the same script on asyncio's own transports and on ours, over every kind of stream: `differential.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support import ORACLE, Stack
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 
-#: asyncio's own transports are the oracle in the newest Python; elsewhere it is ours on asyncio.
+#: asyncio's own transports are the oracle in the newest Python; elsewhere ours on asyncio are.
 HAS_ORACLE = sys.version_info >= (3, 13)
 
 
@@ -42,26 +42,27 @@ def test_scenario(anyio_backend: tuple[str, dict[str, Any]], name: str) -> None:
 @pytest.mark.skipif(not HAS_ORACLE, reason="asyncio of an older Python is no oracle")
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_difference(name: str) -> None:
-    """Where we say that we differ, we do: a difference that has gone has to be struck off."""
+    """Every documented difference still exists; one that has gone must be removed from the page."""
     for scenario, carriers in DIFFERENCES[name].items():
         for carrier in carriers:
             if is_mended(scenario, carrier) is not False:
                 continue
             script = (BY_NAME[scenario], CARRIERS[nearest(carrier)], Stack(ORACLE))
             try:
-                # Of those that hang, some do at every wait. To give up too early would only hide that one has gone.
+                # Some of those that hang do so at every wait. A short time-out could only hide that a difference has
+                # gone.
                 theirs = anyio.run(run_scenario, *script, 0.1, backend="asyncio")
             except Exception:
                 continue
             assert recorded_on_asyncio(scenario, carrier, "ours") != theirs, f"{scenario} over {carrier}"
 
 
-def test_scenarios_have_names_of_their_own() -> None:
+def test_scenario_names_are_unique() -> None:
     assert len(BY_NAME) == len(SCENARIOS)
     assert {scenario for shows in DIFFERENCES.values() for scenario in shows} <= set(BY_NAME)
 
 
-def test_bytes_that_were_not_sent_are_no_event_like_others(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+def test_unsent_bytes_are_recorded_as_a_mistake(anyio_backend: tuple[str, dict[str, Any]]) -> None:
     """An assertion in a callback ends the connection, equally on both sides: that alone would show nothing."""
     backend, options = anyio_backend
     strange = Scenario("strange", [("a", "write_anything", b"none of the script's")])
@@ -69,8 +70,8 @@ def test_bytes_that_were_not_sent_are_no_event_like_others(anyio_backend: tuple[
         anyio.run(run_scenario, strange, CARRIERS["tcp"], Stack("ours"), backend=backend, backend_options=options)
 
 
-def test_what_a_script_raises_is_what_is_reported(anyio_backend: tuple[str, dict[str, Any]]) -> None:
-    """And not a mistake of the recorder's instead, which would be equal on both sides, too."""
+def test_the_report_has_the_error_of_the_script(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    """It must not be a mistake of the recorder instead, which would be equal on both sides too."""
     backend, options = anyio_backend
     raising = [each for each in SCENARIOS if any(("self", "raise") in steps for steps in each.reactions.values())]
     assert len(raising) > 5

@@ -1,4 +1,4 @@
-"""The documentation names tests as evidence: they have to exist."""
+"""The documentation names tests as evidence; these tests must exist."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def named_tests(text: str) -> list[str]:
 
 def exists(test: str, tests: set[str]) -> bool:
     function, _, parameter = test.partition("[")
-    if function.endswith("…"):  # All that begin so.
+    if function.endswith("…"):  # All tests with this prefix.
         return any(each.startswith(function[:-1]) for each in tests)
     return function in tests and (not parameter or parameter.removesuffix("]") in PARAMETERS[function])
 
@@ -42,6 +42,6 @@ def test_every_row_names_tests_that_exist(name: str) -> None:
     assert [test for row in rows for test in named_tests(row) if not exists(test, tests)] == []
 
 
-def test_every_difference_of_the_scenarios_is_told() -> None:
+def test_every_difference_of_the_scenarios_is_documented() -> None:
     text = (DOCS / "differences.md").read_text()
     assert [name for name in DIFFERENCES if f"\n| {name} |" not in text] == []

@@ -10,19 +10,21 @@ A page is run from top to bottom.
       -->
 
 - A `python` block under `<!-- file: NAME -->` is saved as NAME, in a folder of the page's own.
-- A `console` block has commands (`$ python NAME`) and exactly what they print. A command with `&` stays in the
-  background until `kill %1` (`%2` …) or the end of the page; one that prints nothing listens on port 8888, which is
-  waited for. Times (`0.03s`) may differ. A file that no command names is run by itself.
+- A block under `<!-- needs: MODULE MODULE -->` (above `file`, if it has both) runs where these modules are installed.
+- A `console` block has commands (`$ python NAME`, `$ curl URL`) and exactly what they print. A command with `&` stays
+  in the background until `kill %1` (`%2` …) or the end of the page; one that prints nothing listens on port 8888, which
+  is waited for. Times (`0.03s`) may differ. A file that no command names is run by itself.
 - `sh` blocks are commands that change the reader's machine, `text` blocks are pictures: neither runs. There is no other
   language, so no block is left out unnoticed.
 
-`anyio.run` runs on the backend under test, whatever the block says, except in `examples/`; `asyncio.run`, in code
-"before", on asyncio. Port 8888 is replaced by one that is free.
+`anyio.run` and `run_asyncio` run on the backend under test, whatever the block says, except in `examples/`;
+`asyncio.run`, in code "before", on asyncio. Port 8888 is replaced by one that is free.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import json
 import os
@@ -50,13 +52,16 @@ import transports_anyio.testing
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+#: How a link begins that leads to a file of this repository.
+REPOSITORY = "https://github.com/transports-anyio/transports-anyio/blob/main/"
 PROGRAM = Path(__file__).with_name("docs_program.py")
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [*ROOT.glob("*.md"), *DOCS.glob("*.md")]}
 
 BLOCK = re.compile(
     r"""
     ^<!--\ python\n (?P<hidden>.*?) ^-->$
-    | (?: ^<!--\ file:\ (?P<file>\S+)\ -->\n )?  ^(?P<fence>`{3,})(?P<language>[^\n]*)\n (?P<code>.*?) ^(?P=fence)$
+    | (?: ^<!--\ needs:\ (?P<needs>[\w\ ]+)\ -->\n )?  (?: ^<!--\ file:\ (?P<file>\S+)\ -->\n )?
+      ^(?P<fence>`{3,})(?P<language>[^\n]*)\n (?P<code>.*?) ^(?P=fence)$
     """,
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 )
@@ -71,6 +76,10 @@ class Block:
     line: int
     hidden: bool
     file: str | None
+    needs: str | None
+
+    def can_run(self) -> bool:
+        return all(importlib.util.find_spec(module) for module in (self.needs or "").split())
 
 
 def blocks_of(page: str) -> list[Block]:
@@ -80,7 +89,7 @@ def blocks_of(page: str) -> list[Block]:
         hidden = match["hidden"] is not None
         line = text.count("\n", 0, match.start("hidden" if hidden else "code")) + 1
         kind, code = ("python", match["hidden"]) if hidden else (match["language"], match["code"])
-        blocks.append(Block(kind, code, line, hidden, match["file"]))
+        blocks.append(Block(kind, code, line, hidden, match["file"], match["needs"]))
     return blocks
 
 
@@ -95,18 +104,19 @@ def test_every_block_is_of_a_known_kind(page: str) -> None:
     for block in blocks:
         assert block.kind in {"python", "console", *NOT_RUN} or block.kind.startswith("{"), (page, block.line)
         assert block.file is None or block.kind == "python", (page, block.line)
-    # Nothing that looks like a block or a marker has escaped.
+    # No block and no marker was missed.
     assert len(re.findall(r"^\s*(?:`{3,}|~{3,})", text, re.MULTILINE)) == 2 * sum(not block.hidden for block in blocks)
-    assert text.count("<!--") == sum(block.hidden or block.file is not None for block in blocks)
+    markers = [marker for block in blocks for marker in (block.hidden, block.file, block.needs) if marker]
+    assert text.count("<!--") == len(markers)
 
 
 def normal(output: str) -> list[str]:
-    """The output line by line; times are all the same."""
+    """Return the lines of the output, with all times replaced."""
     return re.sub(r"\d+\.\d+s", "0.00s", output).rstrip().splitlines()
 
 
 class Terminal:
-    """Runs the commands of `console` blocks in a folder, and compares what they print."""
+    """Run the commands of `console` blocks in a folder, and compare their output."""
 
     def __init__(self, folder: Path, backend: tuple[str, Any], port: int, ending: ExitStack) -> None:
         self.folder = folder
@@ -127,6 +137,8 @@ class Terminal:
                 self.expect(shlex.split(line), normal(expected))
 
     def command(self, words: list[str]) -> list[str]:
+        if words[0] == "curl":
+            return ["curl", "--silent", "--show-error", *words[1:]]
         assert words[0] == "python", words
         if words[1] == "-m" or words[1].startswith("examples/"):
             return [sys.executable, *words[1:]]
@@ -187,7 +199,7 @@ async def run_in_place(blocks: list[Block], page: str, namespace: dict[str, Any]
         if block.kind == "console":
             await anyio.to_thread.run_sync(terminal.run, block.code)
         elif block.file is None:
-            # The lines of the page stand in tracebacks.
+            # Tracebacks show the lines of the page.
             code = compile(
                 "\n" * (block.line - 1) + block.code, page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
             )
@@ -197,10 +209,10 @@ async def run_in_place(blocks: list[Block], page: str, namespace: dict[str, Any]
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("page", list(filter(has_code, PAGES)))
+@pytest.mark.parametrize("page", list(filter(has_code, PAGES)))  # type: ignore[arg-type]
 def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     name, options = anyio_backend
-    blocks = [block for block in blocks_of(page) if block.kind in ("python", "console")]
+    blocks = [block for block in blocks_of(page) if block.kind in ("python", "console") and block.can_run()]
     port = unused_port()
     for block in blocks:
         block.code = block.code.replace("8888", str(port))
@@ -227,20 +239,28 @@ def test_page(page: str, anyio_backend: tuple[str, dict[str, Any]], tmp_path: Pa
 
 
 @pytest.mark.parametrize("page", list(PAGES))
-def test_every_link_leads_somewhere(page: str) -> None:
-    """In the checkout too, where Sphinx does not look."""
+def test_every_link_has_a_target(page: str) -> None:
+    """In the checkout too, where Sphinx does not look. Links to the project's own repository are looked up here."""
     text = PAGES[page].read_text(encoding="utf-8")
-    targets = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target}
-    folder = PAGES[page].parent
-    absent = {target for target in targets - {""} if not (folder / target).exists()}
-    assert absent == set()
+    targets = re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", text, re.MULTILINE)
+    links = {one or two for one, two in targets}
+    own = {ROOT / link.removeprefix(REPOSITORY).partition("#")[0] for link in links if link.startswith(REPOSITORY)}
+    relative = {PAGES[page].parent / link.partition("#")[0] for link in links if "://" not in link}
+    assert {target for target in own | relative if not target.exists()} == set()
+
+
+def test_the_links_of_the_readme_work_on_a_package_index() -> None:
+    """There is no checkout around it there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link and link[0] != "#"] == []
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in (ROOT / "examples").glob("[!_]*.py")))
-def test_every_example_says_what_it_is(example: str) -> None:
-    """Its docstring stands in docs/examples.md, which has them all."""
+def test_every_example_has_a_docstring_in_the_documentation(example: str) -> None:
+    """Its docstring is part of docs/examples.md, which lists every example."""
     docstring = ast.get_docstring(ast.parse((ROOT / "examples" / example).read_text(encoding="utf-8")))
     assert docstring
+    assert f"| [{example}](../examples/{example}) | " in (DOCS / "examples.md").read_text(encoding="utf-8")
     assert docstring.split("\n\n")[0].endswith((".", ":"))
 
 
@@ -264,7 +284,14 @@ def described_names() -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", [transports_anyio, transports_anyio.testing, transports_anyio.to_asyncio, transports_anyio.from_asyncio]
+    "module",
+    [
+        transports_anyio,
+        transports_anyio.abc,
+        transports_anyio.testing,
+        transports_anyio.to_asyncio,
+        transports_anyio.from_asyncio,
+    ],
 )
 def test_every_public_name_is_in_the_reference(module: Any) -> None:
     missing = {f"{module.__name__}.{name}" for name in module.__all__} - described_names()
@@ -276,6 +303,21 @@ def test_every_attribute_is_in_the_reference(each: Any) -> None:
     name = getattr(each, "__name__", type(each).__name__)
     attributes = {f"transports_anyio.{name}.{attribute}" for attribute in dir(each) if not attribute.startswith("_")}
     assert attributes - described_names() == set()
+
+
+def test_the_list_of_names_is_up_to_date() -> None:
+    """If it is not: `python docs/list_names.py`."""
+    spec = importlib.util.spec_from_file_location("list_names", DOCS / "list_names.py")
+    assert spec is not None
+    assert spec.loader is not None
+    list_names = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(list_names)
+    text = (DOCS / "names.md").read_text(encoding="utf-8")
+    assert text == list_names.page()
+    # A method without a docstring would be left out.
+    methods = {name for each in (transports_anyio.TransportGroup, transports_anyio.Server) for name in dir(each)}
+    named = {name for name in methods if not name.startswith("_")} | set(transports_anyio.__all__)
+    assert {name for name in named if not re.search(rf"^\| `(?:await )?{name}\b", text, re.MULTILINE)} == set()
 
 
 def resolve(name: str) -> Any:
@@ -295,7 +337,9 @@ ENDPOINTS = {
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_every_parameter_is_described(function: Any) -> None:
-    quoted = " ".join(re.findall(r"`([^`]+)`", inspect.getdoc(function) or ""))
+    docstring = inspect.getdoc(function) or ""
+    # Between backticks, or at the beginning of a line of a list: `name, name: ...`.
+    quoted = " ".join(a or b for a, b in re.findall(r"`([^`]+)`|^((?:\w+(?:, )?)+): ", docstring, re.MULTILINE))
     parameters = [name for name in inspect.signature(function).parameters if name != "self"]
     assert [name for name in parameters if not re.search(rf"\b{name}\b", quoted)] == []
 
@@ -357,7 +401,7 @@ def layers() -> dict[str, set[str]]:
     return found
 
 
-def test_imports_lead_down_only() -> None:
+def test_modules_import_only_lower_layers() -> None:
     """No layer imports one that imports it, not for annotations either."""
     order = [*TopologicalSorter(layers()).static_order()]
     assert {"_core", "_channels", "_endpoints"} < set(order)
@@ -389,7 +433,7 @@ def test_a_module_imports_only_what_it_may_know(name: str) -> None:
 
 
 def test_importing_the_package_loads_nothing_that_is_not_needed() -> None:
-    """No backend but asyncio, whose abstract classes we need, and nothing that only tests or other programs need."""
+    """Only asyncio, for its abstract classes, and nothing that only tests or other programs need."""
     heavy = ["trio", "uvloop", "anyio._backends._asyncio", "pytest", "multiprocessing", "transports_anyio.testing"]
     program = "import sys, transports_anyio; print(*set(sys.argv[1:]) & set(sys.modules))"
     done = subprocess.run(

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.anyio
 
 @asynccontextmanager
 async def accepted() -> AsyncIterator[tuple[ByteStream, Peer]]:
-    """A stream of AnyIO's listener, and its peer."""
+    """Yield a stream of AnyIO's listener, and its peer."""
     streams: list[ByteStream] = []
     arrived = anyio.Event()
 
@@ -110,7 +110,7 @@ async def test_a1_a_server_of_anyios_outlives_clients_that_reset(anyio_backend: 
                     await peer.send(b"%d" % number)
                     peer.reset()
             with anyio.fail_after(GUARD):
-                while len(protocols) < 20:  # nothing else tells
+                while len(protocols) < 20:  # nothing else shows it
                     await anyio.sleep(0.001)
                 for protocol in protocols:
                     assert isinstance(await lost(protocol), ConnectionResetError)
@@ -124,7 +124,7 @@ async def test_a1_a_peer_that_has_closed_a_unix_connection(anyio_backend: Any) -
         stream = await UNIXSocketStream.from_socket(ours)
         theirs.send(b"request")
         await stream.send(b"never read")
-        theirs.close()  # What it has not read makes it a reset.
+        theirs.close()  # Unread data turns the close into a reset.
         await turns(10)
         _, protocol = await group.connect_stream(Recorder, stream)
         assert isinstance(await lost(protocol), ConnectionResetError)
@@ -160,7 +160,8 @@ async def tls_over_tcp(authority: trustme.CA) -> AsyncIterator[tuple[TLSStream, 
 async def test_a1_a_peer_that_has_reset_a_tls_connection(anyio_backend: Any, certificate_authority: Any) -> None:
     async with TransportGroup() as group, tls_over_tcp(certificate_authority) as (ours, theirs):
         raw = theirs.extra(SocketAttribute.raw_socket)
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # The reset would overtake what Nagle keeps back.
+        # Otherwise the reset would overtake the data that Nagle's algorithm holds back.
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await theirs.send(b"request")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         await anyio.aclose_forcefully(theirs)
@@ -172,7 +173,7 @@ async def test_a1_a_peer_that_has_reset_a_tls_connection(anyio_backend: Any, cer
 
 
 @pytest.mark.parametrize("server_side", [True, False], ids=["server", "client"])
-async def test_a1_a_handshake_with_a_peer_that_has_gone(
+async def test_a1_a_handshake_after_the_peer_has_gone(
     anyio_backend: Any, server_side: bool, certificate_authority: trustme.CA
 ) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
@@ -192,9 +193,7 @@ def memory_stream() -> StapledByteStream:
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix", "tls", "memory", "receiving", "sending"])
-async def test_a1_a_stream_that_is_closed_already(
-    anyio_backend: Any, kind: str, certificate_authority: trustme.CA
-) -> None:
+async def test_a1_a_closed_stream(anyio_backend: Any, kind: str, certificate_authority: trustme.CA) -> None:
     async with TransportGroup() as group:
         stream: Any
         if kind == "tcp":
@@ -223,7 +222,7 @@ async def test_a1_a_stream_that_is_closed_already(
 
 
 class Datagrams(Recorder, asyncio.DatagramProtocol):
-    """A recorder of datagrams; nothing but what ends it matters here."""
+    """A recorder of datagrams; only its end matters here."""
 
     def datagram_received(self, data: bytes, addr: Any) -> None:
         self.data_received(data)
@@ -233,7 +232,7 @@ class Datagrams(Recorder, asyncio.DatagramProtocol):
 
 
 @pytest.mark.parametrize("kind", ["UDP", "connected UDP", "UNIX", "connected UNIX"])
-async def test_a1_a_datagram_socket_that_is_closed_already(anyio_backend: Any, kind: str, tmp_path: Path) -> None:
+async def test_a1_a_closed_datagram_socket(anyio_backend: Any, kind: str, tmp_path: Path) -> None:
     async with TransportGroup() as group:
         sock: Any
         if kind == "UDP":
@@ -296,8 +295,8 @@ class Child(asyncio.SubprocessProtocol):
 
 
 @pytest.mark.parametrize("how", ["ended", "waited for", "closed", "killed and closed", "a pipe closed"])
-async def test_a1_a_process_that_has_ended_already(anyio_backend: Any, how: str) -> None:
-    # Output that nobody can read would end it by a signal.
+async def test_a1_an_ended_process(anyio_backend: Any, how: str) -> None:
+    # Writing to a pipe without a reader would end it by a signal.
     program = {"killed and closed": "sleep 1000", "closed": "exit 3", "a pipe closed": "exit 3"}.get(
         how, "echo output; exit 3"
     )

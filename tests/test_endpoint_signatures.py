@@ -34,10 +34,10 @@ FUNCTIONS = [
     "time",
 ]
 
-#: What only we have.
+#: Our own parameters.
 ADDED = {"start_tls": {"received"}}
 
-#: What asyncio takes by name to refuse all values but one, and we among the other options.
+#: Parameters of which asyncio accepts one value only; we take them among the other options.
 AMONG_OPTIONS = {"universal_newlines", "shell", "bufsize", "encoding", "errors", "text"}
 
 

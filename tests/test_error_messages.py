@@ -1,4 +1,4 @@
-"""What is told about calls that cannot work: it names the function, and says what to do instead."""
+"""Messages of calls that cannot work: they name the function and say what to do instead."""
 
 from __future__ import annotations
 
@@ -36,7 +36,16 @@ ENDPOINTS = {
 }
 
 
-def test_the_list_of_endpoint_functions() -> None:
+def required_arguments(name: str) -> list[Any]:
+    """Arguments for the parameters of an endpoint function that have no default."""
+    parameters = inspect.signature(getattr(TransportGroup, name)).parameters.values()
+    required = [
+        each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    return [Protocol if each == "protocol_factory" else None for each in required if each != "self"]
+
+
+def test_the_list_of_endpoint_functions_is_complete() -> None:
     assert {"create_connection", "create_server", "subprocess_exec", "start_tls", "sendfile"} <= set(ENDPOINTS)
     assert not ENDPOINTS["start_tls"]
     assert sum(ENDPOINTS.values()) >= 13
@@ -46,18 +55,18 @@ def test_the_list_of_endpoint_functions() -> None:
 
 
 @pytest.mark.parametrize("name", ENDPOINTS)
-async def test_before_and_after_the_block(anyio_backend: Any, name: str) -> None:
+async def test_endpoint_functions_before_and_after_the_block(anyio_backend: Any, name: str) -> None:
     group = TransportGroup()
     with pytest.raises(RuntimeError, match=rf"{name}\(\): the group is not open yet: enter it.*async with"):
-        await getattr(group, name)()
+        await getattr(group, name)(*required_arguments(name))
     async with group:
         pass
     with pytest.raises(RuntimeError, match=rf"{name}\(\): the group is not open any more: .*before .* new"):
-        await getattr(group, name)()
+        await getattr(group, name)(*required_arguments(name))
 
 
-async def test_while_the_block_is_being_left(anyio_backend: Any) -> None:
-    """`connection_lost` is too late for new connections, and is told so; callbacks can still be scheduled."""
+async def test_endpoint_functions_while_the_block_is_being_left(anyio_backend: Any) -> None:
+    """In `connection_lost` new connections are refused with a message; callbacks can still be scheduled."""
     coroutines: list[Any] = []
 
     def reconnect(recorder: Recorder, exc: Exception | None) -> None:
@@ -95,11 +104,19 @@ async def test_callbacks_outside_the_block(anyio_backend: Any, name: str, argume
         getattr(group, name)(*arguments)
 
 
+async def test_the_traceback_shows_the_endpoint_function_itself(anyio_backend: Any) -> None:
+    """There is no wrapper between the caller and the endpoint function."""
+    async with TransportGroup() as group:
+        with pytest.raises(ValueError, match="host and port was not specified") as caught:
+            await group.create_connection(Protocol)
+    assert [entry.name for entry in caught.traceback][1:] == ["create_connection"]
+
+
 # -- another thread ---------------------------------------------------------------------------------------
 
 
 def in_a_thread(function: Callable[[], object]) -> list[BaseException]:
-    """What `function` raises in a thread of its own."""
+    """Return what `function` raises in another thread."""
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -117,8 +134,8 @@ def in_a_thread(function: Callable[[], object]) -> list[BaseException]:
 @pytest.mark.parametrize("name", ENDPOINTS)
 async def test_from_another_thread(anyio_backend: Any, name: str) -> None:
     async with TransportGroup() as group:
-        # As any event loop of that thread would drive it.
-        (error,) = in_a_thread(lambda: getattr(group, name)().send(None))
+        # As an event loop of that thread would do.
+        (error,) = in_a_thread(lambda: getattr(group, name)(*required_arguments(name)).send(None))
     assert isinstance(error, RuntimeError)
     assert str(error).startswith(f"{name}() was called in another thread than the group's")
     assert f"anyio.from_thread.run(group.{name}, ...)" in str(error)
@@ -140,8 +157,8 @@ async def test_start_soon_from_another_thread(anyio_backend: Any) -> None:
     assert "anyio.from_thread.run_sync(group.start_soon, ...)" in str(error)
 
 
-async def test_the_advice_is_good(anyio_backend: Any) -> None:
-    """Each of the ways that the messages name."""
+async def test_the_advice_of_the_messages_works(anyio_backend: Any) -> None:
+    """Try each way that the messages name."""
     done = anyio.Event()
 
     async def task() -> None:
@@ -152,7 +169,7 @@ async def test_the_advice_is_good(anyio_backend: Any) -> None:
             address = listener.getsockname()
 
             def work() -> None:
-                transport, _ = anyio.from_thread.run(group.create_connection, Protocol, *address)
+                transport, _ = anyio.from_thread.run(group.create_connection, Protocol, *address)  # type: ignore[arg-type]
                 group.call_soon_threadsafe(transport.close)
                 anyio.from_thread.run_sync(group.start_soon, task)
 
@@ -183,13 +200,13 @@ async def test_the_advice_is_good(anyio_backend: Any) -> None:
     ],
     ids=["none", "no pair", "no path", "two families"],
 )
-async def test_addresses_of_datagrams(
+async def test_messages_about_datagram_addresses(
     stack: Stack, parameters: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     async with stack.open() as group:
         with pytest.raises(error) as caught:
             await group.create_datagram_endpoint(Recorder, **parameters)
-        # asyncio says the first of it.
+        # asyncio's message has the first part.
         assert message.startswith(str(caught.value)) if stack.is_oracle else str(caught.value) == message
 
 
@@ -206,12 +223,10 @@ COROUTINE_FUNCTIONS: dict[str, Any] = {"plain": make_protocol, "partial": functo
 @pytest.mark.parametrize("name", [name for name, takes_factory in ENDPOINTS.items() if takes_factory])
 @pytest.mark.parametrize("factory", COROUTINE_FUNCTIONS.values(), ids=COROUTINE_FUNCTIONS)
 async def test_a_coroutine_function_as_a_factory(anyio_backend: Any, name: str, factory: Any) -> None:
-    """Refused at the call, before anything is done, wherever it stands."""
+    """Refused at the call, before anything is done, for every parameter."""
     async with TransportGroup() as group:
         with pytest.raises(TypeError, match=rf"{name}\(\) takes .* got the coroutine function .*start_soon\(\)"):
-            await getattr(group, name)(factory)
-        with pytest.raises(TypeError, match="coroutine function"):
-            await getattr(group, name)(protocol_factory=factory)
+            await getattr(group, name)(factory, *required_arguments(name)[1:])
 
 
 async def test_either_factory_of_a_memory_connection(anyio_backend: Any) -> None:
@@ -226,14 +241,14 @@ async def connect(group: Any, factory: Any) -> None:
 
 
 @pytest.mark.parametrize("factory", [None, 5, Protocol()], ids=["None", "a number", "a protocol"])
-async def test_what_cannot_be_called(stack: Stack, factory: Any) -> None:
+async def test_a_callback_that_is_not_callable(stack: Stack, factory: Any) -> None:
     async with stack.open() as group:
         ours, theirs = socket.socketpair()
         with ours, theirs, pytest.raises(TypeError, match="not callable"):
             await group.connect_accepted_socket(factory, ours)
 
 
-async def test_what_to_give_instead_of_a_protocol(anyio_backend: Any) -> None:
+async def test_a_protocol_instance_instead_of_a_factory(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         with pytest.raises(TypeError, match=r"create_server\(\) takes .* the protocol <.*> itself.*`lambda: protocol`"):
             await group.create_server(Protocol(), HOST, 0)  # type: ignore[arg-type]
@@ -260,8 +275,10 @@ class Nothing:
     ],
     ids=["None", "nothing", "coroutine", "class"],
 )
-async def test_what_can_never_be_a_protocol(stack: Stack, factory: Any, error: type[Exception], message: str) -> None:
-    """It comes out of the endpoint function, and nothing is left behind; also not a coroutine that nobody awaited."""
+async def test_factory_returning_a_non_protocol(
+    stack: Stack, factory: Any, error: type[Exception], message: str
+) -> None:
+    """The endpoint function raises it, and nothing is left open; no coroutine stays unawaited."""
     before = open_descriptors()
     async with stack.open() as group:
         contexts = collect_contexts(group)
@@ -281,7 +298,7 @@ async def test_what_can_never_be_a_protocol(stack: Stack, factory: Any, error: t
 
 
 async def test_a_servers_factory_that_returns_none(anyio_backend: Any) -> None:
-    """It shows with the first client, and is told like any failure of the factory."""
+    """It is noticed with the first client, and reported like any failure of the factory."""
     async with TransportGroup() as group:
         contexts = collect_contexts(group)
         server = await group.create_server(lambda: None, HOST, 0)
@@ -293,7 +310,7 @@ async def test_a_servers_factory_that_returns_none(anyio_backend: Any) -> None:
 
 
 async def test_a_class_whose_callbacks_are_class_methods_is_a_protocol(stack: Stack) -> None:
-    """As any object with the right methods."""
+    """Like any object with the right methods."""
     calls: list[str] = []
 
     class Everybody:
@@ -313,7 +330,7 @@ async def test_a_class_whose_callbacks_are_class_methods_is_a_protocol(stack: St
 
 @pytest.mark.parametrize("function", [subprocess.Popen, asyncio.create_subprocess_exec], ids=["Popen", "asyncio's"])
 async def test_a_process_that_is_not_anyios(anyio_backend: Any, function: Any) -> None:
-    """Refused at the call, and left alone: what waits for its end would fail later, and take the group with it."""
+    """Refused at the call and left untouched: waiting for its exit would fail later and end the group."""
     if function is not subprocess.Popen and anyio_backend[0] != "asyncio":
         return  # asyncio's processes need its loop.
     command = [sys.executable, "-c", "input()"]
@@ -321,7 +338,7 @@ async def test_a_process_that_is_not_anyios(anyio_backend: Any, function: Any) -
     try:
         async with TransportGroup() as group:
             with pytest.raises(TypeError, match=r"process was expected, got <.*open_process\(\).*subprocess_exec\("):
-                await group.connect_process(SubprocessProtocol, process)
+                await group.connect_process(SubprocessProtocol, process)  # type: ignore[arg-type]
             assert process.returncode is None
     finally:
         process.stdin.close()
@@ -354,7 +371,7 @@ class Buffered(Duck):
         raise AssertionError
 
 
-async def test_a_protocol_needs_only_what_is_called(stack: Stack) -> None:
+async def test_a_protocol_needs_only_the_methods_that_are_called(stack: Stack) -> None:
     """Nothing comes and nothing is paused, so nothing more is needed."""
     async with stack.open() as group:
         duck = Duck()
@@ -372,7 +389,7 @@ async def test_a_protocol_needs_only_what_is_called(stack: Stack) -> None:
         (Buffered, "Buffered has no method data_received(): derive it from BufferedProtocol"),
     ],
 )
-async def test_data_for_a_protocol_that_takes_none(
+async def test_data_for_a_protocol_without_data_received(
     anyio_backend: Any, protocol: Callable[[], Duck], advice: str
 ) -> None:
     async with TransportGroup() as group:
@@ -386,7 +403,7 @@ async def test_data_for_a_protocol_that_takes_none(
         assert isinstance(context["exception"], AttributeError)
 
 
-async def test_datagrams_and_output_for_protocols_that_take_none(anyio_backend: Any) -> None:
+async def test_datagrams_and_output_for_protocols_without_the_callbacks(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         contexts = collect_contexts(group)
         endpoint, _ = await group.create_datagram_endpoint(Duck, (HOST, 0))
@@ -402,7 +419,7 @@ async def test_datagrams_and_output_for_protocols_that_take_none(anyio_backend: 
             assert any(message.startswith(advice) for message in messages)
 
 
-async def test_a_callback_that_raises_is_not_told_that_it_is_missing(anyio_backend: Any) -> None:
+async def test_an_attribute_error_in_a_callback_is_not_reported_as_missing(anyio_backend: Any) -> None:
     class Failing(Protocol):
         def data_received(self, data: bytes) -> None:
             raise AttributeError("of another object")

@@ -1,4 +1,4 @@
-"""Every example runs on every backend, as a program of its own, and real programs talk to it."""
+"""Every example runs on every backend as a program, and real programs talk to it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def command(example: str, *arguments: object) -> list[str]:
 
 @asynccontextmanager
 async def serving(example: str, backend: str, port: int, *more: object) -> AsyncIterator[anyio.abc.Process]:
-    """Run an example that serves until Ctrl-C, which it has to take without a word."""
+    """Run an example that serves until Ctrl-C, which must end it without output."""
     python, *program = command(example, "--backend", backend, "--port", port, *more)
     # trio raises `KeyboardInterrupt` anywhere, and between the call of a coroutine function and its `await` too: then
     # Python says so of a coroutine that is not ours. Elsewhere the event loop cancels the main task instead.
@@ -89,7 +89,7 @@ async def test_tcp_echo(anyio_backend: Any) -> None:
 
 
 async def answer(*arguments: str, text: bytes) -> bytes:
-    """What a program prints first for `text`; it would go on when its input has ended, and is killed."""
+    """Return the first output of a program for `text`; the program would not end with its input, so it is killed."""
     process = await anyio.open_process(arguments)
     try:
         assert process.stdin is not None
@@ -134,13 +134,13 @@ async def test_nc_talks_to_the_udp_echo_server(anyio_backend: Any) -> None:
 
 
 async def test_a_client_without_a_server(anyio_backend: Any) -> None:
-    """Nobody listens, and the system says so (ICMP)."""
+    """No socket is bound to the port, and the system reports it (ICMP)."""
     port = unused_port(socket.SOCK_DGRAM)
     said = await output(*command("udp_echo_client", "--backend", name_of(anyio_backend), "--port", port))
     assert "no answer" in said
 
 
-async def test_the_date(anyio_backend: Any) -> None:
+async def test_the_date_of_a_subprocess(anyio_backend: Any) -> None:
     said = await output(*command("subprocess_date", "--backend", name_of(anyio_backend)))
     assert said.startswith("Current date: 20")
 
@@ -166,8 +166,8 @@ print(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the memory is not told there")
-async def test_a_filter_of_a_large_file_needs_no_more_memory(anyio_backend: Any, tmp_path: Path) -> None:
-    """Nobody takes the result for a while: without back-pressure, on either side, all of it would wait in memory."""
+async def test_filtering_a_large_file_uses_constant_memory(anyio_backend: Any, tmp_path: Path) -> None:
+    """The result is not read for a while: without back-pressure all of it would wait in memory."""
     source, target, result = tmp_path / "source", tmp_path / "target", tmp_path / "result"
     os.mkfifo(target)
     example = command("filter_file", "--backend", name_of(anyio_backend), source, target, "cat")[2:]
@@ -199,7 +199,7 @@ async def test_the_line_server(anyio_backend: Any) -> None:
 
 
 async def heard(process: anyio.abc.Process) -> str:
-    """What an example says next. The end of a line may come apart from it."""
+    """Return the next output of an example. A line may come in pieces."""
     assert process.stdout is not None
     said = ""
     with anyio.fail_after(4 * GUARD):
@@ -227,7 +227,7 @@ async def test_a_memory_connection(anyio_backend: Any, size: int | None) -> None
 
 
 @pytest.mark.parametrize("wrong", [b"x", b"5hello,", b"5:hello!", b":", b"100001:", b"9999999"])
-async def test_no_netstring(anyio_backend: Any, wrong: bytes) -> None:
+async def test_malformed_netstrings(anyio_backend: Any, wrong: bytes) -> None:
     async with TransportGroup() as group:
         (transport, recorder), (_, netstrings) = await memory_connection(group, Recorder, Netstrings, chunk_size=1)
         transport.write(b"0:,6:100000,")
@@ -238,7 +238,7 @@ async def test_no_netstring(anyio_backend: Any, wrong: bytes) -> None:
         assert recorder.received == b""
 
 
-async def test_a_stream_of_another_library(anyio_backend: Any) -> None:
+async def test_a_protocol_over_a_stream_of_another_library(anyio_backend: Any) -> None:
     """The pipes of `cat`, and of a relay to our own server."""
     backend = name_of(anyio_backend)
     said = await output(*command("foreign_stream", "--backend", backend, "--message", "hello", "cat"))
@@ -256,7 +256,7 @@ async def http_proxy(*arguments: str) -> AsyncIterator[str]:
 
 
 async def test_a_stream_of_httpcore(anyio_backend: Any) -> None:
-    """A tunnel through a proxy that runs as a process of its own."""
+    """A tunnel through a proxy in another process."""
     backend = name_of(anyio_backend)
     port = unused_port()
     async with serving("tcp_echo_server", backend, port), http_proxy() as proxy:
@@ -264,7 +264,7 @@ async def test_a_stream_of_httpcore(anyio_backend: Any) -> None:
     assert said.splitlines() == [f"{word:8}  'Hello, is this an echo?'" for word in ("sent", "received")]
 
 
-async def test_the_addresses_and_the_end_of_a_tunnel(anyio_backend: Any) -> None:
+async def test_a_tunnel_has_addresses_and_ends(anyio_backend: Any) -> None:
     with socket.create_server((HOST, 0)) as listener:
         async with http_proxy() as proxy, open_tunnel(proxy, HOST, listener.getsockname()[1]) as tunnel:
             async with TransportGroup() as group:
@@ -305,8 +305,8 @@ while data := sock.recv(65536):
 """
 
 
-async def test_tls_of_another_library(anyio_backend: Any, certificate_authority: trustme.CA) -> None:
-    """AnyIO's TLS, over the pipes of a process, with a server of AnyIO's too: nothing of ours below the protocol."""
+async def test_anyios_tls_over_a_process(anyio_backend: Any, certificate_authority: trustme.CA) -> None:
+    """AnyIO's TLS over the pipes of a process, with a server of AnyIO's: only the protocol is ours."""
     certificates = Certificates(certificate_authority)
     listener = await anyio.create_tcp_listener(local_host=HOST)
 
@@ -378,20 +378,23 @@ async def test_the_mail_server(anyio_backend: Any, certificate_authority: trustm
 
 
 PROGRAMS = sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
+#: Tests of the examples that need other people's libraries; not every environment has these.
+ECOSYSTEM = Path(__file__).parents[1] / "ecosystem" / Path(__file__).name
+OWN_PROGRAMS = [program for program in PROGRAMS if f'"{program}"' not in ECOSYSTEM.read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("example", PROGRAMS)
+@pytest.mark.parametrize("example", OWN_PROGRAMS)
 def test_help(example: str) -> None:
-    """Each is a program that says what it does, and, the tour apart, runs on the backend of one's choice."""
+    """Each example has a help text and, except for the tour, an option for the backend."""
     result = subprocess.run(command(example, "--help"), capture_output=True, text=True, timeout=4 * GUARD, check=True)
     assert result.stdout.startswith("usage: ")
     assert ("--backend {asyncio,uvloop,trio}" in result.stdout) == (example != "tour")
 
 
 def test_every_example_is_tested() -> None:
-    """By name, in a test that starts it; this one does not count."""
+    """By name, in another test than this one."""
     tests = Path(__file__).parent
-    sources = [path.read_text() for path in (Path(__file__), *tests.glob("test_*workers.py"))]
+    sources = [path.read_text() for path in (Path(__file__), ECOSYSTEM, *tests.glob("test_*workers.py"))]
     started = set(re.findall(r"(?:serving|command)\(\s*\"(\w+)\"|\"(\w+)\.py\"", "".join(sources)))
     assert {name for pair in started for name in pair if name} == set(PROGRAMS)
 

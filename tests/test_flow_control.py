@@ -1,4 +1,4 @@
-"""Back-pressure on the writing side: watermarks, buffered sizes, and what may never be lost."""
+"""Flow control of writing: watermarks, buffer sizes, and data that must not be lost."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from support import (
     fill,
     pattern,
     peer_process,
+    settle,
     turns,
     until,
 )
@@ -152,7 +153,7 @@ async def test_lowering_the_limits_pauses_at_once(stack: Stack) -> None:
 
 @pytest.mark.ours_only("asyncio looks at the low limit only when something has been sent")
 async def test_raising_the_limits_does_not_strand_a_paused_protocol(stack: Stack) -> None:
-    """However soon the protocol hears of it: it must hear of it, when the buffer is at or under low."""
+    """The moment of `resume_writing` may differ, but it must come once the buffer is at or below the low watermark."""
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         transport.set_write_buffer_limits(high=0)
         written = fill(transport)
@@ -162,7 +163,7 @@ async def test_raising_the_limits_does_not_strand_a_paused_protocol(stack: Stack
         await protocol.wait_for("resume_writing")
 
 
-async def test_the_buffer_is_never_beyond_high_plus_one_write_for_a_protocol_that_stops(stack: Stack) -> None:
+async def test_the_buffer_of_a_pausing_protocol_is_bounded(stack: Stack) -> None:
     high, chunk, total = 3000, 1000, 4_000_000
     biggest = 0
     sent = 0
@@ -217,7 +218,7 @@ async def test_w1_empty_chunks_are_skipped_by_writelines(stack: Stack, chunks: l
         transport.close()
         assert (await peer.receive_all())[written:] == b"".join(chunks)
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("older oracles lack it: CPython 127655", before=(3, 14, 10))
@@ -235,7 +236,7 @@ async def test_w2_writelines_pauses_the_protocol(stack: Stack) -> None:
 @pytest.mark.parametrize("clogged", [False, True])
 @pytest.mark.parametrize(("count", "size"), [(200, 5000), (40_000, 50)])
 async def test_writelines_of_chunks_of_every_kind(stack: Stack, count: int, size: int, clogged: bool) -> None:
-    """Joined or not: what the system does not take at once is kept."""
+    """Joined or not, the data that the system does not take at once is kept."""
     data = pattern(4 << 20)
     async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
         written = fill(transport) if clogged else 0
@@ -249,7 +250,7 @@ async def test_writelines_of_chunks_of_every_kind(stack: Stack, count: int, size
         transport.writelines(iter(chunks))
         assert transport.get_write_buffer_size() > 0
         assert protocol.count("pause_writing") == 1
-        for chunk in chunks:  # The caller's again.
+        for chunk in chunks:  # It belongs to the caller again.
             if isinstance(chunk, bytearray):
                 chunk[:] = bytes(len(chunk))
                 chunk.clear()
@@ -277,7 +278,7 @@ async def test_w3_writelines_larger_than_one_system_call(stack: Stack, count: in
 
 
 @pytest.mark.ours_only("asyncio looks once for all sockets, when it is imported")
-async def test_a_platform_that_cannot_gather(stack: Stack) -> None:
+async def test_writelines_without_sendmsg(stack: Stack) -> None:
     """Windows has no `sendmsg`."""
 
     class Socket(socket.socket):
@@ -297,7 +298,7 @@ async def test_a_platform_that_cannot_gather(stack: Stack) -> None:
             transport.close()
             assert await peer.receive_all() == bytes(full) + data
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_w4_close_flushes_through_any_number_of_partial_sends(stack: Stack) -> None:
@@ -316,12 +317,12 @@ async def test_w4_close_flushes_through_any_number_of_partial_sends(stack: Stack
             await peer.say("read")
             assert await peer.line() == f"{len(data)} {hashlib.sha256(data).hexdigest()}"
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         server.close()
 
 
 @pytest.mark.ours_only("asyncio adds the whole buffer up for each write: minutes of quadratic work", before=(3, 14, 10))
-async def test_w5_many_small_writes_are_counted_right(stack: Stack) -> None:
+async def test_w5_the_size_of_many_small_writes_is_exact(stack: Stack) -> None:
     count = 2000 if stack.is_oracle else 100_000  # asyncio looks at the whole buffer for each write
     async with stack.open() as group, connected(group) as (transport, _, peer):
         written = fill(transport)
@@ -336,8 +337,8 @@ async def test_w5_many_small_writes_are_counted_right(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("asyncio looks at the whole buffer for each write")
-async def test_w5_what_waits_is_not_looked_at_for_each_write(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a matter of time; what can be counted is how many chunks are looked at, and that is linear."""
+async def test_w5_a_write_does_not_scan_the_buffer(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost is time; the test counts the chunks that are visited, which must be linear."""
     count = 2000
     looked_at = 0
 
@@ -386,14 +387,14 @@ async def test_w7_ending_inside_a_flow_control_callback(
         elif callback == "resume_writing":
             assert await peer.gone()
         await protocol.wait_for("connection_lost")
-        await turns()
+        await settle(group)
         assert protocol.count("connection_lost") == 1
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("the oracle's connection_lost may starve: python/asyncio 301")
-async def test_w8_the_transport_closes_under_a_busy_writer(stack: Stack) -> None:
-    """A writer that gives way and writes again, whatever happens, does not keep the end away."""
+async def test_w8_a_busy_writer_does_not_delay_connection_lost(stack: Stack) -> None:
+    """A writer that yields and writes again without end does not delay `connection_lost`."""
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         with capture_log(stack):
             peer.reset()
@@ -419,7 +420,7 @@ async def test_w8_is_closing_is_true_as_soon_as_a_write_has_failed(stack: Stack)
         assert protocol.count("connection_lost") == 0
         assert [record for record in records if record.levelname != "WARNING"] == []
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionError)
+        assert isinstance(protocol.exception, ConnectionError)
 
 
 @pytest.mark.ours_only("asyncio keeps a view of the array, which it must not")
@@ -437,7 +438,7 @@ async def test_w9_a_bytearray_may_be_changed_after_write(stack: Stack, clogged: 
         assert transport.get_write_buffer_size() > 0
         if method == "write":
             mutable[:] = bytes(len(mutable))
-            mutable.clear()  # a BufferError here would mean that somebody still holds the array
+            mutable.clear()  # a BufferError here would mean that a view of the array is still held
         else:
             mutable[:] = bytes(len(mutable))
         transport.close()
@@ -445,7 +446,7 @@ async def test_w9_a_bytearray_may_be_changed_after_write(stack: Stack, clogged: 
 
 
 @pytest.mark.ours_only("CPython 3.10 and 3.11 keep the bytearray's type in the buffer")
-async def test_w9_writelines_lets_go_of_its_chunks(stack: Stack) -> None:
+async def test_w9_writelines_releases_its_chunks(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, _, peer):
         written = fill(transport)
         chunks = [bytearray(b"abc"), bytearray(b"defg")]
@@ -464,7 +465,7 @@ async def test_w10_a_flush_that_hangs_ends_with_the_group(stack: Stack) -> None:
             async with stack.open() as group, connected(group) as (transport, protocol, _peer):
                 fill(transport, 65537)
                 transport.close()
-                await turns()
+                await settle(group)
                 assert protocol.count("connection_lost") == 0
                 scope.cancel()
                 await anyio.sleep_forever()
@@ -515,7 +516,7 @@ async def test_w13_closing_with_a_full_buffer_flushes(stack: Stack, kind: type[R
         assert protocol.count("connection_lost") == 0
         assert await peer.receive_all() == data
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_w13_leaving_the_block_flushes(stack: Stack) -> None:
@@ -549,7 +550,7 @@ async def test_w16_abort_ends_a_flushing_close(stack: Stack) -> None:
         transport.abort()
         transport.abort()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert transport.get_write_buffer_size() == 0
 
 

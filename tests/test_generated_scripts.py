@@ -1,7 +1,7 @@
-"""Scripts that nobody wrote: hypothesis makes them, and shrinks the first that shows a difference from asyncio.
+"""Generated scripts: hypothesis makes them, and shrinks the first that shows a difference from asyncio.
 
-The operations are those of `differential.py`, step by step on asyncio's own transports and on ours side by side. What
-the two are known to do differently (docs/differences.md) is left out, by the conditions of each rule.
+The operations are those of `differential.py`, step by step on asyncio's own transports and on ours side by side.
+The conditions of each rule leave out the known differences (docs/differences.md).
 
 `TRANSPORTS_ANYIO_FUZZ`, a number, is how many scripts are tried on each backend; `nox -s fuzz` sets it.
 """
@@ -24,14 +24,14 @@ from transports_anyio.testing import BufferedRecorder
 
 FUZZ = os.environ.get("TRANSPORTS_ANYIO_FUZZ")
 
-#: With another size of buffer, flow control has other moments.
+#: With another buffer size, flow control acts at other moments.
 CARRIED_BY = [carrier for carrier in CARRIERS if carrier != "memory_in_small_pieces"]
-#: Seconds for what has to come: shorter than elsewhere, as every shrinking of a script that hangs waits for so long.
+#: Seconds to wait: shorter than elsewhere, because every shrinking of a script that hangs waits that long.
 PATIENCE = 5
 
 ENDS = st.sampled_from("ab")
 CALLBACKS = st.sampled_from(["connection_made", "received", "eof_received", "connection_lost", "pause_writing"])
-#: What an end does in a callback. No exceptions here: we end the connection after each, asyncio after some.
+#: The operations of an end in a callback. No exceptions: we end the connection after each, asyncio after some.
 REACTIONS = st.sampled_from(
     [
         ("self", "write", 700),
@@ -73,14 +73,14 @@ class TwoWorlds(RuleBasedStateMachine):
             kinds = ("plain", "plain")  # asyncio's pipes have no buffered protocols, and survive what callbacks raise.
             fatal = {}
         reactions = {key: steps for key, steps in (fatal | reactions).items() if self.is_common(carrier, key, steps[0])}
-        if ours.farewell:
+        if ours.has_shutdown:
             # See `pause_reading`.
             reactions = {
                 (end, callback, count): steps
                 for (end, callback, count), steps in reactions.items()
                 if steps[0][1] != "pause_reading" or self.received_by(end, reactions) == 1
             }
-            kinds = tuple(
+            kinds = tuple(  # type: ignore[assignment]
                 "plain" if self.received_by(end, reactions) else kind for end, kind in zip("ab", kinds, strict=True)
             )
         for backend, stack, where in (
@@ -95,12 +95,12 @@ class TwoWorlds(RuleBasedStateMachine):
 
     @staticmethod
     def received_by(end: str, reactions: Any) -> int:
-        """How many reactions to `data_received` an end has."""
+        """Return the number of reactions to `data_received` of an end."""
         return sum(key[:2] == (end, "received") for key in reactions)
 
     @staticmethod
     def is_common(carrier: str, key: tuple[str, str, int], step: Step) -> bool:
-        """Whether the reaction is possible over the carrier, and one in which the two are the same."""
+        """Return whether the reaction is possible over the carrier, and equal on both."""
         end, callback, _ = key
         operation = step[1]
         if callback == "connection_made" and operation in ("close", "end"):
@@ -120,12 +120,12 @@ class TwoWorlds(RuleBasedStateMachine):
         return self.worlds[1][1].carrier
 
     @property
-    def farewell(self) -> bool:
+    def has_shutdown(self) -> bool:
         """Whether there is TLS, from the beginning or by now."""
-        return self.worlds[1][1].farewell
+        return self.worlds[1][1].has_shutdown
 
     def end(self, name: str) -> Any:
-        """What the script's conditions go by: the end of our connection."""
+        """Return the end of our connection, for the conditions of the script."""
         return self.worlds[1][1].ends[name]
 
     def step(self, *step: Any) -> None:
@@ -139,8 +139,8 @@ class TwoWorlds(RuleBasedStateMachine):
         assert ours == theirs
 
     def writes(self, end: str) -> bool:
-        if self.farewell and self.end(end).other.lost:
-            return False  # What asyncio's TLS makes of it while reading is paused is not what it makes of it over TCP.
+        if self.has_shutdown and self.end(end).other.lost:
+            return False  # asyncio's TLS, while reading is paused, differs from asyncio over TCP.
         this = self.end(end)
         if this.lost and (self.carrier.one_way or end in self.waited or "pause_writing" in this.counts):
             return False  # asyncio's pipes warn later; and after a `close` that flushed, its `write` raises.
@@ -159,7 +159,7 @@ class TwoWorlds(RuleBasedStateMachine):
         if self.writes(end):
             self.step(end, "write", size)
 
-    @precondition(lambda self: not self.farewell)  # asyncio's TLS has other watermarks.
+    @precondition(lambda self: not self.has_shutdown)  # asyncio's TLS has other watermarks.
     @rule(end=ENDS)
     def fill(self, end: str) -> None:
         if self.writes(end) and self.pieces_do_not_matter(end):
@@ -167,7 +167,7 @@ class TwoWorlds(RuleBasedStateMachine):
 
     @rule(end=ENDS, sizes=st.lists(st.sampled_from([1, 500]), max_size=3))
     def writelines(self, end: str, sizes: list[int]) -> None:
-        # asyncio's does not pause, raises after a close, and keeps an empty chunk for ever.
+        # asyncio's `writelines` does not pause, raises after a close, and keeps an empty chunk in its buffer.
         transport = self.end(end).transport
         if self.writes(end) and not transport.is_closing() and not transport.get_write_buffer_size():
             self.step(end, "writelines", *sizes)
@@ -175,9 +175,9 @@ class TwoWorlds(RuleBasedStateMachine):
     @rule(end=ENDS)
     def pause_reading(self, end: str) -> None:
         this = self.end(end)
-        if self.farewell and (self.reacts_to_data(this) or isinstance(this.recorders[-1], BufferedRecorder)):
-            # asyncio's TLS cuts what comes meanwhile into other pieces, tells its end after an exception, and loses
-            # what does not fit into a protocol's buffer.
+        if self.has_shutdown and (self.reacts_to_data(this) or isinstance(this.recorders[-1], BufferedRecorder)):
+            # asyncio's TLS cuts buffered data differently, ends later after an exception, and loses the bytes that do
+            # not fit into a protocol's buffer.
             return
         if self.carrier.reads(end):
             self.step(end, "pause_reading")
@@ -191,15 +191,16 @@ class TwoWorlds(RuleBasedStateMachine):
     @rule(end=ENDS)
     def close(self, end: str) -> None:
         this, other = self.end(end), self.end(end).other
-        if self.farewell and (this.received < other.accepted or (other.lost and not this.transport.is_reading())):
-            return  # asyncio's TLS takes data under way for an error, and does not see while paused that the peer went.
-        if self.farewell and not other.lost and not other.transport.is_reading():
+        if self.has_shutdown and (this.received < other.accepted or (other.lost and not this.transport.is_reading())):
+            # asyncio's TLS treats data in flight as an error, and does not notice while paused that the peer has gone.
+            return
+        if self.has_shutdown and not other.lost and not other.transport.is_reading():
             return  # asyncio's TLS says that it is reading as long as it closes.
         self.step(end, "close")
 
     @rule(end=ENDS)
     def end_it(self, end: str) -> None:
-        if self.farewell and self.end(end).received < self.end(end).other.accepted:
+        if self.has_shutdown and self.end(end).received < self.end(end).other.accepted:
             return  # Whether that is a reset depends on how much ciphertext was read ahead.
         if not self.end(end).lost:
             self.step(end, "end")
@@ -208,8 +209,8 @@ class TwoWorlds(RuleBasedStateMachine):
     @rule(end=ENDS)
     def reset(self, end: str) -> None:
         other = self.end(end).other
-        if self.farewell and not other.lost and not other.transport.is_reading():
-            return  # asyncio's TLS tells it at once, ours when it reads.
+        if self.has_shutdown and not other.lost and not other.transport.is_reading():
+            return  # asyncio's TLS reports it at once, ours when it reads.
         if not self.end(end).lost:
             self.step(end, "reset")
 
@@ -223,16 +224,16 @@ class TwoWorlds(RuleBasedStateMachine):
 
     @rule(end=ENDS, answer=st.booleans())
     def keep_open(self, end: str, answer: bool) -> None:
-        if answer and self.farewell:
+        if answer and self.has_shutdown:
             return  # asyncio's TLS warns even an end that has closed by itself.
         self.step(end, "keep_open", answer)
 
     @rule(end=ENDS, high=st.sampled_from([None, 0, 1000, 100_000]))
     def set_write_buffer_limits(self, end: str, high: int | None) -> None:
-        if self.writes(end) and not self.farewell:
+        if self.writes(end) and not self.has_shutdown:
             self.step(end, "set_write_buffer_limits", high)
 
-    @precondition(lambda self: not self.carrier.one_way and not self.farewell)
+    @precondition(lambda self: not self.carrier.one_way and not self.has_shutdown)
     @rule()
     def start_tls(self) -> None:
         for script in (self.end("a"), self.end("b")):
@@ -249,13 +250,13 @@ class TwoWorlds(RuleBasedStateMachine):
         this = self.end(end)
         if self.carrier.one_way or this.lost:
             return
-        if self.farewell and kind == "buffered" and (self.reacts_to_data(this) or not this.transport.is_reading()):
+        if self.has_shutdown and kind == "buffered" and (self.reacts_to_data(this) or not this.transport.is_reading()):
             return  # See `pause_reading`.
         self.step(end, "set_protocol", kind)
 
     def teardown(self) -> None:
         with self.exits:
-            if len(self.worlds) == 2 and self.farewell:
+            if len(self.worlds) == 2 and self.has_shutdown:
                 for end in "ab":
                     self.resume_reading(end=end)
         if len(self.worlds) == 2:
@@ -266,14 +267,14 @@ class TwoWorlds(RuleBasedStateMachine):
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="asyncio of an older Python is no oracle")
 # Hypothesis says so of its own generator, which Python 3.14 does not let it see in the thread's variables.
 @pytest.mark.filterwarnings("ignore:It looks like `register_random`")
-def test_no_difference_is_found(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+def test_generated_scripts_show_no_difference(anyio_backend: tuple[str, dict[str, Any]]) -> None:
     run_state_machine_as_test(
         type("Machine", (TwoWorlds,), {"backend": anyio_backend}),
         settings=settings(
             max_examples=int(FUZZ or 40),
             stateful_step_count=12,
             deadline=None,
-            derandomize=FUZZ is None,  # Beside the other tests the same scripts every time: no failure by chance.
+            derandomize=FUZZ is None,  # In the ordinary test run the scripts are the same every time.
             database=None,
             phases=[Phase.explicit, Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),

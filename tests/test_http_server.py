@@ -1,4 +1,4 @@
-"""The HTTP server of the examples: real clients, and bare sockets for what no good client does."""
+"""The HTTP server of the examples: real clients, and bare sockets for invalid requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHUNKED = ("Transfer-Encoding", "chunked")
 async def visiting(
     group: Any, answer: Any = application, *, receive_buffer: int | None = None, idle_timeout: float = 3600
 ) -> AsyncIterator[tuple[Peer, list[HTTP]]]:
-    """A bare socket, connected to a server whose protocols are in the list."""
+    """Yield a bare socket connected to the server, and the list of the server's protocols."""
     made: list[HTTP] = []
 
     def factory() -> HTTP:
@@ -116,7 +116,7 @@ async def test_head_has_the_headers_and_no_body(stack: Stack) -> None:
 
 
 async def test_pipelined_requests_are_answered_in_order(stack: Stack) -> None:
-    """They wait where they are while one is answered: h11 holds what came with it, the kernel the rest."""
+    """They wait while one request is answered: h11 holds the bytes that came with it, the kernel the rest."""
     sizes = [300_000, 1, 100_000, 2] * 25
     requests = b"".join(b"GET /bytes/%d HTTP/1.1\r\nHost: x\r\n\r\n" % size for size in sizes)
     async with stack.open() as group, visiting(group) as (peer, made):
@@ -147,7 +147,7 @@ async def test_a_client_is_not_read_while_its_request_is_answered(stack: Stack) 
         await peer.send(GET * 10)
         body = made[0].body
         assert body is not None
-        # As much as fits into the buffers has been taken out of the generator, and no more.
+        # Only as much as fits into the buffers was taken from the generator.
         assert made[0].transport.get_write_buffer_size() <= 64 * 1024 + len(BLOCK) + 1000
         left = sum(map(len, body))
         assert left > 50_000_000
@@ -176,8 +176,8 @@ async def test_a_big_download_to_a_slow_reader(stack: Stack) -> None:
         assert await peer.receive() == b""
 
 
-async def test_a_fast_reader_does_not_keep_everybody_else_waiting(stack: Stack) -> None:
-    """A long body is sent in many turns, so that another client is answered in the midst of it."""
+async def test_a_fast_reader_does_not_delay_other_clients(stack: Stack) -> None:
+    """A long body is sent over many iterations, so that another client is answered in between."""
     async with stack.open() as group, visiting(group) as (greedy, made):
         await greedy.send(b"GET /bytes/40000000 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         done: list[int] = []
@@ -225,8 +225,8 @@ async def test_expect_100_continue(stack: Stack) -> None:
         assert (head.status_code, body.split()[0]) == (200, b"3")
 
 
-async def test_nobody_wants_the_body_of_who_asks_first(stack: Stack) -> None:
-    """The answer comes at once, and with it the end, since the client may or may not send the body."""
+async def test_an_unwanted_body_of_a_client_that_expects_100_continue(stack: Stack) -> None:
+    """The answer comes at once and the connection ends, because the client may or may not send the body."""
     async with stack.open() as group, visiting(group) as (peer, _):
         client = Client(peer)
         headers = [("Host", "x"), ("Content-Length", "1000000"), ("Expect", "100-continue")]
@@ -238,7 +238,7 @@ async def test_nobody_wants_the_body_of_who_asks_first(stack: Stack) -> None:
         assert await until_end(peer) == b""
 
 
-async def test_a_body_that_nobody_wants(stack: Stack) -> None:
+async def test_an_unwanted_body_is_discarded(stack: Stack) -> None:
     async with stack.open() as group, visiting(group) as (peer, _):
         client = Client(peer)
         head, _ = await client.ask("POST", "/nowhere", ("Content-Length", "500000"), body=bytes(500_000))
@@ -258,7 +258,7 @@ async def test_a_body_that_nobody_wants(stack: Stack) -> None:
     ],
     ids=["nonsense", "no host", "too large", "bad chunk", "bad coding"],
 )
-async def test_what_cannot_be_understood(stack: Stack, request_: bytes, status: int) -> None:
+async def test_malformed_requests(stack: Stack, request_: bytes, status: int) -> None:
     """It is answered and ends the connection, and the answer is not lost in a reset."""
     async with stack.open() as group, visiting(group) as (peer, _):
         await peer.send(request_)
@@ -267,8 +267,8 @@ async def test_what_cannot_be_understood(stack: Stack, request_: bytes, status: 
         assert b"connection: close" in answer.lower()
 
 
-async def test_a_target_that_is_no_url(stack: Stack) -> None:
-    """It is the client's mistake and no failure of ours; and the next request is understood."""
+async def test_a_malformed_target(stack: Stack) -> None:
+    """It is the client's mistake, not a failure of the server; the next request is answered."""
     async with stack.open() as group, visiting(group) as (peer, _):
         contexts = collect_contexts(group)
         client = Client(peer)
@@ -321,7 +321,7 @@ async def test_a_client_that_does_not_read(stack: Stack) -> None:
         await until(lambda: made[0].body is None)
 
 
-async def test_an_application_that_fails(stack: Stack) -> None:
+async def test_an_application_that_raises(stack: Stack) -> None:
     def fails(request: h11.Request) -> Response:
         raise ZeroDivisionError
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while a task is about to wait: the group ends in order."""
+"""Ctrl-C while a task is about to wait: the group still ends in order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.ours_only("a process of ours")]
         "start_tls",
     ],
 )
-async def test_interrupted_between_the_list_of_waiters_and_the_wait(stack: Stack, where: str) -> None:
+async def test_interrupted_between_registering_and_waiting(stack: Stack, where: str) -> None:
     if stack.name != "trio":
         pytest.skip("only trio interrupts a task there")
     output = await run_program(sys.executable, str(Path(__file__).with_name("interrupted.py")), where)

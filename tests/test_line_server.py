@@ -1,4 +1,4 @@
-"""The line server of the examples, visited over a bare socket: its time-outs, its pings, its end."""
+"""The line server of the examples over a bare socket: time-outs, pings, and the end."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def test_a_conversation(stack: Stack) -> None:
         assert room.members == {}
 
 
-async def test_no_login(stack: Stack) -> None:
+async def test_a_client_that_does_not_log_in(stack: Stack) -> None:
     async with stack.open() as group:
         visitor = await visit(group, Room(login_timeout=0.02))
         with visitor.peer:
@@ -96,7 +96,7 @@ async def test_pings_and_then_silence(stack: Stack) -> None:
             assert await visitor.hear() == "(the end)"
 
 
-async def test_every_line_moves_the_time_out_on(stack: Stack) -> None:
+async def test_every_line_postpones_the_time_out(stack: Stack) -> None:
     async with stack.open() as group:
         visitor = await visit(group, Room(idle_timeout=3600))
         with visitor.peer:
@@ -115,7 +115,7 @@ def group_lines(group: Any) -> list[Any]:
     return [transport.get_protocol() for transport in group._core.transports]
 
 
-async def test_a_line_without_an_end(stack: Stack) -> None:
+async def test_an_endless_line(stack: Stack) -> None:
     async with stack.open() as group:
         visitor = await visit(group, Room())
         with visitor.peer:
@@ -135,7 +135,7 @@ async def test_a_line_that_is_too_long_but_complete(stack: Stack) -> None:
 
 @pytest.mark.exhaustive
 async def test_many_lines_at_once(stack: Stack) -> None:
-    """To take the rest of them along from line to line would be quadratic: hundreds of gigabytes."""
+    """Copying the rest for each line would be quadratic: hundreds of gigabytes."""
     count = 1_000_000
 
     class Counting(Line):
@@ -183,8 +183,8 @@ async def test_many_netstrings_at_once(stack: Stack) -> None:
             assert await peer.gone()
 
 
-async def test_somebody_who_does_not_read(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing piles up for them, they are out of the room when their time has come, and gone soon after."""
+async def test_a_client_that_does_not_read(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffer is bounded; it leaves the chat when its time-out expires, and its connection ends soon after."""
     monkeypatch.setattr(line_server, "GRACE", 0.02)
     room = Room(ping_interval=0.01)
     async with stack.open() as group:

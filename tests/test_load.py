@@ -28,7 +28,7 @@ LEAST = 200
 
 @pytest.fixture
 def descriptors() -> Iterator[int]:
-    """How many more descriptors there may be, with the limit as high as we may put it."""
+    """Return how many more file descriptors can be opened under the highest limit that we may set."""
     resource = pytest.importorskip("resource", reason="no limits of descriptors here")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = hard if hard != resource.RLIM_INFINITY else 1 << 20
@@ -38,7 +38,7 @@ def descriptors() -> Iterator[int]:
 
 
 class Counting(Protocol):
-    """An echo that keeps nothing but counts."""
+    """An echo protocol that keeps only counts."""
 
     made = lost = failed = 0
 
@@ -79,11 +79,11 @@ async def test_ten_thousand_connections_at_once(anyio_backend: Any, descriptors:
     assert (Counting.made, Counting.lost, Counting.failed) == (count, count, 0)
 
 
-async def test_soak_in_short(anyio_backend: tuple[str, dict[str, Any]]) -> None:
-    """Connections come and go, half of them rude, and the memory stays as it is."""
+async def test_a_short_soak(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    """Connections come and go, half of them ill-behaved, and memory stays flat."""
     name, options = anyio_backend
     backend = "uvloop" if options.get("use_uvloop") else name
-    # So short a time is hardly enough to warm up: what is leaked shows in the number of objects.
+    # This is hardly enough time to warm up, so a leak is looked for in the number of objects.
     command = [sys.executable, str(SOAK), "--seconds", "5", "--round", "0.6", "--resident", "16", "--backend", backend]
     environment = {**os.environ, "PYTHONPATH": str(SOAK.parents[1])}
     with anyio.fail_after(4 * GUARD):

@@ -1,4 +1,4 @@
-"""The mail server of the examples: Python's `smtplib`, and bare sockets for what it would not do."""
+"""The mail server of the examples, with Python's `smtplib`, and with bare sockets for invalid input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import anyio
 import pytest
-import trustme
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.tls import TLSStream
 from support import GUARD, HOST, SMALL, Peer, Stack
@@ -28,11 +27,6 @@ pytestmark = [
     pytest.mark.anyio,
     pytest.mark.ours_only("the protocol asks for its group, which asyncio does not have"),
 ]
-
-
-@pytest.fixture
-def certificates(certificate_authority: trustme.CA) -> Certificates:
-    return Certificates(certificate_authority)
 
 
 class Server:
@@ -76,7 +70,7 @@ class Client:
         return line.decode()
 
     async def ask(self, line: str) -> str:
-        """The status of the answer."""
+        """Return the status of the answer."""
         await self.say(line)
         while (heard := await self.hear())[3:4] == "-":
             pass
@@ -84,7 +78,7 @@ class Client:
 
 
 class EncryptedPeer:
-    """As a `Peer`, once the handshake is done: AnyIO's TLS over the same socket."""
+    """Like a `Peer` after the handshake: AnyIO's TLS over the same socket."""
 
     def __init__(self, stream: TLSStream) -> None:
         self.send = stream.send
@@ -108,7 +102,7 @@ async def visiting(server: Server, *, receive_buffer: int | None = None) -> Asyn
 
 @asynccontextmanager
 async def encrypted(server: Server, certificates: Certificates) -> AsyncIterator[Client]:
-    """A client that has greeted over TLS."""
+    """Yield a client that has greeted over TLS."""
     async with await anyio.connect_tcp(*server.address) as stream:
         buffered = BufferedByteReceiveStream(stream)
         assert (await buffered.receive_until(b"\r\n", 100)).startswith(b"220 ")
@@ -135,7 +129,7 @@ async def test_pythons_smtplib(stack: Stack, certificates: Certificates, monkeyp
         with smtplib.SMTP(*address, timeout=GUARD) as client:
             client.ehlo("me")
             assert client.has_extn("starttls")
-            # It looks at the certificate's name, which is not this server's address.
+            # `smtplib` checks the certificate's name, which is not this server's address.
             client._host = NAME  # type: ignore[attr-defined]
             client.starttls(context=context)
             client.ehlo("me")
@@ -143,7 +137,7 @@ async def test_pythons_smtplib(stack: Stack, certificates: Certificates, monkeyp
             for _ in range(2):
                 client.send_message(message, "me@example.org", ["you@example.org", "all@example.org"])
             too_much = b"x\r\n" * 40_000
-            with pytest.raises(smtplib.SMTPSenderRefused) as caught:  # It says the size beforehand.
+            with pytest.raises(smtplib.SMTPSenderRefused) as caught:  # `smtplib` sends the size first.
                 client.sendmail("me@example.org", ["you@example.org"], too_much)
             assert caught.value.smtp_code == 552
             assert client.mail("me@example.org")[0] == client.rcpt("you@example.org")[0] == 250
@@ -161,7 +155,7 @@ async def test_pythons_smtplib(stack: Stack, certificates: Certificates, monkeyp
         )
 
 
-async def test_nothing_is_taken_in_the_clear(stack: Stack, certificates: Certificates) -> None:
+async def test_commands_before_starttls_are_refused(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, serving(group, certificates) as server, visiting(server) as client:
         assert await client.ask("EHLO me") == "250"
         assert await client.ask("MAIL FROM:<me@example.org>") == "530"
@@ -171,10 +165,10 @@ async def test_nothing_is_taken_in_the_clear(stack: Stack, certificates: Certifi
 
 
 @pytest.mark.parametrize("behind", ["MAIL FROM:<evil@example.org>\r\n", "EH"], ids=["a command", "half a command"])
-async def test_what_comes_behind_starttls_ends_the_connection(
+async def test_pipelined_data_after_starttls_ends_the_connection(
     stack: Stack, certificates: Certificates, behind: str
 ) -> None:
-    """In one segment with it: nothing of it is done, and there is no encrypted connection to be confused."""
+    """In the same segment: the commands are ignored, and no encrypted connection is made."""
     async with stack.open() as group, serving(group, certificates) as server, visiting(server) as client:
         await client.peer.send(f"EHLO me\r\nSTARTTLS\r\n{behind}".encode())
         heard = [await client.hear() for _ in range(6)]
@@ -183,7 +177,7 @@ async def test_what_comes_behind_starttls_ends_the_connection(
         assert not server.clients[0].encrypted
 
 
-async def test_what_comes_later_in_the_clear_is_no_handshake(
+async def test_plaintext_instead_of_a_handshake_ends_the_connection(
     stack: Stack, certificates: Certificates, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with stack.open() as group, serving(group, certificates) as server, visiting(server) as client:
@@ -195,7 +189,7 @@ async def test_what_comes_later_in_the_clear_is_no_handshake(
     assert "no encryption" in capsys.readouterr().out
 
 
-async def test_tls_forgets_what_was_said_before(stack: Stack, certificates: Certificates) -> None:
+async def test_starttls_resets_the_session(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, serving(group, certificates) as server:
         async with encrypted(server, certificates) as client:
             assert await client.ask("STARTTLS") == "503"
@@ -255,7 +249,7 @@ async def test_too_many_recipients(stack: Stack, certificates: Certificates) -> 
 @pytest.mark.parametrize(
     "line", [b"NOOP\nNOOP\r\n", b"NOOP\rNOOP\r\n", b"x" * 3000, b"x" * 3000 + b"\r\n"], ids=["lf", "cr", "half", "long"]
 )
-async def test_what_is_no_line(stack: Stack, certificates: Certificates, line: bytes) -> None:
+async def test_malformed_lines(stack: Stack, certificates: Certificates, line: bytes) -> None:
     async with stack.open() as group, serving(group, certificates) as server, visiting(server) as client:
         await client.peer.send(line)
         assert (await client.hear())[:3] == "500"

@@ -34,6 +34,7 @@ from support import (
     listening,
     open_descriptors,
     pattern,
+    settle,
     turns,
     until,
 )
@@ -71,7 +72,7 @@ async def connect_writer(group: Any, writer: Any, protocol: Any = None) -> tuple
 
 
 async def drain(reader: Any, size: int | None = None) -> bytes:
-    """Read so much, or everything, from a pipe that nobody else reads from."""
+    """Read that many bytes, or everything, from a pipe without another reader."""
     os.set_blocking(reader.fileno(), False)
     data = bytearray()
     with anyio.fail_after(GUARD):
@@ -112,7 +113,7 @@ async def test_reading(stack: Stack, kind: Any) -> None:
             writer.close()
             await protocol.wait_for("connection_lost")
             assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert reader.closed
 
 
@@ -141,7 +142,7 @@ async def test_closing_a_read_pipe(stack: Stack, method: str) -> None:
 
 @contextmanager
 def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Both ends of a TCP connection."""
+    """Yield both ends of a TCP connection."""
     with listening() as listener, socket.create_connection(listener.getsockname()) as near:
         far, _ = listener.accept()
         with far:
@@ -157,7 +158,7 @@ def unix_connection() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 @contextmanager
 def fifo() -> Iterator[tuple[Any, Any]]:
-    """The writing end of a named pipe, and the reading end."""
+    """Yield the writing end of a named pipe, and its reading end."""
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "fifo")
         os.mkfifo(path)
@@ -165,23 +166,23 @@ def fifo() -> Iterator[tuple[Any, Any]]:
             yield writer, reader
 
 
-async def test_what_breaks_a_read_pipe_is_reported(stack: Stack) -> None:
+async def test_a_failing_read_pipe_is_reported(stack: Stack) -> None:
     with connection() as (near, far):
         async with stack.open() as group:
             contexts = collect_contexts(group)
             transport, protocol = await connect_reader(group, near)
             Peer(far).reset()
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, ConnectionResetError)
+            assert isinstance(protocol.exception, ConnectionResetError)
             (context,) = contexts
             assert context["message"] == "Fatal read error on pipe transport"
-            assert context["exception"] is protocol.lost_with
+            assert context["exception"] is protocol.exception
             assert context["transport"] is transport
             assert context["protocol"] is protocol
 
 
-async def test_a_terminal_that_has_gone_is_not_reported(stack: Stack) -> None:
-    """It is how the end of a terminal's output looks to its master, on Linux."""
+async def test_a_closed_terminal_is_not_reported(stack: Stack) -> None:
+    """On Linux a terminal's master sees the end of its output as this error."""
     with terminal() as (program, user):
         async with stack.open() as group:
             contexts = collect_contexts(group)
@@ -190,13 +191,13 @@ async def test_a_terminal_that_has_gone_is_not_reported(stack: Stack) -> None:
             await protocol.wait_for("connection_lost")
             assert contexts == []
             if sys.platform == "linux":
-                assert isinstance(protocol.lost_with, OSError)
-                assert protocol.lost_with.errno == errno.EIO
+                assert isinstance(protocol.exception, OSError)
+                assert protocol.exception.errno == errno.EIO
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
 async def test_a_reading_end_sends_no_file(stack: Stack, kind: str, tmp_path: Path) -> None:
-    """Not even a socket, which could."""
+    """Not even a socket, which would be able to."""
     (tmp_path / "file").write_bytes(b"content")
     with ExitStack() as files:
         near, far = files.enter_context(pipe() if kind == "pipe" else connection())
@@ -249,7 +250,7 @@ async def test_writing(stack: Stack) -> None:
             assert transport.is_closing()
             assert await drain(reader) == b"hello you"
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert writer.closed
 
 
@@ -264,7 +265,7 @@ async def test_w13_closing_flushes_what_waits(stack: Stack) -> None:
             assert await drain(reader) == data
             await protocol.wait_for("connection_lost")
             assert protocol.names == ["connection_made", "pause_writing", "resume_writing", "connection_lost"]
-            assert protocol.lost_with is None
+            assert protocol.exception is None
 
 
 @pytest.mark.parametrize("buffered", [False, True])
@@ -278,14 +279,14 @@ async def test_a_writer_notices_that_its_reader_has_gone(stack: Stack, buffered:
             reader.close()
             await protocol.wait_for("connection_lost")
             if buffered:
-                assert isinstance(protocol.lost_with, BrokenPipeError)
+                assert isinstance(protocol.exception, BrokenPipeError)
             else:
-                assert protocol.lost_with is None
+                assert protocol.exception is None
             assert "eof_received" not in protocol.names
             assert contexts == []
 
 
-# The reader of a writer: how there comes to be one, and how it goes.
+# The readers of a writer: how each is made, and how it goes away.
 GOING: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "TCP close": (connection, lambda reader: reader.close()),
     "TCP shutdown": (connection, lambda reader: reader.shutdown(socket.SHUT_WR)),
@@ -296,7 +297,7 @@ GOING: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
 
 
 @pytest.mark.ours_only("asyncio's have no such methods")
-async def test_a_writer_that_is_told_to_read_and_to_pause_still_notices_it(stack: Stack) -> None:
+async def test_a_writer_notices_it_despite_reading_methods(stack: Stack) -> None:
     with anyio.fail_after(GUARD), pipe() as (reader, writer):
         async with stack.open() as group:
             transport, protocol = await connect_writer(group, writer)
@@ -305,28 +306,29 @@ async def test_a_writer_that_is_told_to_read_and_to_pause_still_notices_it(stack
             transport.pause_reading()
             reader.close()
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
 
 
 @pytest.mark.parametrize("how", GOING)
-async def test_a_writer_on_anything_notices_that_its_reader_has_gone(stack: Stack, how: str) -> None:
-    """As asyncio: a socket's reader has gone for it when it will not speak any more, whether or not it listens."""
+async def test_a_writer_on_any_file_notices_that_its_reader_has_gone(stack: Stack, how: str) -> None:
+    """As asyncio: the peer of a socket counts as gone once it has shut down its sending side, even if it still
+    reads."""
     connect, go = GOING[how]
     with connect() as (writer, reader):
         async with stack.open() as group:
             contexts = collect_contexts(group)
             _, protocol = await connect_writer(group, writer)
-            await turns()
+            await settle(group)
             assert protocol.names == ["connection_made"]
             go(reader)
             await protocol.wait_for("connection_lost")
             assert protocol.names == ["connection_made", "connection_lost"]
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             assert contexts == []
 
 
 @pytest.mark.parametrize("how", ["TCP shutdown", "UNIX shutdown", "FIFO"])
-async def test_a_writer_on_anything_with_a_full_buffer_notices_it(stack: Stack, how: str) -> None:
+async def test_a_writer_with_a_full_buffer_notices_that_its_reader_has_gone(stack: Stack, how: str) -> None:
     connect, go = GOING[how]
     with connect() as (writer, reader):
         async with stack.open() as group:
@@ -334,24 +336,24 @@ async def test_a_writer_on_anything_with_a_full_buffer_notices_it(stack: Stack, 
             fill(transport)
             go(reader)
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, BrokenPipeError)
+            assert isinstance(protocol.exception, BrokenPipeError)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a hang-up cannot be told from input")
 @pytest.mark.ours_only("asyncio takes input for a hang-up")
 @pytest.mark.parametrize("how", [how for how in GOING if how != "FIFO"])
-async def test_p6_a_writer_notices_it_behind_input_that_nobody_wants(stack: Stack, how: str) -> None:
+async def test_p6_a_writer_notices_a_close_after_unread_input(stack: Stack, how: str) -> None:
     connect, go = GOING[how]
     with connect() as (writer, reader):
         async with stack.open() as group:
             _, protocol = await connect_writer(group, writer)
             reader.send(b"input")
             await anyio.wait_readable(writer)
-            await turns()
+            await settle(group)
             assert protocol.names == ["connection_made"]
             go(reader)
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
 
 
 async def test_w14_writing_after_the_reader_has_gone_is_dropped(stack: Stack) -> None:
@@ -372,7 +374,7 @@ async def test_a_write_pipe_aborts(stack: Stack) -> None:
             size = fill(transport, 1 << 20)
             transport.abort()
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert len(await drain(reader)) < size
 
 
@@ -424,7 +426,7 @@ async def test_sockets(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("asyncio takes input for a hang-up")
-async def test_p6_input_does_not_end_a_writer_that_can_do_both(stack: Stack) -> None:
+async def test_p6_input_does_not_end_a_writer_on_a_two_way_file(stack: Stack) -> None:
     a, b = socket.socketpair()
     with b:
         b.setblocking(False)
@@ -440,7 +442,7 @@ async def test_p6_input_does_not_end_a_writer_that_can_do_both(stack: Stack) -> 
 
 @contextmanager
 def terminal() -> Iterator[tuple[Any, Any]]:
-    """Both ends of a pseudo-terminal: the one that a program would have, and the user's."""
+    """Yield both ends of a pseudo-terminal: the program's and the user's."""
     master, slave = pty.openpty()
     tty.setraw(slave)
     with open(master, "r+b", 0) as user, open(slave, "r+b", 0) as program:
@@ -470,10 +472,10 @@ async def test_p6_terminals_in_both_directions(stack: Stack) -> None:
 async def test_a_terminal_for_both_blocks_again_after_its_last_transport(
     anyio_backend: Any, first: str, closed: str
 ) -> None:
-    """Input and output of a terminal are one open file: what the first to close does to it, it does to the other."""
+    """Input and output of a terminal are one open file description: closing one must not affect the other."""
     connect = {"reader": connect_reader, "writer": connect_writer}
     with terminal() as (program, user):
-        # Duplicates, as standard input and output are: the test looks at the file after they are closed.
+        # Duplicates, as standard input and output are: the test checks the file after they are closed.
         files = {"reader": open(os.dup(program.fileno()), "rb", 0), "writer": open(os.dup(program.fileno()), "wb", 0)}
         transports, protocols = {}, {}
         async with TransportGroup() as group:
@@ -483,7 +485,7 @@ async def test_a_terminal_for_both_blocks_again_after_its_last_transport(
             await protocols[closed].wait_for("connection_lost")
             assert not os.get_blocking(program.fileno())
             if closed == "reader":
-                fill(transports["writer"], 1 << 20)  # more than a terminal takes that nobody reads: it would block
+                fill(transports["writer"], 1 << 20)  # more than an unread terminal takes: it would block
             else:
                 user.write(b"typed")
                 await protocols["reader"].wait_received(5)
@@ -493,7 +495,7 @@ async def test_a_terminal_for_both_blocks_again_after_its_last_transport(
 
 
 async def test_one_file_for_both_directions(stack: Stack) -> None:
-    """Both ends of a terminal, each one file object that is read from and written to."""
+    """Yield both ends of a terminal, each as one file object for reading and writing."""
     data = pattern(200_000)
     with terminal() as files:
         async with stack.open() as group:
@@ -508,14 +510,14 @@ async def test_one_file_for_both_directions(stack: Stack) -> None:
                 transport.close()
             for _, protocol in writers + readers:
                 await protocol.wait_for("connection_lost")
-                assert protocol.lost_with is None
+                assert protocol.exception is None
         assert all(file.closed for file in files)
 
 
 @pytest.mark.parametrize("opened", ["reader", "writer"])
 @pytest.mark.parametrize("closed", ["reader", "writer"])
 async def test_either_direction_of_one_file_may_be_closed_first(anyio_backend: Any, opened: str, closed: str) -> None:
-    """asyncio closes the file under the other one."""
+    """asyncio closes the file that the other transport still uses."""
     connect = {"reader": connect_reader, "writer": connect_writer}
     with terminal() as (program, user):
         async with TransportGroup() as group:
@@ -558,7 +560,7 @@ async def test_character_devices_that_are_always_ready(stack: Stack) -> None:
         sink.write(bytes(1 << 20))
         sink.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("method", ["connect_read_pipe", "connect_write_pipe"])
@@ -593,7 +595,7 @@ async def test_p8_many_pipes_beside_one_that_carries_much(stack: Stack) -> None:
             assert receiver.received == data
 
 
-# -- files that are closed by somebody else, or cannot be --------------------------------------------------------
+# -- files that other code closes, or whose close fails --------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["connect_read_pipe", "connect_write_pipe"])
@@ -607,7 +609,7 @@ async def test_a_file_that_its_owner_has_closed(stack: Stack, method: str) -> No
             end.close()
             transport.close()
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert contexts == []
 
 
@@ -623,8 +625,8 @@ async def test_a_file_that_its_owner_has_closed_before_the_block_is_left(anyio_b
         assert contexts == []
 
 
-async def test_a_number_that_is_a_strangers_by_now_is_left_alone(stack: Stack) -> None:
-    """The descriptor blocked once, and would block again: but it is not the same any more."""
+async def test_an_fd_reused_by_another_file_is_left_alone(stack: Stack) -> None:
+    """The fd was blocking and would be made blocking again, but it now belongs to another file."""
     with anyio.fail_after(GUARD), unix_connection() as (near, far), pipe() as (reader, _):
         near.setblocking(False)
         async with stack.open() as group:
@@ -643,7 +645,7 @@ async def test_a_number_that_is_a_strangers_by_now_is_left_alone(stack: Stack) -
 
 @pytest.mark.parametrize("first", ["connect_read_pipe", "connect_accepted_socket"])
 async def test_a_pipe_with_the_number_of_a_closed_file_is_closed(anyio_backend: Any, first: str) -> None:
-    """Somebody has closed the file of a transport that does not know yet, and the pipe has its number by now."""
+    """Other code has closed the file of a transport that has not noticed, and the pipe got its fd."""
     with anyio.fail_after(GUARD), unix_connection() as (near, _), pipe() as (reader, writer):
         async with TransportGroup() as group:
             _, protocol = await getattr(group, first)(Recorder, near)
@@ -675,7 +677,7 @@ async def test_one_file_for_both_directions_in_two_groups(anyio_backend: Any) ->
 
 
 @pytest.mark.ours_only("asyncio stops to watch the second one with the first")
-async def test_a_number_that_is_another_pipes_by_now_is_left_alone(stack: Stack) -> None:
+async def test_an_fd_reused_by_another_pipe_is_left_alone(stack: Stack) -> None:
     with anyio.fail_after(GUARD), pipe() as (first, _), pipe() as (second, writer):
         async with stack.open() as group:
             transport, protocol = await connect_reader(group, first)
@@ -695,8 +697,8 @@ async def test_a_number_that_is_another_pipes_by_now_is_left_alone(stack: Stack)
 
 
 @pytest.mark.ours_only("asyncio's transport then never lets go of the file, and warns of it")
-async def test_a_file_that_cannot_be_closed_without_an_error_ends_all_the_same(stack: Stack) -> None:
-    """Its own buffer is flushed then, to a reader who has gone."""
+async def test_a_file_whose_close_fails(stack: Stack) -> None:
+    """Its own buffer is then flushed, although the reader has gone."""
     with anyio.fail_after(GUARD):
         read, write = os.pipe()
         file = open(write, "wb")
@@ -706,7 +708,7 @@ async def test_a_file_that_cannot_be_closed_without_an_error_ends_all_the_same(s
             _, protocol = await connect_writer(group, file)
             os.close(read)
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             await until(lambda: contexts)
             (context,) = contexts
             assert isinstance(context["exception"], BrokenPipeError)
@@ -715,8 +717,8 @@ async def test_a_file_that_cannot_be_closed_without_an_error_ends_all_the_same(s
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is epoll's")
 @pytest.mark.parametrize("connect", [connect_reader, connect_writer])
-async def test_a_pipe_that_cannot_be_watched(anyio_backend: Any, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user has as many descriptors in epoll as may be: that is raised, and need not be reported as well."""
+async def test_epoll_refuses_the_pipe(anyio_backend: Any, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epoll limit of the user is reached: that is raised, and not reported as well."""
     from transports_anyio._selector import EpollSelector
 
     add = EpollSelector.add
@@ -826,10 +828,10 @@ async def test_the_memory_of_a_filter_is_bounded(anyio_backend: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["connect_read_pipe", "connect_write_pipe", "subprocess_exec", "subprocess_shell"])
-async def test_a_platform_that_cannot_wait_for_pipes(
+async def test_a_platform_without_pipe_readiness(
     anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Windows: as asyncio's selector event loop there."""
+    """Windows: the same as asyncio's selector event loop there."""
     async with TransportGroup() as group:
         with monkeypatch.context() as patch:
             patch.setattr("transports_anyio._channels._pipe.sys", SimpleNamespace(platform="win32"))
@@ -840,7 +842,7 @@ async def test_a_platform_that_cannot_wait_for_pipes(
 # -- groups in several threads ----------------------------------------------------------------------------------------
 
 
-#: How often each of two threads takes the terminal and gives it back.
+#: How often each of two threads uses the terminal and closes its transport.
 ROUNDS_IN_THREADS = 300
 
 
@@ -850,8 +852,9 @@ def poller_of_a_thread() -> Poller:
     return Poller(selector, TaskDriver(selector, anyio.current_time))
 
 
-def test_g6_a_terminal_that_groups_in_two_threads_use(anyio_backend: Any) -> None:
-    """One gives the open file back as it was while the other takes it: the last of them makes it blocking again."""
+def test_g6_a_terminal_used_by_groups_in_two_threads(anyio_backend: Any) -> None:
+    """One thread restores the open file's mode while the other starts to use it: the last one makes it blocking
+    again."""
     name, options = anyio_backend
     first, second = os.openpty()
     failures: list[BaseException] = []
@@ -889,8 +892,8 @@ def test_g6_a_terminal_that_groups_in_two_threads_use(anyio_backend: Any) -> Non
         os.close(second)
 
 
-def test_g6_what_groups_share_is_changed_by_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that closes a channel is stopped half-way: another one has to wait before it makes one."""
+def test_g6_shared_state_is_changed_under_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread is stopped while it closes a channel: another thread must wait before it makes one."""
     reader, writer = os.pipe()
     half_way, go_on, made = threading.Event(), threading.Event(), threading.Event()
     original = os.set_blocking

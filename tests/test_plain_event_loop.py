@@ -1,7 +1,8 @@
 """Programs that asyncio or uvloop has started itself.
 
-There AnyIO knows what runs by the current task alone, where sniffio is installed (trio brings it), and a callback of
-the loop has none. Nowhere else do the tests see that: `anyio.run` and AnyIO's pytest plugin leave word in the context.
+There, with sniffio installed (trio needs it), AnyIO finds the backend only through the current task, and a callback
+of the loop has none. No other test covers this, because `anyio.run` and AnyIO's pytest plugin set the backend in
+the context.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ def echo() -> Recorder:
     return Recorder(on_data_received=lambda self, data: self.transport.write(data))
 
 
-#: How to have something called in each place in which a group calls the user's code.
+#: For each place in which a group calls user code, how to get a function called there.
 PLACES = ["call_soon", "call_later", "connection_made", "data_received", "pause_writing", "connection_lost"]
 every_place = pytest.mark.parametrize("place", PLACES)
 
 
 async def called_from(group: TransportGroup, place: str, function: Callable[[], object]) -> None:
-    """Have `function` called from a callback of the group's, and wait until it has been."""
+    """Get `function` called in a callback of the group, and wait for the call."""
     called = False
 
     def callback(*_: object) -> None:
@@ -112,7 +113,7 @@ def test_a_callback_starts_a_task(run: Run, place: str) -> None:
 
 @every_place
 def test_a_callback_uses_anyio(run: Run, place: str) -> None:
-    """What a protocol needs in order to speak to tasks."""
+    """The operations with which a protocol communicates with tasks."""
     made: list[Any] = []
 
     def use() -> None:
@@ -153,7 +154,7 @@ def test_a_callback_wakes_a_task(run: Run) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_what_ends_a_program_leaves_through_the_group(run: Run, error: type[BaseException]) -> None:
+def test_keyboard_interrupt_and_system_exit_propagate(run: Run, error: type[BaseException]) -> None:
     protocol = Recorder()
     contexts: list[Any] = []
 
@@ -174,7 +175,7 @@ def test_what_ends_a_program_leaves_through_the_group(run: Run, error: type[Base
 
 @pytest.mark.parametrize("place", ["call_soon", "call_later", "data_received"])
 def test_the_transport_of_a_stream_is_used_in_callbacks(run: Run, place: str) -> None:
-    """Its channel has tasks that receive and send, and callbacks wake them, pause them and end them."""
+    """Its channel has tasks that receive and send; callbacks wake, pause and end them."""
 
     async def main() -> None:
         async with TransportGroup() as group:
@@ -191,7 +192,7 @@ def test_the_transport_of_a_stream_is_used_in_callbacks(run: Run, place: str) ->
             await called_from(group, place, transport.write_eof)
             await protocol.wait_for("connection_lost")
             assert protocol.received == b"one two three"
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             server.close()
 
     run(main)
@@ -208,7 +209,7 @@ def test_the_transport_of_a_stream_is_closed_in_a_callback(run: Run) -> None:
                 await protocol.wait_received(5)
                 await called_from(group, "data_received", getattr(transport, end))
                 await protocol.wait_for("connection_lost")
-                assert protocol.lost_with is None
+                assert protocol.exception is None
 
     run(main)
 
@@ -226,14 +227,14 @@ def test_a_protocol_on_a_stream_fails(run: Run) -> None:
             transport.write(b"hello")
             await protocol.wait_for("connection_lost")
             assert [type(context["exception"]) for context in contexts] == [LookupError]
-            assert isinstance(protocol.lost_with, LookupError)
+            assert isinstance(protocol.exception, LookupError)
             assert await answers(peer)
 
     run(main)
 
 
 def test_a_child_process(run: Run) -> None:
-    """The end of a child is noticed, and told, without a task too."""
+    """The exit of a child is noticed and reported without a task too."""
 
     class Output(asyncio.SubprocessProtocol):
         def __init__(self) -> None:
@@ -281,8 +282,8 @@ def test_a_callback_starts_a_task_that_begins_at_once(run: Run, place: str) -> N
     run(main)
 
 
-def test_the_word_that_is_left_for_anyio_lasts_for_the_callbacks_only(run: Run) -> None:
-    """Whatever else runs in this thread, before, after and in between, is another's."""
+def test_backend_hint_is_set_only_during_callbacks(run: Run) -> None:
+    """All other code in this thread, before, after and in between, sees its own library."""
     sniffio = pytest.importorskip("sniffio")
     seen: list[object] = []
 
@@ -308,7 +309,7 @@ def test_the_word_that_is_left_for_anyio_lasts_for_the_callbacks_only(run: Run) 
 
 
 def test_a_cancelled_serve_forever_does_not_wait_for_its_clients(run: Run) -> None:
-    """asyncio's would, until the last of them has read everything. Here they are the group's, which can end them."""
+    """asyncio waits until the last client has read everything. Here the group owns the clients and can end them."""
 
     async def main() -> None:
         made: list[Recorder] = []
@@ -334,13 +335,13 @@ def test_a_cancelled_serve_forever_does_not_wait_for_its_clients(run: Run) -> No
                 await turns()
                 assert not protocol.lost
                 protocol.transport.abort()
-        assert [protocol.lost_with for protocol in made] == [None]
+        assert [protocol.exception for protocol in made] == [None]
 
     run(main)
 
 
-def test_a_native_time_out_ends_a_group(run: Run) -> None:
-    """Whether it comes in the block, or while the block is left and a peer that never reads holds up the flush."""
+def test_an_asyncio_time_out_ends_a_group(run: Run) -> None:
+    """The time-out comes in the block, or during the flush that a peer holds up by not reading."""
 
     async def main() -> None:
         for leaving in (False, True):
@@ -356,7 +357,7 @@ def test_a_native_time_out_ends_a_group(run: Run) -> None:
             async with AsyncExitStack() as peers:
                 with pytest.raises(asyncio.TimeoutError):
                     await asyncio.wait_for(serve(peers), 0.02)
-            assert protocol.lost_with is None
+            assert protocol.exception is None
 
     run(main)
 

@@ -528,7 +528,7 @@ async def test_a_socket_that_the_user_closes_does_not_disturb_others(
     assert scope.cancel_called == (how == "by a cancellation")
     assert [type(error) for error in caught] == ([LeavingError] if how == "by an exception" else [])
     assert [protocol.count("connection_lost") for protocol in protocols] == [1] * 4
-    assert [protocol.lost_with for protocol in (protocols[0], *protocols[2:])] == [None] * 3
+    assert [protocol.exception for protocol in (protocols[0], *protocols[2:])] == [None] * 3
 
 
 @pytest.mark.parametrize("poller", POLLERS)
@@ -555,4 +555,4 @@ def test_an_interrupt_in_a_callback_with_full_buffers(
     name, options = anyio_backend
     with raises_inside(KeyboardInterrupt):
         anyio.run(main, backend=name, backend_options=options)
-    assert [protocol.lost_with for protocol in protocols] == [None] * 3
+    assert [protocol.exception for protocol in protocols] == [None] * 3

@@ -1,6 +1,6 @@
-"""States in which the system goes on reporting readiness: none of them keeps a processor busy.
+"""States in which the system keeps reporting readiness: none of them may keep a processor busy.
 
-Counted and not measured: how often the system's list has reported something while there was nothing to do.
+Counted, not measured: how often the selector reported something while there was nothing to do.
 """
 
 from __future__ import annotations
@@ -32,20 +32,15 @@ IPV6_RECVERR = 25
 SO_TIMESTAMPING = 37
 SENT_BY_SOFTWARE = (1 << 1) | (1 << 4)
 
-#: How often something may be reported within `IDLE` seconds: each rest is twice as long as the one before it, so that
-#: six of them fill this time. A loop that spins is reported thousands of times.
+#: The number of reports allowed within `IDLE` seconds: each pause is twice as long as the one before it, so six fill
+#: this time. A spinning loop has thousands of reports.
 IDLE = 0.1
 MOST = 12
 
 
-@pytest.fixture
-def certificates(certificate_authority: Any) -> Certificates:
-    return Certificates(certificate_authority)
-
-
 @contextmanager
 def reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Each number of descriptors that the system has reported, as long as there were any."""
+    """Yield the numbers of file descriptors that the selector has reported, without zeros."""
     counts: list[int] = []
     original = EpollSelector.dispatch
 
@@ -281,19 +276,19 @@ async def full_netlink_receiver(group: TransportGroup) -> AsyncIterator[None]:
         sock.bind((0, 0))
         transport, protocol = await group.create_datagram_endpoint(Endpoint, sock=sock)
         count = 0
-        while transport.get_write_buffer_size() == 0:
+        while transport.get_write_buffer_size() == 0:  # type: ignore[attr-defined]
             transport.sendto(message, peer.getsockname())
             count += 1
         yield
         for _ in range(count):
             assert (await receive(peer))[0] == message
-        await until(lambda: transport.get_write_buffer_size() == 0)
+        await until(lambda: transport.get_write_buffer_size() == 0)  # type: ignore[attr-defined]
         assert protocol.errors == []
 
 
 @asynccontextmanager
 async def full(group: TransportGroup, kind: str) -> AsyncIterator[tuple[Any, Endpoint, socket.socket, list[bytes]]]:
-    """An endpoint that is not connected, and that has more for a receiver than that has room for."""
+    """An unconnected endpoint with more datagrams than the receiver's queue holds."""
     protocol = Endpoint()
     transport: Any
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
@@ -323,7 +318,7 @@ DATAGRAMS: list[Callable[..., Any]] = [
 
 
 @pytest.mark.parametrize("state", [*STREAMS, *DATAGRAMS], ids=lambda state: state.__name__)
-async def test_d10_nothing_is_reported_again_and_again(
+async def test_d10_no_state_makes_the_selector_spin(
     anyio_backend: Any, state: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with reports(monkeypatch) as counts:
@@ -335,7 +330,7 @@ async def test_d10_nothing_is_reported_again_and_again(
 
 
 async def test_d10_a_full_receiver_of_an_anyio_socket(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AnyIO's own method would try again and again."""
+    """AnyIO's own method would retry in a loop."""
     calls: list[int] = []
     original = socket.socket.sendto
 
@@ -356,11 +351,12 @@ async def test_d10_a_full_receiver_of_an_anyio_socket(anyio_backend: Any, monkey
                 assert protocol.errors == []
 
 
-async def test_a_receiver_that_has_room_again_gets_the_rest_at_once(anyio_backend: Any) -> None:
-    """A rest begins anew with the shortest once something has been sent: the whole takes far less than a second."""
+async def test_a_receiver_with_space_again_gets_the_rest_at_once(anyio_backend: Any) -> None:
+    """Once something has been sent, the pauses start again with the shortest: everything takes far less than a
+    second."""
     async with TransportGroup() as group, full(group, "socket") as (_, _, peer, sent):
         await anyio.sleep(IDLE)
-        with anyio.fail_after(5):  # 60 rests of the longest kind would take three seconds, at ten datagrams each.
+        with anyio.fail_after(5):  # 60 of the longest pauses would take three seconds, at ten datagrams each.
             received = [(await receive(peer))[0] for _ in sent]
         assert received == sent
 
@@ -373,7 +369,7 @@ async def test_a_receiver_that_has_room_again_gets_the_rest_at_once(anyio_backen
 async def test_d11_network_errors_in_the_queue_of_a_socket(
     anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, family: int, is_connected: bool
 ) -> None:
-    """`IP_RECVERR`: each is passed on once, and then it is quiet."""
+    """`IP_RECVERR`: each error is passed on once, and then there are no more reports."""
     host = HOST if family == socket.AF_INET else "::1"
     with udp_peer(family, host) as peer:
         nobody = peer.getsockname()
@@ -423,7 +419,7 @@ async def test_d11_errors_of_many_peers_at_a_time(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         transport, protocol = await group.create_datagram_endpoint(Endpoint, sock=sock)
         for host in peers:
-            sock.sendto(b"x", (host, port))  # Refused at once, which the next call would raise.
+            sock.sendto(b"x", (host, port))  # Refused at once; the next call would raise it.
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         await until(lambda: len(protocol.errors) == len(peers))
         assert {type(error) for error in protocol.errors} == {ConnectionRefusedError}
@@ -432,7 +428,7 @@ async def test_d11_errors_of_many_peers_at_a_time(anyio_backend: Any) -> None:
         transport.abort()
 
 
-async def test_aborting_in_the_middle_of_the_queue(anyio_backend: Any) -> None:
+async def test_aborting_while_the_error_queue_is_read(anyio_backend: Any) -> None:
     class Ending(Endpoint):
         def error_received(self, exc: Exception) -> None:
             super().error_received(exc)
@@ -457,7 +453,7 @@ async def test_aborting_in_the_middle_of_the_queue(anyio_backend: Any) -> None:
 async def test_d11_an_error_of_the_network_while_datagrams_wait(
     anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, is_closing: bool
 ) -> None:
-    """An error condition is reported to a socket that only waits to write, too."""
+    """An error condition is also reported to a socket that only waits to write."""
 
     class Blocked(socket.socket):
         is_blocked = False
@@ -541,7 +537,7 @@ async def test_d11_notifications_for_a_connection_that_waits_to_write(
 
 
 @pytest.mark.parametrize("direction", ["read", "write", "both"])
-async def test_d11_notifications_for_a_socket_that_is_a_pipe(
+async def test_d11_notifications_for_a_socket_used_as_a_pipe(
     anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, direction: str
 ) -> None:
     with reports(monkeypatch) as counts, bound(backlog=1) as listener:
@@ -580,4 +576,4 @@ async def test_an_error_of_a_connection_is_not_lost_with_the_queue(stack: Stack)
         transport.write(b"stamped")
         peer.reset()
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionResetError)
+        assert isinstance(protocol.exception, ConnectionResetError)

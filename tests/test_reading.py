@@ -1,4 +1,4 @@
-"""Receiving: end of file, bad buffers, fairness, protocols that are exchanged, and no re-entrancy."""
+"""Receiving: end of file, bad buffers, fairness, changing protocols, and no re-entrant callbacks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_r1_end_of_file_reaches_a_buffered_protocol_as_end_of_file(stack: 
             await protocol.wait_for("connection_lost")
             assert protocol.received == b"bye"
             assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert contexts == []
 
 
@@ -64,7 +64,7 @@ async def test_r2_a_bad_buffer_ends_the_connection_with_a_report(stack: Stack, g
             assert protocol.count("buffer_updated") == 0
             (context,) = contexts
             assert isinstance(context["exception"], (RuntimeError, TypeError))
-            assert protocol.lost_with is context["exception"]
+            assert protocol.exception is context["exception"]
             assert context["transport"] is transport
             assert context["protocol"] is protocol
             assert isinstance(context["message"], str)
@@ -73,7 +73,7 @@ async def test_r2_a_bad_buffer_ends_the_connection_with_a_report(stack: Stack, g
 
 @pytest.mark.ours_only("fairness is left to the loop there")
 async def test_r5_a_flood_does_not_starve_the_others(stack: Stack) -> None:
-    """While one peer sends without end, each of many others gets its echo; counted in turns of the flood."""
+    """While one peer sends without end, each of many others gets its echo; counted in callbacks of the flood."""
     flood = Recorder()
     flood.hooks["data_received"] = lambda p, data: (p.received.clear(), p.calls.clear())[0]
     echoes: list[Recorder] = []
@@ -121,9 +121,8 @@ async def test_r6_the_next_event_goes_to_the_new_protocol_in_its_style(stack: St
         hook = "on_data_received" if kind is Recorder else "on_buffer_updated"
         successor: Any = kind(**{hook: next_style})
         successor.number = number + 1
-        successor.transport = protocol.transport
-        successor.state = "open"
-        protocol.state = "lost"
+        successor.take_over(protocol.transport)
+        protocol.hand_over()
         protocol.transport.set_protocol(successor)
 
     first: Any = Recorder(on_data_received=next_style)
@@ -136,7 +135,7 @@ async def test_r6_the_next_event_goes_to_the_new_protocol_in_its_style(stack: St
                 await anyio.sleep(0.001)
         assert b"".join(data for _, data in order) == total
         assert [number for number, _ in order] == list(range(len(order)))
-        # The last of them gets the end.
+        # The last protocol gets the end of file.
         last = transport.get_protocol()
         peer.close()
         await last.wait_for("connection_lost")
@@ -163,7 +162,7 @@ async def test_no_method_calls_back_before_it_returns(stack: Stack, method: str)
 
 
 async def test_no_callback_is_entered_inside_another(stack: Stack) -> None:
-    """`check_finished` of the recorder fails for a nested callback; here everything is called everywhere."""
+    """`check` of the recorder fails for a nested callback; here everything is called everywhere."""
 
     def everything(protocol: Recorder, *_: Any) -> None:
         transport = protocol.transport
@@ -189,7 +188,7 @@ async def test_bytes_arrive_in_order_and_complete(stack: Stack) -> None:
         assert await protocol.wait_received(len(data)) == data
 
 
-async def test_data_received_gets_objects_of_its_own(stack: Stack) -> None:
+async def test_data_received_gets_its_own_bytes_object(stack: Stack) -> None:
     """What was received stays as it was when more comes."""
     async with stack.open() as group, connected(group) as (_, protocol, peer):
         await peer.send(b"first")
@@ -204,8 +203,8 @@ async def test_data_received_gets_objects_of_its_own(stack: Stack) -> None:
 
 @pytest.mark.parametrize("size", [DIRECT_SIZE - 1, DIRECT_SIZE, DIRECT_SIZE + 1, 2 * DIRECT_SIZE])
 @pytest.mark.parametrize("then", ["nothing", "the end", "a reset"])
-async def test_what_has_arrived_comes_in_one_piece(stack: Stack, size: int, then: str) -> None:
-    """However it is received; and what comes behind it, an error too, comes after it."""
+async def test_received_data_comes_in_one_piece(stack: Stack, size: int, then: str) -> None:
+    """For every way to receive; what follows the data, also an error, is delivered after it."""
     ours, theirs = socket.socketpair()
     for sock in (ours, theirs):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
@@ -230,13 +229,13 @@ async def test_what_has_arrived_comes_in_one_piece(stack: Stack, size: int, then
                 transport.close()
             await protocol.wait_for("connection_lost")
             if then == "a reset":
-                assert isinstance(protocol.lost_with, ConnectionResetError)
+                assert isinstance(protocol.exception, ConnectionResetError)
             else:
-                assert protocol.lost_with is None
+                assert protocol.exception is None
 
 
 @pytest.mark.parametrize("size", [DIRECT_SIZE - 1, DIRECT_SIZE, DIRECT_SIZE + 1])
-async def test_a_reset_behind_the_data_reaches_a_protocol_that_takes_over(stack: Stack, size: int) -> None:
+async def test_a_reset_after_data_reaches_the_new_protocol(stack: Stack, size: int) -> None:
     """A `BufferedProtocol`, which receives in another way than the one before it."""
     buffer = bytearray(1000)
     ends: list[Exception | None] = []

@@ -1,4 +1,4 @@
-"""What every transport, server, group and handle says of itself: state, addresses, what is buffered, what is paused."""
+"""The repr of every transport, server, group and handle: state, addresses, buffer, pauses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 
 
 def check_end(group: Any, *things: Any) -> None:
-    """Whatever has ended says so, and goes on saying it."""
+    """Check that the repr says "closed", and goes on doing so."""
     for thing in things:
         assert re.search(r"closed|returncode=", repr(thing)), repr(thing)
     assert repr(group).startswith("<TransportGroup closed transports=0 buffered=0 servers=0")
@@ -54,7 +54,7 @@ async def test_streams(anyio_backend: Any) -> None:
     check_end(group, transport)
 
 
-async def test_a_file_under_way(anyio_backend: Any, tmp_path: Path) -> None:
+async def test_sendfile_in_progress(anyio_backend: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(1 << 23))
     async with TransportGroup() as group, connected(group, small=True) as (transport, _, peer):
         with (tmp_path / "file").open("rb") as file:
@@ -75,7 +75,7 @@ async def test_tls_and_its_upgrade(anyio_backend: Any, certificate_authority: tr
         address = server.sockets[0].getsockname()
         plain, protocol = await group.create_connection(Recorder, *address)
         await until(lambda: accepted)
-        accepted[0].pause_reading()  # What comes next is the handshake.
+        accepted[0].pause_reading()  # The next bytes are the handshake.
 
         async def upgrade() -> None:
             same = accepted[0].get_protocol()
@@ -118,7 +118,7 @@ async def test_servers(anyio_backend: Any) -> None:
             assert repr(server) == f"<Server serving on {names} connections=1 buffered={size} paused=1>"
             made[0].abort()
             await server_empty(server)
-        # A socket that is not bound yet has no address to tell, and one that somebody else has closed neither.
+        # A socket that is not bound yet has no address, nor has one that other code has closed.
         with socket.socket() as unbound:
             unbound.bind((HOST, 0))
             other = await group.create_server(Protocol, sock=unbound, start_serving=False)
@@ -141,7 +141,7 @@ async def test_datagrams(anyio_backend: Any, tmp_path: Path) -> None:
         connected_, _ = await group.create_datagram_endpoint(DatagramProtocol, remote_addr=address)
         sockname = connected_.get_extra_info("sockname")
         assert repr(connected_) == f"<DatagramTransport open sockname={sockname!r} peername={address!r} buffered=0>"
-        # A receiver that takes nothing: what waits is counted, and pauses the protocol.
+        # A receiver that reads nothing: the waiting datagrams are counted, and pause the protocol.
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
             receiver.bind(str(tmp_path / "receiver"))
             full, _ = await group.create_datagram_endpoint(
@@ -149,7 +149,7 @@ async def test_datagrams(anyio_backend: Any, tmp_path: Path) -> None:
             )
             while "writing paused" not in repr(full):
                 full.sendto(bytes(1000))
-            size = full.get_write_buffer_size()
+            size = full.get_write_buffer_size()  # type: ignore[attr-defined]
             path = str(tmp_path / "receiver")
             assert repr(full) == f"<DatagramTransport open peername={path!r} buffered={size} writing paused>"
             full.close()
@@ -215,7 +215,7 @@ async def test_processes_and_streams_of_anyio(anyio_backend: Any) -> None:
     check_end(group, child, transport, nameless)
 
 
-async def test_memory(anyio_backend: Any) -> None:
+async def test_memory_connections(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         (a, _), (b, _) = await memory_connection(group, Protocol, Protocol, info_a={"peername": "b"}, buffer_size=10)
         assert repr(a) == "<StreamTransport open peername='b' buffered=0>"
@@ -241,7 +241,7 @@ async def test_the_group(anyio_backend: Any) -> None:
 
 
 async def test_handles(anyio_backend: Any) -> None:
-    """Callbacks and arguments are the user's: whatever they are, a handle can say something of itself."""
+    """Callbacks and arguments may have a failing repr; that of a handle still works."""
 
     class Silent:
         def __call__(self, *args: object) -> None: ...

@@ -1,4 +1,4 @@
-"""`sendfile`: what is sent, in which order, where it leaves the file, and every way for it to end.
+"""`sendfile`: what is sent, in which order, the file's position afterwards, and every way to end.
 
 Two ways to send: `os.sendfile` on a plain socket, and blocks that are read in a thread, for files without a
 descriptor and for transports that are no sockets.
@@ -46,6 +46,7 @@ from support import (
     pattern,
     peer_process,
     raises_inside,
+    settle,
     turns,
     until,
 )
@@ -80,7 +81,7 @@ def in_memory(content: bytes) -> Iterator[BinaryIO]:
         yield file
 
 
-#: A file that the system sends by itself, and one that has to be read.
+#: A file that `os.sendfile` can send, and one that must be read.
 files = pytest.mark.parametrize("make_file", [on_disk, in_memory])
 
 
@@ -91,7 +92,7 @@ async def send(group: Any, transport: Any, file: Any, *args: Any, **options: Any
 
 
 class Sending:
-    """A `sendfile` in a task of its own, which the test lets run beside it."""
+    """A `sendfile` in a task of its own, concurrent with the test."""
 
     def __init__(self) -> None:
         self.result: int | None = None
@@ -130,7 +131,7 @@ async def clogged(stack: Stack, make_file: Any = on_disk, **hooks: Any) -> Async
 
 
 async def stuck(transport: Any) -> None:
-    """Wait until a sendfile has begun, and the kernel takes no more."""
+    """Wait until a sendfile has begun and the kernel's buffers are full."""
     with pytest.raises(RuntimeError, match="sendfile is in progress"):
         with anyio.fail_after(GUARD):
             while True:
@@ -170,7 +171,7 @@ async def test_offset_and_count(stack: Stack, make_file: Any, offset: int, count
     async with stack.open() as group, connected(group) as (transport, _, peer):
         with make_file(SMALL_CONTENT) as file:
             if make_file is on_disk:
-                file.seek(7)  # Wherever it stands.
+                file.seek(7)  # Whatever its position.
             assert await send(group, transport, file, offset, count) == len(expected)
             assert file.tell() == offset + len(expected)
         transport.close()
@@ -208,7 +209,7 @@ async def test_a_large_file(stack: Stack, make_file: Any, buffering: int, tmp_pa
 
 @pytest.mark.ours_only("the file's own buffer misleads the oracle")
 async def test_a_file_that_was_read_before(stack: Stack) -> None:
-    """What a buffered file has read ahead is not where its descriptor stands."""
+    """The position of a buffered file differs from that of its file descriptor, because it has read ahead."""
     async with stack.open() as group, connected(group) as (transport, _, peer):
         with tempfile.NamedTemporaryFile() as named:
             named.write(SMALL_CONTENT)
@@ -263,7 +264,7 @@ async def test_a_file_that_is_only_a_descriptor(stack: Stack) -> None:
 
 @pytest.mark.ours_only("the oracle tries to seek in it")
 async def test_a_pipe(stack: Stack) -> None:
-    """The system refuses it, and it has no positions."""
+    """`os.sendfile` refuses a pipe, and a pipe has no position."""
     async with stack.open() as group, connected(group) as (transport, _, peer):
         receiver, sender = os.pipe()
         with open(receiver, "rb") as file:
@@ -279,7 +280,7 @@ async def test_a_pipe(stack: Stack) -> None:
 
 @pytest.mark.ours_only("the oracle goes by the size that the file claims to have")
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
-async def test_a_file_that_has_more_than_its_size(stack: Stack) -> None:
+async def test_a_file_with_more_data_than_its_size(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, _, peer):
         with open("/proc/version", "rb") as file:
             assert os.fstat(file.fileno()).st_size == 0
@@ -292,7 +293,7 @@ async def test_a_file_that_has_more_than_its_size(stack: Stack) -> None:
 
 
 @files
-async def test_behind_what_is_buffered_and_before_what_follows(stack: Stack, make_file: Any) -> None:
+async def test_the_file_is_sent_in_order_with_writes(stack: Stack, make_file: Any) -> None:
     async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
         written = fill(transport, at_least=200_000)
         with make_file(LARGE_CONTENT[:300_000]) as file:
@@ -330,7 +331,7 @@ async def test_resume_writing_waits(stack: Stack, make_file: Any) -> None:
 
 @files
 @pytest.mark.ours_only("the fallback of the oracle lets others write in between")
-async def test_writing_is_refused_meanwhile(stack: Stack, make_file: Any) -> None:
+async def test_writing_is_refused_during_sendfile(stack: Stack, make_file: Any) -> None:
     async with clogged(stack, make_file) as (group, transport, _, peer, file, sending):
         for write in (lambda: transport.write(b"x"), lambda: transport.writelines([b"x"])):
             with pytest.raises(RuntimeError, match="sendfile is in progress"):
@@ -360,11 +361,11 @@ async def test_write_eof_waits(stack: Stack, make_file: Any) -> None:
         await protocol.wait_for("connection_lost")
 
 
-async def test_nothing_is_read_meanwhile(stack: Stack) -> None:
-    async with clogged(stack) as (_, transport, protocol, peer, _, sending):
+async def test_nothing_is_received_during_sendfile(stack: Stack) -> None:
+    async with clogged(stack) as (group, transport, protocol, peer, _, sending):
         assert not transport.is_reading()
         await peer.send(b"hello")
-        await turns(20)
+        await settle(group)
         assert protocol.received == b""
         assert await peer.receive_exactly(len(LARGE_CONTENT)) == LARGE_CONTENT
         assert await protocol.wait_received(5) == b"hello"
@@ -373,14 +374,14 @@ async def test_nothing_is_read_meanwhile(stack: Stack) -> None:
 
 
 @files
-async def test_a_transport_that_does_not_read_stays_so(stack: Stack, make_file: Any) -> None:
+async def test_reading_stays_paused_after_sendfile(stack: Stack, make_file: Any) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         transport.pause_reading()
         with make_file(SMALL_CONTENT) as file:
             await send(group, transport, file)
         assert not transport.is_reading()
         await peer.send(b"hello")
-        await turns(20)
+        await settle(group)
         assert protocol.received == b""
         transport.resume_reading()
         assert await protocol.wait_received(5) == b"hello"
@@ -439,8 +440,8 @@ async def test_text_mode(stack: Stack, tmp_path: Path) -> None:
 
 
 @pytest.mark.ours_only("asyncio asks for `readinto`, which gives bytes or is not there")
-async def test_a_file_that_reads_text_and_does_not_say_so(stack: Stack) -> None:
-    """The error is the caller's alone."""
+async def test_a_text_file_without_an_encoding_attribute(stack: Stack) -> None:
+    """Only the caller gets the error."""
     async with stack.open() as group, connected(group) as (transport, _, peer):
         contexts = collect_contexts(group)
         with pytest.raises(TypeError, match="bytes-like"):
@@ -474,7 +475,7 @@ async def test_a_file_that_cannot_be_read(stack: Stack, tmp_path: Path) -> None:
 
 
 class Failing(io.BytesIO):
-    """A file on a disk that is about to give up."""
+    """A file on a failing disk."""
 
     def read(self, size: int | None = -1) -> bytes:
         assert size is not None
@@ -502,11 +503,11 @@ async def test_a_file_that_fails_in_the_middle(stack: Stack) -> None:
         assert file.tell() == 300_000
         transport.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 class Slow(io.BytesIO):
-    """A file whose first block takes its time."""
+    """A file whose first block takes long to read."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(content)
@@ -519,9 +520,9 @@ class Slow(io.BytesIO):
         return super().read(size)
 
 
-@pytest.mark.ours_only("the oracle waits for ever")
-async def test_a_block_that_is_read_in_vain(stack: Stack) -> None:
-    """Nothing of it is sent, so the file stands where it is to be read from again."""
+@pytest.mark.ours_only("the oracle never ends")
+async def test_a_block_that_was_read_but_not_sent(stack: Stack) -> None:
+    """Nothing of it is sent, so the file's position is before the block."""
     async with stack.open() as group, connected(group) as (transport, protocol, _):
         file = Slow(SMALL_CONTENT)
         sending = Sending()
@@ -588,11 +589,11 @@ async def test_a_system_without_sendfile(stack: Stack, monkeypatch: pytest.Monke
         assert await peer.receive_exactly(990) == SMALL_CONTENT[10:]
 
 
-# -- what the descriptor holds, and what the file reads ---------------------------------------------------------------
+# -- the data of the fd and the data that the file reads ---------------------------------------------------------------
 
 
 class UpperCase(io.FileIO):
-    """A file that reads something else than its descriptor holds, as a derived class."""
+    """A derived class that reads other data than its file descriptor has."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         return super().read(size).upper()
@@ -608,7 +609,7 @@ class UpperCase(io.FileIO):
 
 
 class Delegating:
-    """A file that passes everything on, except for what it reads."""
+    """A wrapper that forwards everything except reading."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -680,7 +681,7 @@ async def connect_tls(group: Any, sock: socket.socket, context: Any, protocol: A
 @pytest.mark.parametrize("over", [over_tcp, over_tls])
 @pytest.mark.parametrize("kind", OTHER_FILES)
 @pytest.mark.ours_only("asyncio sends what the descriptor holds over plain sockets, and what is read over TLS")
-async def test_f4_what_arrives_is_what_the_file_reads(
+async def test_f4_the_peer_gets_what_the_file_reads(
     stack: Stack, server_context: ssl.SSLContext, tmp_path: Path, kind: str, over: Any
 ) -> None:
     with contextlib.closing(OTHER_FILES[kind](tmp_path / "file")) as file:
@@ -697,7 +698,7 @@ async def test_f4_what_arrives_is_what_the_file_reads(
 
 @pytest.mark.parametrize("over", [over_tcp, over_tls])
 @pytest.mark.ours_only("asyncio sends nothing of it over plain sockets")
-async def test_f4_what_was_not_flushed(stack: Stack, server_context: ssl.SSLContext, over: Any) -> None:
+async def test_f4_unflushed_data_of_the_file(stack: Stack, server_context: ssl.SSLContext, over: Any) -> None:
     with tempfile.TemporaryFile() as file:
         file.write(b"content")
         async with stack.open() as group, over(group, server_context) as (transport, receive):
@@ -760,7 +761,7 @@ async def test_f4_no_system_call_and_no_fallback(stack: Stack, server_context: s
 
 
 @files
-@pytest.mark.ours_only("the oracle reports it from a callback, or waits for ever")
+@pytest.mark.ours_only("the oracle reports it from a callback, or never ends")
 async def test_f3_the_peer_resets_in_the_middle(stack: Stack, make_file: Any) -> None:
     async with clogged(stack, make_file) as (group, transport, protocol, peer, _, sending):
         contexts = collect_contexts(group)
@@ -768,13 +769,13 @@ async def test_f3_the_peer_resets_in_the_middle(stack: Stack, make_file: Any) ->
         await sending.wait()
         assert isinstance(sending.error, ConnectionError)
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionError)
+        assert isinstance(protocol.exception, ConnectionError)
         assert transport.is_closing()
         assert contexts == []
 
 
-@pytest.mark.ours_only("the oracle reports it from a callback, or waits for ever")
-async def test_f3_the_peer_resets_before_the_file_has_its_turn(stack: Stack) -> None:
+@pytest.mark.ours_only("the oracle reports it from a callback, or never ends")
+async def test_f3_the_peer_resets_before_the_file_is_sent(stack: Stack) -> None:
     async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
         contexts = collect_contexts(group)
         fill(transport, at_least=200_000)
@@ -793,9 +794,9 @@ async def test_f3_the_peer_resets_before_the_file_has_its_turn(stack: Stack) -> 
 
 
 @files
-@pytest.mark.ours_only("the oracle reports it from a callback, or waits for ever")
-async def test_f3_the_peer_has_reset_and_nobody_has_noticed(stack: Stack, make_file: Any) -> None:
-    """Not even the file's first byte is sent. It is no reason to read the file instead."""
+@pytest.mark.ours_only("the oracle reports it from a callback, or never ends")
+async def test_f3_an_unnoticed_reset_before_sendfile(stack: Stack, make_file: Any) -> None:
+    """Not even the file's first byte is sent, and the fall-back is not used either."""
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         transport.pause_reading()
         peer.reset()
@@ -804,11 +805,11 @@ async def test_f3_the_peer_has_reset_and_nobody_has_noticed(stack: Stack, make_f
                 await send(group, transport, file, fallback=make_file is not on_disk)
             assert file.tell() == 0 or make_file is not on_disk
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is caught.value
+        assert protocol.exception is caught.value
 
 
 @files
-@pytest.mark.ours_only("the oracle waits for ever")
+@pytest.mark.ours_only("the oracle never ends")
 @pytest.mark.parametrize("how", ["close", "abort"])
 async def test_ending_the_transport_in_the_middle(stack: Stack, make_file: Any, how: str) -> None:
     async with clogged(stack, make_file) as (group, transport, protocol, peer, file, sending):
@@ -822,7 +823,7 @@ async def test_ending_the_transport_in_the_middle(stack: Stack, make_file: Any, 
         if make_file is on_disk:
             assert file.tell() == len(data)
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert contexts == []
 
 
@@ -862,7 +863,7 @@ async def test_the_group_ends_in_the_middle(stack: Stack, make_file: Any) -> Non
 @files
 @pytest.mark.ours_only("the oracle forgets how much it has sent")
 async def test_cancelled_in_the_middle(stack: Stack, make_file: Any) -> None:
-    """The file says how much was sent, and the transport goes on behind it."""
+    """The file's position says how much was sent, and the transport goes on after it."""
     async with clogged(stack, make_file) as (_, transport, protocol, peer, file, sending):
         sending.scope.cancel()
         await sending.wait()
@@ -878,7 +879,7 @@ async def test_cancelled_in_the_middle(stack: Stack, make_file: Any) -> None:
 
 @pytest.mark.ours_only("the oracle sends nothing of a pipe")
 async def test_cancelled_while_a_pipe_has_nothing_to_read(stack: Stack) -> None:
-    """The thread that reads from it is left to itself."""
+    """The thread that reads from it is abandoned."""
     receiver, sender = os.pipe()
     async with stack.open() as group, connected(group) as (transport, _, peer):
         with open(receiver, "rb", 0) as file, open(sender, "wb", 0) as other:
@@ -993,7 +994,7 @@ async def test_f1_f2_over_an_anyio_tls_stream(
             async with TransportGroup() as group:
                 transport, protocol = await group.connect_stream(Recorder, tls)
                 with on_disk(LARGE_CONTENT) as file:
-                    file.seek(500)  # Wherever it stands.
+                    file.seek(500)  # Whatever its position.
                     assert await send(group, transport, file, 0, 1_000_003) == 1_000_003
                     assert file.tell() == 1_000_003
                 transport.write(b"the end")
@@ -1038,7 +1039,7 @@ async def test_over_a_pipe(stack: Stack, make_file: Any) -> None:
 
 @files
 async def test_a_slow_process(stack: Stack, make_file: Any) -> None:
-    """It reads nothing until it is told to."""
+    """The peer reads nothing until it gets a line."""
     if stack.is_oracle and make_file is in_memory:
         pytest.skip("the oracle does not show that its fallback is under way")
     async with stack.open() as group:

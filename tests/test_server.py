@@ -1,4 +1,4 @@
-"""The `Server` object: its states, the orders in which it can end, its clients, and the accept loop's own errors."""
+"""The `Server` object: its states, the ways to end it, its clients, and errors of the accept loop."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from support import (
     connected,
     fill,
     raises_inside,
+    settle,
     turns,
     until,
 )
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Made(list[Any]):
-    """A protocol factory that remembers what it made."""
+    """A protocol factory that keeps the protocols it made."""
 
     def __init__(self, make: Callable[[], Any] = Echo) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ def refuses(where: Any) -> bool:
 
 
 class Waiter:
-    """A task that waits for something of the server's, and how that ended."""
+    """A task that waits for a method of the server, and its result."""
 
     def __init__(self, tasks: Any, wait: Callable[[], Any]) -> None:
         self.ended = anyio.Event()
@@ -104,7 +105,7 @@ async def test_a_server_is_one_of_asyncios(stack: Stack) -> None:
         server.close()
 
 
-async def test_the_sockets_are_to_look_at(stack: Stack) -> None:
+async def test_the_sockets_of_a_server_cannot_do_io(stack: Stack) -> None:
     async with stack.open() as group:
         server = await group.create_server(Echo, HOST, 0)
         assert isinstance(server.sockets, tuple)
@@ -119,7 +120,7 @@ async def test_the_sockets_are_to_look_at(stack: Stack) -> None:
         assert sock.fileno() == -1
 
 
-async def test_a_server_says_what_it_is(anyio_backend: Any) -> None:
+async def test_repr_of_a_server(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         server = await group.create_server(Echo, HOST, 0, start_serving=False)
         names = [sock.getsockname() for sock in server.sockets]
@@ -216,7 +217,7 @@ async def test_serve_forever_after_one_that_was_cancelled(stack: Stack) -> None:
             await server.serve_forever()
 
 
-async def test_serve_forever_twice_at_a_time(stack: Stack) -> None:
+async def test_two_concurrent_serve_forever_calls(stack: Stack) -> None:
     """The second is refused, and the first goes on."""
     async with stack.open() as group, anyio.create_task_group() as tasks:
         stack.expected_tasks = 1
@@ -274,7 +275,7 @@ async def test_a_server_outlives_the_task_that_made_it(stack: Stack) -> None:
 
 
 async def test_several_servers_of_one_group(stack: Stack) -> None:
-    """Closing one, and its clients, is nothing to the others."""
+    """Closing one server and its clients does not affect the others."""
     async with stack.open() as group, AsyncExitStack() as peers:
         stack.needs_python(3, 13, why="there is no abort_clients")
         servers = [await group.create_server(Echo, HOST, 0) for _ in range(3)]
@@ -332,12 +333,12 @@ async def test_closing_the_server_in_a_callback(stack: Stack, callback: str) -> 
         assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
 
 
-async def test_clients_that_nobody_has_accepted_are_cut_off(stack: Stack) -> None:
+async def test_closing_resets_clients_waiting_to_be_accepted(stack: Stack) -> None:
     async with stack.open() as group:
         made = Made()
         server = await group.create_server(made, HOST, 0)
         with ExitStack() as peers:
-            # The kernel has answered them; the group has not had its turn.
+            # The kernel has completed their connections; the group has not run yet.
             clients = [peers.enter_context(Peer.connect(address(server))) for _ in range(5)]
             server.close()
             for peer in clients:
@@ -354,7 +355,7 @@ async def test_s2_ending_the_clients_of_a_server_that_goes_on(stack: Stack, how:
     made = Made()
     async with stack.open() as group:
         server = await group.create_server(made, HOST, 0)
-        getattr(server, how)()  # There are none yet.
+        getattr(server, how)()  # No client has been accepted yet.
         for number in range(1, 4):
             with ExitStack() as peers:
                 clients = [peers.enter_context(Peer.connect(address(server))) for _ in range(10)]
@@ -383,7 +384,7 @@ async def test_s2_close_clients_flushes_and_abort_clients_does_not(stack: Stack)
         with ExitStack() as peers:
             clients = [peers.enter_context(Peer.connect(sock.getsockname(), receive_buffer=SMALL)) for _ in range(2)]
             await made.wait_connected(2)
-            # Which of the two was accepted first is the kernel's business, and the same for both.
+            # The kernel decides which of the two was accepted first.
             by_name = {protocol.transport.get_extra_info("peername"): protocol for protocol in made}
             reader, silent = (by_name[peer.socket.getsockname()] for peer in clients)
             size = fill(reader.transport, 1 << 19)
@@ -393,18 +394,18 @@ async def test_s2_close_clients_flushes_and_abort_clients_does_not(stack: Stack)
             waiter = Waiter(tasks, server.wait_closed)
             assert len(await clients[0].receive_all()) == size
             await reader.wait_for("connection_lost")
-            await turns()
+            await settle(group)
             assert not silent.lost
             assert not waiter.done
             server.abort_clients()
             await waiter.finish()
-            assert [reader.lost_with, silent.lost_with] == [None, None]
+            assert [reader.exception, silent.exception] == [None, None]
 
 
 @pytest.mark.parametrize("callback", CALLBACKS)
 @pytest.mark.parametrize("how", ["close_clients", "abort_clients"])
 async def test_s2_ending_the_clients_in_a_callback(stack: Stack, callback: str, how: str) -> None:
-    """The own connection is one of them."""
+    """The connection that calls it is among them."""
     stack.needs_python(3, 13, why=f"there is no {how}")
     made = Made(lambda: Recorder(**({f"on_{callback}": lambda *_: getattr(server, how)()} if len(made) == 2 else {})))
     async with stack.open() as group:
@@ -426,7 +427,7 @@ async def test_s2_ending_the_clients_in_a_callback(stack: Stack, callback: str, 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["close", "wait", "one", "two"])), ids=" ".join)
 async def test_s1_wait_closed_in_every_order(stack: Stack, order: tuple[str, ...]) -> None:
-    """It returns when the server is closed and both clients are gone, not before, and not never."""
+    """It returns when the server is closed and both clients are gone, not before."""
     stack.needs_python(3, 12, 1, why="wait_closed returns too early: CPython 79033")
     made = Made()
     async with stack.open() as group, anyio.create_task_group() as tasks:
@@ -453,7 +454,7 @@ async def test_s1_wait_closed_in_every_order(stack: Stack, order: tuple[str, ...
                     assert not waiter.done
             assert waiter is not None
             await waiter.finish()
-            await server.wait_closed()  # And ever after at once.
+            await server.wait_closed()  # Later calls return at once.
 
 
 async def test_s1_a_server_without_connections(stack: Stack) -> None:
@@ -463,7 +464,7 @@ async def test_s1_a_server_without_connections(stack: Stack) -> None:
         for start_serving in (False, True):
             server = await group.create_server(Echo, HOST, 0, start_serving=start_serving)
             waiters = [Waiter(tasks, server.wait_closed) for _ in range(3)]
-            await turns()
+            await settle(group)
             assert not any(waiter.done for waiter in waiters)
             waiters[0].scope.cancel()
             await waiters[0].finish()
@@ -486,7 +487,7 @@ async def test_s1_a_half_closed_connection_counts(stack: Stack) -> None:
             waiter = Waiter(tasks, server.wait_closed)
             peer.shutdown()
             await made[0].wait_for("eof_received")
-            await turns()
+            await settle(group)
             assert not waiter.done
             made[0].transport.write(b"still here")
             assert await peer.receive_exactly(10) == b"still here"
@@ -550,7 +551,7 @@ async def test_async_with_closes_and_waits(stack: Stack) -> None:
 
 
 async def test_async_with_and_serve_forever(stack: Stack) -> None:
-    """As asyncio's documentation has it."""
+    """As in asyncio's documentation."""
     async with stack.open() as group, anyio.create_task_group() as tasks:
         stack.expected_tasks = 1
         server = await group.create_server(Echo, HOST, 0)
@@ -586,7 +587,7 @@ async def test_async_with_lets_exceptions_through(stack: Stack) -> None:
 async def test_s9_leaving_the_group_ends_a_server_with_silent_clients(
     anyio_backend: Any, how: str, forever: str
 ) -> None:
-    """Whoever awaits `serve_forever`, and however the block is left."""
+    """With and without `serve_forever`, for every way to leave the block."""
     made = Made()
     async with AsyncExitStack() as peers:
         tasks = await peers.enter_async_context(anyio.create_task_group())
@@ -617,7 +618,7 @@ async def test_s9_leaving_the_group_ends_a_server_with_silent_clients(
             else:
                 await use()
         assert scope.cancelled_caught == (how == "cancellation")
-        assert [protocol.lost_with for protocol in made] == [None] * 3
+        assert [protocol.exception for protocol in made] == [None] * 3
         for peer in clients:
             assert await peer.gone()
 
@@ -631,8 +632,8 @@ async def checkpoint_and_call(function: Callable[[], object]) -> None:
 
 
 @linux_only
-@pytest.mark.ours_only("asyncio reports it in every turn, for ever")
-async def test_a_listener_that_breaks_is_reported_once(stack: Stack) -> None:
+@pytest.mark.ours_only("asyncio reports it in every iteration, without end")
+async def test_a_broken_listener_is_reported_once(stack: Stack) -> None:
     """The other sockets of the server go on, and its connections too."""
     made = Made()
     async with stack.open() as group:
@@ -641,7 +642,7 @@ async def test_a_listener_that_breaks_is_reported_once(stack: Stack) -> None:
         first, second = server.sockets
         with Peer.connect(first.getsockname()) as peer:
             assert await answers(peer)
-            # Somebody else who has the listener, a child process for instance, may do this to us.
+            # Another process that has the listener, a child for instance, can do this.
             with socket.socket(fileno=socket.dup(first.fileno())) as listener:
                 listener.shutdown(socket.SHUT_RDWR)
             await until(lambda: contexts)
@@ -659,7 +660,7 @@ async def test_a_listener_that_breaks_is_reported_once(stack: Stack) -> None:
 
 
 async def test_a_hundred_clients_at_once(stack: Stack) -> None:
-    """More than a turn serves; each gets its answer."""
+    """More clients than one iteration accepts; each gets its answer."""
     made = Made()
     async with stack.open() as group:
         server = await group.create_server(made, HOST, 0)

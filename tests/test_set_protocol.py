@@ -1,4 +1,4 @@
-"""A protocol that takes a connection over: what `set_protocol` and `start_tls` refuse, and what the new one is told."""
+"""A protocol that takes over a connection: what `set_protocol` and `start_tls` refuse, and the new one's callbacks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ from typing import Any
 
 import anyio
 import pytest
-from support import GUARD, Peer, Recorder, Stack, connected, fill, turns, until
+from support import GUARD, Peer, Recorder, Stack, connected, fill, settle, until
 from tls_support import NAME, Certificates, TLSPeer, together
 
 from transports_anyio import DatagramProtocol, Protocol, SubprocessProtocol, TransportGroup
 from transports_anyio.testing import DatagramRecorder, Recorder as PublicRecorder, SubprocessRecorder
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def certificates(certificate_authority: Any) -> Certificates:
-    return Certificates(certificate_authority)
 
 
 class ClassMethods:
@@ -34,7 +29,7 @@ class ClassMethods:
 
 
 class WithoutConnectionMade:
-    """It is never called on a protocol that comes later."""
+    """`connection_made` is never called on a later protocol."""
 
     def __init__(self) -> None:
         self.received = b""
@@ -66,7 +61,7 @@ def check_refusals(name: str, transport: Any) -> None:
 
 
 @pytest.mark.ours_only("asyncio takes anything, and every callback fails")
-async def test_r8_set_protocol_refuses_what_is_no_protocol(stack: Stack, certificates: Certificates) -> None:
+async def test_r8_set_protocol_refuses_a_non_protocol(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group:
         async with connected(group) as (transport, protocol, peer):
             check_refusals("set_protocol", transport)
@@ -88,7 +83,7 @@ async def test_r8_set_protocol_refuses_what_is_no_protocol(stack: Stack, certifi
 
 
 @pytest.mark.ours_only("asyncio takes anything, and every callback fails")
-async def test_r8_start_tls_refuses_what_is_no_protocol(stack: Stack, certificates: Certificates) -> None:
+async def test_r8_start_tls_refuses_a_non_protocol(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         for wrong in NO_PROTOCOLS:
             with pytest.raises(TypeError, match=r"^start_tls\(\) takes a protocol"):
@@ -103,11 +98,11 @@ async def test_r8_start_tls_refuses_what_is_no_protocol(stack: Stack, certificat
         tls_peer.close()
 
 
-async def test_what_set_protocol_takes(stack: Stack) -> None:
-    """Any object that can be told of the end: also a class of class methods, and one without `connection_made`."""
+async def test_set_protocol_accepts_duck_types(stack: Stack) -> None:
+    """Any object with `connection_lost`: also a class with class methods, and one without `connection_made`."""
     ClassMethods.lost = []
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
-        protocol.state = "lost"  # Another one hears of the end.
+        protocol.hand_over()  # Another protocol gets `connection_lost`.
         other = WithoutConnectionMade()
         transport.set_protocol(other)
         await peer.send(b"hello")
@@ -143,7 +138,7 @@ async def test_r8_a_protocol_that_is_set_while_writing_is_paused(stack: Stack, d
         with anyio.fail_after(GUARD):
             await second.wait_for("resume_writing")
         assert not transport.is_writing_paused()
-        await turns()
+        await settle(group)
         assert second.names == ["pause_writing", "resume_writing"]
         assert first.names == ["connection_made", "pause_writing"]
         transport.close()
@@ -160,7 +155,7 @@ async def test_setting_a_protocol_back_within_an_iteration_pauses_it_once(stack:
         transport.set_protocol(first)
         transport.set_protocol(second := PublicRecorder(transport=transport))
         transport.set_protocol(first)
-        await turns()
+        await settle(group)
         assert first.count("pause_writing") == 1
         assert second.names == []
         assert len(await peer.receive_exactly(size)) == size
@@ -173,7 +168,7 @@ async def test_setting_a_protocol_back_within_an_iteration_pauses_it_once(stack:
 
 
 @pytest.mark.ours_only("asyncio calls resume_writing only")
-async def test_a_protocol_that_passes_the_connection_on_when_it_is_paused(stack: Stack) -> None:
+async def test_a_protocol_that_calls_set_protocol_in_pause_writing(stack: Stack) -> None:
     class PassingOn(PublicRecorder):
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -232,16 +227,16 @@ async def test_r8_a_protocol_of_a_child_that_is_set_while_writing_is_paused(anyi
     async with TransportGroup() as group:
         transport, first = await group.subprocess_exec(SubprocessRecorder, sys.executable, "-c", program)
         stdin = transport.get_pipe_transport(0)
-        assert not transport.is_writing_paused()
+        assert not transport.is_writing_paused()  # type: ignore[attr-defined]
         stdin.write(bytes(4 << 20))
-        assert transport.is_writing_paused()
+        assert transport.is_writing_paused()  # type: ignore[attr-defined]
         second = SubprocessRecorder(transport=transport)
         transport.set_protocol(second)
         with anyio.fail_after(GUARD):
             await second.wait_for("pause_writing")
             stdin.write(b"\nrest")
             await second.wait_for("resume_writing")
-            assert not transport.is_writing_paused()
+            assert not transport.is_writing_paused()  # type: ignore[attr-defined]
             stdin.close()
             await second.wait_for("connection_lost")
         first.check()
@@ -282,7 +277,7 @@ async def test_r8_start_tls_while_writing_is_paused(stack: Stack, certificates: 
 
 @pytest.mark.ours_only("asyncio has no way to ask")
 @pytest.mark.parametrize("over", ["tcp", "unix", "stream"])
-async def test_r8_what_a_new_protocol_can_ask(stack: Stack, over: str) -> None:
+async def test_r8_a_new_protocol_can_ask_for_the_state(stack: Stack, over: str) -> None:
     class KeepOpen(Protocol):
         def eof_received(self) -> bool:
             return True
@@ -309,12 +304,12 @@ async def test_r8_what_a_new_protocol_can_ask(stack: Stack, over: str) -> None:
                 await first.wait_for("eof_received")
             assert transport.is_eof_received() is True
             third = PublicRecorder(transport=transport)
-            third.data_received(b"late")  # It knows that nothing may come any more.
+            third.data_received(b"late")  # It knows that no more data can come.
             with pytest.raises(AssertionError, match=r"data_received\(\) after"):
                 third.check(finished=False)
             second = PublicRecorder(transport=transport)
             transport.set_protocol(second)
-            await turns()
+            await settle(group)
             assert second.names == []
             transport.write(b"answer")
             transport.close()

@@ -25,6 +25,7 @@ from support import (
     fill,
     listening,
     pattern,
+    settle,
     turns,
     until,
 )
@@ -38,14 +39,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(scope="session")
-def certificates(certificate_authority: Any) -> Certificates:
-    return Certificates(certificate_authority)
-
-
 @asynccontextmanager
 async def accepted(group: Any, protocol: Any) -> AsyncIterator[Peer]:
-    """A connection that a server of the group's accepted; yields the client's bare end."""
+    """Accept a connection with a server of the group; yield the client's bare end."""
     server = await group.create_server(lambda: protocol, HOST, 0)
     with Peer.connect(server.sockets[0].getsockname()) as peer:
         await protocol.wait_for("connection_made")
@@ -56,7 +52,7 @@ async def accepted(group: Any, protocol: Any) -> AsyncIterator[Peer]:
 async def upgrade_client(
     group: Any, transport: Any, protocol: Any, peer: Peer, certificates: Certificates, **options: Any
 ) -> tuple[Any, TLSPeer]:
-    """Upgrade both ends of `connected`: the group's is the client."""
+    """Upgrade both ends of `connected`: the group has the client."""
     new, tls = await together(
         lambda: group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME, **options),
         lambda: TLSPeer.wrap(peer.socket, certificates.server(), server_side=True),
@@ -86,9 +82,9 @@ async def test_client(stack: Stack, certificates: Certificates) -> None:
             assert await tls.receive_exactly(6) == b"secret"
             await tls.send(b"answer")
             assert await protocol.wait_received(18) == b"in the clearanswer"
-            await tls.say_goodbye()
+            await tls.shut_down_tls()
             await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert protocol.count("connection_made") == 1
 
 
@@ -105,9 +101,9 @@ async def test_server(stack: Stack, certificates: Certificates) -> None:
             new.write(b"answer")
             new.close()
             assert await tls.receive_all() == b"answer"
-            await tls.say_goodbye()
+            await tls.shut_down_tls()
             await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_new_protocol(stack: Stack, certificates: Certificates) -> None:
@@ -124,7 +120,7 @@ async def test_new_protocol(stack: Stack, certificates: Certificates) -> None:
 
         def connection_lost(self, exc: Exception | None) -> None:
             calls.append(exc)
-            first.state = "lost"  # for the check at the end of each test
+            first.hand_over()  # for the check at the end of each test
 
     async with stack.open() as group, connected(group, first) as (transport, _, peer):
         _, tls = await together(
@@ -133,7 +129,7 @@ async def test_new_protocol(stack: Stack, certificates: Certificates) -> None:
         )
         with tls:
             await tls.send(b"x")
-            await tls.say_goodbye()
+            await tls.shut_down_tls()
             await until(lambda: len(calls) == 3)
     assert calls == [b"x", "eof", None]
     assert first.names == ["connection_made"]
@@ -151,7 +147,7 @@ async def test_reading_is_paused_before(stack: Stack, certificates: Certificates
             await protocol.wait_for("connection_lost")
 
 
-async def test_data_that_waits_goes_first_in_the_clear(stack: Stack, certificates: Certificates) -> None:
+async def test_buffered_data_is_sent_in_plaintext_first(stack: Stack, certificates: Certificates) -> None:
     data = pattern(3_000_000)
 
     async def read_then_accept(peer: Peer) -> TLSPeer:
@@ -178,7 +174,7 @@ async def test_data_that_waits_goes_first_in_the_clear(stack: Stack, certificate
 
 
 async def test_data_that_comes_at_once_after_the_handshake(stack: Stack, certificates: Certificates) -> None:
-    # It must find the new transport in the protocol's hands.
+    # The protocol must have the new transport by then.
     seen: list[Any] = []
 
     def received(protocol: Recorder, data: bytes) -> None:
@@ -217,7 +213,7 @@ async def test_data_that_comes_at_once_after_the_handshake(stack: Stack, certifi
 
 @pytest.mark.ours_only("asyncio's delivers what comes before `start_tls` has returned")
 async def test_reading_that_is_resumed_during_the_handshake(stack: Stack, certificates: Certificates) -> None:
-    # That is the old transport's: nothing is received from the new one before `start_tls` has returned it.
+    # This counts for the old transport: the new one receives nothing before `start_tls` has returned.
     returned_before: list[bool] = []
     protocol = Recorder(on_data_received=lambda *_: returned_before.append(protocol.transport is not old))
     data = pattern(1_000_000)  # More than what is received with the last message of the handshake.
@@ -251,7 +247,7 @@ async def test_reading_that_is_resumed_during_the_handshake(stack: Stack, certif
 
 
 async def test_t2_plaintext_injected_before_the_upgrade(stack: Stack, certificates: Certificates) -> None:
-    # RFC 3207, section 4.2, and CVE-2024-34083: what came in the clear must not be read as if it had been encrypted.
+    # RFC 3207, section 4.2, and CVE-2024-34083: plaintext must not be read as if it had been encrypted.
     protocol = Recorder(on_data_received=lambda protocol, data: protocol.transport.pause_reading())
     async with stack.open() as group, accepted(group, protocol) as peer:
         await peer.send(b"STARTTLS\r\n")
@@ -260,12 +256,12 @@ async def test_t2_plaintext_injected_before_the_upgrade(stack: Stack, certificat
         with anyio.fail_after(GUARD), pytest.raises(ssl.SSLError):
             await group.start_tls(protocol.transport, protocol, certificates.server(), server_side=True)
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ssl.SSLError)
+        assert isinstance(protocol.exception, ssl.SSLError)
     assert protocol.received == b"STARTTLS\r\n"
 
 
 async def test_t2_plaintext_in_the_same_segment(stack: Stack, certificates: Certificates) -> None:
-    # The protocol has been given it as what it is; nothing of it comes again after the upgrade.
+    # The protocol got it as plaintext, and does not get it again after the upgrade.
     protocol = Recorder()
     async with stack.open() as group, accepted(group, protocol) as peer:
         await peer.send(b"STARTTLS\r\nEVIL\r\n")
@@ -357,14 +353,14 @@ async def test_writing_to_the_old_transport(stack: Stack, certificates: Certific
             assert new.is_reading()
             transport.close()  # It is the same connection.
             assert new.is_closing()
-            await tls.say_goodbye()
+            await tls.shut_down_tls()
             await protocol.wait_for("connection_lost")
         assert protocol.count("connection_lost") == 1
 
 
 @pytest.mark.ours_only("asyncio's says that it is open, and goes on reading")
 async def test_state_of_the_old_transport(stack: Stack, certificates: Certificates) -> None:
-    # Nothing can be done with it but to end the connection.
+    # It can only be used to end the connection.
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         new, tls = await upgrade_client(group, transport, protocol, peer, certificates)
         with tls:
@@ -376,7 +372,7 @@ async def test_state_of_the_old_transport(stack: Stack, certificates: Certificat
 
 
 @pytest.mark.ours_only("asyncio goes on with the old transport, in the midst of the new one's TLS")
-async def test_the_old_transport_says_which_one_goes_on(stack: Stack, certificates: Certificates) -> None:
+async def test_the_old_transport_names_its_successor(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         new, tls = await upgrade_client(group, transport, protocol, peer, certificates)
         with tls:
@@ -399,7 +395,7 @@ async def test_certificate_that_is_refused(stack: Stack, certificates: Certifica
             with pytest.raises((ssl.SSLError, ConnectionResetError)):
                 tls = await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True)
                 with tls:
-                    await tls.receive()  # TLS 1.3 tells a server late.
+                    await tls.receive()  # In TLS 1.3 a server notices it late.
 
         async def upgrade() -> None:
             with pytest.raises(ssl.SSLCertVerificationError):
@@ -407,7 +403,7 @@ async def test_certificate_that_is_refused(stack: Stack, certificates: Certifica
 
         await together(upgrade, accept)
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ssl.SSLCertVerificationError)
+        assert isinstance(protocol.exception, ssl.SSLCertVerificationError)
         assert contexts == []
 
 
@@ -418,10 +414,10 @@ async def test_handshake_that_takes_too_long(stack: Stack, certificates: Certifi
                 transport, protocol, certificates.client(), server_hostname=NAME, ssl_handshake_timeout=0.05
             )
         if stack.is_oracle:
-            protocol.state = "lost"  # asyncio forgets to tell.
+            protocol.hand_over()  # asyncio forgets `connection_lost`.
             return
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionAbortedError)
+        assert isinstance(protocol.exception, ConnectionAbortedError)
         assert await peer.gone()
 
 
@@ -438,7 +434,7 @@ async def test_handshake_that_is_cancelled(stack: Stack, certificates: Certifica
                 tasks.start_soon(cancel)
                 await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert await peer.gone()
 
 
@@ -471,15 +467,15 @@ async def test_t13_connection_ends_during_the_handshake(stack: Stack, certificat
         await protocol.wait_for("connection_lost")
         if how.startswith("peer"):
             assert type(error) is ConnectionResetError
-            assert type(protocol.lost_with) is ConnectionResetError
+            assert type(protocol.exception) is ConnectionResetError
         else:
             assert type(error) is ConnectionAbortedError
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert contexts == []
 
 
 async def failed_upgrade(*arguments: Any, **options: Any) -> Exception | None:
-    """Upgrade and return the error that this gives; asyncio's is content with a transport that has been closed."""
+    """Upgrade and return the error; asyncio also accepts a transport that has been closed."""
     group, *rest = arguments
     try:
         await group.start_tls(*rest, **options)
@@ -488,7 +484,7 @@ async def failed_upgrade(*arguments: Any, **options: Any) -> Exception | None:
     return None
 
 
-async def test_what_waits_in_the_clear_is_sent_when_closed_during_the_handshake(
+async def test_buffered_plaintext_is_sent_when_closed_during_the_handshake(
     stack: Stack, certificates: Certificates
 ) -> None:
     data = pattern(3_000_000)
@@ -508,11 +504,11 @@ async def test_what_waits_in_the_clear_is_sent_when_closed_during_the_handshake(
             lambda: failed_upgrade(group, transport, protocol, certificates.server(), server_side=True), close
         )
         if stack.is_oracle:
-            protocol.state = "lost"  # asyncio forgets to tell.
+            protocol.hand_over()  # asyncio forgets `connection_lost`.
             return
         await protocol.wait_for("connection_lost")
         assert type(error) is ConnectionAbortedError
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert protocol.received == b""
 
 
@@ -528,16 +524,16 @@ async def test_what_is_written_during_the_handshake_and_closed(
         await anyio.wait_readable(peer.socket)
         transport.write(data)
         transport.close()
-        transport.write(b"and this")  # Dropped, as ever after a close over TLS.
+        transport.write(b"and this")  # Dropped, as always after a close over TLS.
         if peer_does == "nothing":
-            assert (await peer.receive_all())[0] == 0x16  # The handshake, and never what was written.
+            assert (await peer.receive_all())[0] == 0x16  # Only the handshake, not the written data.
         elif peer_does == "leave":
             peer.reset()
         else:
             with await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True) as tls:
                 await tls.send(b"too late")
                 assert await tls.receive_all() == data
-                await tls.say_goodbye()
+                await tls.shut_down_tls()
 
     async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
         contexts = collect_contexts(group)
@@ -549,7 +545,7 @@ async def test_what_is_written_during_the_handshake_and_closed(
         )
         await protocol.wait_for("connection_lost")
         assert type(error) is (ConnectionResetError if peer_does == "leave" else ConnectionAbortedError)
-        assert protocol.lost_with is (None if peer_does == "complete" else error)
+        assert protocol.exception is (None if peer_does == "complete" else error)
         assert protocol.count("connection_lost") == 1
         assert protocol.received == b""
         assert contexts == []
@@ -557,7 +553,7 @@ async def test_what_is_written_during_the_handshake_and_closed(
 
 @pytest.mark.ours_only("asyncio lets a closing transport be upgraded")
 @pytest.mark.parametrize("how", ["cancelled", "aborted", "peer resets", "takes too long"])
-async def test_flush_of_a_close_during_the_handshake_that_is_broken_off(
+async def test_a_close_during_the_handshake_whose_flush_is_aborted(
     stack: Stack, certificates: Certificates, how: str
 ) -> None:
     errors: list[Any] = []
@@ -582,7 +578,7 @@ async def test_flush_of_a_close_during_the_handshake_that_is_broken_off(
             tasks.start_soon(upgrade)
             await turns()
             transport.close()
-            await turns()
+            await settle(group)
             assert not protocol.lost
             if how == "cancelled":
                 tasks.cancel_scope.cancel()
@@ -598,16 +594,16 @@ async def test_flush_of_a_close_during_the_handshake_that_is_broken_off(
         else:
             assert [type(error) for error in errors] == [ConnectionAbortedError]
         if how in ("cancelled", "aborted"):
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         else:
-            assert type(protocol.lost_with) in (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
+            assert type(protocol.exception) in (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
         assert contexts == []
 
 
 @pytest.mark.ours_only("asyncio has no group to leave")
 @pytest.mark.parametrize("written", ["before", "during"])
 async def test_group_that_is_left_during_the_handshake(stack: Stack, certificates: Certificates, written: str) -> None:
-    # In order: what waits is flushed first, in the clear or encrypted.
+    # In order: buffered data is flushed first, as plaintext or encrypted.
     data = pattern(3_000_000)
     protocol = Recorder()
     errors: list[Any] = []
@@ -625,7 +621,7 @@ async def test_group_that_is_left_during_the_handshake(stack: Stack, certificate
             else:
                 with await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True) as tls:
                     assert await tls.receive_all() == data
-                    await tls.say_goodbye()
+                    await tls.shut_down_tls()
 
     stack.expected_tasks = 2
     async with anyio.create_task_group() as tasks:
@@ -643,14 +639,14 @@ async def test_group_that_is_left_during_the_handshake(stack: Stack, certificate
             assert not protocol.lost
             tasks.start_soon(read, peer)
         assert protocol.lost
-    assert protocol.lost_with is None
+    assert protocol.exception is None
     assert [type(error) for error in errors] == [ConnectionAbortedError]
 
 
 @pytest.mark.ours_only("asyncio lets the handshake go on, and returns a dead transport")
 @pytest.mark.parametrize("how", ["abort", "close"])
 async def test_end_between_the_handshake_and_the_return(stack: Stack, certificates: Certificates, how: str) -> None:
-    # `start_tls` returns in a turn of its task. The callback here may come before or after that.
+    # `start_tls` returns when its task runs. The callback here may come before or after that.
     ended: list[bool] = []
     returned: list[Any] = []
 
@@ -680,7 +676,7 @@ async def test_end_between_the_handshake_and_the_return(stack: Stack, certificat
             with await TLSPeer.wrap(peer.socket, certificates.server(), server_side=True) as tls:
                 if how == "close":
                     assert await tls.receive_all() == b""
-                    await tls.say_goodbye()
+                    await tls.shut_down_tls()
                 else:
                     with pytest.raises(DROPPED):
                         await tls.receive_all()
@@ -688,7 +684,7 @@ async def test_end_between_the_handshake_and_the_return(stack: Stack, certificat
         await together(upgrade, accept)
         await protocol.wait_for("connection_lost")
         assert returned[0].is_closing()
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         if how == "abort" and ended == [False]:
             assert protocol.names == ["connection_made", "pause_writing", "connection_lost"]
 
@@ -702,11 +698,11 @@ async def test_t13_transport_that_is_closing(stack: Stack, certificates: Certifi
         await protocol.wait_for("connection_lost")
         with pytest.raises(RuntimeError, match="closing"):
             await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("asyncio does not look")
-async def test_what_cannot_be_done_during_the_handshake(stack: Stack, certificates: Certificates) -> None:
+async def test_calls_that_are_refused_during_the_handshake(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
 
         async def try_again() -> TLSPeer:
@@ -730,7 +726,7 @@ async def test_what_cannot_be_done_during_the_handshake(stack: Stack, certificat
 
 
 @pytest.mark.ours_only("asyncio does not look")
-async def test_while_a_file_is_sent(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
+async def test_start_tls_while_a_file_is_sent(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
     path = tmp_path / "file"
     data = pattern(1_000_000)
     path.write_bytes(data)
@@ -773,7 +769,7 @@ async def test_peer_that_has_ended_its_stream_before(stack: Stack, certificates:
             await group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME)
         assert transport.is_closing()
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionResetError)
+        assert isinstance(protocol.exception, ConnectionResetError)
 
 
 async def test_parameters_that_are_refused(stack: Stack, certificates: Certificates) -> None:
@@ -854,7 +850,7 @@ async def test_group_that_is_closed(stack: Stack, certificates: Certificates) ->
 
 @pytest.mark.ours_only("asyncio has one loop for all of them")
 async def test_transport_of_another_group(stack: Stack, certificates: Certificates) -> None:
-    # Its timers and callbacks would end with the other group.
+    # Otherwise its timers and callbacks would end with the other group.
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         async with TransportGroup() as other:
             with pytest.raises(RuntimeError, match="belongs to another group"):
@@ -890,9 +886,9 @@ async def test_upgraded_connection_belongs_to_its_server(stack: Stack, certifica
                 server.abort_clients()
             elif how == "close_clients":
                 server.close_clients()
-                await tls.say_goodbye()
+                await tls.shut_down_tls()
             else:
-                tls.say_goodbye_and_leave()
+                tls.send_close_notify_and_close()
             with anyio.fail_after(GUARD):
                 await server.wait_closed()
             assert protocol.lost
@@ -939,12 +935,12 @@ async def test_tls_in_tls(stack: Stack, certificates: Certificates) -> None:
         new.close()
         if stack.is_oracle:
             await attempt(inner.unwrap)
-        else:  # Each layer says goodbye: the inner, then the outer.
+        else:  # Each layer sends `close_notify`: the inner, then the outer.
             await attempt(inner.unwrap)
             assert await outer.receive() == b""
-        await outer.say_goodbye()
+        await outer.shut_down_tls()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("asyncio's start_tls() never returns")
@@ -968,7 +964,7 @@ async def test_connection_that_is_closed_by_its_server_name_callback(stack: Stac
         )
         await protocol.wait_for("connection_lost")
         assert type(error) is ConnectionAbortedError
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.ours_only("asyncio cuts the connection, without `close_notify`")
@@ -986,16 +982,16 @@ async def test_tls_in_tls_that_is_closed_by_its_server_name_callback(stack: Stac
         async def close() -> None:
             await outer.send(outgoing.read())
             assert await outer.receive_all() == b""
-            await outer.say_goodbye()
+            await outer.shut_down_tls()
 
         error, _ = await together(lambda: failed_upgrade(group, transport, protocol, context, server_side=True), close)
         await protocol.wait_for("connection_lost")
         assert type(error) is ConnectionAbortedError
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert contexts == []
 
 
-async def test_tls_in_tls_leaves_nothing_to_the_garbage_collector(stack: Stack, certificates: Certificates) -> None:
+async def test_tls_in_tls_leaves_no_reference_cycle(stack: Stack, certificates: Certificates) -> None:
     contexts = {"server": certificates.server(), "client": certificates.client()}
 
     async def upgrade(name: str, protocol: Recorder) -> None:
@@ -1029,7 +1025,7 @@ async def test_tls_in_tls_leaves_nothing_to_the_garbage_collector(stack: Stack, 
 async def test_tls_in_tls_that_is_closed_during_the_handshake(
     stack: Stack, certificates: Certificates, waiting: bool
 ) -> None:
-    # The handshake has nobody to take leave of, the TLS below it has.
+    # The interrupted handshake has no shutdown, but the TLS below it has.
     data = pattern(3_000_000) if waiting else b""
     async with stack.open() as group, tls_client(group, certificates, small=True) as (transport, protocol, outer):
         transport.set_write_buffer_limits(high=1 << 30)
@@ -1039,22 +1035,22 @@ async def test_tls_in_tls_that_is_closed_during_the_handshake(
             await turns()
             transport.close()
             assert await outer.receive_all() == data  # It fails where there is no `close_notify`.
-            await outer.say_goodbye()
+            await outer.shut_down_tls()
 
         error, _ = await together(
             lambda: failed_upgrade(group, transport, protocol, certificates.server(), server_side=True), close
         )
         await protocol.wait_for("connection_lost")
-        if not stack.is_oracle:  # For asyncio's a handshake has been broken off.
+        if not stack.is_oracle:  # For asyncio's protocol the handshake was interrupted.
             assert type(error) is ConnectionAbortedError
-            assert protocol.lost_with is None
+            assert protocol.exception is None
         assert protocol.received == b""
 
 
 @pytest.mark.ours_only("asyncio reports it from a callback of its loop")
-@pytest.mark.parametrize("when", ["handshake", "exchange", "farewell"])
+@pytest.mark.parametrize("when", ["handshake", "exchange", "shutdown"])
 async def test_tls_in_tls_whose_outer_object_fails(stack: Stack, certificates: Certificates, when: str) -> None:
-    # A context's own `sslobject_class` may raise anything; it ends that connection alone.
+    # A context's own `sslobject_class` may raise anything; only that connection ends.
     failing = False
 
     class Failing(ssl.SSLObject):
@@ -1097,14 +1093,14 @@ async def test_tls_in_tls_whose_outer_object_fails(stack: Stack, certificates: C
                 new, _ = await together(upgrade, shake_hands)
                 await turns()
                 failing = True
-                if when == "farewell":
+                if when == "shutdown":
                     new.close()
                 inner.write(b"x")
                 await outer.send(outgoing.read())
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, ZeroDivisionError)
-        # The caller of `start_tls` has been told.
-        assert [context["exception"] for context in contexts] == ([] if when == "handshake" else [protocol.lost_with])
+            assert isinstance(protocol.exception, ZeroDivisionError)
+        # `start_tls` has raised the error.
+        assert [context["exception"] for context in contexts] == ([] if when == "handshake" else [protocol.exception])
         async with connected(group) as (transport, protocol, peer):
             await peer.send(b"still alive")
             await protocol.wait_received(11)
@@ -1138,5 +1134,5 @@ async def test_asyncio_upgrades_the_other_end(stack: Stack, certificates: Certif
                 assert await peer.line() == "hello"
                 assert await peer.line() == "lost None"
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             server.close()

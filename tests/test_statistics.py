@@ -97,7 +97,7 @@ async def test_files_count(anyio_backend: Any, on_disk: bool) -> None:
 async def test_buffered_protocols_count(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         # In three pieces, the last of which does not fill the buffer.
-        async with connected(group, BufferedRecorder(4)) as (transport, protocol, peer):
+        async with connected(group, BufferedRecorder(buffer_size=4)) as (transport, protocol, peer):
             await peer.send(b"0123456789")
             await protocol.wait_received(10)
             assert moved(group) == (10, 0)
@@ -153,7 +153,7 @@ async def test_datagrams_that_had_to_wait_count(anyio_backend: Any, tmp_path: Pa
                 DatagramProtocol, remote_addr=path, family=socket.AF_UNIX
             )
             count = 0
-            while transport.get_write_buffer_size() <= 2000:
+            while transport.get_write_buffer_size() <= 2000:  # type: ignore[attr-defined]
                 transport.sendto(bytes(1000))
                 count += 1
                 assert count < 10_000, "the system takes all"

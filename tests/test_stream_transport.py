@@ -1,4 +1,4 @@
-"""Every method of the stream transport, as a protocol or its owner may call it."""
+"""Every method of the stream transport, called by a protocol or by its owner."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from support import (
     connected,
     fill,
     pattern,
+    settle,
     turns,
     until,
 )
@@ -70,7 +71,7 @@ async def test_extra_info_outlives_the_connection(stack: Stack) -> None:
 
 
 async def test_a_transport_takes_attributes(stack: Stack) -> None:
-    """Programs keep what belongs to a connection with its transport, and tests put a function in a method's place."""
+    """Programs store their own attributes on a transport, and tests replace its methods."""
     async with stack.open() as group, connected(group) as (transport, _, peer):
         transport.user = "somebody"
         assert transport.user == "somebody"
@@ -92,7 +93,7 @@ async def test_the_callbacks_of_an_ordinary_connection(stack: Stack) -> None:
         peer.close()
         await protocol.wait_for("connection_lost")
         assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert type(protocol.calls[1][1]) is bytes
 
 
@@ -126,34 +127,34 @@ async def test_duck_typed_protocols_work(stack: Stack) -> None:
 
 
 class StandIn:
-    """For something that cannot be had now, as some frameworks have them: it fails when it is looked at."""
+    """A proxy object as some frameworks have them: any use fails."""
 
     def __init__(self) -> None:
-        self.lost_with: list[BaseException | None] = []
+        self.exception: list[BaseException | None] = []
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self.lost_with.append(exc)
+        self.exception.append(exc)
 
     def __getattr__(self, name: str) -> Any:
         raise LookupError(name)
 
 
 async def test_a_protocol_that_fails_when_it_is_looked_at(stack: Stack) -> None:
-    """It ends its own connection, and no other."""
+    """Only its own connection ends."""
     failing, other = StandIn(), Recorder()
     async with stack.open() as group:
         contexts = collect_contexts(group)
         async with connected(group, failing) as (_, _, peer), connected(group, other) as (_, _, other_peer):
             await peer.send(b"x")
-            await until(lambda: failing.lost_with)
+            await until(lambda: failing.exception)
             await other_peer.send(b"still here")
             await other.wait_received(10)
     (context,) = contexts
     assert type(context["exception"]) is LookupError
-    assert failing.lost_with == [context["exception"]]
+    assert failing.exception == [context["exception"]]
 
 
 @pytest.mark.ours_only("asyncio's sendto raises it")
@@ -168,7 +169,7 @@ async def test_a_datagram_protocol_that_fails_when_it_is_looked_at(stack: Stack)
         await until(lambda: len(contexts) == 2)
         transport.close()
     assert [type(context["exception"]) for context in contexts] == [LookupError, LookupError]
-    assert failing.lost_with == [None]
+    assert failing.exception == [None]
 
 
 # -- close and abort ------------------------------------------------------------------------------------------
@@ -181,19 +182,19 @@ async def test_close(stack: Stack) -> None:
         assert transport.is_closing()
         assert protocol.count("connection_lost") == 0
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert protocol.count("eof_received") == 0
         assert await peer.receive_all() == b""
         transport.close()
-        await turns()
+        await settle(group)
         assert protocol.count("connection_lost") == 1
         assert transport.is_closing()
 
 
 @pytest.mark.parametrize("end", ["close", "abort"])
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
-async def test_a_connection_that_another_one_ends_receives_no_more(stack: Stack, kind: Any, end: str) -> None:
-    """Both have received something, and are served in the same turn."""
+async def test_a_connection_aborted_by_another_receives_no_more(stack: Stack, kind: Any, end: str) -> None:
+    """Both have received data, and are served in the same iteration."""
     protocols: list[Any] = []
 
     def end_the_other(protocol: Any, *_: Any) -> None:
@@ -213,8 +214,8 @@ async def test_a_connection_that_another_one_ends_receives_no_more(stack: Stack,
 
 
 @pytest.mark.parametrize("end", ["close", "abort"])
-async def test_a_transport_that_ends_while_it_is_writable_resumes_nothing(stack: Stack, end: str) -> None:
-    """There is room again and something to receive, in the same turn."""
+async def test_no_resume_writing_after_abort_in_data_received(stack: Stack, end: str) -> None:
+    """The socket becomes writable and readable in the same iteration."""
     protocol = Recorder(on_data_received=lambda p, _: getattr(p.transport, end)())
     async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
         transport.pause_reading()
@@ -235,13 +236,13 @@ async def test_a_transport_that_ends_while_it_is_writable_resumes_nothing(stack:
         assert between == (["resume_writing"] if end == "close" else [])
 
 
-async def test_closed_transports_do_not_read(stack: Stack) -> None:
+async def test_is_reading_is_false_after_close(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         await peer.send(b"unread")
         fill(transport)
         transport.close()
         await peer.send(b"unread too")
-        await turns(30)
+        await settle(group)
         assert protocol.count("data_received") == 0
         transport.abort()
 
@@ -258,7 +259,7 @@ async def test_abort_drops_what_is_buffered(stack: Stack, buffered: bool) -> Non
         transport.abort()
         transport.close()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         assert await peer.gone()
 
 
@@ -274,7 +275,7 @@ async def test_ending_inside_a_callback(stack: Stack, method: str, callback: str
                 peer.shutdown()
         await protocol.wait_for("connection_lost")
         assert protocol.names[-2] == ("eof_received" if callback == "connection_lost" else callback)
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
@@ -282,7 +283,7 @@ async def test_a_reset_by_the_peer(stack: Stack, kind: type[Recorder]) -> None:
     async with stack.open() as group, connected(group, kind()) as (transport, protocol, peer):
         peer.reset()
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionResetError)
+        assert isinstance(protocol.exception, ConnectionResetError)
         assert protocol.count("eof_received") == 0
         assert transport.is_closing()
 
@@ -293,7 +294,7 @@ async def test_a_reset_while_reading_is_paused_and_data_is_buffered(stack: Stack
         fill(transport)
         peer.reset()
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionError)
+        assert isinstance(protocol.exception, ConnectionError)
         assert protocol.count("data_received") == 0
 
 
@@ -312,7 +313,7 @@ async def test_connection_errors_are_not_reported_to_the_exception_handler(stack
 
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
 @pytest.mark.parametrize("answer", [None, False, 0])
-async def test_end_of_file_closes_if_the_protocol_does_not_object(
+async def test_end_of_file_closes_if_eof_received_returns_false(
     stack: Stack, kind: type[Recorder], answer: object
 ) -> None:
     protocol = kind(on_eof_received=lambda p: answer)
@@ -322,7 +323,7 @@ async def test_end_of_file_closes_if_the_protocol_does_not_object(
         assert await peer.receive_all() == b"before"
         await protocol.wait_for("connection_lost")
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_end_of_file_flushes_before_closing(stack: Stack) -> None:
@@ -334,17 +335,17 @@ async def test_end_of_file_flushes_before_closing(stack: Stack) -> None:
         assert transport.is_closing()
         assert await peer.receive_all() == data
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
-async def test_end_of_file_with_a_true_answer_keeps_the_sending_side(stack: Stack, kind: type[Recorder]) -> None:
+async def test_eof_received_returning_true_keeps_the_sending_side(stack: Stack, kind: type[Recorder]) -> None:
     protocol = kind(on_eof_received=lambda p: "keep it")
     async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
         await peer.send(b"question")
         peer.shutdown()
         await protocol.wait_for("eof_received")
-        await turns(30)
+        await settle(group)
         assert not transport.is_closing()
         assert protocol.count("connection_lost") == 0
         assert protocol.count("eof_received") == 1
@@ -354,7 +355,7 @@ async def test_end_of_file_with_a_true_answer_keeps_the_sending_side(stack: Stac
         transport.close()
         assert await peer.receive_all() == b""
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_a_half_closed_connection_notices_a_reset(stack: Stack) -> None:
@@ -365,7 +366,7 @@ async def test_a_half_closed_connection_notices_a_reset(stack: Stack) -> None:
         fill(transport)
         peer.reset()
         await protocol.wait_for("connection_lost")
-        assert isinstance(protocol.lost_with, ConnectionError)
+        assert isinstance(protocol.exception, ConnectionError)
 
 
 async def test_write_eof_flushes_and_leaves_the_receiving_side_open(stack: Stack) -> None:
@@ -383,7 +384,7 @@ async def test_write_eof_flushes_and_leaves_the_receiving_side_open(stack: Stack
         peer.close()
         await protocol.wait_for("connection_lost")
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_write_eof_with_nothing_buffered(stack: Stack) -> None:
@@ -414,7 +415,7 @@ async def test_write_eof_on_a_closed_transport_is_harmless(stack: Stack) -> None
         transport.write_eof()
         await protocol.wait_for("connection_lost")
         transport.write_eof()
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_write_eof_then_close_flushes(stack: Stack) -> None:
@@ -425,7 +426,7 @@ async def test_write_eof_then_close_flushes(stack: Stack) -> None:
         transport.close()
         assert await peer.receive_all() == data
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
@@ -501,7 +502,7 @@ async def test_writelines_keeps_the_order(stack: Stack) -> None:
 
 
 async def test_writes_from_connection_made_arrive(stack: Stack) -> None:
-    protocol = Recorder(on_connection_made=lambda p, t: (t.write(b"hel"), t.writelines([b"lo"])) and None)
+    protocol = Recorder(on_connection_made=lambda p, t: [t.write(b"hel"), t.writelines([b"lo"])])
     async with stack.open() as group, connected(group, protocol) as (_, _, peer):
         assert await peer.receive_exactly(5) == b"hello"
 
@@ -521,7 +522,7 @@ async def test_writes_to_a_lost_connection_are_dropped_with_a_warning_from_the_f
         assert transport.get_write_buffer_size() == 0
 
 
-async def test_bytes_written_in_one_turn_arrive_in_order(stack: Stack) -> None:
+async def test_bytes_written_in_one_iteration_arrive_in_order(stack: Stack) -> None:
     data = pattern(3 << 20)
     async with stack.open() as group, connected(group, small=True) as (transport, _, peer):
         for start in range(0, len(data), 7777):
@@ -541,7 +542,7 @@ async def test_pausing_and_resuming_reading(stack: Stack, kind: type[Recorder]) 
         transport.pause_reading()
         assert not transport.is_reading()
         await peer.send(b"held back")
-        await turns(30)
+        await settle(group)
         assert protocol.received == b""
         transport.resume_reading()
         transport.resume_reading()
@@ -555,7 +556,7 @@ async def test_end_of_file_waits_while_reading_is_paused(stack: Stack) -> None:
         transport.pause_reading()
         await peer.send(b"last words")
         peer.close()
-        await turns(30)
+        await settle(group)
         assert protocol.names == ["connection_made"]
         transport.resume_reading()
         await protocol.wait_for("connection_lost")
@@ -563,11 +564,11 @@ async def test_end_of_file_waits_while_reading_is_paused(stack: Stack) -> None:
         assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
 
 
-async def test_pausing_in_connection_made_holds_everything_back(stack: Stack) -> None:
+async def test_pausing_in_connection_made_stops_all_reading(stack: Stack) -> None:
     protocol = Recorder(on_connection_made=lambda p, transport: transport.pause_reading())
     async with stack.open() as group, connected(group, protocol) as (transport, _, peer):
         await peer.send(b"x")
-        await turns(30)
+        await settle(group)
         assert not transport.is_reading()
         assert protocol.received == b""
         transport.resume_reading()
@@ -607,7 +608,7 @@ async def test_reading_methods_are_harmless_after_close(stack: Stack) -> None:
         transport.pause_reading()
         transport.resume_reading()
         assert not transport.is_reading()
-        await turns()
+        await settle(group)
         assert protocol.count("data_received") == 0
 
 
@@ -619,7 +620,7 @@ async def test_setting_another_protocol(stack: Stack) -> None:
         await peer.send(b"one")
         await first.wait_received(3)
         second = Recorder()
-        second.state = "open"
+        second.take_over(transport)
         assert transport.get_protocol() is first
         transport.set_protocol(second)
         assert transport.get_protocol() is second
@@ -630,12 +631,12 @@ async def test_setting_another_protocol(stack: Stack) -> None:
         await second.wait_for("connection_lost")
         assert first.received == b"one"
         assert first.count("connection_lost") == 0
-        first.state = "lost"
+        first.hand_over()
 
 
 async def test_a_buffered_protocol_receives_into_its_own_buffer(stack: Stack) -> None:
     data = pattern(100_000)
-    async with stack.open() as group, connected(group, BufferedRecorder(size=1000)) as (_, protocol, peer):
+    async with stack.open() as group, connected(group, BufferedRecorder(buffer_size=1000)) as (_, protocol, peer):
         await peer.send(data)
         assert await protocol.wait_received(len(data)) == data
         assert all(call[1] <= 1000 for call in protocol.calls if call[0] == "buffer_updated")

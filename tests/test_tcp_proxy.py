@@ -1,4 +1,4 @@
-"""The TCP proxy of the examples: what one side does, the other side sees."""
+"""The TCP proxy of the examples: each side sees what the other side does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MIB = 1024 * 1024
 
 @asynccontextmanager
 async def passing(group: Any, *, receive_buffer: int | None = None) -> AsyncIterator[tuple[Peer, Peer, Client]]:
-    """The client, the server behind, and the proxy's protocol for the client."""
+    """Yield the client, the server, and the proxy's protocol for the client."""
     made: list[Client] = []
 
     def factory() -> Client:
@@ -76,7 +76,7 @@ async def test_a_fast_sender_waits_for_a_slow_reader(stack: Stack, direction: st
         sender, reader = (client, behind) if direction == "to the server" else (behind, client)
         source, target = (side, side.other) if direction == "to the server" else (side.other, side)
 
-        # Nobody reads: the sender is stopped when the proxy no longer reads and the kernel takes no more.
+        # Without a reader, the sender stops when the proxy no longer reads and the kernel's buffers are full.
         sent = 0
         with anyio.fail_after(GUARD):
             while True:
@@ -87,7 +87,7 @@ async def test_a_fast_sender_waits_for_a_slow_reader(stack: Stack, direction: st
                         break
                     await anyio.sleep(0.001)
         assert sent < len(data)
-        # What waits here is the mark and one receive.
+        # The buffer holds at most the watermark and one receive.
         assert target.transport.get_write_buffer_size() <= 64 * 1024 + 256 * 1024
         assert source.transport.get_write_buffer_size() == 0
 
@@ -103,7 +103,7 @@ async def test_a_fast_sender_waits_for_a_slow_reader(stack: Stack, direction: st
 
 
 @pytest.mark.parametrize("from_client", [True, False], ids=["client", "server"])
-async def test_a_reset_is_carried_through(stack: Stack, from_client: bool) -> None:
+async def test_a_reset_is_passed_on(stack: Stack, from_client: bool) -> None:
     async with stack.open() as group, passing(group) as (client, behind, _):
         one, other = (client, behind) if from_client else (behind, client)
         await one.send(b"x")
@@ -126,7 +126,7 @@ async def test_a_reset_after_the_end_of_the_other_side(stack: Stack, from_client
         await group.wait_closed()
 
 
-async def test_nobody_is_there(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_target_refuses_connections(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
     with listening() as listener:
         address = listener.getsockname()
     async with stack.open() as group:

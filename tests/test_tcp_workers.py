@@ -77,7 +77,7 @@ def refuses(address: tuple[str, int]) -> bool:
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 async def test_workers_share_a_port(stack: Stack, end: signal.Signals) -> None:
     async with supervisor(stack) as supervised:
-        # Which one gets a client is a matter of a hash of its port.
+        # A hash of the client's port decides which worker gets it.
         serving: set[str] = set()
         for _ in range(100):
             with Peer.connect(supervised.address) as peer:
@@ -120,7 +120,7 @@ async def test_workers_end_with_a_supervisor_that_is_killed(stack: Stack, busy: 
             assert await peer.gone()
 
 
-async def test_one_worker_that_ends_ends_the_others(stack: Stack) -> None:
+async def test_one_exiting_worker_ends_the_others(stack: Stack) -> None:
     async with supervisor(stack) as supervised:
         os.kill(int(min(supervised.workers)), signal.SIGKILL)
         with anyio.fail_after(2 * GUARD):

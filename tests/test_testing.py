@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from typing import Any
 
 import anyio
@@ -20,6 +21,7 @@ from support import (
     raises_inside,
     turns,
 )
+from tls_support import NAME, Certificates
 
 from transports_anyio import TransportGroup
 from transports_anyio.testing import (
@@ -153,7 +155,7 @@ async def test_a_protocol_that_takes_over(stack: Stack) -> None:
         _ = before.exception
 
 
-async def test_waiting_for_what_cannot_come_any_more(stack: Stack) -> None:
+async def test_waiting_after_connection_lost_raises(stack: Stack) -> None:
     async with stack.open() as group:
         with listening() as listener:
             transport, recorder = await group.create_connection(Recorder, *listener.getsockname())
@@ -164,7 +166,7 @@ async def test_waiting_for_what_cannot_come_any_more(stack: Stack) -> None:
 
 
 async def test_callbacks_that_are_left_out_do_nothing(stack: Stack) -> None:
-    """Of the abstract classes none has to be implemented but a `BufferedProtocol`'s `get_buffer`."""
+    """Every callback is optional except a `BufferedProtocol`'s `get_buffer`."""
 
     class Buffered(asyncio.BufferedProtocol):
         def get_buffer(self, sizehint: int) -> bytearray:
@@ -203,7 +205,7 @@ async def test_callbacks_that_are_left_out_do_nothing(stack: Stack) -> None:
             process.get_pipe_transport(0).write(b"x")
             process.get_pipe_transport(0).write_eof()
             await child.wait_for("connection_lost")
-            process.close()  # For asyncio, which complains of it otherwise.
+            process.close()  # asyncio warns about it otherwise.
             assert child.received == {1: b"x"}
             assert child.count("pipe_connection_lost") == 3
             assert child.count("process_exited") == 1
@@ -267,7 +269,7 @@ def test_an_illegal_order_is_a_violation(kind: Any, calls: list[tuple[Any, ...]]
         ),
     ],
 )
-def test_a_legal_order_is_none(kind: Any, calls: list[tuple[Any, ...]]) -> None:
+def test_a_legal_order_is_no_violation(kind: Any, calls: list[tuple[Any, ...]]) -> None:
     recorder = kind()
     for name, *args in calls:
         getattr(recorder, name)(*args)
@@ -331,7 +333,7 @@ async def test_everything_arrives_in_chunks_of_the_size(
     other.check()
 
 
-async def test_back_pressure_begins_behind_the_buffer(anyio_backend: Any) -> None:
+async def test_back_pressure_begins_after_the_buffer(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         (a, one), (b, other) = await memory_connection(group, Recorder, Recorder, buffer_size=1000)
         b.pause_reading()
@@ -365,7 +367,7 @@ async def test_each_end_closes_its_direction(anyio_backend: Any) -> None:
     other.check()
 
 
-async def test_an_end_that_leaves_something_unread_resets_the_other(anyio_backend: Any) -> None:
+async def test_closing_with_unread_data_resets_the_other_end(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         (a, one), (b, other) = await memory_connection(group, Recorder, Recorder)
         b.pause_reading()
@@ -426,7 +428,7 @@ async def test_a_group_ends_only_when_everything_is_flushed(anyio_backend: Any) 
 
 
 @pytest.mark.parametrize("who", ["a", "b"])
-async def test_a_factory_that_raises_makes_no_connection(anyio_backend: Any, who: str) -> None:
+async def test_a_raising_factory_makes_no_connection(anyio_backend: Any, who: str) -> None:
     made: list[Recorder] = []
 
     def good() -> Recorder:
@@ -454,7 +456,7 @@ async def test_a_callback_that_interrupts_ends_both(anyio_backend: Any) -> None:
         recorders.append(Recorder(*protocol))
         return recorders[-1]
 
-    with pytest.raises(BaseException) as caught:  # alone or in a group: the backend's habit
+    with pytest.raises(BaseException) as caught:  # alone or in a group, depending on the backend
         async with TransportGroup() as group:
             await memory_connection(group, lambda: factory(Interrupting()), factory)
     assert [type(leaf) for leaf in leaves(caught.value)] == [KeyboardInterrupt]
@@ -472,7 +474,7 @@ async def test_a_callback_that_interrupts_ends_both(anyio_backend: Any) -> None:
         ({"buffer_size": None}, TypeError),
     ],
 )
-async def test_sizes_that_are_none(anyio_backend: Any, bad: dict[str, Any], error: type[Exception]) -> None:
+async def test_invalid_sizes(anyio_backend: Any, bad: dict[str, Any], error: type[Exception]) -> None:
     async with TransportGroup() as group:
         with pytest.raises(error, match=r"at least 1|a number of bytes"):
             await memory_connection(group, Recorder, Recorder, **bad)
@@ -488,8 +490,8 @@ async def test_a_group_that_is_not_open(anyio_backend: Any) -> None:
         await memory_connection(group, Recorder, Recorder)
 
 
-async def test_a_busy_connection_leaves_the_others_their_turn(anyio_backend: Any) -> None:
-    """Two ends that write to each other without end in memory starve neither the tasks nor the timers."""
+async def test_a_busy_connection_does_not_starve_tasks_and_timers(anyio_backend: Any) -> None:
+    """Two ends that write to each other without end in memory do not starve tasks or timers."""
 
     class Endless(asyncio.Protocol):
         transport: Any
@@ -509,3 +511,179 @@ async def test_a_busy_connection_leaves_the_others_their_turn(anyio_backend: Any
             await done.wait()
         a.abort()
         b.abort()
+
+
+# -- hooks and time-outs --------------------------------------------------------------------------------------
+
+
+async def test_hooks_are_called_with_the_recorder_and_the_arguments(stack: Stack) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def received(recorder: Recorder, data: bytes) -> None:
+        assert recorder.calls[-1] == ("data_received", data)  # The callback has been recorded.
+        seen.append(("data", recorder, data))
+
+    def ended(recorder: Recorder) -> bool:
+        seen.append(("end", recorder))
+        return True
+
+    recorder = Recorder(on_data_received=received, on_eof_received=ended)
+    async with stack.open() as group, connected(group, recorder) as (transport, _, peer):
+        await peer.send(b"x")
+        peer.shutdown()
+        await recorder.wait_for("eof_received")
+        transport.write(b"still open")  # because the hook returned `True`
+        assert await peer.receive_exactly(10) == b"still open"
+        recorder.hooks["connection_lost"] = lambda recorder, exc: seen.append(("lost", recorder, exc))
+    recorder.check()
+    assert seen == [("data", recorder, b"x"), ("end", recorder), ("lost", recorder, None)]
+
+
+async def test_a_hook_runs_before_the_wrapped_protocol(stack: Stack) -> None:
+    order: list[str] = []
+
+    class Wrapped(asyncio.Protocol):
+        def eof_received(self) -> bool:
+            order.append("protocol")
+            return False
+
+    def hook(recorder: Recorder) -> bool:
+        order.append("hook")
+        return True
+
+    recorder = Recorder(Wrapped(), on_eof_received=hook)
+    async with stack.open() as group, connected(group, recorder) as (_, _, peer):
+        peer.shutdown()
+        assert await peer.receive_all() == b""  # The protocol's `False` counts.
+        await recorder.wait_for("connection_lost")
+    assert order == ["hook", "protocol"]
+    recorder.check()
+
+
+async def test_a_hook_may_give_the_buffer(stack: Stack) -> None:
+    mine = bytearray(3)
+    recorder = BufferedRecorder(on_get_buffer=lambda recorder, size: memoryview(mine))
+    async with stack.open() as group, connected(group, recorder) as (_, _, peer):
+        await peer.send(b"abcdefgh")
+        assert await recorder.wait_received(8) == b"abcdefgh"
+    assert bytes(mine) == b"ghf"
+    recorder.check()
+
+
+@pytest.mark.parametrize("kind", [Recorder, BufferedRecorder, DatagramRecorder, SubprocessRecorder])
+@pytest.mark.parametrize("name", ["on_data_recieved", "data_received", "connection_made", "on_"])
+def test_an_unknown_hook(kind: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{kind.__name__}\(\) got an unknown hook '{name}': its hooks are on_connect"):
+        kind(**{name: print})
+
+
+def test_a_callback_inside_a_hook_is_a_violation() -> None:
+    recorder = Recorder(on_data_received=lambda recorder, data: recorder.eof_received())
+    recorder.connection_made(TRANSPORT)
+    recorder.data_received(b"x")
+    assert recorder.violations == ["eof_received() inside data_received()"]
+
+
+async def test_a_wait_that_takes_too_long_shows_what_was_recorded(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        (a, one), (b, _) = await memory_connection(group, Recorder, Recorder)
+        b.write(bytes(100_000))
+        await one.wait_received(65536)
+        with pytest.raises(
+            TimeoutError, match=r"more than 0.01 s, recorded so far: \[connection_made\(.*data_received\("
+        ):
+            await one.wait_for("eof_received", timeout=0.01)
+        with pytest.raises(TimeoutError) as caught:
+            await one.wait_received(1_000_000, timeout=0.01)
+        assert len(str(caught.value)) < 1000
+        with pytest.raises(TimeoutError):
+            await one.wait_until(lambda: False, timeout=0)
+        group.call_later(0.01, a.abort)
+        await one.wait_for("connection_lost", timeout=None)
+
+
+async def test_waits_end_after_ten_seconds_by_default(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float | None] = []
+    real = anyio.move_on_after
+
+    def quicker(delay: float | None, shield: bool = False) -> Any:
+        given.append(delay)
+        return real(0.01, shield)
+
+    monkeypatch.setattr(anyio, "move_on_after", quicker)
+    recorder = Recorder(transport=TRANSPORT)
+    for wait in (recorder.wait_for("x"), recorder.wait_received(1), recorder.wait_until(lambda: False)):
+        with pytest.raises(TimeoutError, match="10 s"):
+            await wait
+    assert given == [10] * 3
+
+
+# -- TLS in memory --------------------------------------------------------------------------------------------
+
+
+def tls(certificates: Certificates) -> dict[str, Any]:
+    return {"ssl": certificates.client(), "server_ssl": certificates.server(), "server_hostname": NAME}
+
+
+@pytest.mark.parametrize(("chunk_size", "buffer_size"), [(None, 65536), (1, 100), (1000, 1)])
+async def test_tls_in_memory(
+    anyio_backend: Any, certificates: Certificates, chunk_size: int | None, buffer_size: int
+) -> None:
+    async with TransportGroup() as group:
+        (a, one), (b, other) = await memory_connection(
+            group, Recorder, BufferedRecorder, chunk_size=chunk_size, buffer_size=buffer_size, **tls(certificates)
+        )
+        assert one.names == other.names == ["connection_made"]
+        assert a.get_extra_info("peercert")["subjectAltName"] == (("DNS", NAME),)
+        assert b.get_extra_info("ssl_object").server_side
+        a.write(pattern(2000))
+        b.write(b"answer")
+        assert await other.wait_received(2000) == pattern(2000)
+        assert await one.wait_received(6) == b"answer"
+        a.close()
+        await other.wait_for("connection_lost")
+    for recorder in (one, other):
+        assert recorder.exception is None
+        recorder.check()
+
+
+async def test_tls_in_memory_that_fails(anyio_backend: Any, certificates: Certificates) -> None:
+    made: list[Recorder] = []
+
+    def factory() -> Recorder:
+        made.append(Recorder())
+        return made[-1]
+
+    async with TransportGroup() as group:
+        with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+            await memory_connection(group, factory, factory, **{**tls(certificates), "server_hostname": "other.test"})
+        with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer"):
+            await memory_connection(
+                group, factory, factory, **{**tls(certificates), "ssl": ssl.create_default_context()}
+            )
+        with anyio.CancelScope() as scope:
+            group.call_soon(scope.cancel)
+            await memory_connection(group, factory, factory, chunk_size=1, **tls(certificates))
+        assert scope.cancelled_caught
+        assert group.statistics().pending_timers == 0
+        await group.wait_closed()
+    assert made == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"ssl": None}, ValueError, "must be given together"),
+        ({"server_ssl": None}, ValueError, "must be given together"),
+        ({"ssl": True}, TypeError, "ssl must be an SSLContext or None, got True"),
+        ({"server_ssl": "context"}, TypeError, "server_ssl must be an SSLContext or None, got 'context'"),
+        ({"server_hostname": None}, ValueError, "server_hostname"),
+        ({"ssl": None, "server_ssl": None}, ValueError, "server_hostname is only meaningful with ssl"),
+    ],
+)
+async def test_invalid_tls_parameters(
+    anyio_backend: Any, certificates: Certificates, changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    async with TransportGroup() as group:
+        with pytest.raises(error, match=message):
+            await memory_connection(group, Recorder, Recorder, **{**tls(certificates), **changed})

@@ -1,4 +1,4 @@
-"""Groups in several threads at once, as servers have that run a loop in each: nothing of one may reach another."""
+"""Groups in several threads at once, as in servers with a loop in each thread: they must not affect each other."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Echo:
 
 @pytest.fixture
 def hasty() -> Iterator[None]:
-    """Let threads change places as often as they can."""
+    """Switch threads as often as possible."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield

@@ -1,4 +1,4 @@
-"""TLS with other makes at the other end: OpenSSL's own programs, curl, Python's blocking `ssl`, asyncio."""
+"""TLS with other implementations: OpenSSL's own programs, curl, Python's blocking `ssl`, asyncio."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import termios
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import pytest
@@ -25,15 +25,7 @@ from tls_support import (
     tls_peer_process,
 )
 
-if TYPE_CHECKING:
-    import trustme
-
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="session")
-def certificates(certificate_authority: trustme.CA) -> Certificates:
-    return Certificates(certificate_authority)
 
 
 @pytest.fixture(params=["1.2", "1.3"])
@@ -62,12 +54,12 @@ async def test_openssl_client(stack: Stack, certificates: Certificates, version:
                     await process.wait()
             protocol = await serving.protocol()
             await protocol.wait_for("connection_lost")
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             serving.server.close()
 
 
 def unread(transport: Any) -> int:
-    """How many bytes wait in the kernel to be received."""
+    """Return the number of bytes that wait in the kernel."""
     count = bytearray(4)
     fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.FIONREAD, count)
     return int.from_bytes(count, sys.byteorder)
@@ -78,13 +70,13 @@ def unread(transport: Any) -> int:
 async def test_key_updates_while_the_other_direction_is_blocked(
     stack: Stack, certificates: Certificates, blocked: str
 ) -> None:
-    # "k" has the client's key updated, "K" also asks for ours.
+    # "k" updates the client's key, "K" also asks for ours.
     openssl = program("openssl")
-    # More than the kernel's buffers can hold between the two.
+    # More than the kernel's buffers hold.
     data = b"".join(b"%079d\n" % number for number in range(50_000))
     if stack.is_oracle and blocked == "receiving":
         pytest.skip("asyncio's TLS goes on receiving, up to a limit of its own")
-    # While nobody answers, Nagle's algorithm makes each of the client's lines wait half a second for an ACK.
+    # Without answers, Nagle's algorithm delays each of the client's lines by half a second, until an ACK comes.
     lines = [b"line %d\n" % number for number in range(20 if blocked == "sending" else 4)]
     async with stack.open() as group:
         serving = await serve(group, certificates.server())
@@ -118,7 +110,7 @@ async def test_key_updates_while_the_other_direction_is_blocked(
                 assert data[:80] + await output.until(data[-80:]) == data
 
             if blocked == "sending":
-                # The client receives no more than it can print, and nobody takes that yet.
+                # The client receives no more than it can print, and its output is not read yet.
                 transport.write(data)
                 await talk()
                 # asyncio counts only what it has not encrypted yet.
@@ -132,7 +124,7 @@ async def test_key_updates_while_the_other_direction_is_blocked(
                 assert not protocol.received
                 transport.resume_reading()
                 await protocol.wait_received(sum(map(len, lines)))
-                # What has asked for our key is read by now: the rest goes out with a new one.
+                # The request for our key has been read by now: the rest is sent with a new key.
                 transport.write(b"with a new key\n")
                 await output.until(b"with a new key\n")
             assert protocol.received == b"".join(lines)
@@ -165,7 +157,7 @@ async def test_openssl_server(stack: Stack, certificates: Certificates, version:
             assert data
             client.transport.close()
             await client.wait_for("connection_lost")
-            assert client.lost_with is None
+            assert client.exception is None
 
 
 async def test_renegotiation_asked_for_by_a_server(stack: Stack, certificates: Certificates) -> None:
@@ -190,7 +182,7 @@ async def test_renegotiation_asked_for_by_a_server(stack: Stack, certificates: C
                 await client.wait_until(lambda line=line: client.received.endswith(line))
             transport.close()
             await client.wait_for("connection_lost")
-            assert client.lost_with is None
+            assert client.exception is None
 
 
 async def test_renegotiation_under_a_writer(stack: Stack, certificates: Certificates) -> None:
@@ -223,13 +215,13 @@ async def test_renegotiation_under_a_writer(stack: Stack, certificates: Certific
             await client.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio waits for ever")
+@pytest.mark.ours_only("asyncio never ends")
 @pytest.mark.parametrize("paused", [False, True], ids=["reading", "paused"])
 @pytest.mark.parametrize("over", ["socket", "stream"])
-async def test_peer_that_leaves_in_a_renegotiation_under_a_writer(
+async def test_peer_that_disconnects_in_a_renegotiation_under_a_writer(
     stack: Stack, certificates: Certificates, paused: bool, over: str
 ) -> None:
-    # What OpenSSL has to read before it can write never comes.
+    # The message that OpenSSL must read before it can write never comes.
     held_back, written = threading.Event(), threading.Event()
 
     def relay(listener: socket.socket, port: int, asked: threading.Event) -> None:
@@ -277,7 +269,7 @@ async def test_peer_that_leaves_in_a_renegotiation_under_a_writer(
             assert transport.get_write_buffer_size() == 7
             written.set()
             await protocol.wait_for("connection_lost")
-            assert isinstance(protocol.lost_with, ConnectionResetError)
+            assert isinstance(protocol.exception, ConnectionResetError)
             await until(lambda: not relaying.is_alive())
 
 
@@ -318,7 +310,7 @@ async def test_python_client(stack: Stack, certificates: Certificates, peer: str
                 assert (await process.line()).startswith("done")
             await protocol.wait_for("connection_lost")
             assert len(protocol.received) == size
-            assert protocol.lost_with is None
+            assert protocol.exception is None
             serving.server.close()
 
 
@@ -334,5 +326,5 @@ async def test_python_server(stack: Stack, certificates: Certificates, peer: str
             assert await client.wait_received(len(data)) == data
             client.transport.close()
             await client.wait_for("connection_lost")
-            assert client.lost_with is None
+            assert client.exception is None
             assert await process.line() == f"done {len(data)}"

@@ -19,11 +19,6 @@ from tls_support import NAME, Certificates, together
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(scope="module")
-def certificates(certificate_authority: Any) -> Certificates:
-    return Certificates(certificate_authority)
-
-
 class Layer:
     """One end of TLS in memory, over a socket or over another layer; the test decides when it sends."""
 
@@ -125,7 +120,7 @@ async def over_an_anyio_stream(group: Any, certificates: Certificates, protocol:
     )
 
 
-#: How a server comes to have a TLS connection; asyncio has no AnyIO streams, and no TLS in TLS to rely on.
+#: The ways in which a server gets a TLS connection; asyncio has no AnyIO streams, and no reliable TLS in TLS.
 WAYS = [over_tcp, after_start_tls]
 OUR_WAYS = [in_tls, over_an_anyio_stream]
 
@@ -137,7 +132,7 @@ async def check_that_a_reset_is_reported(way: Callable[..., Any], stack: Stack, 
         await protocol.wait_for("connection_lost")
     assert protocol.received == b"request"
     assert "eof_received" not in protocol.names
-    assert isinstance(protocol.lost_with, ConnectionResetError)
+    assert isinstance(protocol.exception, ConnectionResetError)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -179,22 +174,22 @@ async def test_t15_server_that_resets_at_once(stack: Stack, certificates: Certif
             )
             await protocol.wait_for("connection_lost")
     assert protocol.names == ["connection_made", "connection_lost"]
-    assert isinstance(protocol.lost_with, ConnectionResetError)
+    assert isinstance(protocol.exception, ConnectionResetError)
 
 
 @pytest.mark.ours_only("asyncio reports a reset while reading is paused")
-async def test_t15_closing_after_a_reset_that_only_openssl_met(stack: Stack, certificates: Certificates) -> None:
-    """What the protocol has not read yet is dropped by `close`, the error is not."""
+async def test_t15_closing_after_a_reset_that_only_openssl_saw(stack: Stack, certificates: Certificates) -> None:
+    """`close` drops unread data, but not the error."""
     protocol = Recorder(on_connection_made=lambda _, transport: transport.pause_reading())
     async with stack.open() as group:
         await over_tcp(group, certificates, protocol)
         protocol.transport.close()
         await protocol.wait_for("connection_lost")
-    assert isinstance(protocol.lost_with, ConnectionResetError)
+    assert isinstance(protocol.exception, ConnectionResetError)
 
 
 @pytest.mark.parametrize("says_so", [True, False])
-async def test_t15_peer_that_leaves_before_the_session_tickets(
+async def test_t15_peer_that_disconnects_before_the_session_tickets(
     stack: Stack, certificates: Certificates, says_so: bool
 ) -> None:
     """Over a UNIX socket they are a broken pipe: an error unless the peer has said `close_notify`."""
@@ -220,6 +215,6 @@ async def test_t15_peer_that_leaves_before_the_session_tickets(
     assert protocol.received == b"request"
     assert ("eof_received" in protocol.names) is says_so
     if says_so:
-        assert stack.is_oracle or protocol.lost_with is None  # asyncio reports the broken pipe all the same.
+        assert stack.is_oracle or protocol.exception is None  # asyncio reports the broken pipe all the same.
     else:
-        assert isinstance(protocol.lost_with, BrokenPipeError)
+        assert isinstance(protocol.exception, BrokenPipeError)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.abc
+import anyio.streams.tls
 import pytest
-import trustme
 from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSStream
-from support import GUARD, Recorder, pattern, turns, until
+from support import GUARD, Recorder, pattern, settle, turns, until
 from tls_support import NAME, Certificates, ViewRecorder, echo, together
 
 from transports_anyio import TransportGroup
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="session")
-def certificates(certificate_authority: trustme.CA) -> Certificates:
-    return Certificates(certificate_authority)
 
 
 class MemoryReceiver(ByteReceiveStream):
@@ -126,7 +121,7 @@ async def test_client_and_anyios_server(anyio_backend: Any, certificates: Certif
             await tls.aclose()
         await protocol.wait_for("connection_lost")
         assert protocol.names[-2:] == ["eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 @pytest.mark.parametrize("kind", [Recorder, ViewRecorder], ids=["protocol", "buffered"])
@@ -144,8 +139,8 @@ async def test_both_ends(anyio_backend: Any, certificates: Certificates, pair: A
         transport.close()
         await client.wait_for("connection_lost")
         await server.wait_for("connection_lost")
-        assert client.lost_with is None
-        assert server.lost_with is None
+        assert client.exception is None
+        assert server.exception is None
 
 
 async def test_start_tls_in_mid_stream(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
@@ -156,7 +151,7 @@ async def test_start_tls_in_mid_stream(anyio_backend: Any, certificates: Certifi
             await group.connect_stream(lambda protocol=protocol: protocol, stream)  # type: ignore[misc]
         client.transport.write(clear)
         await client.wait_received(len(clear))
-        # The last of what is in the clear is still on its way when both ends begin.
+        # The last plaintext is still in flight when both ends begin.
         server.hooks.clear()
         client.transport.write(clear)
         await server.wait_received(2 * len(clear))
@@ -178,7 +173,7 @@ async def test_start_tls_in_mid_stream(anyio_backend: Any, certificates: Certifi
 
 @pytest.mark.parametrize("written", ["before", "during"])
 async def test_close_during_start_tls(anyio_backend: Any, certificates: Certificates, pair: Any, written: str) -> None:
-    # What waits is flushed, in the clear or encrypted; only then the connection ends.
+    # Buffered data is flushed, as plaintext or encrypted, before the connection ends.
     data = pattern(20_000_000 if written == "before" else 1_000_000)
     protocol = Recorder()
     async with TransportGroup() as group, pair as (a, b):
@@ -212,11 +207,11 @@ async def test_close_during_start_tls(anyio_backend: Any, certificates: Certific
         with anyio.fail_after(GUARD):
             await together(upgrade, end)
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_tls_over_a_tls_stream(anyio_backend: Any, certificates: Certificates) -> None:
-    # Not over memory: there AnyIO's streams each wait for the other to receive before they say `close_notify`.
+    # Not over memory: there each of AnyIO's streams waits for the other to receive before it sends `close_notify`.
     data = pattern(200_000)
     client, server = Recorder(), Recorder(on_data_received=echo)
     async with TransportGroup() as group, tcp_pair() as (a, b):
@@ -251,8 +246,10 @@ async def test_stream_that_ends_without_close_notify(anyio_backend: Any, certifi
         assert transport.get_extra_info("close_notify") is False
 
 
-async def test_client_that_speaks_in_pieces_and_leaves_at_once(anyio_backend: Any, certificates: Certificates) -> None:
-    """The server's session tickets cannot be sent any more, and what the client has sent comes piece by piece."""
+async def test_client_that_sends_in_pieces_and_disconnects_at_once(
+    anyio_backend: Any, certificates: Certificates
+) -> None:
+    """The server's session tickets cannot be sent any more, and the client's data comes piece by piece."""
     pieces = [b"piece %d" % number for number in range(10)]
     protocol = Recorder()
     to_server, from_client = one_way(20)
@@ -284,11 +281,11 @@ async def test_client_that_speaks_in_pieces_and_leaves_at_once(anyio_backend: An
         await protocol.wait_for("connection_lost")
         assert protocol.received == b"".join(pieces)
         assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
-        assert protocol.lost_with is None
+        assert protocol.exception is None
 
 
 async def test_peer_that_floods_after_its_close_notify(anyio_backend: Any, certificates: Certificates) -> None:
-    # Our own `close_notify` cannot be sent yet: what comes until then must not pile up in memory.
+    # Our own `close_notify` cannot be sent yet: data that comes until then must not pile up in memory.
     space = 1000
     protocol, peer = Recorder(), Recorder()
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -308,7 +305,7 @@ async def test_peer_that_floods_after_its_close_notify(anyio_backend: Any, certi
 
     async with TransportGroup() as group:
         await memory_connection(group, lambda: protocol, lambda: peer, buffer_size=space)
-        protocol.transport.pause_reading()  # The client may be the first to have a turn: it belongs to the handshake.
+        protocol.transport.pause_reading()  # The client may run first: the bytes belong to the handshake.
         transport, _ = await together(
             lambda: group.start_tls(protocol.transport, protocol, certificates.server(), server_side=True), client
         )
@@ -329,17 +326,17 @@ async def test_peer_that_floods_after_its_close_notify(anyio_backend: Any, certi
         with pytest.raises(ssl.SSLWantReadError):
             tls.unwrap()
         peer.transport.write(outgoing.read() + bytes(10 * space))
-        await turns(100)
+        await settle(group)
         assert not protocol.lost
         assert peer.transport.get_write_buffer_size() >= 5 * space
         peer.transport.resume_reading()
         await protocol.wait_for("connection_lost")
-        assert protocol.lost_with is None
+        assert protocol.exception is None
         await peer.wait_for("connection_lost")
 
 
 class Breaking(ByteStream):
-    """Another stream, to which nothing can be sent any more from some time on."""
+    """A wrapper of a stream whose `send` fails from some time on."""
 
     def __init__(self, stream: ByteStream) -> None:
         self.stream = stream
@@ -361,7 +358,7 @@ class Breaking(ByteStream):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-async def test_stream_that_breaks_during_the_farewell(
+async def test_stream_that_breaks_during_the_shutdown(
     anyio_backend: Any, certificates: Certificates, layers: int
 ) -> None:
     client, server = Recorder(), Recorder()
@@ -378,12 +375,12 @@ async def test_stream_that_breaks_during_the_farewell(
                 lambda: upgrade(client, certificates.client(), server_hostname=NAME),
                 lambda: upgrade(server, certificates.server(), server_side=True),
             )
-        server.transport.write(b"x")  # Behind the session tickets, so that nothing is under way any more.
+        server.transport.write(b"x")  # After the session tickets, so that nothing is in flight any more.
         await client.wait_received(1)
         breaking.broken = True
         client.transport.close()
         await client.wait_for("connection_lost")
-        assert isinstance(client.lost_with, BrokenPipeError)
+        assert isinstance(client.exception, BrokenPipeError)
         server.transport.abort()
         await server.wait_for("connection_lost")
 
@@ -408,11 +405,13 @@ async def test_certificate_that_is_refused(anyio_backend: Any, certificates: Cer
             )
         kinds = [type(error) for error in errors]
         assert ssl.SSLCertVerificationError in kinds
-        # The other end is told why, before the stream is closed.
+        # The other end gets the alert before the stream is closed.
         assert any("ALERT" in str(error) for error in errors)
 
 
-async def test_peer_that_leaves(anyio_backend: Any, certificates: Certificates, pair: Any) -> None:
+async def test_peer_that_disconnects_during_the_handshake(
+    anyio_backend: Any, certificates: Certificates, pair: Any
+) -> None:
     async with TransportGroup() as group, pair as (a, b):
 
         async def leave() -> None:
@@ -424,7 +423,7 @@ async def test_peer_that_leaves(anyio_backend: Any, certificates: Certificates, 
 
 
 class NoReceiver(ByteStream):
-    """Nobody receives what is sent, which only sending shows."""
+    """The data is never received, which only sending notices."""
 
     async def send(self, item: bytes) -> None:
         raise anyio.BrokenResourceError from BrokenPipeError(errno.EPIPE, "nobody there")
@@ -440,8 +439,8 @@ class NoReceiver(ByteStream):
         self.closed = True
 
 
-async def test_peer_that_has_left(anyio_backend: Any, certificates: Certificates) -> None:
-    # A broken pipe is a connection reset too: which of them one meets is chance.
+async def test_peer_that_disconnected_before_the_handshake(anyio_backend: Any, certificates: Certificates) -> None:
+    # A broken pipe counts as a connection reset too: which of the two comes is chance.
     stream = NoReceiver()
     async with TransportGroup() as group:
         with anyio.fail_after(GUARD), pytest.raises(ConnectionResetError) as caught:
@@ -451,7 +450,7 @@ async def test_peer_that_has_left(anyio_backend: Any, certificates: Certificates
 
 
 class Refusing(ByteStream):
-    """A server that says why it refuses and leaves, of which a sender hears before its words have arrived."""
+    """A server sends an alert and closes; a sender notices the close before the alert has arrived."""
 
     def __init__(self, context: ssl.SSLContext, words: str) -> None:
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -484,7 +483,7 @@ class Refusing(ByteStream):
 
 
 @pytest.mark.parametrize("words", ["at once", "bytewise", "none", "broken"])
-async def test_the_last_words_of_a_peer_that_has_left(
+async def test_the_last_data_of_a_peer_that_has_disconnected(
     anyio_backend: Any, certificates: Certificates, words: str
 ) -> None:
     server = certificates.server()
@@ -492,12 +491,12 @@ async def test_the_last_words_of_a_peer_that_has_left(
     client = certificates.client()
     client.maximum_version = ssl.TLSVersion.TLSv1_2
     stream = Refusing(server, words)
-    told = words in {"at once", "bytewise"}
+    has_alert = words in {"at once", "bytewise"}
     async with TransportGroup() as group:
-        with anyio.fail_after(GUARD), pytest.raises(ssl.SSLError if told else ConnectionResetError) as caught:
+        with anyio.fail_after(GUARD), pytest.raises(ssl.SSLError if has_alert else ConnectionResetError) as caught:
             await connect(group, Recorder(), stream, client)
-    # Why, if it was said; or else what the sender was told first, which has the reason.
-    assert ("ALERT" if told else "gone") in str(caught.value)
+    # The alert, if it arrived; otherwise the sender's first error, which has the cause.
+    assert ("ALERT" if has_alert else "gone") in str(caught.value)
     assert stream.closed
 
 
@@ -581,7 +580,7 @@ async def test_parameters_that_are_refused(anyio_backend: Any, certificates: Cer
         sender, receiver = one_way(1)
         async with sender, receiver:
             for stream in (sender, receiver):
-                with pytest.raises(TypeError, match="both directions"):
+                with pytest.raises(TypeError, match="TLS needs a ByteStream"):
                     await group.connect_stream(Recorder, stream, ssl=context, server_hostname=NAME)
             await sender.send(b"left alone")
             assert await receiver.receive() == b"left alone"

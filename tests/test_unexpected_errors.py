@@ -1,7 +1,7 @@
-"""Errors that no protocol and no peer has caused: out of system calls, and out of a `repr` that is logged.
+"""Unexpected errors, from system calls and from the `repr` of a logged object.
 
-Each is reported. It ends the connection that it came from, or what failed is tried again; the group and its other
-connections go on. asyncio's transports do the same.
+Each is reported. It ends its connection, or the call is retried; the group and its other connections go on.
+asyncio's transports do the same.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ every_error = pytest.mark.parametrize("error", [MemoryError, RecursionError, Zer
 
 
 class Faults:
-    """Lets system calls fail, once each, for the descriptor that is `armed`."""
+    """Make system calls fail, once each, for the file descriptor `armed`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
@@ -53,7 +53,7 @@ class Faults:
         self.failed = 0
 
     def let_fail(self, owner: Any, error: type[BaseException], *names: str) -> None:
-        """The calls take a descriptor, or a socket, first."""
+        """The first argument of the calls is a file descriptor or a socket."""
         for name in names:
             if hasattr(owner, name):
                 self.monkeypatch.setattr(owner, name, self._failing(getattr(owner, name), error))
@@ -169,7 +169,7 @@ async def test_g5_receiving_fails(stack: Stack, faults: Faults, kind: Any, error
     assert faults.failed == 1
     assert reported(contexts) == [error]
     if kind is Recorder:
-        assert isinstance(protocol.lost_with, error)
+        assert isinstance(protocol.exception, error)
 
 
 @every_error
@@ -189,7 +189,7 @@ async def test_g5_sending_fails(stack: Stack, faults: Faults, when: str, error: 
         assert await answers(other)
     assert faults.failed == 1
     assert reported(contexts) == [error]
-    assert isinstance(protocol.lost_with, error)
+    assert isinstance(protocol.exception, error)
 
 
 class Datagrams(DatagramProtocol):
@@ -239,7 +239,7 @@ async def test_g5_reading_from_a_pipe_fails(stack: Stack, faults: Faults, error:
 
 
 class FailingStream(ByteStream):
-    """A user's own, that waits, and then fails."""
+    """A user's stream that waits, and then fails."""
 
     def __init__(self, error: type[BaseException]) -> None:
         self.error = error
@@ -261,7 +261,7 @@ class FailingStream(ByteStream):
 @every_error
 @pytest.mark.parametrize("doing", ["receiving", "sending"])
 async def test_g5_an_anyio_stream_fails(stack: Stack, doing: str, error: Any) -> None:
-    """It ends as one that has broken; its own error is the cause."""
+    """It ends as a broken stream; its own error is the cause."""
     stream = FailingStream(error)
     async with stack.open() as group, connected(group, echo()) as (_, _, other):
         transport, protocol = await group.connect_stream(Recorder, stream)
@@ -271,8 +271,8 @@ async def test_g5_an_anyio_stream_fails(stack: Stack, doing: str, error: Any) ->
             transport.write(b"x")
         await protocol.wait_for("connection_lost")
         assert await answers(other)
-    assert isinstance(protocol.lost_with, OSError)
-    assert type(protocol.lost_with.__cause__) is error
+    assert isinstance(protocol.exception, OSError)
+    assert type(protocol.exception.__cause__) is error
 
 
 class ChildProtocol(SubprocessProtocol):
@@ -288,8 +288,8 @@ class ChildProtocol(SubprocessProtocol):
 
 @pytest.mark.ours_only("asyncio waits in a thread")
 @every_error
-async def test_g5_looking_at_a_child_fails(stack: Stack, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
-    """It is looked at again."""
+async def test_g5_polling_a_child_fails(stack: Stack, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    """It is polled again."""
     original = os.waitid
     failures = 0
 
@@ -328,14 +328,14 @@ class Unprintable:
 
 @pytest.mark.ours_only("asyncio's transports do not show their pipes")
 @every_error
-async def test_g5_what_is_logged_cannot_be_printed(stack: Stack, error: Any) -> None:
+async def test_g5_the_repr_of_a_logged_object_fails(stack: Stack, error: Any) -> None:
     """Every callback comes all the same, and the transport is closed."""
     logger = logging.getLogger(stack.logger)
     level = logger.level
     logger.setLevel(logging.DEBUG)
     handler = logging.StreamHandler(io.StringIO())
     logger.addHandler(handler)
-    logging.raiseExceptions = False  # As in production; or else the traceback goes to standard error.
+    logging.raiseExceptions = False  # As in production; otherwise the traceback goes to standard error.
     try:
         async with stack.open() as group, connected(group, echo()) as (_, _, other):
             contexts = collect_contexts(group)
@@ -353,12 +353,12 @@ async def test_g5_what_is_logged_cannot_be_printed(stack: Stack, error: Any) -> 
     assert protocol.names == ["connection_made", "data_received", "eof_received", "connection_lost"]
     assert transport.is_closing()
     assert set(reported(contexts)) <= {error}
-    assert contexts or issubclass(error, Exception)  # `logging` keeps most of these to itself.
+    assert contexts or issubclass(error, Exception)  # `logging` swallows most of these.
 
 
 @every_error
 @pytest.mark.ours_only("asyncio's transports do not show their pipes")
-async def test_g5_a_callback_that_cannot_be_printed_fails(stack: Stack, error: Any) -> None:
+async def test_g5_a_failing_callback_with_a_failing_repr(stack: Stack, error: Any) -> None:
     class Callback:
         def __call__(self) -> None:
             raise ZeroDivisionError
@@ -380,7 +380,7 @@ async def test_g5_a_callback_that_cannot_be_printed_fails(stack: Stack, error: A
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 @pytest.mark.ours_only("asyncio's loop would end")
-async def test_g5_what_ends_the_program_still_does(stack: Stack, faults: Faults, error: Any) -> None:
+async def test_g5_system_exit_still_propagates(stack: Stack, faults: Faults, error: Any) -> None:
     if stack.name != "trio":
         pytest.skip("such an error ends the event loop of asyncio")
     faults.let_fail(socket.socket, error, "recv")

@@ -30,7 +30,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="a matter of Lin
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder with a short name: that of a UNIX socket has room for about a hundred characters."""
+    """A folder with a short name: the path of a UNIX socket may have about a hundred characters."""
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="ta") as name:
         yield Path(name)
 
@@ -66,7 +66,7 @@ def listening(path: Any, backlog: int = 5) -> socket.socket:
 
 
 @pytest.mark.parametrize("form", [str, os.fsencode, Path], ids=["str", "bytes", "PathLike"])
-async def test_the_forms_of_a_path(stack: Stack, folder: Path, form: Callable[[str], Any]) -> None:
+async def test_forms_of_a_path(stack: Stack, folder: Path, form: Callable[[str], Any]) -> None:
     path = form(str(folder / "socket"))
     async with stack.open() as group:
         server = await group.create_unix_server(Echo, path)
@@ -121,7 +121,7 @@ async def test_a_path_of_the_wrong_kind(stack: Stack) -> None:
 
 
 @pytest.mark.ours_only("asyncio names no path")
-async def test_what_cannot_be_bound(stack: Stack, folder: Path) -> None:
+async def test_paths_that_cannot_be_bound(stack: Stack, folder: Path) -> None:
     async with stack.open() as group:
         before = open_descriptors()
         for path in (folder / "missing" / "socket", folder / ("long" * 50)):
@@ -136,7 +136,7 @@ async def test_what_cannot_be_bound(stack: Stack, folder: Path) -> None:
 
 
 async def test_a_path_that_is_too_long(stack: Stack, folder: Path) -> None:
-    """Python finds it out, and not the system: the error has no number, and says no number."""
+    """Python raises it, not the system: the error has no errno, and its message does not mention one."""
     path = str(folder / ("long" * 50))
     async with stack.open() as group:
         for function, options in (
@@ -152,7 +152,7 @@ async def test_a_path_that_is_too_long(stack: Stack, folder: Path) -> None:
             assert stack.is_oracle or path in str(caught.value)
 
 
-# -- files that are there, and files that are left --------------------------------------------------------------------
+# -- existing files, and files that are left --------------------------------------------------------------------
 
 
 async def test_a_stale_socket_is_replaced(stack: Stack, folder: Path) -> None:
@@ -208,8 +208,10 @@ async def test_the_file_is_removed_when_the_block_is_left(stack: Stack, folder: 
 @pytest.mark.ours_only("asyncio has no group")
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["stream", "datagram"])
-async def test_a_group_that_ends_meanwhile_touches_no_file(stack: Stack, folder: Path, kind: int, stale: bool) -> None:
-    """Whichever of the turns until the socket would be there is the group's last."""
+async def test_a_group_that_ends_during_create_server_touches_no_file(
+    stack: Stack, folder: Path, kind: int, stale: bool
+) -> None:
+    """The group ends at each iteration until the socket would exist."""
 
     def look() -> Any:
         return (path.stat().st_ino, path.stat().st_ctime_ns) if path.exists() else None
@@ -244,7 +246,7 @@ async def test_a_group_that_ends_meanwhile_touches_no_file(stack: Stack, folder:
     assert set(outcomes) == {"too late", "in time"}
 
 
-async def test_the_file_may_be_left(stack: Stack, folder: Path) -> None:
+async def test_cleanup_socket_false_leaves_the_file(stack: Stack, folder: Path) -> None:
     path = folder / "socket"
     async with stack.open() as group:
         if stack.is_oracle and sys.version_info < (3, 13):
@@ -268,7 +270,7 @@ async def test_s8_two_servers_in_turn_on_one_path(stack: Stack, folder: Path) ->
         assert not path.exists()
 
 
-async def test_s8_whatever_has_taken_the_place_of_the_file_stays(stack: Stack, folder: Path) -> None:
+async def test_s8_a_file_that_replaced_the_socket_is_not_removed(stack: Stack, folder: Path) -> None:
     path = folder / "socket"
     async with stack.open() as group:
         server = await group.create_unix_server(Echo, path)
@@ -279,7 +281,7 @@ async def test_s8_whatever_has_taken_the_place_of_the_file_stays(stack: Stack, f
         path.unlink()
         server = await group.create_unix_server(Echo, path)
         path.unlink()
-        server.close()  # Nothing there, nothing to say.
+        server.close()  # No file, no report.
 
 
 @pytest.mark.ours_only("asyncio looks for the file where it is not")
@@ -299,7 +301,7 @@ async def test_a_relative_path_and_another_working_directory(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root is kept out by nothing but this")
 @pytest.mark.ours_only("about our log")
 async def test_a_file_that_cannot_be_removed(stack: Stack, folder: Path) -> None:
-    """The folder turns into a file: nothing that one can do about it, but it is told."""
+    """The folder turns into a file: the removal fails, and that is reported."""
     path = folder / "within" / "socket"
     path.parent.mkdir()
     async with stack.open() as group:
@@ -398,7 +400,7 @@ async def test_parameters_of_tls(stack: Stack, folder: Path) -> None:
 # -- connecting -------------------------------------------------------------------------------------------------------
 
 
-async def test_nobody_listens(stack: Stack, folder: Path) -> None:
+async def test_a_path_without_a_listener(stack: Stack, folder: Path) -> None:
     async with stack.open() as group:
         with pytest.raises(FileNotFoundError) as caught:
             await group.create_unix_connection(Recorder, folder / "missing")
@@ -409,7 +411,7 @@ async def test_nobody_listens(stack: Stack, folder: Path) -> None:
 @linux_only
 @pytest.mark.ours_only("asyncio reports a connection that does not exist")
 async def test_a_full_backlog_is_an_error(stack: Stack, folder: Path) -> None:
-    """There is nothing that one could wait for: the system does not go on trying by itself."""
+    """There is nothing to wait for: the system does not retry."""
     path = folder / "socket"
     async with stack.open() as group:
         with listening(path, backlog=0), dial(path):
@@ -443,7 +445,7 @@ async def test_cancelled_at_every_checkpoint(stack: Stack, folder: Path) -> None
     assert connection is not None
 
 
-async def test_no_descriptor(stack: Stack, folder: Path) -> None:
+async def test_no_fd_for_the_socket(stack: Stack, folder: Path) -> None:
     async with stack.open() as group:
         for function in (group.create_unix_connection, group.create_unix_server):
             with few_descriptors(), pytest.raises(OSError) as caught:
@@ -452,7 +454,7 @@ async def test_no_descriptor(stack: Stack, folder: Path) -> None:
 
 
 @linux_only
-async def test_who_is_at_the_other_end(stack: Stack, folder: Path) -> None:
+async def test_peer_credentials(stack: Stack, folder: Path) -> None:
     made = []
 
     def factory() -> Recorder:
@@ -470,7 +472,7 @@ async def test_who_is_at_the_other_end(stack: Stack, folder: Path) -> None:
 
 
 @pytest.mark.ours_only("asyncio has another event loop there")
-async def test_where_there_are_no_such_sockets(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_platform_without_unix_sockets(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     async with stack.open() as group:
         with monkeypatch.context() as patch:
             patch.delattr(socket, "AF_UNIX")
@@ -511,7 +513,7 @@ async def test_nc_as_the_server(stack: Stack, folder: Path) -> None:
             assert process.stdout is not None
             await until(lambda: is_socket(path))
             with anyio.fail_after(GUARD):
-                while True:  # The file is there a moment before anybody listens.
+                while True:  # The file exists a moment before the socket listens.
                     try:
                         transport, protocol = await group.create_unix_connection(Recorder, path)
                         break

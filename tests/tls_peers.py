@@ -1,4 +1,4 @@
-"""TLS peers of Python's own making, each run by a test as a process of its own: `python tls_peers.py TASK …`."""
+"""TLS peers made with Python's `ssl` and asyncio, each in a process of its own: `python tls_peers.py TASK …`."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ async def asyncio_server(chain: str) -> None:
 
 
 async def asyncio_starttls_client(port: str, ca: str, name: str) -> None:
-    """Talk in the clear, then upgrade with asyncio's own `start_tls`."""
+    """Talk in plaintext, then upgrade with asyncio's own `start_tls`."""
     loop = asyncio.get_running_loop()
 
     class Client(asyncio.Protocol):
@@ -178,7 +178,7 @@ async def asyncio_starttls_client(port: str, ca: str, name: str) -> None:
 
 
 def wait_for_close(port: str) -> None:
-    """Connect, say nothing, and tell when the other side ends the connection."""
+    """Connect, send nothing, and print a line when the other side ends the connection."""
     started = time.monotonic()
     with socket.create_connection(("127.0.0.1", int(port))) as sock:
         print("connected")

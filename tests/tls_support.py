@@ -1,4 +1,4 @@
-"""What the tests of TLS share: contexts, peers that speak TLS, and peers of other makes."""
+"""Helpers for the tests of TLS: contexts, TLS peers, and other TLS implementations."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 #: The name in the certificate of `Certificates.server`.
 NAME = "server.example"
 
-#: What a peer gets of a connection that goes without a farewell; the last while it has session tickets to send.
+#: The errors of a peer whose connection ends without `close_notify`; the last if it still has session tickets to send.
 DROPPED = (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError)
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
 class ViewRecorder(BufferedRecorder):
-    """One that gives a `memoryview`: asyncio's TLS loses bytes with any other buffer (see T14)."""
+    """A recorder that gives a `memoryview`: asyncio's TLS loses bytes with any other buffer (see T14)."""
 
-    def __init__(self, size: int = 4096, **hooks: Callable[..., Any]) -> None:
-        super().__init__(size, **hooks)
-        self.buffer = memoryview(self.buffer)  # type: ignore[assignment]
+    def __init__(self, *, buffer_size: int = 4096, **hooks: Callable[..., Any]) -> None:
+        super().__init__(buffer_size=buffer_size, **hooks)
+        self.buffer = memoryview(self.buffer)
 
 
 class Certificates:
@@ -53,7 +53,7 @@ class Certificates:
         return self._limited(context, version)
 
     def client(self, *, version: str | None = None) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # The default one loads the system's authorities, slowly.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # The default loads the system's authorities, which is slow.
         self.authority.configure_trust(context)
         return self._limited(context, version)
 
@@ -64,7 +64,7 @@ class Certificates:
 
     @contextmanager
     def files(self) -> Iterator[dict[str, str]]:
-        """The authority's certificate, and the server's with its key, for programs that want files."""
+        """Write the authority's certificate and the server's chain and key to files, for other programs."""
         with tempfile.TemporaryDirectory() as directory:
             found = {"ca": self.authority.cert_pem, "server": self._certificate.private_key_and_cert_chain_pem}
             paths = {name: Path(directory, f"{name}.pem") for name in found}
@@ -79,7 +79,7 @@ class TLSPeer(Peer):
     socket: ssl.SSLSocket
 
     @classmethod
-    async def wrap(cls, sock: socket.socket, context: ssl.SSLContext, **options: Any) -> TLSPeer:
+    async def wrap(cls, sock: Any, context: ssl.SSLContext, **options: Any) -> TLSPeer:
         sock.setblocking(False)
         peer = cls(
             context.wrap_socket(
@@ -109,7 +109,7 @@ class TLSPeer(Peer):
                 except ssl.SSLWantWriteError:
                     await anyio.wait_writable(self.socket)
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes) -> None:  # type: ignore[override]
         view = memoryview(data)
         while view:
             view = view[await self.attempt(self.socket.send, view[:262144]) :]
@@ -121,12 +121,12 @@ class TLSPeer(Peer):
             return b""
         return result
 
-    async def say_goodbye(self) -> None:
+    async def shut_down_tls(self) -> None:
         """Send `close_notify` and wait for the other end's, throwing away what still comes."""
         await self.attempt(self.socket.unwrap)
 
-    def say_goodbye_and_leave(self) -> None:
-        """Send `close_notify`, wait for nothing."""
+    def send_close_notify_and_close(self) -> None:
+        """Send `close_notify` without waiting."""
         try:
             self.socket.unwrap()
         except ssl.SSLWantReadError:
@@ -138,7 +138,7 @@ class TLSPeer(Peer):
         socket.socket.shutdown(self.socket, socket.SHUT_WR)
 
     async def receive_raw(self, size: int = 65536) -> bytes:
-        """What comes from below TLS."""
+        """Receive the bytes below TLS."""
         with anyio.fail_after(GUARD):
             while True:
                 try:
@@ -148,7 +148,7 @@ class TLSPeer(Peer):
 
 
 async def together(*functions: Callable[[], Any]) -> list[Any]:
-    """Run async functions at the same time and return their results; a failure comes out alone."""
+    """Run async functions concurrently and return their results; raise a single failure without a group."""
     results: list[Any] = [None] * len(functions)
     failures: list[BaseException] = []
 
@@ -263,7 +263,7 @@ async def tls_peer_process(task: str, *args: object) -> AsyncIterator[Output]:
 
 
 class Output:
-    """What a process prints, as it comes."""
+    """The output of a process, as it comes."""
 
     def __init__(self, process: anyio.abc.Process, stream: anyio.abc.ByteReceiveStream | None = None) -> None:
         self.process = process

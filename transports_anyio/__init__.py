@@ -15,7 +15,7 @@ from asyncio import (
 )
 from asyncio.trsock import TransportSocket
 
-from . import from_asyncio, to_asyncio
+from . import abc, from_asyncio, to_asyncio
 from ._event_loop._opening import open_event_loop, run_asyncio
 from ._group import TransportGroup, current_group
 from ._handles import Handle, TimerHandle
@@ -40,6 +40,7 @@ __all__ = [
     "TransportGroup",
     "TransportSocket",
     "WriteTransport",
+    "abc",
     "current_group",
     "from_asyncio",
     "open_event_loop",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
-from inspect import iscoroutine, signature
+from inspect import iscoroutine, iscoroutinefunction, signature
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from ._errors import Group, safe_repr
@@ -42,6 +42,31 @@ def call_with_current(group: Group, callback: Callable[P, T], /, *args: P.args, 
         return callback(*args, **kwargs)
     finally:
         current.reset(token)
+
+
+def check_factory(name: str, factory: object, task_starter: str) -> None:
+    """Raise `TypeError` for a protocol factory of the endpoint function `name` that can never return a protocol.
+
+    `task_starter` is the call that starts a task in a callback, for the message.
+    """
+    if isinstance(factory, type):
+        return  # The most frequent kind.
+    if iscoroutinefunction(factory):
+        raise TypeError(
+            f"{name}() takes a protocol factory that returns a protocol, got the coroutine function {factory!r}: use a "
+            f"plain function, and start what has to wait from connection_made(), with {task_starter}"
+        )
+    if callable(factory):
+        return
+    if hasattr(factory, "connection_made"):
+        raise TypeError(
+            f"{name}() takes a protocol factory, got the protocol {factory!r} itself, which is not callable: give its "
+            "class, or `lambda: protocol` for a protocol that exists already"
+        )
+    raise TypeError(
+        f"{name}() takes a protocol factory, got {factory!r}, which is not callable: give a protocol class, or a "
+        "function that returns a protocol"
+    )
 
 
 def check_made_protocol(protocol: object, factory: object) -> None:

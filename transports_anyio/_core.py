@@ -7,7 +7,7 @@ Knows neither endpoint functions nor transports.
 
 from __future__ import annotations
 
-from asyncio import AbstractServer
+from asyncio import AbstractServer, _get_running_loop  # pyright: ignore[reportPrivateUsage]  # for code that makes loops
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from functools import partial
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
     from ._callbacks import CallbackContext
     from ._channels._abc import Channel
-    from ._channels._datagram import DatagramChannel
     from ._channels._tls import TLSChannel
     from ._poller import Poller
 
 # How many times callbacks may schedule other callbacks after everything else has ended.
 LAST_ITERATIONS = 100
 
+T = TypeVar("T")
 ProtocolT = TypeVar("ProtocolT")
-ChannelT = TypeVar("ChannelT", bound="Channel | DatagramChannel")
+ChannelT = TypeVar("ChannelT", bound="Channel")
 TransportT = TypeVar("TransportT", bound=Resource)
 
 
@@ -52,6 +52,9 @@ class Core(Scheduler):
     bytes_sent: int = 0
     _ending = False  # The scheduler stops after the last task of the user.
 
+    #: The call that starts a task in a callback, for messages.
+    task_starter = "current_group().start_soon()"
+
     def __init__(self, group: Group) -> None:
         super().__init__(group)
         self.transports: set[Resource] = set()
@@ -61,6 +64,14 @@ class Core(Scheduler):
         self.tasks_running: int = 0
 
         self.changed: Waiters = Waiters()  # Notified when a transport, handshake or task ends.
+
+    def as_backend(self, function: Callable[..., T], *args: Any) -> T:
+        """Return `function(*args)`, which needs the backend: it starts a task, for example."""
+        if self.poller.loop is None:
+            core: Core | None = getattr(_get_running_loop(), "_core", None)
+            if core is not None:  # Asyncio code in an event loop of this package calls a group that runs on trio.
+                return core.as_backend(function, *args)
+        return function(*args)
 
     # Life cycle
 
@@ -137,7 +148,7 @@ class Core(Scheduler):
     def remove_resource(self, transport: Resource) -> None:
         """Forget `transport`, whose `connection_lost` has been called."""
         self.transports.discard(transport)
-        received, sent, _ = transport.traffic()
+        received, sent, _ = transport._traffic()
         self.bytes_received += received
         self.bytes_sent += sent
         self.changed.notify()
@@ -233,7 +244,7 @@ class Core(Scheduler):
         for pending in tuple(self.handshakes):
             pending.abort()
         for transport in tuple(self.transports):
-            transport.abort()
+            transport._abort()
 
     def abort_all(self) -> None:
         """Abort what is left, and call every `connection_lost`.

@@ -1,7 +1,7 @@
 """The transport group, which makes and owns transports, servers, timers and tasks.
 
 Holds: the public methods of a group that are not endpoint functions. `_core` has its inside.
-May know: `anyio`, `_callbacks`, `_core`, `_endpoints`, `_errors`, `_handles`, `_statistics`.
+May know: `_callbacks`, `_core`, `_endpoints`, `_errors`, `_handles`, `_statistics`, `_types`, `anyio`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import anyio.lowlevel
 
 from ._callbacks import call_with_current, current
 from ._core import Core
-from ._endpoints._datagram import DatagramEndpoints
+from ._endpoints._anyio_streams import AnyIOStreamEndpoints
+from ._endpoints._datagrams import DatagramEndpoints
 from ._endpoints._pipes import PipeEndpoints
 from ._endpoints._processes import ProcessEndpoints
 from ._endpoints._sendfile import FileEndpoints
 from ._endpoints._start_tls import StartTLSEndpoints
-from ._endpoints._stream import StreamEndpoints
 from ._endpoints._tcp import TCPEndpoints
 from ._endpoints._unix import UNIXEndpoints
 from ._errors import ExceptionContext, log_debug, logger, run_user_code
@@ -31,9 +31,10 @@ from ._statistics import GroupStatistics, describe_flow
 
 if TYPE_CHECKING:
     from anyio import CancelScope
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
-AsyncFunction: TypeAlias = "Callable[..., Coroutine[Any, Any, object]]"
+    from ._types import PosArgsT
+
 ExceptionHandler: TypeAlias = "Callable[[TransportGroup, ExceptionContext], object]"
 
 
@@ -56,7 +57,7 @@ class TransportGroup(
     DatagramEndpoints,
     PipeEndpoints,
     ProcessEndpoints,
-    StreamEndpoints,
+    AnyIOStreamEndpoints,
     StartTLSEndpoints,
     FileEndpoints,
 ):
@@ -146,7 +147,12 @@ class TransportGroup(
 
     # Tasks
 
-    def start_soon(self, async_function: AsyncFunction, *args: Any, name: object = None) -> None:
+    def start_soon(
+        self,
+        async_function: Callable[[Unpack[PosArgsT]], Coroutine[Any, Any, object]],
+        *args: Unpack[PosArgsT],
+        name: object = None,
+    ) -> None:
         """Start a task that belongs to the group and awaits `async_function(*args)`.
 
         Callbacks may call this: a task that `data_received` starts takes its first step before its connection receives
@@ -178,7 +184,9 @@ class TransportGroup(
             raise core.not_open("time")
         return core.time()
 
-    def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> Handle:
+    def call_soon(
+        self, callback: Callable[[Unpack[PosArgsT]], object], *args: Unpack[PosArgsT], context: Context | None = None
+    ) -> Handle:
         """Call `callback(*args)` in the next iteration, in `context` or a copy of the caller's.
 
         Callbacks run in the order of the calls. What they raise is passed to the exception handler. Raises
@@ -195,7 +203,7 @@ class TransportGroup(
         return handle
 
     def call_soon_threadsafe(
-        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, callback: Callable[[Unpack[PosArgsT]], object], *args: Unpack[PosArgsT], context: Context | None = None
     ) -> Handle:
         """Call `callback(*args)` in the next iteration, as `call_soon` does, from any thread.
 
@@ -217,7 +225,11 @@ class TransportGroup(
         return handle
 
     def call_later(
-        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self,
+        delay: float,
+        callback: Callable[[Unpack[PosArgsT]], object],
+        *args: Unpack[PosArgsT],
+        context: Context | None = None,
     ) -> TimerHandle:
         """Call `callback(*args)` after `delay` seconds, in `context` or a copy of the caller's.
 
@@ -233,7 +245,11 @@ class TransportGroup(
         return core.set_timer(core.time() + delay, callback, args, context)
 
     def call_at(
-        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self,
+        when: float,
+        callback: Callable[[Unpack[PosArgsT]], object],
+        *args: Unpack[PosArgsT],
+        context: Context | None = None,
     ) -> TimerHandle:
         """Call `callback(*args)` at `when`, in seconds of `time`; otherwise like `call_later`.
 
@@ -308,7 +324,7 @@ class TransportGroup(
         """
         core = self._core
         transports = tuple(core.transports)  # Another thread may call this while the set changes.
-        traffic = [transport.traffic() for transport in transports]
+        traffic = [transport._traffic() for transport in transports]
         return GroupStatistics(
             open_transports=dict(Counter(type(transport).__name__ for transport in transports)),
             pending_handshakes=len(core.handshakes),

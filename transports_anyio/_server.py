@@ -1,6 +1,8 @@
-"""Listening: the server that accepts connections.
+"""The server, which listens and accepts connections.
 
-May know: the core, the poller, the operating system's listening sockets, socket and TLS channels, stream transports.
+Holds: listening sockets, and the connections accepted from them.
+May know: `_channels`, `_core`, `_errors`, `_resources`, `_selector`, `_sockets`, `_statistics`, `_transports`,
+`_types`, `_waiters`, `anyio`, `asyncio`, `socket`.
 """
 
 from __future__ import annotations
@@ -27,34 +29,35 @@ from ._waiters import Waiters
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ._channels._abc import Channel
+    from ._channels._abc import StreamChannel
     from ._channels._tls_engine import TLSOptions
     from ._core import Core
     from ._resources import PendingHandshake
+    from ._types import AnyProtocol
 
-# Out of descriptors or memory: accepting again at once would fail again at once and starve everything else, so
-# wait a while as asyncio does (ACCEPT_RETRY_DELAY, in seconds). The connections stay in the backlog meanwhile.
-# ENOSPC is epoll's, which may watch no more descriptors when the listener is to be watched again.
+# Out of file descriptors or memory. To accept again at once would fail again and block all other work, so wait as
+# asyncio does (ACCEPT_RETRY_DELAY, in seconds), while the connections stay in the backlog. epoll raises ENOSPC if it
+# cannot watch the listener again.
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC}
 RETRY_DELAY = 1.0
 
-# The client left between its connection and our `accept`; accept(2) also passes pending network errors of the new
-# connection on, none of which says anything about the listening socket.
+# The client closed the connection before `accept`. accept(2) also reports pending network errors of the new
+# connection; none of them concerns the listening socket.
 CLIENT_LEFT = {
     errno.ECONNABORTED, errno.ECONNRESET, errno.EPROTO, errno.ENETDOWN, errno.ENOPROTOOPT, errno.EHOSTDOWN,
     errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH, errno.EPERM,
 }  # fmt: skip
 
 
-def peername_of(channel: Channel) -> Any:
+def peername_of(channel: StreamChannel) -> Any:
     return channel.extra_info().get("peername")
 
 
 class Server(asyncio.AbstractServer):
     """Listening sockets and the connections accepted from them; made by `TransportGroup.create_server`.
 
-    The group ends it. `async with server:` ends it earlier: leaving that block closes the server, and waits until its
-    clients have left.
+    The server is closed when the block of its group is left. `async with server:` closes it earlier: at the end of that
+    block the server is closed, and the block waits until all of its connections are lost.
 
     Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.Server
     """
@@ -62,7 +65,7 @@ class Server(asyncio.AbstractServer):
     def __init__(
         self,
         core: Core,
-        protocol_factory: Callable[[], Any],
+        protocol_factory: Callable[[], AnyProtocol],
         sockets: list[socket.socket],
         backlog: int,
         tls: TLSOptions | None,
@@ -70,27 +73,26 @@ class Server(asyncio.AbstractServer):
         start_serving: bool,
         on_close: Callable[[], object] | None = None,
     ) -> None:
-        # The sockets, which are bound, are the server's from here on: whatever goes wrong closes them.
+        # The server owns the bound sockets from here on, and closes them on any error.
         self._core = core
         self._poller = core.poller
         self._tls = tls
         self._on_close = on_close
-        # Connections see the variables of whoever made the server, as in asyncio.
+        # Connections see the context variables of the code that created the server, as in asyncio.
         self._context = copy_context()
         self._sockets = sockets
         self._protocol_factory = protocol_factory
         self._backlog = backlog
-        self._is_tcp = any(map(is_tcp, sockets))  # Asked once, and not for each connection.
+        self._is_tcp = any(map(is_tcp, sockets))  # Once, not for each connection.
         self._registrations = {sock: Registration(sock.fileno()) for sock in sockets}
         self._serving = False
         self._serving_forever = False
         self._closed = False
-        self._addresses: list[Any] = []  # What they were, once closed.
+        self._addresses: list[Any] = []  # Of a closed server.
         self._connections: set[StreamTransport] = set()
         self._handshakes: set[PendingHandshake] = set()
         self._changed = Waiters()
         try:
-            core.check_open()
             for registration in self._registrations.values():
                 self._poller.register(registration)
             core.servers.add(self)
@@ -102,13 +104,13 @@ class Server(asyncio.AbstractServer):
 
     @property
     def sockets(self) -> tuple[TransportSocket, ...]:
-        """The listening sockets, to look at; none once the server is closed."""
+        """The listening sockets, read-only; empty after the server is closed."""
         return () if self._closed else tuple(TransportSocket(sock) for sock in self._sockets)
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         """Return the event loop that runs the server, on asyncio and uvloop.
 
-        Raises `RuntimeError` on trio, which has none: a portable program has its group instead.
+        Raises `RuntimeError` on trio, which has no event loop: a portable program uses its group instead.
         """
         loop = self._poller.loop
         if loop is None:
@@ -117,24 +119,28 @@ class Server(asyncio.AbstractServer):
         return loop
 
     def is_serving(self) -> bool:
-        """Whether the server accepts connections."""
+        """Return whether the server accepts connections."""
         return self._serving
 
     async def start_serving(self) -> None:
-        """Accept connections from now on. Does nothing when it does already.
+        """Accept connections from now on. Does nothing if the server already does.
 
-        Raises `RuntimeError` when closed, `OSError` when the system refuses (another socket listens on the address).
+        Raises:
+        - `RuntimeError`: the server is closed
+        - `OSError`: the system refuses to listen (another socket listens on the address, for example)
         """
         await self._require_open("start_serving")
         self._listen()
         await anyio.lowlevel.checkpoint()
 
     async def serve_forever(self) -> None:
-        """Accept connections until cancelled, or until the server is closed.
+        """Accept connections until this call is cancelled or the server is closed.
 
-        A cancellation closes the server and the connections that it has accepted, and does not wait for their end.
+        A cancellation closes the server and its connections, and does not wait until they are lost.
 
-        Raises `RuntimeError` when closed, or while another `serve_forever` runs, `OSError` as `start_serving`.
+        Raises:
+        - `RuntimeError`: the server is closed, or another `serve_forever` runs
+        - `OSError`: as for `start_serving`
         """
         if self._serving_forever:
             msg = f"server {self!r} is already being awaited on serve_forever()"
@@ -153,7 +159,7 @@ class Server(asyncio.AbstractServer):
             self._serving_forever = False
 
     def close(self) -> None:
-        """Stop listening. Connections that were accepted stay open. Does nothing when closed."""
+        """Stop listening. Accepted connections stay open. Does nothing if the server is closed."""
         if self._closed:
             return
         log_debug(self._core.group, "%r: closing", self)
@@ -197,7 +203,7 @@ class Server(asyncio.AbstractServer):
 
     async def _require_open(self, name: str) -> None:
         if self._closed:
-            # A task of the group may get here before its cancellation, which explains the error.
+            # While the group is being left, its tasks get their cancellation instead of this error.
             await anyio.lowlevel.checkpoint_if_cancelled()
             if not self._core.open:
                 raise self._core.not_open(name)
@@ -217,7 +223,7 @@ class Server(asyncio.AbstractServer):
         try:
             for sock in self._sockets:
                 self._resume(sock)
-        except OSError:  # The system watches as many descriptors as it may.
+        except OSError:  # The system cannot watch more file descriptors.
             self._serving = False
             for sock in self._sockets:
                 self._pause(sock)
@@ -234,10 +240,10 @@ class Server(asyncio.AbstractServer):
             self._poller.set_interest(self._registrations[sock], 0)
 
     def _accept_ready(self, listener: socket.socket) -> None:
-        """Accept what the backlog holds, which Linux lets be one more: many a turn, and then everybody else's turn."""
+        """Accept up to `backlog + 1` connections (Linux queues one more), then let other callbacks run."""
         for _ in range(max(self._backlog, 0) + 1):
             if not self._serving:
-                return  # A callback of the connection before closed the server.
+                return  # A callback of the previous connection closed the server.
             try:
                 sock, address = listener.accept()
             except (BlockingIOError, InterruptedError):
@@ -255,7 +261,7 @@ class Server(asyncio.AbstractServer):
             self._connect(sock, address)
 
     def _accept_failed(self, listener: socket.socket, exc: BaseException) -> None:
-        # The listener would stay ready, and each turn fail again.
+        # The listener stays readable, so the next iteration would fail again.
         self._pause(listener)
         if not isinstance(exc, OSError) or exc.errno in EXHAUSTED:
             why = "out of system resource" if isinstance(exc, (OSError, MemoryError)) else "failed"
@@ -280,8 +286,8 @@ class Server(asyncio.AbstractServer):
             if self._is_tcp:
                 set_nodelay(sock)
             channel = SocketChannel(self._poller, sock, peername)
-        except OSError as exc:  # The client has gone already.
-            logger.debug("an accepted connection ended before it began: %r", exc)
+        except OSError as exc:  # The client has already closed the connection.
+            logger.debug("an accepted connection was lost before its transport was made: %r", exc)
             sock.close()
             return
         except BaseException as exc:
@@ -314,7 +320,7 @@ class Server(asyncio.AbstractServer):
 
         self._core.handshake(channel, done, self._handshakes)
 
-    def _begin(self, channel: Channel) -> None:
+    def _begin(self, channel: StreamChannel) -> None:
         try:
             transport, _ = self._core.make_transport(StreamTransport, self._protocol_factory, channel, self._lost)
         except BaseException as exc:
@@ -324,7 +330,7 @@ class Server(asyncio.AbstractServer):
             return
         self._connections.add(transport)
         try:
-            transport.start()
+            transport._start()
         except OSError as exc:
             self._report_lost_client(exc, peername_of(channel))
 
@@ -333,7 +339,7 @@ class Server(asyncio.AbstractServer):
             {
                 "message": "Error on transport creation for incoming connection",
                 "exception": exc,
-                "peername": peername,  # There is no transport to ask.
+                "peername": peername,  # There is no transport yet that has it.
             }
         )
 

@@ -1,6 +1,7 @@
-"""What is done to a socket before a channel has it: made ready, bound, connected; errors name the address.
+"""Prepare sockets for a channel: check, bind and connect them, with errors that name the address.
 
-May know: AnyIO's `wait_writable`, the operating system. Knows nothing of who wants the socket.
+Holds: these functions.
+May know: `_errors`, `anyio`, `os`, `socket`, `ssl`.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ import anyio.lowlevel
 
 from ._errors import logger
 
-# What a socket says that goes on connecting by itself. That is not what a UNIX socket means with `EAGAIN`, but that the
-# backlog of the server is full (connect(2)). Windows has a number for each.
-UNDER_WAY = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EWOULDBLOCK} - {errno.EAGAIN}
+# The errors of `connect` while the connection is being made. `EAGAIN` is not one: for a UNIX socket it means that
+# the backlog of the server is full (connect(2)). On Windows EWOULDBLOCK is another number.
+CONNECTING = {errno.EINPROGRESS, errno.EALREADY, errno.EINTR, errno.EWOULDBLOCK} - {errno.EAGAIN}
 
 
 def refuse_tls_socket(sock: object) -> None:
-    """Raise `TypeError` for a TLS socket, as which a transport could not use it without blocking."""
+    """Raise `TypeError` for an `SSLSocket`, which a transport cannot use without blocking."""
     if isinstance(sock, SSLSocket):
         raise TypeError("Socket cannot be of type SSLSocket")
 
 
 def check_stream_socket(sock: socket.socket, family: int | None = None) -> None:
-    """Raise `ValueError` for a socket that is no stream socket (of `family`)."""
+    """Raise `ValueError` for a socket that is not a stream socket, or not of `family`."""
     if sock.type != socket.SOCK_STREAM or family not in (None, sock.family):
         raise ValueError(f"A {'' if family is None else 'UNIX Domain '}Stream Socket was expected, got {sock!r}")
 
 
 def set_option(sock: socket.socket, name: str) -> None:
-    """Turn on the socket option called `name`. Raises `ValueError` where it does not exist."""
+    """Enable the socket option `name`. Raises `ValueError` if the platform does not have it."""
     try:
         option = getattr(socket, name)
         sock.setsockopt(socket.SOL_SOCKET, option, 1)
@@ -44,7 +45,7 @@ def set_option(sock: socket.socket, name: str) -> None:
 
 
 def bind(sock: socket.socket, address: Any) -> None:
-    """Bind `sock`; a UNIX socket takes the place of one that was there. Raises an `OSError` that names the address."""
+    """Bind `sock`; a UNIX socket replaces one that exists at its path. Raises an `OSError` that names the address."""
     if isinstance(address, (str, bytes)) and is_file(address):
         remove_stale(address)
     try:
@@ -56,12 +57,12 @@ def bind(sock: socket.socket, address: Any) -> None:
 async def connect(sock: socket.socket, address: Any) -> None:
     """Make `sock` non-blocking and connect it. Raises an `OSError` that names the address.
 
-    Other tasks have their turn, whether there is anything to wait for or not.
+    Always contains a checkpoint.
     """
     try:
         sock.setblocking(False)
         code = sock.connect_ex(address)
-        if code in UNDER_WAY:
+        if code in CONNECTING:
             await anyio.wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         else:
@@ -73,25 +74,25 @@ async def connect(sock: socket.socket, address: Any) -> None:
 
 
 def is_file(path: str | bytes) -> bool:
-    """Whether `path` is neither an abstract name nor empty, which leaves the choice of such a name to the system."""
+    """Return whether `path` is a file: neither an abstract name nor empty, which lets the system choose such a name."""
     return bool(path) and path[0] not in (0, "\0")
 
 
 def remove_stale(path: str | bytes) -> None:
-    """Remove the socket at `path`, if there is one."""
+    """Remove the socket at `path`, if one exists."""
     try:
         if stat.S_ISSOCK(os.stat(path).st_mode):
             os.remove(path)
     except FileNotFoundError:
         pass
     except OSError as exc:
-        # Whether this matters, `bind` will tell.
+        # `bind` reports it if it matters.
         logger.error("cannot check or remove a stale UNIX socket at %r: %r", path, exc)
 
 
 def address_error(doing: str, address: Any, exc: OSError) -> OSError:
-    """Return `exc` with what failed and the address in its message."""
-    if exc.errno is None:  # Python's own, of a path that is too long for example.
+    """Return an error like `exc` whose message says what failed, and for which address."""
+    if exc.errno is None:  # Raised by Python itself: the path is too long, for example.
         return OSError(f"{doing} {address!r}: {exc}")
     reason = os.strerror(exc.errno)
     return OSError(exc.errno, f"{doing} {address!r}: {reason[:1].lower()}{reason[1:]}")

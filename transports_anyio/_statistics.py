@@ -39,7 +39,7 @@ class GroupStatistics:
 def describe_flow(name: str, transports: Collection[Resource], handshakes: Collection[PendingHandshake]) -> str:
     """Return the part of a `repr` about transports: how many, what they buffer, how many have paused their protocol."""
     transports = tuple(transports)  # Another thread may call this while the set changes.
-    buffered = sum(transport.traffic()[2] for transport in transports)
+    buffered = sum(transport._traffic()[2] for transport in transports)
     paused = sum(transport.is_writing_paused() for transport in transports)
     description = f"{name}={len(transports)} buffered={buffered}"
     if paused:

@@ -27,7 +27,8 @@ async def run(async_function: Callable[..., Awaitable[T]], *args: Any) -> T:
     the asyncio task waits until the function ends. Then the asyncio task is cancelled. If the function returns a value
     instead, the value is returned, and the asyncio task is cancelled when it next waits.
 
-    Raises whatever the function raises, the same object, and `RuntimeError` if no event loop is running.
+    Raises whatever the function raises, the same object; `RuntimeError` if no event loop is running; and `TypeError`
+    for a coroutine object in place of the function.
 
     Source: https://docs.python.org/3/library/asyncio-task.html#task-cancellation
     """

@@ -1,4 +1,4 @@
-"""For people who test their protocols: recorders of callbacks, and a connection in memory.
+"""Helpers for testing protocols: recorders of callbacks, and a connection in memory.
 
     from transports_anyio.testing import Recorder, memory_connection
 
@@ -12,8 +12,11 @@
         await recorder.wait_for("connection_lost")
         recorder.check()
 
-A recorder wraps a protocol, or stands alone. It notes every callback with its arguments before it passes it on, and
-whether the order is one that asyncio's documentation allows. The recorders work over asyncio's own transports too.
+A recorder wraps a protocol, or stands alone. It records every callback with its arguments, checks that the order is one
+that asyncio's documentation allows, calls the hook of the callback, if there is one, and passes the callback on to the
+protocol. Recorders also work with asyncio's own transports.
+
+    Recorder(on_data_received=lambda recorder, data: recorder.transport.write(data))
 
 May know: the group, the endpoint function behind `memory_connection`, and asyncio's abstract classes.
 """
@@ -21,26 +24,31 @@ May know: the group, the endpoint function behind `memory_connection`, and async
 from __future__ import annotations
 
 import asyncio
+import ssl as ssl_module
 from collections import Counter
 from collections.abc import Callable, Mapping
+from reprlib import Repr
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import anyio
 
-from ._endpoints._memory import MemoryEndpoints
+from . import abc
+from ._endpoints._memory import connect_in_memory
+from ._endpoints._tls import stream_options
 from ._transports._stream import StreamTransport
 
 if TYPE_CHECKING:
-    from ._endpoints._base import ProtocolT
+    from . import abc
     from ._endpoints._memory import OtherProtocolT
     from ._group import TransportGroup
+    from ._types import StreamProtocolT
 
 __all__ = ["BufferedRecorder", "Call", "DatagramRecorder", "Recorder", "SubprocessRecorder", "memory_connection"]
 
-#: A callback: its name, and behind it its arguments.
+#: A callback: its name, followed by its arguments.
 Call = tuple[Any, ...]
 
-#: For each callback, the states in which it is legal and those that it leads to.
+#: For each callback, the states in which it is legal, each with the state that follows.
 _Order: TypeAlias = Mapping[str, Mapping[str, str]]
 
 WrappedT = TypeVar("WrappedT", bound=asyncio.BaseProtocol)
@@ -48,31 +56,64 @@ WrappedT = TypeVar("WrappedT", bound=asyncio.BaseProtocol)
 #: Callbacks that a transport may make inside another one: from `write`, `sendto` and `set_write_buffer_limits`.
 NESTED = {"pause_writing", "resume_writing", "error_received"}
 
+#: Seconds after which the waits of recorders fail.
+TIMEOUT = 10
+
+#: The message of a time-out shows the last callbacks, with long data shortened.
+_SHOWN_CALLS = 20
+_short = Repr()
+_short.maxother = _short.maxstring = 60
+_short.maxtuple = 10
+
+
+def _show(calls: list[Call]) -> str:
+    shown = ", ".join(f"{name}({', '.join(map(_short.repr, args))})" for name, *args in calls[-_SHOWN_CALLS:])
+    left_out = len(calls) - _SHOWN_CALLS
+    return f"[{left_out} more, {shown}]" if left_out > 0 else f"[{shown}]"
+
 
 class _Recorder(Generic[WrappedT]):
-    """What every recorder has; the legal order of callbacks is a table in each kind."""
+    """The part that all recorders share. Each kind has a table with the legal order of its callbacks."""
 
     #: A connection begins as "new" and ends as "lost".
     ORDER: ClassVar[_Order]
 
-    def __init__(self, protocol: WrappedT | None = None, *, transport: asyncio.BaseTransport | None = None) -> None:
-        """Record what `protocol` is told, or nobody at all.
+    def __init__(
+        self,
+        protocol: WrappedT | None = None,
+        *,
+        transport: asyncio.BaseTransport | None = None,
+        **hooks: Callable[..., Any],
+    ) -> None:
+        """Record the callbacks of a connection.
 
-        `transport` is needed where the recorder takes over with `set_protocol`, and so sees no `connection_made`.
+        protocol: gets every callback after it has been recorded. Without one the callbacks are only recorded.
+        transport: for a recorder that takes over a connection with `set_protocol`, and so gets no `connection_made`.
+        on_data_received, on_connection_lost, ...: a hook for the callback of this name. It is called with the recorder
+            and the callback's arguments, after the callback has been recorded and before `protocol` gets it. Without a
+            `protocol`, the callback returns what the hook returns.
+
+        Raises `TypeError` for a hook on a callback that this kind of recorder does not have.
         """
-        #: Who is told of everything, if anybody.
+        for name in hooks:
+            if name.removeprefix("on_") not in self.ORDER or not name.startswith("on_"):
+                known = ", ".join(f"on_{callback}" for callback in self.ORDER)
+                raise TypeError(f"{type(self).__name__}() got an unknown hook {name!r}: its hooks are {known}")
+        #: The protocol that gets every callback, or `None`.
         self.protocol = protocol
+        #: The hooks by the names of their callbacks; may be changed at any time.
+        self.hooks: dict[str, Callable[..., Any]] = {name.removeprefix("on_"): hook for name, hook in hooks.items()}
         #: The transport of `connection_made`.
         self.transport: Any = transport
         #: Every callback in order: `("data_received", b"hello")`.
         self.calls: list[Call] = []
-        #: Every callback that came in an illegal order, as a sentence.
+        #: A sentence for every callback that came in an illegal order.
         self.violations: list[str] = []
-        #: Whether the last of `pause_writing` and `resume_writing` was the first.
+        #: Whether the protocol is to stop writing: `pause_writing` came later than `resume_writing`.
         self.writing_paused: bool = False
         self._state = "new" if transport is None else "open"
-        self._counts: Counter[str] = Counter()  # Asked by those who wait, after every callback.
-        self._under_way: list[str] = []
+        self._counts: Counter[str] = Counter()  # Waiting tasks ask for them after every callback.
+        self._running: list[str] = []
         self._changed: anyio.Event | None = None
 
     @property
@@ -81,7 +122,7 @@ class _Recorder(Generic[WrappedT]):
         return [name for name, *_ in self.calls]
 
     def count(self, name: str) -> int:
-        """How often the callback `name` came."""
+        """Return how often the callback `name` came."""
         return self._counts[name]
 
     @property
@@ -91,39 +132,44 @@ class _Recorder(Generic[WrappedT]):
 
     @property
     def exception(self) -> BaseException | None:
-        """What `connection_lost` was given. Raises `ValueError` before it has come."""
+        """The argument of `connection_lost`. Raises `ValueError` before it has come."""
         for name, *args in self.calls:
             if name == "connection_lost":
                 exception: BaseException | None = args[0]
                 return exception
         raise ValueError("connection_lost() has not come yet")
 
-    async def wait_until(self, condition: Callable[[], object]) -> None:
-        """Wait until `condition()` is true. It is asked now, and after every callback.
+    async def wait_until(self, condition: Callable[[], object], *, timeout: float | None = TIMEOUT) -> None:
+        """Wait until `condition()` is true. It is called now and after every callback.
 
-        Raises `RuntimeError` when `connection_lost` has come, after which it would be for ever. Otherwise there is no
-        time-out: use `anyio.fail_after`.
+        timeout: in seconds; `None` waits without a limit.
+
+        Raises `TimeoutError`, with the callbacks that were recorded, when the time is over, and `RuntimeError` when
+        `connection_lost` has come, because no callback follows it.
         """
-        while not condition():
-            if self.lost:
-                raise RuntimeError(f"the connection was lost before that: {self.names}")
-            if self._changed is None:
-                self._changed = anyio.Event()
-            await self._changed.wait()
+        with anyio.move_on_after(timeout) as scope:
+            while not condition():
+                if self.lost:
+                    raise RuntimeError(f"the connection was lost before that: {_show(self.calls)}")
+                if self._changed is None:
+                    self._changed = anyio.Event()
+                await self._changed.wait()
+        if scope.cancelled_caught:
+            raise TimeoutError(f"the wait took more than {timeout:g} s, recorded so far: {_show(self.calls)}")
 
-    async def wait_for(self, name: str, count: int = 1) -> None:
-        """Wait until the callback `name` has come `count` times. As `wait_until`."""
-        await self.wait_until(lambda: self.count(name) >= count)
+    async def wait_for(self, name: str, count: int = 1, *, timeout: float | None = TIMEOUT) -> None:
+        """Wait until the callback `name` has come `count` times. `timeout` and errors as of `wait_until`."""
+        await self.wait_until(lambda: self.count(name) >= count, timeout=timeout)
 
     def check(self, *, finished: bool = True) -> None:
         """Raise `AssertionError` if callbacks came in an order that asyncio's documentation does not allow.
 
-        If `finished` also when `connection_made` came and `connection_lost` did not, unless another protocol has taken
-        over with `set_protocol` meanwhile.
+        finished: also raise if `connection_made` came and `connection_lost` did not, unless another protocol has taken
+            over with `set_protocol`.
         """
         problems = list(self.violations)
         if finished and self._state not in ("new", "lost") and self.transport.get_protocol() is self:
-            problems.append(f"connection_lost() never came: {self.names}")
+            problems.append(f"connection_lost() never came: {_show(self.calls)}")
         if problems:
             raise AssertionError("\n".join(problems))
 
@@ -132,27 +178,26 @@ class _Recorder(Generic[WrappedT]):
         state = self._state
         if state not in following:
             self.violations.append(f"{name}() after {self.names}")
-        if self._under_way and name not in NESTED:
-            self.violations.append(f"{name}() inside {self._under_way[-1]}()")
+        if self._running and name not in NESTED:
+            self.violations.append(f"{name}() inside {self._running[-1]}()")
         self._state = following.get(state, "lost" if name == "connection_lost" else state)
         self.calls.append((name, *args))
         self._counts[name] += 1
 
     def _pass_on(self, name: str, *args: Any) -> Any:
         self._record(name, *args)
-        self._tell()
-        self._under_way.append(name)
-        try:
-            return None if self.protocol is None else getattr(self.protocol, name)(*args)
-        finally:
-            self._under_way.pop()
-
-    def _tell(self) -> None:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
+        self._running.append(name)
+        try:
+            hook = self.hooks.get(name)
+            returned = None if hook is None else hook(self, *args)
+            return returned if self.protocol is None else getattr(self.protocol, name)(*args)
+        finally:
+            self._running.pop()
 
-    # What every protocol has.
+    # The callbacks of every protocol.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -184,18 +229,27 @@ _BETWEEN = {"open": "open", "ended": "ended"}
 
 
 class _StreamRecorder(_Recorder[WrappedT]):
-    """What `Recorder` and `BufferedRecorder` share."""
+    """The part that `Recorder` and `BufferedRecorder` share."""
 
-    def __init__(self, protocol: WrappedT | None = None, *, transport: asyncio.BaseTransport | None = None) -> None:
-        super().__init__(protocol, transport=transport)
-        #: Every byte that came.
+    def __init__(
+        self,
+        protocol: WrappedT | None = None,
+        *,
+        transport: asyncio.BaseTransport | None = None,
+        **hooks: Callable[..., Any],
+    ) -> None:
+        super().__init__(protocol, transport=transport, **hooks)
+        #: Every byte that was received.
         self.received: bytearray = bytearray()
         if isinstance(transport, StreamTransport) and transport.is_eof_received():
             self._state = "ended"
 
-    async def wait_received(self, size: int) -> bytes:
-        """Wait until `size` bytes have come in all, and return every byte that has. As `wait_until`."""
-        await self.wait_until(lambda: len(self.received) >= size)
+    async def wait_received(self, size: int, *, timeout: float | None = TIMEOUT) -> bytes:
+        """Wait until at least `size` bytes have been received in all; return them.
+
+        `timeout` and errors as of `wait_until`.
+        """
+        await self.wait_until(lambda: len(self.received) >= size, timeout=timeout)
         return bytes(self.received)
 
     def eof_received(self) -> bool | None:
@@ -204,7 +258,7 @@ class _StreamRecorder(_Recorder[WrappedT]):
 
 
 class Recorder(_StreamRecorder[asyncio.Protocol], asyncio.Protocol):
-    """Records what a `Protocol` is told."""
+    """Record the callbacks of a `Protocol`."""
 
     ORDER: ClassVar[_Order] = {
         "connection_made": {"new": "open"},
@@ -221,7 +275,11 @@ class Recorder(_StreamRecorder[asyncio.Protocol], asyncio.Protocol):
 
 
 class BufferedRecorder(_StreamRecorder[asyncio.BufferedProtocol], asyncio.BufferedProtocol):
-    """Records what a `BufferedProtocol` is told; a buffer may be asked for again before it is filled."""
+    """Record the callbacks of a `BufferedProtocol`.
+
+    Without a `protocol`, data is received into `buffer`, or into the buffer that a hook `on_get_buffer` returns.
+    `get_buffer` may come again before the buffer is filled.
+    """
 
     ORDER: ClassVar[_Order] = {
         "connection_made": {"new": "open"},
@@ -239,15 +297,20 @@ class BufferedRecorder(_StreamRecorder[asyncio.BufferedProtocol], asyncio.Buffer
         *,
         transport: asyncio.BaseTransport | None = None,
         buffer_size: int = 65536,
+        **hooks: Callable[..., Any],
     ) -> None:
-        """As the others; `buffer_size` is that of the buffer, in bytes, where there is no `protocol` to give one."""
-        super().__init__(protocol, transport=transport)
-        self._own_buffer = bytearray(buffer_size)
+        """Record the callbacks of a connection. The parameters are those of `Recorder`, and one more.
+
+        buffer_size: the size of `buffer`, in bytes.
+        """
+        super().__init__(protocol, transport=transport, **hooks)
+        #: The buffer for received data where neither `protocol` nor a hook gives one; may be replaced.
+        self.buffer: bytearray | memoryview = bytearray(buffer_size)
         self._given: Any = b""
 
     def get_buffer(self, sizehint: int) -> Any:
         given = self._pass_on("get_buffer", sizehint)
-        self._given = self._own_buffer if self.protocol is None else given
+        self._given = self.buffer if given is None and self.protocol is None else given
         return self._given
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -257,7 +320,7 @@ class BufferedRecorder(_StreamRecorder[asyncio.BufferedProtocol], asyncio.Buffer
 
 
 class DatagramRecorder(_Recorder[asyncio.DatagramProtocol], asyncio.DatagramProtocol):
-    """Records what a `DatagramProtocol` is told."""
+    """Record the callbacks of a `DatagramProtocol`."""
 
     ORDER: ClassVar[_Order] = {
         "connection_made": {"new": "open"},
@@ -270,7 +333,7 @@ class DatagramRecorder(_Recorder[asyncio.DatagramProtocol], asyncio.DatagramProt
 
     @property
     def received(self) -> list[tuple[bytes, Any]]:
-        """Every datagram that came, with its sender's address."""
+        """Every datagram that was received, with its sender's address."""
         return [
             (data, address) for name, *rest in self.calls if name == "datagram_received" for data, address in [rest]
         ]
@@ -283,7 +346,10 @@ class DatagramRecorder(_Recorder[asyncio.DatagramProtocol], asyncio.DatagramProt
 
 
 class SubprocessRecorder(_Recorder[asyncio.SubprocessProtocol], asyncio.SubprocessProtocol):
-    """Records what a `SubprocessProtocol` is told: a pipe may outlive the process, the connection neither."""
+    """Record the callbacks of a `SubprocessProtocol`.
+
+    A pipe may outlive the process; `connection_lost` comes after both.
+    """
 
     _ALIVE: ClassVar = {"open": "open", "exited": "exited"}
     ORDER: ClassVar[_Order] = {
@@ -297,10 +363,14 @@ class SubprocessRecorder(_Recorder[asyncio.SubprocessProtocol], asyncio.Subproce
     }
 
     def __init__(
-        self, protocol: asyncio.SubprocessProtocol | None = None, *, transport: asyncio.BaseTransport | None = None
+        self,
+        protocol: asyncio.SubprocessProtocol | None = None,
+        *,
+        transport: asyncio.BaseTransport | None = None,
+        **hooks: Callable[..., Any],
     ) -> None:
-        super().__init__(protocol, transport=transport)
-        #: Every byte that came out of each descriptor of the child.
+        super().__init__(protocol, transport=transport, **hooks)
+        #: Every byte that was received, by the child's file descriptor (1 is its output, 2 its error output).
         self.received: dict[int, bytearray] = {}
         self._lost_pipes: set[int] = set()
 
@@ -324,29 +394,36 @@ class SubprocessRecorder(_Recorder[asyncio.SubprocessProtocol], asyncio.Subproce
 
 async def memory_connection(
     group: TransportGroup,
-    factory_a: Callable[[], ProtocolT],
+    factory_a: Callable[[], StreamProtocolT],
     factory_b: Callable[[], OtherProtocolT],
     *,
     chunk_size: int | None = None,
     buffer_size: int = 65536,
     info_a: Mapping[str, Any] | None = None,
     info_b: Mapping[str, Any] | None = None,
-) -> tuple[tuple[asyncio.Transport, ProtocolT], tuple[asyncio.Transport, OtherProtocolT]]:
-    """Join two protocols in memory and return `((transport_a, protocol_a), (transport_b, protocol_b))`.
+    ssl: ssl_module.SSLContext | None = None,
+    server_ssl: ssl_module.SSLContext | None = None,
+    server_hostname: str | None = None,
+) -> tuple[tuple[abc.Transport, StreamProtocolT], tuple[abc.Transport, OtherProtocolT]]:
+    """Connect two protocols in memory and return `((transport_a, protocol_a), (transport_b, protocol_b))`.
 
-    `factory_a` and `factory_b` are protocol factories, as the endpoint functions of `group` take them.
+    Both transports belong to `group` and behave as over any other connection. The operating system is not involved, so
+    tests are quick and repeatable. The connection behaves like a pair of UNIX stream sockets: an end that is closed
+    with unread data resets the other one. Both `connection_made` run before this returns.
 
-    Both transports are the group's and behave as over any other connection; underneath is no operating system, which
-    makes tests quick and repeatable. It is the likeness of a pair of UNIX stream sockets, so that an end that is closed
-    with something unread resets the other one.
+    factory_a, factory_b: protocol factories, as for the endpoint functions of `group`.
+    chunk_size: the most bytes that are received at a time; by default everything that is there. With 1 a test shows
+        whether a protocol depends on where the stream is cut.
+    buffer_size: how many bytes each direction holds before writing fills the transport's own buffer.
+    info_a, info_b: the extra info of each transport.
+    ssl, server_ssl: with these the connection is encrypted: `a` is the client with the context `ssl`, `b` the server
+        with the context `server_ssl`. Certificates are the caller's business. `chunk_size` and `buffer_size` then count
+        encrypted bytes.
+    server_hostname: the name that the client verifies, or `""` for none, which `ssl` has to allow.
 
-    At most `chunk_size` bytes are received at a time: 1 shows whether a protocol minds where the stream is cut. By
-    default it is all that there is. `buffer_size` is how many bytes each direction holds under way before writing
-    fills the transport's own buffer. `info_a` and `info_b` are what `get_extra_info` of each transport knows.
-
-    Both `connection_made` run before this returns. Raises `RuntimeError` when the group is not open, `TypeError` and
-    `ValueError` for a size that is no number of bytes or below 1, and whatever a factory raises; no connection is made
-    then.
+    Raises `RuntimeError` when the group is not open; `TypeError` and `ValueError` for a size that is no number of bytes
+    or below 1, and for TLS parameters of which one is missing; `ssl.SSLError` when the ends do not agree on TLS; and
+    whatever a factory raises. No connection is made then.
     """
     sizes = {"buffer_size": buffer_size}
     if chunk_size is not None:
@@ -356,11 +433,21 @@ async def memory_connection(
             raise TypeError(f"{name} must be a number of bytes, got {size!r}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size!r}")
-    return await MemoryEndpoints(group).memory_connection(
+    for name, context in {"ssl": ssl, "server_ssl": server_ssl}.items():
+        if context is not None and not isinstance(context, ssl_module.SSLContext):
+            raise TypeError(f"{name} must be an SSLContext or None, got {context!r}")
+    if (ssl is None) != (server_ssl is None):
+        raise ValueError("ssl, the client's context, and server_ssl, the server's, must be given together")
+    timeouts = {"handshake_timeout": None, "shutdown_timeout": None}
+    client = stream_options(ssl, server_side=False, server_hostname=server_hostname, **timeouts)
+    server = stream_options(server_ssl, server_side=True, server_hostname=None, **timeouts) if client else None
+    return await connect_in_memory(
+        group,
         factory_a,
         factory_b,
         chunk_size=chunk_size,
         buffer_size=buffer_size,
         info_a=info_a or {},
         info_b=info_b or {},
+        tls=(client, server) if client and server else None,
     )

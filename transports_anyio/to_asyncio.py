@@ -30,7 +30,8 @@ async def run(async_function: Callable[..., Awaitable[T]], *args: Any) -> T:
     next checkpoint.
 
     Raises whatever the task raises, the same object; `concurrent.futures.CancelledError` if asyncio code has cancelled
-    the task; and `RuntimeError` outside `open_event_loop`, and in another thread than the event loop's.
+    the task; `RuntimeError` outside `open_event_loop`, and in another thread than the event loop's; and `TypeError`
+    for a coroutine object in place of the function.
 
     Source: https://docs.python.org/3/library/asyncio-task.html
     """

@@ -18,7 +18,7 @@ import anyio.lowlevel
 import pytest
 from support import GUARD, turns, until
 
-from transports_anyio import from_asyncio, open_event_loop, to_asyncio
+from transports_anyio import from_asyncio, open_event_loop, run_asyncio, to_asyncio
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -714,6 +714,34 @@ async def test_asyncio_code_that_awaits_a_trio_awaitable_is_told_what_to_call(an
         # Nothing is broken by it.
         assert await to_asyncio.run(asyncio.sleep, 0.001, 1) == 1
         await anyio.sleep(0.001)
+
+
+async def test_coroutine_object_instead_of_a_function(anyio_backend):
+    """The coroutine is closed: no warning says that it was never awaited."""
+
+    async def function():
+        raise AssertionError("not called")
+
+    async def call_from_asyncio():
+        with pytest.raises(TypeError, match=r"^from_asyncio.run\(\) needs a function, not <coroutine "):
+            await from_asyncio.run(function())
+        with pytest.raises(TypeError, match=r"^from_asyncio.run_sync\(\) needs a function, not 5"):
+            from_asyncio.run_sync(5)
+
+    async with open_event_loop():
+        with pytest.raises(TypeError, match=r"^to_asyncio.run\(\) needs .* to_asyncio.run\(function, \*args"):
+            await to_asyncio.run(function())
+        with pytest.raises(TypeError, match=r"^to_asyncio.run_sync\(\) needs a function"):
+            to_asyncio.run_sync(function())
+        await to_asyncio.run(call_from_asyncio)
+
+
+def test_run_asyncio_of_a_coroutine_object():
+    async def function():
+        raise AssertionError("not called")
+
+    with pytest.raises(TypeError, match=r"^run_asyncio\(\) needs a function, not <coroutine .*without calling it$"):
+        run_asyncio(function(), backend="asyncio")
 
 
 async def test_a_failed_crossing_leaves_no_cycle(anyio_backend):

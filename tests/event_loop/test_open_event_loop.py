@@ -236,7 +236,7 @@ async def test_cancelled_from_outside(anyio_backend):
             events.append("cleaned up")
 
     async def until_made(count):
-        while sum(protocol.state == "open" for protocol in protocols) < count:
+        while sum(protocol.transport is not None for protocol in protocols) < count:
             await asyncio.sleep(0.001)
 
     begun = threading.Event()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
+import subprocess
+import sys
 from asyncio import AbstractEventLoop
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +22,15 @@ from transports_anyio import (
     BaseTransport,
     BufferedProtocol,
     DatagramProtocol,
-    DatagramTransport,
     Handle,
     Protocol,
-    ReadTransport,
     Server,
     SubprocessProtocol,
-    SubprocessTransport,
     TimerHandle,
     Transport,
     TransportGroup,
     TransportSocket,
-    WriteTransport,
+    abc,
     current_group,
     from_asyncio,
     open_event_loop,
@@ -123,27 +125,114 @@ async def types_of_what_comes_back(stream: ByteStream, udp: UDPSocket, process: 
     """Transports are of asyncio's classes, which is where the public names lead to, and protocols of their own."""
     async with TransportGroup() as group:
         connection = await group.create_connection(partial(Counting, 3), "localhost", 80)
-        assert_type(connection, tuple[Transport, Counting])
-        assert_type(await group.create_connection(Making().make, sock=sock), tuple[Transport, Counting])
-        assert_type(await group.create_unix_connection(Making(), "socket"), tuple[Transport, Counting])
-        assert_type(await group.connect_accepted_socket(Making, sock), tuple[Transport, Making])
-        assert_type(await group.connect_stream(Filling, stream), tuple[Transport, Filling])
+        assert_type(connection, tuple[abc.Transport, Counting])
+        assert_type(await group.create_connection(Making().make, sock=sock), tuple[abc.Transport, Counting])
+        assert_type(await group.create_unix_connection(Making(), "socket"), tuple[abc.Transport, Counting])
+        assert_type(await group.connect_accepted_socket(Making, sock), tuple[abc.Transport, Making])
+        assert_type(await group.connect_stream(Filling, stream), tuple[abc.Transport, Filling])
         endpoints = [await group.create_datagram_endpoint(Replying, ("localhost", port)) for port in range(2)]
-        assert_type(endpoints, list[tuple[DatagramTransport, Replying]])
-        assert_type(await group.connect_datagram_socket(Replying, udp), tuple[DatagramTransport, Replying])
+        assert_type(endpoints, list[tuple[abc.DatagramTransport, Replying]])
+        assert_type(await group.connect_datagram_socket(Replying, udp), tuple[abc.DatagramTransport, Replying])
         children = [await group.subprocess_exec(Child, "cat"), await group.subprocess_shell(Child, "cat")]
-        assert_type(children, list[tuple[SubprocessTransport, Child]])
-        assert_type(await group.connect_process(Child, process), tuple[SubprocessTransport, Child])
+        assert_type(children, list[tuple[abc.SubprocessTransport, Child]])
+        assert_type(await group.connect_process(Child, process), tuple[abc.SubprocessTransport, Child])
         with Path("file").open("rb") as file:
-            assert_type(await group.connect_read_pipe(Filling, file), tuple[ReadTransport, Filling])
-            assert_type(await group.connect_write_pipe(Filling, file), tuple[WriteTransport, Filling])
+            assert_type(await group.connect_read_pipe(Filling, file), tuple[abc.ReadTransport, Filling])
+            assert_type(await group.connect_write_pipe(Filling, file), tuple[abc.WriteTransport, Filling])
         async with await group.create_server(Making, None, 0) as server:
             assert_type(server, Server)
         assert_type(group.call_soon_threadsafe(print), Handle)
         recorders = await memory_connection(group, Recorder, BufferedRecorder)
-        assert_type(recorders, tuple[tuple[Transport, Recorder], tuple[Transport, BufferedRecorder]])
+        assert_type(recorders, tuple[tuple[abc.Transport, Recorder], tuple[abc.Transport, BufferedRecorder]])
         assert_type(DatagramRecorder(Replying()).received, list[tuple[bytes, Any]])
         assert_type(SubprocessRecorder(Child()).received, dict[int, bytearray])
+
+
+class Flowing(Protocol):
+    """A protocol gets asyncio's type. An `isinstance` check makes it ours, without a cast."""
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        assert isinstance(transport, abc.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_writing_paused() or self.transport.is_eof_received():
+            self.transport.pause_reading()
+
+
+class Duck:
+    """A protocol without a base class can name the type at once, and ignore what it does not use."""
+
+    def connection_made(self, transport: abc.Transport) -> None:
+        transport.write(b"paused" if transport.is_writing_paused() else b"")
+
+    def data_received(self, data: bytes) -> None: ...
+
+    def connection_lost(self, exc: Exception | None) -> None: ...
+
+
+class DatagramDuck:
+    def connection_made(self, transport: abc.DatagramTransport) -> None:
+        transport.set_write_buffer_limits(
+            high=transport.get_write_buffer_limits()[0] + transport.get_write_buffer_size()
+        )
+
+    def datagram_received(self, data: bytes, address: tuple[str, int]) -> None: ...
+
+
+class ChildDuck:
+    def connection_made(self, transport: abc.SubprocessTransport) -> None:
+        assert_type(transport.is_writing_paused(), bool)
+
+    def process_exited(self) -> None: ...
+
+
+def make_any_protocol(kind: str) -> Any:
+    return kind
+
+
+async def methods_of_our_own(group: TransportGroup, factory: Callable[[], asyncio.BaseProtocol]) -> None:
+    """What asyncio's types do not have is there without a cast; duck typing, lambdas and partials stay accepted."""
+    transport, _ = await group.create_connection(Flowing, "localhost", 80)
+    assert_type(transport.is_writing_paused(), bool)
+    assert_type(transport.is_eof_received(), bool)
+    same_as_asyncio: asyncio.Transport = transport
+    upgraded = await group.start_tls(same_as_asyncio, Flowing(), ssl.create_default_context())
+    assert_type(upgraded, abc.Transport)
+    endpoint, _ = await group.create_datagram_endpoint(DatagramDuck, ("localhost", 0))
+    assert_type(endpoint.is_writing_paused(), bool)
+    child, _ = await group.subprocess_exec(ChildDuck, "cat", stdin=subprocess.PIPE, stdout=None, stderr=3)
+    await group.subprocess_shell(ChildDuck, "cat", stderr=subprocess.STDOUT, stdout=sys.stdout)
+    assert_type(child.is_writing_paused(), bool)
+    stdin, stdout = child.get_pipe_transport(0), child.get_pipe_transport(1)
+    assert stdin is not None
+    assert stdout is not None
+    stdin.write(b"" if stdin.is_writing_paused() else b"x")
+    stdout.pause_reading()
+    await group.create_server(Duck, "localhost", 0)
+    await group.create_server(factory, "localhost", 0)
+    await group.create_connection(factory, "localhost", 80)
+    await group.create_connection(partial(make_any_protocol, "stream"), "localhost", 80)
+    await group.create_datagram_endpoint(partial(make_any_protocol, "datagram"), ("localhost", 0))
+    await group.subprocess_exec(lambda: make_any_protocol("child"), "cat")
+    await group.connect_accepted_socket(lambda: Counting(1), socket.socket())
+
+
+async def wait(seconds: float, *, name: str = "") -> str:
+    return f"{seconds} {name}"
+
+
+def callbacks(group: TransportGroup) -> None:
+    """Every callable that takes the arguments, whatever it returns."""
+    assert_type(group.call_soon(Counting, 1), Handle)
+    numbers: list[int] = []
+    assert_type(group.call_soon_threadsafe(numbers.append, 1), Handle)
+    assert_type(group.call_later(1, Counting(1).data_received, b""), TimerHandle)
+    assert_type(group.call_at(1, partial(Counting, 1)), TimerHandle)
+    group.call_soon(lambda text: print(text, end=""), "text", context=copy_context())
+    group.start_soon(wait, 1)
+    group.start_soon(partial(wait, name="x"), 1.5, name="waits")
+    group.start_soon(TransportGroup.wait_closed, group)
 
 
 async def length(text: str) -> int:

@@ -1,4 +1,8 @@
-"""What every channel over an AnyIO object has: a task that receives, a task that sends, and errors as asyncio's."""
+"""The base of channels over AnyIO objects: a task receives, a task sends, and errors become asyncio's.
+
+Holds: the two tasks, and the translation of AnyIO's errors and typed attributes.
+May know: `_errors`, `anyio`.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,18 @@ from anyio.abc import AsyncResource
 
 from .._errors import logger, safe_repr, should_propagate
 
-# How long, in seconds, a stream may take to close in an orderly way (a TLS stream waits for the peer's close_notify):
+# How long, in seconds, the orderly close of a stream may take (a TLS stream waits for the peer's close_notify). It is
 # asyncio's default `ssl_shutdown_timeout`.
 CLOSE_TIMEOUT = 30.0
 
 
 def is_failure(exc: BaseException | None) -> TypeGuard[OSError]:
-    """Whether `exc` can be passed on to a transport, which takes two kinds of `OSError` for "not now"."""
+    """Return whether a transport takes `exc` for an error. It takes two kinds of `OSError` for "try again later"."""
     return isinstance(exc, OSError) and not isinstance(exc, (BlockingIOError, InterruptedError))
 
 
 def as_os_error(exc: BaseException) -> OSError:
-    """Return what asyncio would say for an error of an AnyIO stream, with the cause attached."""
+    """Return the `OSError` that stands for an error of an AnyIO stream, with that error as its cause."""
     if is_failure(exc):
         return exc
     cause: BaseException | None = exc.__cause__ or exc.__context__
@@ -33,10 +37,10 @@ def as_os_error(exc: BaseException) -> OSError:
     if isinstance(exc, anyio.BrokenResourceError) and is_failure(cause):
         try:
             error = type(cause)(*cause.args)
-        except Exception:  # A user's own, that takes something else.
+        except Exception:  # A class of the user's with other parameters.
             error = OSError(*cause.args)
     elif isinstance(exc, anyio.ClosedResourceError):
-        error = ConnectionAbortedError(errno.ECONNABORTED, "the stream was closed by somebody else")
+        error = ConnectionAbortedError(errno.ECONNABORTED, "other code closed the stream")
     elif isinstance(exc, anyio.BrokenResourceError):
         error = ConnectionResetError(errno.ECONNRESET, "the stream is broken")
     else:
@@ -46,10 +50,10 @@ def as_os_error(exc: BaseException) -> OSError:
 
 
 def typed_attributes(resource: TypedAttributeProvider, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of the typed attributes that are `wanted` and available, by name.
+    """Return the values of the `wanted` typed attributes that are available, by name.
 
-    Never raises: an object that is closed, or whose peer has reset the connection, may not know its attributes any more
-    (AnyIO raises `OSError` on asyncio, `AttributeError` on uvloop). Its next receive reports what has happened to it.
+    Never raises: the attributes of an object that is closed, or whose peer has reset the connection, may be unavailable
+    (AnyIO raises `OSError` on asyncio, `AttributeError` on uvloop). The next receive raises the error of the object.
     """
     try:
         available = resource.extra_attributes
@@ -67,10 +71,11 @@ def typed_attributes(resource: TypedAttributeProvider, wanted: Mapping[str, Any]
 
 
 class AnyIOChannel:
-    """The tasks of a channel; `run` is its life and belongs in a task.
+    """The tasks of a channel. `run`, itself run in a task, starts them and lasts until the channel is closed.
 
-    `_receive_next` and `_send_offered` move one thing at a time. A send that is under way keeps its bytes in the
-    transport's buffer: they are offered once, sent by the task, and taken when they are offered again.
+    `_receive_next` and `_send_offered` move one item at a time: a chunk of bytes or a datagram. During a send the item
+    stays in the transport's buffer. The transport offers it, the task sends it, and when the transport offers it again,
+    it counts as sent.
     """
 
     __slots__ = (
@@ -88,39 +93,39 @@ class AnyIOChannel:
         "_writing",
     )
 
-    #: Which tasks there are.
+    #: Which of the two tasks are needed.
     can_receive = True
     can_send = True
 
     def __init__(self, resource: AsyncResource, clock: Callable[[], float]) -> None:
         self._resource = resource
-        self._clock = clock  # The backend's.
-        self._reading: anyio.Event | bool = False  # An event while the receiving task waits to be let go.
+        self._clock = clock  # The clock of the backend, not of an event loop on it.
+        self._reading: anyio.Event | bool = False  # An event while the receiving task is paused.
         self._writing: anyio.Event | bool = False
-        self._received: Any = None  # What no one has taken yet: data, or an `OSError`.
+        self._received: Any = None  # An item that the transport has not taken yet, or an `OSError`.
         self._offered: Any = None
         self._sent: int | Exception = 0
         self._closing = False
         self._aborted = False
-        self._scope: anyio.CancelScope | None = None  # Around the tasks, which make it: it is the backend's.
+        self._scope: anyio.CancelScope | None = None  # Surrounds the tasks; created by `run`.
 
     def set_callbacks(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         self._read_ready = read_ready
         self._write_ready = write_ready
 
-    # The transport's side: synchronous.
+    # Called by the transport
 
     def set_reading(self, reading: bool) -> None:
         if isinstance(self._reading, anyio.Event):
             if not reading:
-                return  # The task waits already.
+                return  # The task is already paused.
             self._reading.set()
         self._reading = reading
 
     def set_writing(self, writing: bool) -> None:
         if isinstance(self._writing, anyio.Event):
             if not writing:
-                return  # The task waits already.
+                return  # The task is already paused.
             self._writing.set()
         self._writing = writing
 
@@ -133,7 +138,7 @@ class AnyIOChannel:
         return received
 
     def _take_sent(self) -> int:
-        """Return how much of what was offered has been sent since the last call."""
+        """Return how much of the offered item has been sent since the last call."""
         sent, self._sent = self._sent, 0
         if isinstance(sent, Exception):
             raise sent
@@ -147,37 +152,38 @@ class AnyIOChannel:
 
     def _end(self, scope: anyio.CancelScope) -> None:
         if self._eof_pending() and not self._aborted:
-            scope.deadline = self._clock() + CLOSE_TIMEOUT  # `_send` ends the task after it, or this does.
+            # `_send` cancels the scope earlier, once the end of file is sent.
+            scope.deadline = self._clock() + CLOSE_TIMEOUT
         else:
             scope.cancel()
 
     def _eof_pending(self) -> bool:
-        """Whether the sending task has yet to send the last thing, which an orderly end waits for."""
+        """Return whether the end of file is still to be sent, which an orderly close waits for."""
         return False
 
-    # The tasks.
+    # The tasks
 
     @abstractmethod
     async def _receive_next(self) -> Any:
-        """Wait for something, and return it."""
+        """Wait for the next item, and return it."""
 
     @abstractmethod
     async def _send_offered(self, offered: Any) -> int:
-        """Send what was offered, and return its size."""
+        """Send the offered item, and return its size."""
 
     def _send_failure(self, exc: BaseException) -> Exception:
-        """Return what the transport is told when nothing could be sent."""
+        """Return the error that the transport gets if a send has failed."""
         return as_os_error(exc)
 
     @abstractmethod
     def _ends(self, received: Any) -> bool:
-        """Whether nothing comes after `received`."""
+        """Return whether `received` is the last item."""
 
     async def run(self, report: Callable[[Exception], None]) -> None:
-        """Receive and send until `close`; then close the AnyIO object, and `report` that it fails in its own way."""
+        """Receive and send until `close`, then close the AnyIO object, and `report` an unexpected error of that."""
         try:
             with anyio.CancelScope() as self._scope:
-                if self._closing:  # Before this task had its turn.
+                if self._closing:  # Before this task ran.
                     self._end(self._scope)
                 async with anyio.create_task_group() as tasks:
                     if self.can_receive:
@@ -187,7 +193,7 @@ class AnyIOChannel:
         finally:
             try:
                 await self._close_resource()
-            except Exception as exc:  # A user's own; the transport has ended, and no other has to.
+            except Exception as exc:  # Of a class of the user's. It must not end the group.
                 report(exc)
 
     async def _close_resource(self) -> None:
@@ -200,15 +206,15 @@ class AnyIOChannel:
                 await self._close_by(partial(anyio.aclose_forcefully, part))
 
     def _parts(self) -> Iterable[AsyncResource]:
-        """What has to be closed one by one, because an interrupted close of the whole would leave some of it open."""
+        """Return the objects to close one by one: a cancelled close of the whole may leave some open."""
         return (self._resource,)
 
     async def _close_by(self, close: Callable[[], Awaitable[None]]) -> bool:
         try:
             await close()
         except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
-            # The connection has ended for the protocol; that the peer did not stay for the farewell is no news. A
-            # forceful close, too, says so when a farewell was broken off before.
+            # The connection is over; a failed shutdown is not worth reporting. A forceful close also raises, if an
+            # orderly shutdown was interrupted before.
             logger.debug("closing %s: %s", safe_repr(self._resource), safe_repr(exc))
             return False
         return True
@@ -225,15 +231,15 @@ class AnyIOChannel:
                     self._received = as_os_error(exc)
             ended = self._ends(self._received)
             while self._received is not None:
-                while not self._reading:  # It may be turned off again before this task has its turn.
+                while not self._reading:  # Reading may be paused again before this task runs.
                     self._reading = event = anyio.Event()
                     await event.wait()
                 self._read_ready()
-                # A protocol whose buffer is small, or that paused, takes the rest later.
+                # A protocol with a small buffer, or one that has paused, takes the rest later.
 
     async def _send(self) -> None:
         while True:
-            # The transport does not wait for the farewell, and may have ended before this task has its turn.
+            # The transport does not wait for the end of file to be sent: it may have closed already.
             if not self._writing and not self._eof_pending():
                 self._writing = event = anyio.Event()
                 await event.wait()
@@ -249,9 +255,9 @@ class AnyIOChannel:
                 self._sent = self._send_failure(exc)
             self._offered = None
             if self._sent:
-                if self._writing:  # Or else the connection was lost in the meantime, and its buffer with it.
+                if self._writing:  # Otherwise the connection has been lost, and its buffer is empty.
                     self._write_ready()
-            else:  # The end of the stream, which nobody waits for.
+            else:  # The end of file was sent, which no buffer waits for.
                 self._writing = False
-            if self._closing and self._scope is not None:  # That was the farewell, whether it has worked or not.
-                self._scope.cancel()
+            if self._closing and self._scope is not None:
+                self._scope.cancel()  # The end of file was the last item, even if sending it failed.

@@ -1,9 +1,13 @@
-"""AnyIO's datagram sockets, through one task that receives and one that sends."""
+"""A channel over one of AnyIO's datagram sockets.
+
+Holds: the channel.
+May know: `_abc`, `_anyio`, `_datagram`, `_socket`, `anyio`.
+"""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import index
 from typing import Any
 
@@ -11,16 +15,17 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import ConnectedUDPSocket, ConnectedUNIXDatagramSocket, SocketAttribute, UDPSocket, UNIXDatagramSocket
 
+from ._abc import ADDRESS_ERRORS, ChannelEnded, DatagramChannel, pause_after
 from ._anyio import AnyIOChannel, as_os_error, typed_attributes
-from ._datagram import ADDRESS_ERRORS, ChannelEnded, DatagramChannel, rest_after, truncated
+from ._datagram import truncated
 from ._socket import transport_socket
 
-# The highest port there is, of UDP as of TCP.
+# The highest port of UDP and TCP.
 HIGHEST_PORT = 65535
 
 AnyDatagramSocket = UDPSocket | ConnectedUDPSocket | UNIXDatagramSocket | ConnectedUNIXDatagramSocket
 
-# Extra info of a transport, by the typed attribute of the socket.
+# The typed attribute of the socket behind each extra info of the transport.
 EXTRA_INFO: dict[str, Any] = {
     "socket": SocketAttribute.raw_socket,
     "sockname": SocketAttribute.local_address,
@@ -28,7 +33,7 @@ EXTRA_INFO: dict[str, Any] = {
 }
 
 
-# How much AnyIO receives of a datagram, in bytes, and without a word about the rest.
+# How many bytes of a datagram AnyIO receives. It drops the rest without an error.
 DATAGRAM_SIZE = 65536
 
 
@@ -50,7 +55,7 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         self._raw_socket: Any = self._info["socket"]
         if self._raw_socket is not None:
             self._info["socket"] = transport_socket(self._raw_socket)
-        # AnyIO may not call a socket connected that is so: one that was made from a connected socket.
+        # AnyIO does not report every connected socket as connected: one made from a connected socket, for example.
         self.remote_address = self._info["peername"]
 
     def receive(self) -> tuple[bytes, Any]:
@@ -61,7 +66,7 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
 
     def send(self, data: bytes | bytearray | memoryview, address: Any) -> None:
         if self._take_sent():
-            return  # The datagram that is offered again has gone.
+            return  # The offered datagram has been sent.
         if self._offered is None:
             if self.remote_address is None:
                 self._check_address(address)
@@ -69,7 +74,7 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         raise BlockingIOError
 
     def _check_address(self, address: Any) -> None:
-        """Raise what a socket raises for what cannot be an address: on asyncio AnyIO's own would end with it."""
+        """Raise a socket's error for an invalid address. On asyncio, AnyIO's socket would be closed by it."""
         if self._is_unix:
             if not isinstance(address, (str, bytes)):
                 raise TypeError(f"the path of a UNIX socket was expected, got {address!r}")
@@ -80,8 +85,8 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         if not 0 <= port <= HIGHEST_PORT:
             raise OverflowError(f"port must be 0-{HIGHEST_PORT}, got {port}")
 
-    def extra_info(self) -> dict[str, Any]:
-        return dict(self._info)
+    def extra_info(self) -> Mapping[str, Any]:
+        return self._info
 
     async def _receive_next(self) -> tuple[bytes, Any] | ChannelEnded:
         try:
@@ -89,8 +94,8 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         except Exception as exc:
             error = exc if isinstance(exc, OSError) else exc.__cause__
             if isinstance(error, OSError) and error.errno != errno.EBADF:
-                raise  # It concerns one datagram: nobody listened at the peer's port, say.
-            # It would be the same the next time, and perhaps at once: another task receives from the socket, say.
+                raise  # An error of one datagram: the peer's port is closed, for example.
+            # The next receive would fail again, perhaps at once: another task receives from the socket, for example.
             return ChannelEnded(as_os_error(exc))
         datagram: tuple[bytes, Any] = (received, self.remote_address) if self._connected else received
         if len(datagram[0]) >= DATAGRAM_SIZE:
@@ -108,7 +113,7 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         return 1  # One datagram, which may be empty.
 
     async def _send_to_unix(self, data: bytes, address: Any) -> None:
-        # AnyIO's own method would not rest: Linux reports the socket as writable while its receiver has no room.
+        # AnyIO's method would spin: Linux reports the socket as writable even if its receiver's queue is full.
         await anyio.lowlevel.checkpoint()
         count = 0
         while True:
@@ -119,7 +124,7 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
                     self._raw_socket.send(data)  # The peer may have no name.
             except BlockingIOError:
                 count += 1
-                await anyio.sleep(rest_after(count))
+                await anyio.sleep(pause_after(count))
             else:
                 return
 

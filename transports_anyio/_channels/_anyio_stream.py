@@ -1,8 +1,12 @@
-"""Any AnyIO byte stream, through one task that receives and one that sends."""
+"""A channel over an AnyIO byte stream.
+
+Holds: the channel, and the one for the output of a process on asyncio.
+May know: `_abc`, `_anyio`, `_socket`, `_errors`, `anyio`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -12,7 +16,7 @@ from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
 from .._errors import logger
-from ._abc import Channel, joined
+from ._abc import StreamChannel, joined
 from ._anyio import AnyIOChannel, typed_attributes
 from ._socket import transport_socket
 
@@ -21,10 +25,10 @@ if TYPE_CHECKING:
 
 AnyByteStream = ByteReceiveStream | ByteSendStream
 
-# How much one turn may receive or send: enough for a large stream's throughput, little enough to take turns.
+# The most bytes to receive or send at once: enough for the throughput of bulk data, and fair to other connections.
 CHUNK_SIZE = 64 * 1024
 
-# Extra info of a transport, by the typed attribute of the stream.
+# The typed attribute of the stream behind each extra info of the transport.
 EXTRA_INFO: dict[str, Any] = {
     "peername": SocketAttribute.remote_address,
     "sockname": SocketAttribute.local_address,
@@ -35,7 +39,7 @@ EXTRA_INFO: dict[str, Any] = {
 }
 
 
-class AnyIOStreamChannel(AnyIOChannel, Channel):
+class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
     """Moves the bytes of an AnyIO stream."""
 
     __slots__ = (
@@ -57,7 +61,7 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
         self._info = typed_attributes(stream, EXTRA_INFO)
         if "socket" in self._info:
             self._info["socket"] = transport_socket(self._info["socket"])
-        # A TLS stream that has ended may not know its attributes.
+        # The attributes of a TLS stream that has ended may be unavailable.
         self.drops_after_close = "ssl_object" in self._info or isinstance(stream, TLSStream)
         self.can_write_eof = hasattr(stream, "send_eof") and not self.drops_after_close
 
@@ -70,7 +74,7 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
             count = min(len(view), len(data))
             view[:count] = data[:count]
         if count < len(data):
-            self._received = memoryview(data)[count:]  # What is left is not copied.
+            self._received = memoryview(data)[count:]  # The rest is not copied.
         return count
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
@@ -95,21 +99,21 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
         return bool(self._offered == b"")
 
     def _parts(self) -> Iterable[AsyncResource]:
-        # `StapledByteStream.aclose` closes one after the other: a forceful one ends behind the first.
+        # `StapledByteStream.aclose` closes one part after the other: a forceful close is cancelled after the first.
         if type(self.stream) is StapledByteStream:
             return self.stream.send_stream, self.stream.receive_stream
         return super()._parts()
 
-    def extra_info(self) -> dict[str, Any]:
-        return dict(self._info)
+    def extra_info(self) -> Mapping[str, Any]:
+        return self._info
 
     async def _receive_next(self) -> bytes:
         try:
             while True:
                 data: bytes = await self.stream.receive(CHUNK_SIZE)
-                if data:  # AnyIO asks users to ignore the empty ones of streams that return such.
+                if data:  # AnyIO lets streams return empty chunks, which are to be ignored.
                     return data
-                await anyio.lowlevel.checkpoint()  # It may do nothing else, and not wait for that either.
+                await anyio.lowlevel.checkpoint()  # The stream may return empty chunks without ever waiting.
         except anyio.EndOfStream:
             return b""
 
@@ -125,10 +129,10 @@ class AnyIOStreamChannel(AnyIOChannel, Channel):
 
 
 class DiscardingChannel(AnyIOStreamChannel):
-    """Moves the output of a process of AnyIO's on asyncio, where closing the stream does not close its descriptor.
+    """Moves the output of an AnyIO process on asyncio, where closing the stream does not close its file descriptor.
 
-    AnyIO closes it with the process. Until then, or until the end of the stream, what comes is received and dropped, or
-    else the process would block as soon as the pipe is full.
+    AnyIO closes the file descriptor with the process. Until then, or until the end of the stream, output is received
+    and dropped; otherwise the process would block once the pipe is full.
     """
 
     __slots__ = ()

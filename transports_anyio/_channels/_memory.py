@@ -1,7 +1,10 @@
-"""Two ends joined back to back in memory, without the operating system.
+"""Two connected channels in memory, without the operating system.
 
-It behaves as a pair of UNIX stream sockets: what was sent before the other end closed can still be received, an end
-that closes with something unread resets the other one, and sending to an end that is closed is a broken pipe.
+They behave as a pair of UNIX stream sockets: what was sent before the other end closed can still be received, an end
+that closes with something unread resets the other one, and sending to a closed end raises `BrokenPipeError`.
+
+Holds: the two directions of a connection in memory.
+May know: the interface of channels.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ._abc import Channel
+from ._abc import StreamChannel
 from ._receive_buffers import RECEIVE_SIZE
 
 if TYPE_CHECKING:
@@ -19,24 +22,24 @@ if TYPE_CHECKING:
 
 
 class Direction:
-    """What is under way from one end to the other."""
+    """What has been sent from one end to the other and not received."""
 
     __slots__ = ("abandoned", "capacity", "data", "ended", "reset", "wake_receiver", "wake_sender")
 
-    #: Called when there may be something to do for an end; set by each.
+    #: Called when an end may be able to receive or send. Each end sets its own.
     wake_receiver: Callable[[], None]
     wake_sender: Callable[[], None]
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.data = bytearray()
-        self.ended = False  # Nothing comes behind what is under way.
-        self.abandoned = False  # Nobody receives any more.
-        self.reset = False  # The sender has left with something unread: the receiver is told of it once.
+        self.ended = False  # Nothing follows `data`.
+        self.abandoned = False  # The receiver is closed.
+        self.reset = False  # The sender has closed with something unread: the receiver gets one error.
 
 
-class MemoryChannel(Channel):
-    """One end of a connection in memory; `pair` makes both."""
+class MemoryChannel(StreamChannel):
+    """One end of a connection in memory; `pair` creates both."""
 
     __slots__ = (
         "_call_soon",
@@ -46,7 +49,7 @@ class MemoryChannel(Channel):
         "_outgoing",
         "_read_ready",
         "_reading",
-        "_turn_asked",
+        "_scheduled",
         "_write_ready",
         "_writing",
     )
@@ -59,14 +62,14 @@ class MemoryChannel(Channel):
         chunk_size: int | None,
         info: Mapping[str, Any],
     ) -> None:
-        """`call_soon` calls something in the next turn."""
+        """`call_soon` schedules a callback for the next turn."""
         self._incoming = incoming
         self._outgoing = outgoing
         self._call_soon = call_soon
         self._chunk_size = chunk_size or RECEIVE_SIZE  # As from a socket.
         self._info = info
-        self._reading = self._writing = self._turn_asked = False
-        incoming.wake_receiver = outgoing.wake_sender = self._ask_for_turn
+        self._reading = self._writing = self._scheduled = False
+        incoming.wake_receiver = outgoing.wake_sender = self._schedule
 
     def set_callbacks(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         self._read_ready = read_ready
@@ -74,13 +77,13 @@ class MemoryChannel(Channel):
 
     def set_reading(self, reading: bool) -> None:
         self._reading = reading
-        self._ask_for_turn()
+        self._schedule()
 
     def set_writing(self, writing: bool) -> None:
         self._writing = writing
-        self._ask_for_turn()
+        self._schedule()
 
-    # Readiness is a state, as in a selector: an end has a turn as long as there is something that it waits for.
+    # Readiness is a state, as in a selector: an end is called again as long as it can do what it waits for.
 
     @property
     def _can_receive(self) -> bool:
@@ -91,18 +94,18 @@ class MemoryChannel(Channel):
         outgoing = self._outgoing
         return self._writing and (outgoing.abandoned or len(outgoing.data) < outgoing.capacity)
 
-    def _ask_for_turn(self) -> None:
-        if not self._turn_asked and (self._can_receive or self._can_send):
-            self._turn_asked = True
-            self._call_soon(self._turn)
+    def _schedule(self) -> None:
+        if not self._scheduled and (self._can_receive or self._can_send):
+            self._scheduled = True
+            self._call_soon(self._run)
 
-    def _turn(self) -> None:
-        self._turn_asked = False
+    def _run(self) -> None:
+        self._scheduled = False
         if self._can_receive:
             self._read_ready()
         if self._can_send:
             self._write_ready()
-        self._ask_for_turn()
+        self._schedule()
 
     def _take(self, most: int) -> bytes:
         incoming = self._incoming
@@ -130,10 +133,10 @@ class MemoryChannel(Channel):
         outgoing = self._outgoing
         if outgoing.abandoned:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-        room = outgoing.capacity - len(outgoing.data)
-        if not room:
+        space = outgoing.capacity - len(outgoing.data)
+        if not space:
             raise BlockingIOError
-        taken = data[:room]
+        taken = data[:space]
         outgoing.data += taken
         outgoing.wake_receiver()
         return len(taken)
@@ -162,8 +165,8 @@ class MemoryChannel(Channel):
             self._outgoing.reset = True
         self.send_eof()
 
-    def extra_info(self) -> dict[str, Any]:
-        return dict(self._info)
+    def extra_info(self) -> Mapping[str, Any]:
+        return self._info
 
 
 def pair(
@@ -174,7 +177,7 @@ def pair(
     info_a: Mapping[str, Any],
     info_b: Mapping[str, Any],
 ) -> tuple[MemoryChannel, MemoryChannel]:
-    """Return two channels that are joined; at most `chunk_size` bytes are received at a time."""
+    """Return two connected channels. At most `chunk_size` bytes are received at a time."""
     to_a, to_b = Direction(buffer_size), Direction(buffer_size)
     return (
         MemoryChannel(to_a, to_b, call_soon, chunk_size, info_a),

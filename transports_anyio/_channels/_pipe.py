@@ -1,4 +1,8 @@
-"""One end of a pipe, FIFO, socket or character device, non-blocking and in the group's poller."""
+"""A channel over one end of a pipe, FIFO, socket or character device.
+
+Holds: the channel, the one for pipes of a child, and which channels share an open file.
+May know: `_abc`, `_polled`, `_receive_buffers`, `_socket`, `_poller`, `_selector`, `os`, `select`, `socket`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import select
 import socket
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from threading import RLock
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._poller import Poller
 from .._selector import HANGUP, READ
-from ._abc import Channel
+from ._abc import StreamChannel
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE
 from ._socket import GATHER_LIMIT, take_error_queue
@@ -23,37 +27,37 @@ from ._socket import GATHER_LIMIT, take_error_queue
 if sys.platform == "linux":
     import fcntl
 
-# What type checkers miss on Windows is ignored in this module: `require_pipes` comes first.
+# The `type: ignore` comments are for Windows, where `require_pipes` raises before anything else here is called.
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# What a pipe holds on Linux to begin with, in bytes: one read empties it. For a larger one the C library may map memory
-# and take it back, most of it for nothing, at ten times the cost of a small read.
+# The default capacity of a pipe on Linux, in bytes: one read empties it. For a larger read the C library may map and
+# unmap memory, most of it unused, at ten times the cost of a small read.
 SYSTEM_SIZE = 64 * 1024
 
-# What a pipe of ours holds, in bytes, once it carries bulk: neither side waits as often for the other. 64 MiB
-# through a `cat` on another processor cost a fifth less than with 128 KiB (a quarter on trio), hardly less with more.
+# The capacity of a child's pipe that carries bulk data, in bytes: the two sides wait for each other less often. 64 MiB
+# through a `cat` on another processor cost a fifth less than with 128 KiB (a quarter on trio); more saves little.
 BULK_SIZE = 512 * 1024
 
-# How many pipes are as large as that at once, half of what the system lets the pipes of all of a user's programs hold.
-# What it would do then is make every new one, of whichever program, smaller.
+# How many pipes may have that capacity at once: half of the system's limit for all pipes of a user. Above the limit the
+# system makes every new pipe of the user smaller, in all programs.
 BULK_PIPES = 64
 
-# Descriptors that outlive us: whoever writes to them later must not meet another file.
+# File descriptors that are never closed: code that writes to them later must not write to another file.
 STANDARD_STREAMS = range(3)
 
 
-# Groups in several threads share what follows, and may share a file: held while it is looked at and changed, and so
-# whether the file blocks. A signal handler that interrupts this may close a channel, too.
+# Protects `open_channels`, `enlarged`, and whether an open file blocks, because groups in several threads share them.
+# Reentrant, because a signal handler may close a channel.
 shared = RLock()
 
-# The open channels on each file, by its device and inode: those that may have to agree on whether it blocks.
+# The open channels of each file, by its device and inode. They may share an open file, and with it whether it blocks.
 open_channels: dict[tuple[int, int], list[PipeChannel]] = {}
 
 
 def require_pipes() -> None:
-    """Raise `NotImplementedError` where a pipe has no descriptor that can be waited for: asyncio's error there."""
+    """Raise `NotImplementedError`, as asyncio does, on a platform that cannot wait for pipes."""
     if sys.platform == "win32":
         raise NotImplementedError(
             "this platform cannot wait for pipes: give an AnyIO stream to connect_stream(), or an AnyIO process to "
@@ -61,12 +65,12 @@ def require_pipes() -> None:
         )
 
 
-class PipeChannel(Polled, Channel):
-    """Moves bytes in one direction; the channel owns `pipe`, a file object, and closes it.
+class PipeChannel(Polled, StreamChannel):
+    """Moves bytes in one direction. The channel owns `pipe`, a file object, and closes it.
 
-    The descriptor becomes non-blocking. That is a property of the open file, which other processes may share (a
-    terminal, say), so `close` gives it back as it was; if other channels have the same open file (a terminal again, for
-    input and output), the last of them does. Standard input, output and error are not closed.
+    The file descriptor becomes non-blocking. Other processes may share the open file, and with it that property (a
+    terminal, for example), so `close` restores it. If several channels share the open file (a terminal for input and
+    output), the last one restores it. Standard input, output and error are not closed.
     """
 
     __slots__ = ("_blocking", "_duplicate", "_file", "_input", "_pipe", "can_notice_hangup", "can_send")
@@ -75,8 +79,8 @@ class PipeChannel(Polled, Channel):
     can_write_eof = False
     drops_after_close = True
 
-    #: Which descriptors are left open.
-    outliving = STANDARD_STREAMS
+    #: The file descriptors that are not closed.
+    kept_open = STANDARD_STREAMS
 
     def __init__(self, poller: Poller, pipe: Any, *, writing: bool) -> None:
         fd = pipe.fileno()
@@ -84,15 +88,15 @@ class PipeChannel(Polled, Channel):
         mode = status.st_mode
         if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)):
             raise ValueError(f"a pipe, socket or character device was expected, got {pipe!r}")
-        # One file object may be the end for both directions (a terminal's); each needs a descriptor to wait for.
+        # One file object may serve both directions (a terminal). Each needs a file descriptor of its own in the poller.
         self._duplicate = poller.owner(fd) is not None
         super().__init__(poller, os.dup(fd) if self._duplicate else fd)
         self._pipe = pipe
         self.can_send = writing
-        # A writing end has nothing to read: what it waits for is that its reader has gone.
+        # A writing end has nothing to read, but waits until its reader has closed.
         self._input = HANGUP if writing else READ
-        # A terminal's hang-up cannot be told from its input; a FIFO's writing end looks hung up on macOS while data is
-        # unread (CPython issue 145030), and on AIX always.
+        # A terminal reports a hang-up like input. The writing end of a FIFO counts as hung up while
+        # data is unread on macOS (CPython issue 145030), and always on AIX.
         self.can_notice_hangup = stat.S_ISSOCK(mode) or (
             stat.S_ISFIFO(mode) and not sys.platform.startswith(("darwin", "aix"))
         )
@@ -118,14 +122,14 @@ class PipeChannel(Polled, Channel):
         return os.writev(self.fd, list(islice(chunks, GATHER_LIMIT)))  # type: ignore[attr-defined,no-any-return,unused-ignore]
 
     def send_eof(self) -> None:
-        raise NotImplementedError  # The end of a pipe is its close.
+        raise NotImplementedError  # To end a pipe is to close it.
 
     def error_ready(self) -> bool:
         return isinstance(self._pipe, socket.socket) and take_error_queue(self._pipe) is not None
 
     def has_hung_up(self) -> bool:
         poll = select.poll()  # type: ignore[attr-defined,unused-ignore]
-        # Asks for nothing but hang-ups and errors; that the other end of a TCP socket has gone is half a hang-up.
+        # Only for hang-ups and errors. A TCP socket whose peer has closed is half hung up: POLLRDHUP.
         poll.register(self.fd, getattr(select, "POLLRDHUP", 0))
         return bool(poll.poll(0))
 
@@ -145,12 +149,12 @@ class PipeChannel(Polled, Channel):
                 self._block(others)
             if self._duplicate:
                 os.close(self.fd)
-        # The other direction may still need it.
-        if fd >= 0 and fd not in self.outliving and all(other.number() != fd for other in others):
+        # The other direction may still use the file object.
+        if fd >= 0 and fd not in self.kept_open and all(other.number() != fd for other in others):
             self._pipe.close()
 
     def number(self) -> int:
-        """Return the descriptor of `pipe`, -1 once somebody has closed it: the number may be somebody else's by now."""
+        """Return the file descriptor of `pipe`, or -1 if other code has closed it: the number may be in use again."""
         try:
             return int(self._pipe.fileno())
         except ValueError:
@@ -158,52 +162,52 @@ class PipeChannel(Polled, Channel):
 
     def _block(self, others: list[PipeChannel]) -> None:
         os.set_blocking(self.fd, True)  # type: ignore[attr-defined,unused-ignore]
-        # The two ends of a pipe are one file, opened twice. Whether it is the same opening, only a try tells.
+        # The two ends of a pipe have the same inode. Only a try shows whether this is the same open file description.
         for channel in others:
             if channel.takes_over_blocking():
                 return
 
     def takes_over_blocking(self) -> bool:
-        """Whether the open file has just become blocking: it is made non-blocking, and blocking again by `close`."""
-        with suppress(OSError):  # Closed by somebody else.
+        """Return whether the open file has become blocking. Make it non-blocking then, and let `close` restore it."""
+        with suppress(OSError):  # Other code has closed it.
             if os.get_blocking(self.fd):  # type: ignore[attr-defined,unused-ignore]
                 os.set_blocking(self.fd, False)  # type: ignore[attr-defined,unused-ignore]
                 self._blocking = True
                 return True
         return False
 
-    def extra_info(self) -> dict[str, Any]:
+    def extra_info(self) -> Mapping[str, Any]:
         return {"pipe": self._pipe}
 
 
-#: The open channels on pipes that were enlarged.
+#: The open channels of enlarged pipes.
 enlarged: set[ChildPipeChannel] = set()
 
 
 class ChildPipeChannel(PipeChannel):
-    """One end of a pipe that we made for a child. It is enlarged when there is much in it, where the system can.
+    """One end of a pipe that was made for a child. Linux lets it be enlarged once it carries bulk data.
 
-    Not before: the system limits what all the pipes of a user may hold, and most carry little.
+    Not earlier: the system limits the capacity of all pipes of a user, and most pipes carry little.
     """
 
     __slots__ = ("_capacity", "_read_size")
 
-    outliving = range(0)  # Where our standard streams are closed, a new pipe has their numbers.
+    kept_open = range(0)  # If our standard streams are closed, a new pipe gets their numbers.
 
     def __init__(self, poller: Poller, pipe: Any, *, writing: bool) -> None:
         super().__init__(poller, pipe, writing=writing)
-        self._capacity: int | None = None  # In bytes; nobody has asked.
+        self._capacity: int | None = None  # In bytes; `None` until it is needed.
         self._read_size = SYSTEM_SIZE
 
     def receive(self) -> bytes:
         data = os.read(self.fd, self._read_size)
-        # As much as there may be the next time: what is large is followed by more.
+        # How much to read the next time: a large read is likely to be followed by another.
         self._read_size = SYSTEM_SIZE if len(data) < SYSTEM_SIZE else min(self._enlarge(), RECEIVE_SIZE)
         return data
 
     def set_writing(self, writing: bool) -> None:
         if writing:
-            self._enlarge()  # There was no room for something, however it was sent.
+            self._enlarge()  # The pipe was full.
         super().set_writing(writing)
 
     def close(self, *, aborted: bool) -> None:
@@ -212,11 +216,11 @@ class ChildPipeChannel(PipeChannel):
         super().close(aborted=aborted)
 
     def _enlarge(self) -> int:
-        """Return what the pipe holds: it has been enlarged, unless somebody has chosen its size."""
+        """Enlarge the pipe unless its size was chosen by the user, and return its capacity."""
         if self._capacity is None:
             self._capacity = SYSTEM_SIZE
             if sys.platform == "linux":
-                # An unprivileged user's pipes may be at their limit: then it stays as it is.
+                # The pipes of an unprivileged user may have reached the limit: the pipe keeps its size.
                 with suppress(OSError), shared:
                     self._capacity = fcntl.fcntl(self.fd, fcntl.F_GETPIPE_SZ)
                     if self._capacity == SYSTEM_SIZE and len(enlarged) < BULK_PIPES:

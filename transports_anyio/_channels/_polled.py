@@ -1,4 +1,8 @@
-"""What every channel on a descriptor of ours has: its interest in the group's poller."""
+"""What every channel with a file descriptor in the poller has.
+
+Holds: the callbacks and the events that a channel waits for.
+May know: the poller and selectors.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from .._selector import READ, WRITE, Registration
 
 
 class Polled(Registration):
-    """A descriptor in the poller, with two callbacks."""
+    """A file descriptor registered in the poller, with two callbacks."""
 
     __slots__ = ("_poller",)
 

@@ -1,4 +1,8 @@
-"""Where bytes on their way in are put first."""
+"""The buffers that channels receive into, one set for each thread.
+
+Holds: the buffers, their size and how they are allocated.
+May know: nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +14,32 @@ import threading
 RECEIVE_SIZE = 256 * 1024
 
 
-# Zen processors copy at a twelfth of the speed to an address that is 1 to 31 bytes further into its page than the
-# source is into its own. The kernel's memory of a message begins with a page, or 53 bytes behind one: that is what is
-# left of 64 KiB when the loopback interface's largest segment, 65,483 bytes, has been sent before. What the C library
-# makes for anything as large begins 16 bytes behind a page. The middle of a page is far from all of these.
+# AMD's Zen processors copy at a twelfth of the speed if the target's offset in its page is 1 to 31 bytes larger than
+# the source's. The kernel's copy of a message has offset 0, or 53: what is left of 64 KiB after the largest segment of
+# the loopback interface, 65,483 bytes. The C library returns offset 16 for large blocks. Half a page is far from these.
 PAGE_OFFSET = 2048
 
 
 def allocate(size: int) -> memoryview:
-    """Return zeroed memory of the process's own, where it is quick to copy to and from."""
+    """Return zeroed memory at an address that is fast to copy to and from."""
     whole = size + PAGE_OFFSET
     if sys.platform == "win32":
         return memoryview(mmap.mmap(-1, whole))[PAGE_OFFSET:]
-    # Not shared with a forked child.
+    # A private mapping: a forked child does not share it.
     return memoryview(mmap.mmap(-1, whole, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[PAGE_OFFSET:]
 
 
 class ReceiveBuffers(threading.local):
-    """The buffers of a thread. `recv` lets other threads run between filling one and returning.
+    """The buffers of one thread: `recv` lets other threads run before it returns.
 
-    `recv(262144)` instead would make the C library map and unmap 256 KiB for every message, until a process has freed
-    its first such block. A buffer is never held over a call of the user's code.
+    `recv(262144)` would make the C library map and unmap 256 KiB for every message, until the process has freed its
+    first such block. No buffer is in use while the user's code runs.
     """
 
     def __init__(self) -> None:
-        #: What a socket gives.
+        #: Bytes from a socket.
         self.received = allocate(RECEIVE_SIZE)
-        #: What TLS makes of it.
+        #: Bytes that TLS has decrypted.
         self.decrypted = allocate(RECEIVE_SIZE)
 
 

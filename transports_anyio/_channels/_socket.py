@@ -1,4 +1,8 @@
-"""A non-blocking stream socket of ours, in the group's poller."""
+"""The channel of a stream socket, and what several modules do with sockets.
+
+Holds: receiving and sending over a non-blocking socket, its error queue, `os.sendfile`, extra info.
+May know: the poller and the operating system's sockets.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +12,27 @@ import socket
 import struct
 import sys
 from asyncio.trsock import TransportSocket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .._poller import Poller
-from ._abc import Channel, FileError, joined
+from ._abc import FileError, StreamChannel, joined
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE, buffers
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# What is received without a copy, in bytes: 64 KiB with what frames them. For more there is a buffer to copy from, for
-# the C library may map memory for 128 KiB in each call, and take it back.
+# The most that is received without a copy, in bytes: 64 KiB and the framing of a message. More is received into a
+# buffer and copied: for 128 KiB the C library may map and unmap memory in each call.
 DIRECT_SIZE = 68 * 1024
 
-# With how few bytes at once the expectation of more than `DIRECT_SIZE` ends.
+# A receive this small, in bytes, ends bulk mode.
 BULK_ENDS = 16 * 1024
 
-# How many bytes are joined where the system does not gather: a turn for each small chunk would cost more.
+# How many bytes are joined where the system has no `sendmsg`: sending each small chunk on its own would cost more.
 JOINED_AT_ONCE = 64 * 1024
 
 # The most buffers that one `sendmsg` takes (POSIX `IOV_MAX`); 16 is the least that POSIX allows.
@@ -37,14 +41,14 @@ if sys.platform != "win32":
     with suppress(OSError, ValueError):
         GATHER_LIMIT = os.sysconf("SC_IOV_MAX")
 
-# What `take_error_queue` looks for in a control message, by level and type: IP_RECVERR and IPV6_RECVERR of
+# The control messages that `take_error_queue` looks for, by level and type: IP_RECVERR and IPV6_RECVERR of
 # <linux/in.h> and <linux/in6.h>, with the first two fields of `struct sock_extended_err` of <linux/errqueue.h>, whose
 # origins 2 and 3 are ICMP and ICMPv6.
 EXTENDED_ERRORS = {(socket.IPPROTO_IP, 11), (socket.IPPROTO_IPV6, 25)}
 EXTENDED_ERROR = struct.Struct("=IB")
 NETWORK_ORIGINS = {2, 3}
-# Errors of `os.sendfile` that are the socket's and not the file's: "not now", and what ends a connection, by ICMP for
-# example (tcp(7), ip(7)). The socket reports that once.
+# Errors of `os.sendfile` that concern the socket, not the file: it would block, or the connection is broken, by ICMP
+# for example (tcp(7), ip(7)). The socket reports the latter once.
 OF_A_CONNECTION = (BlockingIOError, InterruptedError, ConnectionError, TimeoutError)
 ERRNOS_OF_A_CONNECTION = frozenset(
     getattr(errno, name)
@@ -63,20 +67,20 @@ PROTOCOLS_WITH_ERROR_QUEUE = {
     (socket.SOCK_DGRAM, socket.IPPROTO_ICMPV6),
 }
 
-# Room for the control messages of one entry, in bytes: timestamps come beside the error.
+# The most for the control messages of one entry, in bytes: there may be timestamps beside the error.
 ERROR_MESSAGE_SIZE = 512
 
 
 def transport_socket(sock: Any) -> TransportSocket:
-    """Return what users see of a transport's socket: all of asyncio's functions on it, and none that receives or sends.
+    """Return `sock` as asyncio shows it to users: without the methods that receive, send and close.
 
-    AnyIO may have one of an asyncio transport already.
+    AnyIO may have got such an object from an asyncio transport already.
     """
     return sock if isinstance(sock, TransportSocket) else TransportSocket(sock)
 
 
 def describe_socket(sock: socket.socket, peername: Any = None) -> dict[str, Any]:
-    """Return the extra info of every transport over a socket; `peername` is its peer's, where that is known already."""
+    """Return the extra info of a transport over `sock`. `peername` is the peer's address, if that is known already."""
     return {
         "socket": TransportSocket(sock),
         "sockname": name_or_none(sock.getsockname),
@@ -88,11 +92,11 @@ def name_or_none(look_up: Callable[[], Any]) -> Any:
     try:
         return look_up()
     except OSError:
-        return None  # As asyncio: there is no peer, or it has already gone (ENOTCONN).
+        return None  # As asyncio: there is no peer, or it has left (ENOTCONN).
 
 
 def has_error_queue(sock: socket.socket) -> bool:
-    """Whether `sock` has an error queue: any other takes `MSG_ERRQUEUE` for an ordinary call, which would lose data."""
+    """Return whether `sock` has an error queue. Other sockets ignore `MSG_ERRQUEUE`, so that data would be lost."""
     family = sock.family
     if family in (socket.AF_INET, socket.AF_INET6):
         return sock.type == socket.SOCK_RAW or (sock.type, sock.proto) in PROTOCOLS_WITH_ERROR_QUEUE
@@ -102,8 +106,8 @@ def has_error_queue(sock: socket.socket) -> bool:
 def take_error_queue(sock: socket.socket) -> list[OSError] | None:
     """Empty the system's error queue of `sock`. Return the network errors in it, `None` when there is nothing.
 
-    Linux reports a socket as ready as long as something is in this queue, and the queue takes room from what arrives.
-    No other call empties it. `IP_RECVERR` puts network errors there; `SO_TIMESTAMPING` and `MSG_ZEROCOPY` put
+    Linux reports a socket as ready while something is in this queue, and the queue uses the memory of what arrives. No
+    other call empties it. `IP_RECVERR` puts network errors there; `SO_TIMESTAMPING` and `MSG_ZEROCOPY` put
     notifications there, which are dropped.
 
     Source: https://man7.org/linux/man-pages/man7/ip.7.html, https://man7.org/linux/man-pages/man2/recv.2.html
@@ -115,18 +119,18 @@ def take_error_queue(sock: socket.socket) -> list[OSError] | None:
     while True:
         try:
             _, messages, _, _ = sock.recvmsg(0, ERROR_MESSAGE_SIZE, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
-        except OSError:  # It is empty, or the socket has none.
+        except OSError:  # The queue is empty or does not exist.
             return errors if count else None
         count += 1
         for level, kind, data in messages:
             if (level, kind) in EXTENDED_ERRORS and len(data) >= EXTENDED_ERROR.size:
                 code, origin = EXTENDED_ERROR.unpack_from(data)
-                if origin in NETWORK_ORIGINS:  # A local error has been raised by the call that met it.
+                if origin in NETWORK_ORIGINS:  # A local error was raised by the call that caused it.
                     errors.append(OSError(code, os.strerror(code)))
 
 
 def is_tcp(sock: socket.socket) -> bool:
-    """Whether it is a TCP socket."""
+    """Return whether `sock` is a TCP socket."""
     return (
         sock.family in (socket.AF_INET, socket.AF_INET6)
         and sock.type == socket.SOCK_STREAM
@@ -135,28 +139,30 @@ def is_tcp(sock: socket.socket) -> bool:
 
 
 def set_nodelay(sock: socket.socket) -> None:
-    """Turn Nagle's algorithm off on a TCP socket, as asyncio does: small writes do not wait for an ACK."""
+    """Disable Nagle's algorithm on a TCP socket, as asyncio does: small writes do not wait for an ACK."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def failing_as(exc: OSError) -> Callable[..., Any]:
-    """Return a function that raises what `exc` is, whatever it is called with."""
-    error = exc.args  # Not `exc` itself, whose traceback holds the channel that is to hold the function.
+    """Return a function that raises a copy of `exc`, and takes any arguments."""
+    error = (
+        exc.args
+    )  # Not `exc` itself: its traceback refers to the channel, and the channel will refer to the function.
 
     def fail(*_: object) -> NoReturn:
-        raise OSError(*error)  # Python makes it a `ConnectionResetError` and so on.
+        raise OSError(*error)  # `OSError` chooses the subclass, such as `ConnectionResetError`.
 
     return fail
 
 
 def send_from_file(to: int, fd: int, offset: int, count: int) -> int:
-    """Call `os.sendfile` for the socket `to`. Raises as `Channel.send_file` does."""
+    """Call `os.sendfile` for the socket `to`. Raises as `StreamChannel.send_file` does."""
     if not hasattr(os, "sendfile"):
         raise FileError(OSError(errno.ENOSYS, "os.sendfile() is not available"))
     try:
         sent: int = os.sendfile(to, fd, offset, count)
     except OSError as exc:
-        if exc.errno == errno.ENOTCONN:  # What macOS says of a connection that has broken.
+        if exc.errno == errno.ENOTCONN:  # macOS, for a broken connection.
             raise ConnectionResetError(exc.errno, exc.strerror) from exc
         if isinstance(exc, OF_A_CONNECTION) or exc.errno in ERRNOS_OF_A_CONNECTION:
             raise
@@ -164,25 +170,25 @@ def send_from_file(to: int, fd: int, offset: int, count: int) -> int:
     return sent
 
 
-class SocketChannel(Polled, Channel):
+class SocketChannel(Polled, StreamChannel):
     """Moves the bytes of a connected, non-blocking stream socket that the channel owns."""
 
     __slots__ = ("_buffer", "_bulk", "_info", "_receive", "_socket", "receive_into", "send")
 
     can_send_file = True
-    # The socket's own methods: a call less for each message.
+    # The socket's own methods, which save a call for each message.
     receive_into: Callable[[Buffer], int]  # pyright: ignore[reportIncompatibleMethodOverride]
     send: Callable[[bytes | bytearray | memoryview], int]  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __init__(self, poller: Poller, sock: socket.socket, peername: Any = None) -> None:
-        """`peername` is what `accept` told, which is still true when the peer has already gone."""
+        """`peername` is the address that `accept` returned: the system forgets it when the peer leaves."""
         super().__init__(poller, sock.fileno())
         self._socket = sock
-        # Now, and not when somebody asks: the peer may be gone after the handshake of TLS.
+        # Looked up now: after a TLS handshake the peer may have left.
         self._info = describe_socket(sock, peername)
-        # Looked up once, and not for each message: of this thread, which is the group's.
+        # Looked up once, not for each message. It is this thread's, and the group stays in this thread.
         self._buffer = buffers.received
-        self._bulk = False  # Whether more is expected than `DIRECT_SIZE`.
+        self._bulk = False  # Whether more than `DIRECT_SIZE` is expected.
         self._receive = sock.recv
         self.receive_into = sock.recv_into
         self.send = sock.send
@@ -197,14 +203,14 @@ class SocketChannel(Polled, Channel):
         return data if len(data) < DIRECT_SIZE else self._with_rest(data)
 
     def _with_rest(self, data: bytes) -> bytes:
-        """Return `data` with what has arrived behind it: in pieces, it would cost more wherever it goes."""
+        """Return `data` and what has arrived after it, as one: two pieces would cost the receiver more."""
         rest = self._buffer[: RECEIVE_SIZE - DIRECT_SIZE]
         try:
             count = self.receive_into(rest)
         except (BlockingIOError, InterruptedError):
             return data
         except OSError as exc:
-            # The system tells it once, and `data` comes first.
+            # The system reports an error once, and `data` comes first: the next receive raises it.
             self._receive = self.receive_into = failing_as(exc)
             return data
         self._bulk = True
@@ -225,12 +231,12 @@ class SocketChannel(Polled, Channel):
         self._socket.shutdown(socket.SHUT_WR)
 
     def error_ready(self) -> bool:
-        # What concerns a connection is raised by its next call: the queue of a stream has notifications only.
+        # A connection's errors are raised by its next call. The error queue of a stream has notifications only.
         return take_error_queue(self._socket) is not None
 
     def close(self, *, aborted: bool) -> None:
         self._poller.unregister(self)
         self._socket.close()
 
-    def extra_info(self) -> dict[str, Any]:
+    def extra_info(self) -> Mapping[str, Any]:
         return self._info

@@ -1,24 +1,27 @@
 """TLS over any channel.
 
-OpenSSL works on two memory buffers; the channel below moves the ciphertext. A connection passes through three phases,
-each with callbacks of its own at the channel below:
+OpenSSL works on two memory buffers, and the channel below moves the ciphertext. A connection has three phases, each
+with callbacks of its own at the channel below:
 
 - the handshake, in `_tls_handshake`,
-- the exchange of data, which is here, and
-- the farewell, in which both ends send `close_notify`, in `_tls_farewell`.
+- the exchange of data, in this module, and
+- the TLS shutdown, in which both ends send `close_notify`, in `_tls_shutdown`.
 
-What they share is the `Wire`, in `_tls_wire`; neither it nor the other phases know of the channel.
+The phases share the `TLSEngine`, in `_tls_engine`.
+
+Holds: the phase of a connection, and the exchange of data.
+May know: the interface of channels, the phases, OpenSSL.
 """
 
 from __future__ import annotations
 
 import errno
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
-from ._abc import Channel, joined
+from ._abc import StreamChannel, joined
 from ._receive_buffers import buffers
 from ._tls_engine import ENCRYPT_SIZE, Scheduler, TLSEngine, TLSOptions
 from ._tls_handshake import Handshake
@@ -27,37 +30,37 @@ from ._tls_shutdown import PlainShutdown, TLSShutdown
 if TYPE_CHECKING:
     from ._abc import SizedBuffer
 
-# How often in a row one readiness event may call a protocol whose buffer is smaller than what was received.
+# How many times one readiness event may call a protocol whose buffer is smaller than what was received.
 READS_IN_A_ROW = 16
 
-# OpenSSL reads as many bytes as the buffer holds, whatever its items are: nobody has to look.
+# OpenSSL reads at most as many bytes as the buffer holds, so its size need not be computed.
 AS_MUCH_AS_FITS = 2**30
 
 
 class Phase(Enum):
-    """What a connection is at."""
+    """The phases of a connection."""
 
-    HANDSHAKE = auto()  # From the beginning, and until `close` when it fails.
-    CONNECTED = auto()  # The only one in which the transport receives and sends.
+    HANDSHAKE = auto()  # From the start; until `close` if it fails.
+    CONNECTED = auto()  # The only phase in which the transport receives and sends.
     SHUTDOWN = auto()
     CLOSED = auto()
 
 
-# By name: an attribute of the class costs more.
+# Module constants: looking up an enum's member costs more.
 HANDSHAKE, CONNECTED, SHUTDOWN, CLOSED = Phase
 
 
 def noop() -> None: ...
 
 
-class TLSChannel(Channel):
+class TLSChannel(StreamChannel):
     """Moves the plaintext of a TLS connection over `inner`, which it owns.
 
-    `handshake` comes first, before or after a transport has opened the channel: until it has succeeded, nothing
-    is received and nothing sent.
+    `handshake` has to be called first, before or after a transport has set its callbacks: until it has succeeded,
+    nothing is received or sent.
 
-    `unsent` is what is to be sent before the handshake, in the clear; `received` is ciphertext that has arrived
-    already. Raises `ValueError` for options that OpenSSL refuses; `inner` is then left to the caller.
+    `unsent` is sent before the handshake, in the clear. `received` is ciphertext that has arrived already. Raises
+    `ValueError` for options that OpenSSL refuses; the caller then still owns `inner`.
     """
 
     __slots__ = (
@@ -90,50 +93,58 @@ class TLSChannel(Channel):
     drops_after_close = True
 
     def __init__(
-        self, inner: Channel, options: TLSOptions, scheduler: Scheduler, *, unsent: bytes = b"", received: bytes = b""
+        self,
+        inner: StreamChannel,
+        options: TLSOptions,
+        scheduler: Scheduler,
+        *,
+        unsent: bytes = b"",
+        received: bytes = b"",
     ) -> None:
         self._engine = engine = TLSEngine(inner, options, scheduler, unsent)
         if received:
             engine.incoming.write(received)
-        # What the exchange takes from the wire, looked up once, and not for each message.
+        # Looked up once, not for each message.
         self._inner = inner
         self._tls = engine.tls
         self._read = engine.read
         self._incoming = engine.incoming
         self._outgoing = engine.outgoing
         self._receive_ciphertext = engine.receive
-        self._plaintext = buffers.decrypted  # Of this thread, which is the group's.
+        self._plaintext = buffers.decrypted  # This thread's: the group stays in it.
         self._info: dict[str, Any] = {}
         self._phase = HANDSHAKE
         self._handshake: Handshake | None = Handshake(engine)  # Until it is over.
         self._shutdown: PlainShutdown | None = None
-        # What the transport waits for.
+        # What the transport asked for.
         self._reading = False
         self._writing = False
-        # What `receive` finds.
+        # For `receive`.
         self._has_pending = (
-            False  # Something may be had without receiving: records in memory, `close_notify`, an error.
+            False  # OpenSSL may return something without receiving: records in memory, `close_notify`, an error.
         )
-        self._scheduled = False  # The next turn looks for it.
-        self._eof = False  # The transport has been told of the end.
-        # What `send` finds.
-        self._blocked = True  # There is something to look into before it may encrypt: the phase, or what follows.
-        self._plaintext_in_flight = 0  # So many bytes of plaintext are encrypted, but not yet reported as sent.
+        self._scheduled = False  # A read of that is scheduled for the next turn.
+        self._eof = False  # The transport has received the end of the stream.
+        # For `send`.
+        self._blocked = True  # `send` has to call `_catch_up` first.
+        self._plaintext_in_flight = 0  # Bytes that are encrypted but not yet reported as sent.
         self._write_needs_read = False  # OpenSSL cannot write before it has read (renegotiation in TLS 1.2).
-        self._failure: Exception | None = None  # Met elsewhere; `send` raises it, and `receive` at the end.
+        self._failure: Exception | None = (
+            None  # An error outside of `send` and `receive`: `send` raises it, `receive` after the last data.
+        )
 
-    # The first phase.
+    # The handshake
 
     def handshake(self, done: Callable[[Exception | None], None]) -> None:
-        """Begin the handshake; `done` is called once, perhaps before this returns, with what went wrong.
+        """Begin the handshake. `done` is called once, perhaps before this returns, with the error or `None`.
 
-        That is an `ssl.SSLError`, `ConnectionAbortedError` when it took too long or the channel was closed, or
-        `ConnectionResetError` when the peer has left. The caller closes the channel.
+        The error is an `ssl.SSLError`, a `ConnectionAbortedError` when the handshake took too long or the channel was
+        closed, or a `ConnectionResetError` when the peer has left. The caller closes the channel.
         """
         assert self._handshake is not None
         self._handshake.begin(self._connected, done)
 
-    # The second phase.
+    # The exchange of data
 
     def _connected(self, info: dict[str, Any]) -> None:
         self._phase = CONNECTED
@@ -142,7 +153,7 @@ class TLSChannel(Channel):
         self._blocked = False
         self._has_pending = self._incoming.pending > 0  # Data may have come with the last message of the handshake.
         self._inner.set_callbacks(self._readable, self._writable)
-        self._flush_or_fail()  # Our own last message.
+        self._flush_or_fail()  # The last message of this side.
 
     def set_callbacks(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         self._read_ready = read_ready
@@ -165,13 +176,13 @@ class TLSChannel(Channel):
         try:
             self._inner.set_reading((self._reading and engine.may_receive()) or self._write_needs_read)
             self._inner.set_writing(bool(engine.unsent) or (self._writing and not self._write_needs_read))
-        except OSError as exc:  # The system watches as many descriptors as it may: do not ask again.
+        except OSError as exc:  # ENOSPC: the system watches as many file descriptors as it may. Do not ask again.
             self._reading = self._writing = False
             self._fail(exc)
             raise
 
     def _read_again(self) -> None:
-        """Have what is in memory read in the next turn: no selector knows of it."""
+        """Schedule a read of what is in memory for the next turn: no selector reports it."""
         if not self._scheduled:
             self._scheduled = True
             self._engine.scheduler.call_internal(self._scheduled_read)
@@ -190,7 +201,7 @@ class TLSChannel(Channel):
                 self._read_what_is_there()
 
     def _receive_for_writing(self) -> None:
-        """Give OpenSSL what it has to read before it can write; the protocol may have paused reading."""
+        """Receive what OpenSSL has to read before it can write, even if the protocol has paused reading."""
         self._write_needs_read = False
         if not self._has_pending:
             try:
@@ -210,7 +221,7 @@ class TLSChannel(Channel):
         return ConnectionResetError(errno.ECONNRESET, "the peer left during a TLS renegotiation")
 
     def _read_what_is_there(self) -> None:
-        # `_reading` and `_more` are looked at each time: the protocol may pause, close or give a larger buffer.
+        # Checked each time: the protocol may pause, close or provide a larger buffer.
         for _ in range(READS_IN_A_ROW):
             if not (self._reading and self._has_pending):
                 return
@@ -230,15 +241,15 @@ class TLSChannel(Channel):
         return plaintext[:count].tobytes()
 
     def receive_into(self, buffer: SizedBuffer) -> int:
-        """Fill `buffer` with what is in memory, or else arrives, and note whether there may be more."""
+        """Fill `buffer` with what is in memory or has arrived, and note whether there may be more."""
         if not self._has_pending:
             if not self._receive_ciphertext():
                 if self._failure is not None:
-                    raise self._failure  # The system reports an error once: here to a send, and this is no orderly end.
+                    raise self._failure  # The system has reported the error to a send, and does not report it twice.
                 self._eof = True  # The peer has left without `close_notify`.
                 return 0
         elif self._failure is not None and isinstance(self._failure, ssl.SSLError):
-            raise self._failure  # OpenSSL could not read on. When only sending fails, the peer is heard to the end.
+            raise self._failure  # OpenSSL cannot read on. If only sending fails, receiving goes on to the end.
         self._has_pending = True
         try:
             taken = self._read(AS_MUCH_AS_FITS, buffer)
@@ -246,14 +257,14 @@ class TLSChannel(Channel):
             self._has_pending = False
             taken = -1
         except ssl.SSLError:
-            self._flush_or_fail()  # The peer is told why.
+            self._flush_or_fail()  # Send the alert, which tells the peer why.
             raise
         else:
             if not taken:
                 self._info["close_notify"] = True
                 self._eof = True
                 return 0
-            # A read that leaves room has taken its record whole. An item of the buffer is at least a byte.
+            # A read that does not fill the buffer has read its whole record. An item of the buffer is at least a byte.
             if not self._incoming.pending and (taken < len(buffer) or not self._tls.pending()):
                 self._has_pending = False
             else:
@@ -265,7 +276,7 @@ class TLSChannel(Channel):
         return taken
 
     def _read_on(self, buffer: SizedBuffer, taken: int) -> int:
-        """Fill what is left of `buffer` with what else is in memory, and return how much it has then."""
+        """Fill the rest of `buffer` with what else is in memory, and return how many bytes it holds then."""
         read = self._read
         try:
             with memoryview(buffer) as view, view.cast("B") as plaintext:
@@ -295,7 +306,7 @@ class TLSChannel(Channel):
             try:
                 count = self._tls.write(chunk)
             except ssl.SSLWantReadError:
-                if self._eof:  # What OpenSSL waits for will not come.
+                if self._eof:  # OpenSSL waits for a peer that has left.
                     raise self._peer_left() from None
                 self._write_needs_read = True
                 self._flush_or_fail()
@@ -318,7 +329,7 @@ class TLSChannel(Channel):
         return taken
 
     def _catch_up(self) -> int:
-        """Return how much of what is offered has been sent since it was offered first."""
+        """Return how many bytes of the data that is offered again have been sent in between."""
         if self._failure is not None:
             raise self._failure
         if self._engine.unsent or self._phase is not CONNECTED:
@@ -331,10 +342,10 @@ class TLSChannel(Channel):
         return self.send(joined(chunks, ENCRYPT_SIZE))
 
     def _flush_or_fail(self) -> None:
-        """Send what is encrypted; a failure is kept, for the next `send` and for the end of what can be received.
+        """Send what is encrypted. An error is kept for the next `send`, and for `receive` after the last data.
 
-        The peer may have missed nothing but an answer of OpenSSL's own, session tickets for example, and what it has
-        sent before, an alert perhaps, is still there to be received.
+        What could not be sent may be a message of OpenSSL's own, such as session tickets, and data or an alert of the
+        peer may still be there to be received.
         """
         try:
             self._engine.flush()
@@ -345,7 +356,7 @@ class TLSChannel(Channel):
         self._update_interest()
 
     def _fail(self, exc: Exception) -> None:
-        # The first error says what happened: every send after a reset fails with a broken pipe.
+        # Keep the first error, which says what happened: after a reset every send fails with EPIPE.
         if self._failure is None or isinstance(exc, ssl.SSLError):
             self._failure = exc
         self._engine.unsent = b""
@@ -354,7 +365,7 @@ class TLSChannel(Channel):
     def send_eof(self) -> None:
         raise NotImplementedError  # `can_write_eof` is false: TLS 1.2 has no half-closed state.
 
-    # The third phase.
+    # The TLS shutdown
 
     def shutdown(self, done: Callable[[Exception | None, bool], None]) -> bool:
         if self._failure is not None and not self._eof:
@@ -365,7 +376,7 @@ class TLSChannel(Channel):
             self._shutdown = shutdown = PlainShutdown(self._engine, done)
         else:
             self._shutdown = shutdown = TLSShutdown(self._engine, done, self._info, eof=self._eof)
-        self._reading = self._writing = False  # What is still in memory is nobody's to read any more.
+        self._reading = self._writing = False  # What is still in memory is dropped.
         try:
             return shutdown.begin()
         except Exception:
@@ -385,12 +396,10 @@ class TLSChannel(Channel):
             self._handshake.end(
                 ConnectionAbortedError(errno.ECONNABORTED, "the connection was closed during its TLS handshake")
             )
-        # No cycles: a server may see many connections fail, and OpenSSL's memory is not the collector's to weigh.
+        # Break reference cycles: the garbage collector does not see OpenSSL's memory, and many connections may fail.
         self._inner.set_callbacks(noop, noop)
         self.set_callbacks(noop, noop)
         self._failure = self._handshake = self._shutdown = None
 
-    def extra_info(self) -> dict[str, Any]:
-        # The transport keeps this very dictionary, and so learns what becomes known later.
-        self._info = {**self._inner.extra_info(), "sslcontext": self._engine.options.context, **self._info}
-        return self._info
+    def extra_info(self) -> Mapping[str, Any]:
+        return {**self._inner.extra_info(), "sslcontext": self._engine.options.context, **self._info}

@@ -1,6 +1,6 @@
-"""What the phases of a TLS connection share: OpenSSL, its way to the channel below, and a limit in time.
+"""What the phases of a TLS connection share: OpenSSL, the channel below, and a time-out.
 
-Memory buffers, and not a descriptor in OpenSSL's hands, because then OpenSSL reads only what it was fed:
+OpenSSL works on memory buffers and not on a file descriptor, so it reads only what it is given:
 
 - It can say `close_notify` while data of the peer is on its way. `SSL_shutdown` on a descriptor would read that data
   and break the connection ("application data after close notify").
@@ -22,20 +22,20 @@ from ._receive_buffers import buffers
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from ._abc import Channel
+    from ._abc import StreamChannel
 
-# How much plaintext is encrypted before the ciphertext is sent. It bounds what waits, twice, behind a peer that does
-# not read. Both sizes also bound what the memory buffers of a connection keep allocated once they were that full.
+# How many bytes of plaintext are encrypted before the ciphertext is sent. It bounds what is buffered, twice, for a peer
+# that does not read. Both sizes also bound the memory that a connection's buffers keep allocated.
 ENCRYPT_SIZE = 128 * 1024
 
-# How much may wait for a peer that does not read before nothing more is received from it: what it sends may make
-# OpenSSL answer (key updates), without end. What `TLSChannel.send` leaves waiting is less.
+# How many bytes may wait for a peer that does not read before nothing more is received from it: its messages may make
+# OpenSSL answer without end (key updates). `TLSChannel.send` leaves less waiting.
 ANSWERS_LIMIT = 4 * ENCRYPT_SIZE
 
 
 @dataclass(frozen=True)
 class TLSOptions:
-    """How one end of a connection speaks TLS; the time-outs are seconds.
+    """The TLS options of one end of a connection; time-outs are in seconds.
 
     Raises `ValueError` for a context that is to check a name, without one.
     """
@@ -47,7 +47,7 @@ class TLSOptions:
     shutdown_timeout: float
 
     def __post_init__(self) -> None:
-        # Python 3.14 says so too, but once connected; Pythons before leave the name unchecked.
+        # Python 3.14 raises this too, but once connected; earlier versions do not check the name.
         if self.context.check_hostname and not self.server_hostname:
             raise ValueError("check_hostname requires server_hostname")
 
@@ -84,7 +84,7 @@ class TLSEngine:
         "unsent",
     )
 
-    def __init__(self, inner: Channel, options: TLSOptions, scheduler: Scheduler, unsent: bytes) -> None:
+    def __init__(self, inner: StreamChannel, options: TLSOptions, scheduler: Scheduler, unsent: bytes) -> None:
         self.incoming = ssl.MemoryBIO()
         self.outgoing = ssl.MemoryBIO()
         self.tls = options.context.wrap_bio(
@@ -99,19 +99,19 @@ class TLSEngine:
         self.options = options
         self.scheduler = scheduler
         self.unsent: bytes | memoryview = unsent
-        # Looked up once, and not for each message: of this thread, which is the group's.
+        # Looked up once, not for each message. It is this thread's, and the group stays in this thread.
         self._ciphertext = buffers.received
         self._timer: Cancellable | None = None
 
     def receive(self) -> int:
-        """Give OpenSSL what the channel below has, and return how much that was, 0 at the end."""
+        """Pass what has arrived to OpenSSL. Return how many bytes that were, 0 at the end of the stream."""
         ciphertext = self._ciphertext
         count = self.inner.receive_into(ciphertext)
         self.incoming.write(ciphertext[:count])
         return count
 
     def flush(self) -> None:
-        """Send what is encrypted, as far as it goes now."""
+        """Send as much of what is encrypted as can be sent now."""
         if self.outgoing.pending:
             ciphertext = self.outgoing.read()
             self.unsent = b"".join((self.unsent, ciphertext)) if self.unsent else ciphertext
@@ -123,16 +123,16 @@ class TLSEngine:
             self.unsent = memoryview(self.unsent)[sent:]
 
     def may_receive(self) -> bool:
-        """Whether the peer reads enough to be read from."""
+        """Return whether to receive: not while too many answers wait for a peer that does not read."""
         return len(self.unsent) <= ANSWERS_LIMIT
 
     def stop_io(self) -> None:
-        """Wait for nothing any more: of a failure below, readiness would be reported over and over."""
+        """Stop waiting for the channel below: after an error it would be reported ready again and again."""
         self.inner.set_reading(False)
         self.inner.set_writing(False)
 
     def start_timeout(self, seconds: float, on_timeout: Callable[[], None]) -> None:
-        """Call `expired` after so many seconds, unless `lift_limit` comes before."""
+        """Call `on_timeout` after `seconds`, unless `cancel_timeout` is called before."""
         self._timer = self.scheduler.call_later(seconds, on_timeout)
 
     def cancel_timeout(self) -> None:

@@ -1,4 +1,8 @@
-"""The first phase of a TLS connection: the handshake. Nothing reaches a transport, which mostly does not exist yet."""
+"""The first phase of a TLS connection: the handshake.
+
+Holds: one handshake, its time-out and its errors. The transport mostly does not exist yet.
+May know: the TLS engine, errors.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,12 @@ if TYPE_CHECKING:
     from ._tls_engine import TLSEngine
 
 
-# How long, in seconds, the alert of a peer that has left may take through the tasks of a stream below.
+# How long, in seconds, to wait for the alert of a peer that has left: an AnyIO stream below receives in a task.
 TIME_FOR_AN_ALERT = 0.5
 
 
 class Handshake:
-    """One handshake over `wire`, which has it to itself meanwhile."""
+    """One handshake. Until it ends, nothing else uses the engine."""
 
     __slots__ = ("_call", "_connected", "_done", "_engine", "_handshake_error", "_peer_error", "_stopped")
 
@@ -29,12 +33,12 @@ class Handshake:
             engine.scheduler.new_user_call()
         )  # A server name callback is the user's, and may ask for its context.
         self._done: Callable[[Exception | None], None] | None = None
-        self._handshake_error: Exception | None = None  # Why the handshake failed, while the peer is being told.
-        self._peer_error: Exception | None = None  # That the peer has left, while what it said before is awaited.
-        self._stopped = False  # The wire is somebody else's.
+        self._handshake_error: Exception | None = None  # Why the handshake failed; the alert is still being sent.
+        self._peer_error: Exception | None = None  # The peer has left; its alert may still arrive.
+        self._stopped = False  # A TLS shutdown uses the engine now.
 
     def begin(self, connected: Callable[[dict[str, Any]], None], done: Callable[[Exception | None], None]) -> None:
-        """Call `begin_exchange` with what is known of the connection, then `done`; or only `done`, with an error."""
+        """Call `connected` with the extra info of the connection, then `done(None)`; or only `done`, with an error."""
         self._connected = connected
         self._done = done
         engine = self._engine
@@ -48,14 +52,16 @@ class Handshake:
         self._advance()
 
     def stop(self) -> None:
-        """Give the wire away. `done` is still called, by `end` or when the time is over."""
+        """Stop using the engine. `done` is still called, by `end` or at the time-out."""
         self._stopped = True
         self._engine.inner.set_reading(False)
 
     def end(self, exc: Exception | None) -> None:
-        """Call `done`, unless that has happened."""
+        """Call `done`, unless it has been called."""
         self._stopped = True
-        self._handshake_error = self._peer_error = None  # Their tracebacks have frames of ours: no cycle.
+        self._handshake_error = self._peer_error = (
+            None  # Their tracebacks have frames of this object: no reference cycle.
+        )
         done, self._done = self._done, None
         if done is None:
             return
@@ -91,7 +97,7 @@ class Handshake:
         except ssl.SSLWantReadError:
             pass
         except Exception as exc:  # `ssl.SSLError`, what a context of another kind raises, an unreadable certificate.
-            self._handshake_error = exc  # The peer is told.
+            self._handshake_error = exc  # OpenSSL has an alert for the peer, which is sent first.
             self._engine.inner.set_reading(False)
         else:
             self._connected(info)
@@ -115,7 +121,7 @@ class Handshake:
             self._fail(self._handshake_error)
 
     def _await_alert(self, exc: Exception) -> None:
-        """Go on receiving from a peer that has left: it may have said why."""
+        """Go on receiving from a peer that has left: its alert may say why."""
         self._peer_error = exc
         self._engine.inner.set_writing(False)
         self._engine.cancel_timeout()
@@ -130,7 +136,7 @@ class Handshake:
         )
 
     def _fail(self, exc: Exception) -> None:
-        # Linux tells a sender of the peer's leaving by EPIPE and a receiver by ECONNRESET: here it is one thing.
+        # On Linux a lost peer is EPIPE when sending and ECONNRESET when receiving. Report ECONNRESET for both.
         if isinstance(exc, BrokenPipeError):
             reset = ConnectionResetError(errno.ECONNRESET, "the peer left")
             reset.__cause__ = exc

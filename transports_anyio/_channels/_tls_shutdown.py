@@ -1,4 +1,8 @@
-"""The last phase of a TLS connection: both ends send `close_notify`, then the channel below takes leave in its turn."""
+"""The last phase of a TLS connection: both ends send `close_notify`, then the channel below shuts down.
+
+Holds: the shutdown with and without TLS, and its time-out.
+May know: the TLS engine.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,15 @@ from ._receive_buffers import RECEIVE_SIZE, buffers
 if TYPE_CHECKING:
     from ._tls_engine import TLSEngine
 
-# How much a peer may still send after our `close_notify` before the connection ends without waiting for its own.
-# What is on its way when we close should fit; a download without end should not be read to the end.
+# How many bytes a peer may still send after our `close_notify` before the connection ends without the peer's.
+# What is in flight when we close should fit; an endless download should not be read to the end.
 DISCARD_LIMIT = 1024 * 1024
 
 
 class PlainShutdown:
-    """The end of a connection that is closed during its handshake: there is no TLS yet that could end.
+    """The shutdown of a connection that is closed during its handshake, without `close_notify`.
 
-    What is unsent is sent first. The time limit is still that of the handshake.
+    What is unsent is sent first. The handshake's time-out still applies.
     """
 
     __slots__ = ("_done", "_engine", "_eof")
@@ -30,9 +34,9 @@ class PlainShutdown:
         self._eof = False  # The peer has sent `close_notify`, or left.
 
     def begin(self) -> bool:
-        """Take leave, as `Channel.finish` says."""
+        """Begin, as `StreamChannel.shutdown` does."""
         self._engine.inner.set_callbacks(self._readable, self._writable)
-        return not self._engine.unsent and self._leave()  # What is unsent waits for the channel below already.
+        return not self._engine.unsent and self._shut_inner_down()  # Writing is watched already if something is unsent.
 
     def abandon(self) -> None:
         """Do not call `done` any more."""
@@ -47,25 +51,25 @@ class PlainShutdown:
             self._end(exc)
             return
         if over:
-            self._leave_or_fail()
+            self._shut_inner_down_or_fail()
 
     def _advance(self) -> bool:
-        """Do what can be done now; return whether only the channel below has yet to take leave."""
+        """Do what can be done now. Return whether only the channel below remains to be shut down."""
         engine = self._engine
         engine.flush()
         engine.inner.set_writing(bool(engine.unsent))
         return not engine.unsent
 
-    def _leave(self) -> bool:
-        """Let the channel below take leave, which may be TLS too; return whether that is all over."""
+    def _shut_inner_down(self) -> bool:
+        """Shut down the channel below, which may be TLS too. Return whether that is complete."""
         self._engine.cancel_timeout()
         return self._engine.inner.shutdown(self._inner_finished)
 
-    def _leave_or_fail(self) -> None:
+    def _shut_inner_down_or_fail(self) -> None:
         if self._done is None:
-            return  # Abandoned meanwhile.
+            return  # `abandon` was called.
         try:
-            over = self._leave()
+            over = self._shut_inner_down()
         except Exception as exc:
             self._end(exc)
             return
@@ -84,9 +88,10 @@ class PlainShutdown:
 
 
 class TLSShutdown(PlainShutdown):
-    """The end of a connection that has exchanged data. What still comes is thrown away, up to a limit.
+    """The TLS shutdown of a connection. Data that still arrives is dropped, up to a limit.
 
-    `eof` says that the transport knows already of the end of the peer's stream. `info` is told of a `close_notify`.
+    eof: whether the transport has received the end of the stream already.
+    info: extra info, which a `close_notify` is noted in.
     """
 
     __slots__ = ("_discarded", "_info")
@@ -107,9 +112,9 @@ class TLSShutdown(PlainShutdown):
             engine.start_timeout(engine.options.shutdown_timeout, self._timed_out)
             return False
         if transport_knows:
-            return self._leave()
+            return self._shut_inner_down()
         engine.stop_io()
-        engine.scheduler.call_internal(self._leave_or_fail)  # `done` is not called before this returns.
+        engine.scheduler.call_internal(self._shut_inner_down_or_fail)  # `done` is not called before this returns.
         return False
 
     def _readable(self) -> None:
@@ -139,14 +144,14 @@ class TLSShutdown(PlainShutdown):
         except ConnectionError:
             if not self._eof:
                 raise
-            engine.unsent = b""  # The peer has left and misses nothing but our farewell.
+            engine.unsent = b""  # The peer has left, so it does not need our `close_notify`.
         engine.inner.set_writing(bool(engine.unsent))
-        # What comes behind the end is no TLS, and nobody would take it out of memory.
+        # What follows the end is not TLS and is not read.
         engine.inner.set_reading(not self._eof and engine.may_receive())
         return (self._eof or self._discarded > DISCARD_LIMIT) and not engine.unsent
 
     def _discard(self) -> None:
-        """Throw away what has come, before OpenSSL is told of the end: it would take that for an error."""
+        """Drop what has arrived: in `unwrap`, OpenSSL would treat data as an error."""
         plaintext = buffers.decrypted
         try:
             while count := self._engine.read(RECEIVE_SIZE, plaintext):

@@ -1,4 +1,4 @@
-"""Endpoint functions: what makes a connection exist, a module for each family.
+"""Endpoint functions, which make connections: a module for each family.
 
-May know: transports, channels and the core of a group. Each module is a part of `TransportGroup`.
+Each family is a base class of `TransportGroup`.
 """

@@ -1,102 +1,74 @@
-"""What endpoint functions of several families do: guard their calls, take sockets over, shake hands."""
+"""What several families of endpoint functions need: to adopt sockets, to own AnyIO objects, to wait for handshakes.
+
+Holds: the base class of the families, and the AnyIO objects in use.
+May know: `_callbacks`, `_channels`, `_core`, `_errors`, `_poller`, `_resources`, `_selector`, `_transports`, `_types`,
+`_waiters`, `anyio`, `socket`.
+"""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Coroutine
-from functools import wraps
-from inspect import iscoroutinefunction, signature
-from typing import TYPE_CHECKING, Any, TypeVar
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 
+from .._callbacks import check_factory
 from .._channels._socket import SocketChannel, is_tcp, set_nodelay
 from .._channels._tls import TLSChannel
 from .._channels._tls_engine import TLSOptions
-from .._errors import safe_repr
+from .._errors import NotOpenError, safe_repr
 from .._selector import Registration
 from .._transports._stream import StreamTransport
+from .._types import StreamProtocolT
 from .._waiters import Outcome
 
 if TYPE_CHECKING:
-    from .._channels._abc import Channel
+    from .._channels._abc import StreamChannel
     from .._core import Core
+    from .._poller import Poller
     from .._resources import PendingHandshake
 
-ProtocolT = TypeVar("ProtocolT")
-
-#: The AnyIO objects that transports use, by their `id`: a user's own need not be hashable. Groups in several threads
-#: share it, so it is only changed by methods of the set, which are atomic.
+#: The `id` of each AnyIO object that a transport uses: the objects need not be hashable. Groups in several threads
+#: share this set, so only its methods change it, which are atomic.
 in_use: set[int] = set()
 
 
-def check_factory(name: str, factory: object, start_task: str) -> None:
-    """Raise `TypeError` for what can never be the protocol factory of the endpoint function `name`.
+async def check_open(core: Core, name: str = "", *factories: object, called_as: str = "") -> Poller:
+    """Return the poller if an endpoint function may make a connection now, or may still do so after a wait.
 
-    The message says that `start_task` starts what has to wait.
+    `name` is the endpoint function, and `factories` are its protocol factories. `called_as` is how users call it, if
+    that is not `group.name`.
+
+    Raises:
+    - `RuntimeError`: the group is not open, or this is another thread than the group's
+    - `TypeError`: a factory can never return a protocol
+    - the cancellation of the caller, instead of a `RuntimeError`, if it is cancelled because the group is being left
     """
-    if isinstance(factory, type):
-        return  # The most frequent one, which need not be looked into.
-    if iscoroutinefunction(factory):
-        raise TypeError(
-            f"{name}() takes a protocol factory that returns a protocol, got the coroutine function {factory!r}: use a "
-            f"plain function, and start what has to wait from connection_made(), with {start_task}"
-        )
-    if callable(factory):
-        return
-    if hasattr(factory, "connection_made"):
-        raise TypeError(
-            f"{name}() takes a protocol factory, got the protocol {factory!r} itself, which is not callable: give its "
-            "class, or `lambda: protocol` for one that is made already"
-        )
-    raise TypeError(
-        f"{name}() takes a protocol factory, got {factory!r}, which is not callable: give a protocol class, or a "
-        "function that returns a protocol"
-    )
+    try:
+        poller = core.check_open(name, called_as)
+    except RuntimeError:
+        await check_cancelled(core)
+        raise
+    for factory in factories:
+        check_factory(name, factory, core.task_starter)
+    return poller
+
+
+async def check_cancelled(core: Core) -> None:
+    """Raise the cancellation of a task of a group that is being left, which explains any other error."""
+    if not core.open and get_ident() == core.thread:
+        await anyio.lowlevel.checkpoint_if_cancelled()
 
 
 class Endpoints:
-    """What the endpoint functions of every family need."""
+    """The base class of each family of endpoint functions.
+
+    The first line of an endpoint function is `await check_open(self._core, name, protocol_factory)`.
+    """
 
     _core: Core
-
-    #: How users call the functions of the family, for error messages.
-    _called_as = "group.{}"
-    #: What starts a task in a callback, for error messages.
-    _start_task = "current_group().start_soon()"
-
-    def __init_subclass__(cls) -> None:
-        """Guard the endpoint functions of a family: all the public coroutine functions of its class."""
-        super().__init_subclass__()
-        if Endpoints in cls.__bases__:
-            for name, function in tuple(vars(cls).items()):
-                if not name.startswith("_") and iscoroutinefunction(function):
-                    setattr(cls, name, cls._guarded(function))
-
-    @classmethod
-    def _guarded(cls, function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
-        """Return the endpoint function with what can be said against a call before anything happens."""
-        name = function.__name__
-        called_as = cls._called_as.format(name)
-        factories = [(at, each) for at, each in enumerate(signature(function).parameters) if "factory" in each]
-
-        @wraps(function)
-        async def call(self: Endpoints, *args: Any, **options: Any) -> Any:
-            try:
-                self._core.check_open(name, called_as)
-                for at, parameter in factories:
-                    if at <= len(args):
-                        check_factory(name, args[at - 1], self._start_task)
-                    elif parameter in options:
-                        check_factory(name, options[parameter], self._start_task)
-                return await function(self, *args, **options)
-            except Exception:
-                if not self._core.open:
-                    # A task of the group may get here before its cancellation, which explains the error.
-                    await anyio.lowlevel.checkpoint_if_cancelled()
-                raise
-
-        return call
 
     def _run_for(
         self,
@@ -104,7 +76,10 @@ class Endpoints:
         run: Callable[[Callable[[Exception], None]], Coroutine[Any, Any, None]],
         name: str | None = None,
     ) -> None:
-        """Start the task of a channel or child over an AnyIO object, which may be the user's own and fail to close."""
+        """Start the task `run` of a channel or child over the AnyIO object `resource`.
+
+        `run` gets a function that reports an error of closing: the object may be the user's own class.
+        """
         name = name or safe_repr(resource)
         core = self._core
         in_use.add(id(resource))
@@ -124,63 +99,67 @@ class Endpoints:
         core.start_internal_task(use, name=f"transports_anyio: {name}")
 
     def _require_unused(self, *resources: object) -> None:
-        """Raise `RuntimeError` for an AnyIO object that a transport uses, of whichever group."""
+        """Raise `RuntimeError` if a transport of any group uses one of the AnyIO objects."""
         for resource in resources:
             if id(resource) in in_use:
-                raise RuntimeError(f"{safe_repr(resource)} is used already, by another transport")
+                raise RuntimeError(f"{safe_repr(resource)} is already in use by another transport")
 
     async def _connect_socket(
-        self, protocol_factory: Callable[[], ProtocolT], sock: socket.socket, tls: TLSOptions | None = None
-    ) -> tuple[StreamTransport, ProtocolT]:
-        """Give a connected, non-blocking socket a protocol and a transport, after the handshake with `tls`.
+        self, protocol_factory: Callable[[], StreamProtocolT], sock: socket.socket, tls: TLSOptions | None = None
+    ) -> tuple[StreamTransport, StreamProtocolT]:
+        """Make the protocol and the transport of a connected, non-blocking socket; with `tls`, do the handshake first.
 
-        The socket is the group's from here on: whatever goes wrong closes it.
+        The group owns the socket from here on, and closes it on any error.
         """
         try:
-            poller = self._core.check_open()
+            poller = await check_open(self._core)
             if is_tcp(sock):
                 set_nodelay(sock)
-            channel: Channel = SocketChannel(poller, sock)
+            channel: StreamChannel = SocketChannel(poller, sock)
         except BaseException:
             sock.close()
             raise
         if tls is not None:
             try:
                 encrypted = TLSChannel(channel, tls, self._core)
-            except BaseException:  # OpenSSL does not like the name of the server, for example.
+            except BaseException:  # OpenSSL refuses the name of the server, for example.
                 channel.close(aborted=True)
                 raise
             await self._shake_hands(encrypted)
             channel = encrypted
         transport, protocol = self._core.make_transport(StreamTransport, protocol_factory, channel)
-        transport.start()
+        transport._start()
         return transport, protocol
 
-    async def _take_over(self, sock: socket.socket) -> None:
-        """Make a socket that somebody else has made non-blocking. It is the group's from here on.
+    async def _adopt(self, sock: socket.socket) -> None:
+        """Make a socket of the user's non-blocking. The group owns it from here on, and closes it on any error.
 
-        Raises `RuntimeError` for one that is the group's already, which is left alone.
+        Raises `RuntimeError` if the group uses the socket already; it is not closed then.
         """
-        poller = self._core.check_open()
-        user = poller.owner(sock.fileno())
-        if user is not None:
-            raise RuntimeError(f"{sock!r} is used already, by another transport or server of the group: {user!r}")
-        meanwhile = Registration(sock.fileno())
-        poller.register(meanwhile)  # Another task may try the same.
+        poller = await check_open(self._core)
+        owner = poller.owner(sock.fileno())
+        if owner is not None:
+            raise RuntimeError(f"{sock!r} is already in use by another transport or server of the group: {owner!r}")
+        reservation = Registration(sock.fileno())
+        poller.register(reservation)  # Another task may try to adopt the same socket.
         try:
             sock.setblocking(False)
             await anyio.lowlevel.checkpoint()
+            await check_open(self._core)
         except BaseException:
             sock.close()
             raise
         finally:
-            poller.unregister(meanwhile)
+            poller.unregister(reservation)
 
     async def _shake_hands(self, channel: TLSChannel) -> None:
-        """Wait for the handshake of `channel`, which is closed when that fails or is cancelled.
+        """Wait for the handshake of `channel`. An error or a cancellation closes the channel.
 
-        Raises `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves,
-        `ConnectionAbortedError` when it takes too long, and `RuntimeError` when the group ends.
+        Raises:
+        - `ssl.SSLError`: the peers do not agree on TLS
+        - `ConnectionResetError`: the peer closed the connection
+        - `ConnectionAbortedError`: the handshake timed out
+        - `RuntimeError`: the group has ended
         """
         core = self._core
         outcome = Outcome()
@@ -191,7 +170,11 @@ class Endpoints:
         try:
             core.handshake(channel, done)
             await outcome.wait()
-            core.check_open()  # The group may have ended before this task runs again.
+            await check_open(core)  # The group may have ended before this task runs again.
+        except NotOpenError:
+            channel.close(aborted=True)
+            await check_cancelled(core)
+            raise
         except BaseException:
             channel.close(aborted=True)
             raise

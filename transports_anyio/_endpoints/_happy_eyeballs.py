@@ -1,4 +1,7 @@
-"""Connecting to the first of many addresses that answers: one after the other, or staggered as in RFC 8305.
+"""Connect to the first address that accepts: one attempt after the other, or staggered as in RFC 8305.
+
+Holds: the order of the addresses, the attempts, and the error if all of them fail.
+May know: `_addresses`, `_sockets`, `_waiters`, `anyio`, `exceptiongroup`, `socket`.
 
 Source: https://www.rfc-editor.org/rfc/rfc8305
 """
@@ -25,7 +28,7 @@ Attempt: TypeAlias = "Callable[[], Awaitable[socket.socket | None]]"
 
 
 def interleave(addresses: Sequence[AddressInfo], first_family_count: int) -> list[AddressInfo]:
-    """Let the families take turns, after `first_family_count` addresses of the first one (RFC 8305, section 4)."""
+    """Alternate between the families, after `first_family_count` addresses of the first one (RFC 8305, section 4)."""
     families: dict[int, list[AddressInfo]] = {}
     for info in addresses:
         families.setdefault(info[0], []).append(info)
@@ -45,14 +48,17 @@ async def connect_to_any(
 ) -> socket.socket:
     """Return a non-blocking socket connected to the first address that accepts.
 
-    With a `delay` (seconds) each attempt gets a head start of so long before the next one begins beside it; without
-    one, it is given up before the next begins. Whatever happens, no socket of another attempt stays open.
+    With a `delay`, in seconds, the next attempt begins when the previous one has failed or has taken that long; they
+    then run side by side. Without a `delay` each attempt has to fail before the next one begins. The sockets of all
+    other attempts are closed, also after an error.
 
-    Raises an `OSError` that names every address tried, or with `all_errors` an `ExceptionGroup` of one for each;
-    `TypeError` for a delay that is no number, `OverflowError` for one that is too large.
+    Raises:
+    - `OSError`: no address accepts; it names every address. With `all_errors`, an `ExceptionGroup` of the errors.
+    - `TypeError`: the delay is not a number
+    - `OverflowError`: the delay is too large
     """
     if delay is not None:
-        delay = max(0.0, delay + 0.0)  # 0 for NaN, too: it is no head start.
+        delay = max(0.0, delay + 0.0)  # NaN becomes 0, too.
     errors: list[list[OSError]] = [[] for _ in addresses]
     attempts = [partial(attempt, *each, local_addresses) for each in zip(addresses, errors, strict=True)]
     sock = None
@@ -69,11 +75,11 @@ async def connect_to_any(
         return sock
     finally:
         for failures in errors:
-            failures.clear()  # Their tracebacks have the frames that hold them: no cycle.
+            failures.clear()  # Break the cycles: their tracebacks refer to the frames that hold them.
 
 
 async def race(attempts: Sequence[Attempt], delay: float) -> socket.socket | None:
-    """Return the socket of the first attempt that succeeds, `None` when none does."""
+    """Return the socket of the first attempt that succeeds, or `None` if all of them fail."""
     winner: socket.socket | None = None
     mistake: Exception | None = None
 
@@ -81,7 +87,7 @@ async def race(attempts: Sequence[Attempt], delay: float) -> socket.socket | Non
         nonlocal winner, mistake
         try:
             sock = await begin()
-        except Exception as exc:  # Of the caller's, an address that is none: it comes out alone.
+        except Exception as exc:  # An invalid address: the caller's mistake, raised as it is.
             mistake = exc
             tasks.cancel_scope.cancel()
             return
@@ -91,7 +97,7 @@ async def race(attempts: Sequence[Attempt], delay: float) -> socket.socket | Non
             winner = sock
             tasks.cancel_scope.cancel()
         else:
-            sock.close()  # Two have won in the same turn.
+            sock.close()  # Two attempts succeeded at once.
 
     try:
         async with anyio.create_task_group() as tasks:
@@ -107,14 +113,14 @@ async def race(attempts: Sequence[Attempt], delay: float) -> socket.socket | Non
             winner.close()
         raise
     finally:
-        mistake = None  # Its traceback has this frame: no cycle.
+        mistake = None  # Break the cycle: its traceback refers to this frame.
     return winner
 
 
 async def attempt(
     info: AddressInfo, errors: list[OSError], local_addresses: Sequence[AddressInfo] | None
 ) -> socket.socket | None:
-    """Return a socket connected to an address; `None`, and the reason in `errors`, when that is not possible."""
+    """Return a socket connected to an address, or add the reason to `errors` and return `None`."""
     family, kind, proto, address = info
     try:
         sock = socket.socket(family, kind, proto)
@@ -135,7 +141,7 @@ async def attempt(
 
 
 def bind_to_any(sock: socket.socket, addresses: Sequence[AddressInfo], errors: list[OSError]) -> bool:
-    """Bind to the first address that can be had; whether there is one."""
+    """Bind to the first of the addresses that is available, and return whether there is one."""
     for family, _, _, address in addresses:
         if family == sock.family:
             try:
@@ -150,9 +156,9 @@ def bind_to_any(sock: socket.socket, addresses: Sequence[AddressInfo], errors: l
 
 
 def failure(errors: list[OSError], *, all_errors: bool) -> Exception:
-    """Return one error that names every address tried, or with `all_errors` an `ExceptionGroup` of one for each."""
+    """Return one error that names every address, or with `all_errors` an `ExceptionGroup` of the errors."""
     if all_errors:
         return ExceptionGroup("create_connection failed", errors)
-    if len(set(map(str, errors))) == 1:  # One, or a local address that failed again for each remote one.
+    if len(set(map(str, errors))) == 1:  # One error, or the same local address failed for each remote address.
         return errors[0]
     return OSError(f"Multiple exceptions: {', '.join(map(str, errors))}")

@@ -1,4 +1,8 @@
-"""Pipes: `connect_read_pipe` and `connect_write_pipe`."""
+"""Pipes: `connect_read_pipe` and `connect_write_pipe`.
+
+Holds: the endpoint functions for pipes.
+May know: `_base`, `_channels`, `_transports`, `_types`, `abc`, `anyio`.
+"""
 
 from __future__ import annotations
 
@@ -10,56 +14,71 @@ import anyio.lowlevel
 from .._channels._pipe import PipeChannel, require_pipes
 from .._transports._pipe import ReadPipeTransport, WritePipeTransport
 from .._transports._stream import StreamTransport
-from ._base import Endpoints, ProtocolT
+from .._types import StreamProtocolT
+from ._base import Endpoints, check_open
 
 if TYPE_CHECKING:
-    from asyncio import ReadTransport, WriteTransport
+    from ..abc import ReadTransport, WriteTransport
 
 
 class PipeEndpoints(Endpoints):
     """`connect_read_pipe` and `connect_write_pipe`."""
 
     async def connect_read_pipe(
-        self, protocol_factory: Callable[[], ProtocolT], pipe: Any
-    ) -> tuple[ReadTransport, ProtocolT]:
+        self, protocol_factory: Callable[[], StreamProtocolT], pipe: Any
+    ) -> tuple[ReadTransport, StreamProtocolT]:
         """Read from `pipe` and return `(transport, protocol)`.
 
-        `pipe` is a file object: a pipe, FIFO, socket, character device or terminal. The transport makes it
-        non-blocking and closes it, standard input excepted: that is left as it was. `connection_made` runs before this
-        returns.
+        `connection_made` runs before this returns.
 
-        Raises `RuntimeError` when the group is not open, `ValueError` for a regular file, which is left open,
-        `NotImplementedError` on Windows, and whatever `protocol_factory` raises.
+        - `protocol_factory`: makes the protocol
+        - `pipe`: a file object of a pipe, FIFO, socket, character device or terminal. The transport makes it
+          non-blocking and closes it. Standard input is not closed, and is left as it was.
+
+        Raises:
+        - `RuntimeError`: the group is not open
+        - `ValueError`: `pipe` is a regular file, which stays open
+        - `NotImplementedError`: on Windows
+        - whatever `protocol_factory` raises
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_read_pipe
         """
+        await check_open(self._core, "connect_read_pipe", protocol_factory)
         return await self._connect_pipe(protocol_factory, pipe, ReadPipeTransport)
 
     async def connect_write_pipe(
-        self, protocol_factory: Callable[[], ProtocolT], pipe: Any
-    ) -> tuple[WriteTransport, ProtocolT]:
+        self, protocol_factory: Callable[[], StreamProtocolT], pipe: Any
+    ) -> tuple[WriteTransport, StreamProtocolT]:
         """Write to `pipe` and return `(transport, protocol)`.
 
-        `pipe` is a file object, of the kinds that `connect_read_pipe` takes. The transport makes it non-blocking and
-        closes it, standard output and error excepted: they are left as they were. That the reader has gone is noticed
-        while nothing is written, too. `connection_made` runs before this returns.
+        `connection_made` runs before this returns. The transport notices that the reader has closed its end even while
+        nothing is written.
 
-        Raises `RuntimeError` when the group is not open, `ValueError` for a regular file, which is left open,
-        `NotImplementedError` on Windows, and whatever `protocol_factory` raises.
+        - `protocol_factory`: makes the protocol
+        - `pipe`: a file object, of the kinds that `connect_read_pipe` takes. The transport makes it non-blocking and
+          closes it. Standard output and standard error are not closed, and are left as they were.
+
+        Raises:
+        - `RuntimeError`: the group is not open
+        - `ValueError`: `pipe` is a regular file, which stays open
+        - `NotImplementedError`: on Windows
+        - whatever `protocol_factory` raises
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_write_pipe
         """
+        await check_open(self._core, "connect_write_pipe", protocol_factory)
         return await self._connect_pipe(protocol_factory, pipe, WritePipeTransport)
 
     async def _connect_pipe(
         self,
-        protocol_factory: Callable[[], ProtocolT],
+        protocol_factory: Callable[[], StreamProtocolT],
         pipe: Any,
         transport_class: type[ReadPipeTransport | WritePipeTransport],
-    ) -> tuple[StreamTransport, ProtocolT]:
+    ) -> tuple[StreamTransport, StreamProtocolT]:
         require_pipes()
         await anyio.lowlevel.checkpoint()
-        channel = PipeChannel(self._core.check_open(), pipe, writing=transport_class is WritePipeTransport)
+        poller = await check_open(self._core)
+        channel = PipeChannel(poller, pipe, writing=transport_class is WritePipeTransport)
         transport, protocol = self._core.make_transport(transport_class, protocol_factory, channel)
-        transport.start()
+        transport._start()
         return transport, protocol

@@ -13,19 +13,20 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol
 import anyio.to_thread
 
 from .._channels._abc import FileError
+from .._transports._sendfile import SendfileOperation
 from .._transports._stream import StreamTransport
-from ._base import Endpoints
+from ._base import Endpoints, check_cancelled, check_open
 
 if TYPE_CHECKING:
     from asyncio import WriteTransport
 
-# The most that is asked of one `os.sendfile`, in bytes: below the limits of every platform.
+# The most for one call of `os.sendfile`, in bytes: below the limits of every platform.
 MOST_AT_ONCE = 1 << 30
 
 # How much is read at a time where the system cannot send a file by itself: asyncio's figure for sockets.
 BLOCK_SIZE = 256 * 1024
 
-# By which methods a file reads from its descriptor.
+# The methods by which a file reads from its file descriptor.
 READING = {name: getattr(io.FileIO, name) for name in ("read", "readall", "readinto")}
 
 
@@ -41,50 +42,61 @@ class FileEndpoints(Endpoints):
         *,
         fallback: bool = True,
     ) -> int:
-        """Send `file` over `transport`, behind what was written before, and return how many bytes were sent.
+        """Send `file` over `transport`, after what was written before, and return how many bytes were sent.
 
-        It begins at `offset` bytes, wherever the file stands, and ends after `count` bytes, or at the end of the file.
-        The file is left behind the last byte sent, at `offset` if there was none, also by an error or a cancellation;
-        where it stands, if it is refused without `fallback`. What is sent is what `file.read()` returns. Where the
-        transport is a plain socket and that is what the file descriptor holds, the system moves the bytes
-        (`os.sendfile`). Otherwise (a compressed file, say), and for files that the system cannot send, they are read in
-        a thread and written block by block, unless `fallback` is false; a cancellation leaves a block that was begun to
-        be sent by the transport.
+        - `offset`: where to begin, in bytes, independent of the file's position.
+        - `count`: how many bytes to send at most; until the end of the file by default.
+        - `fallback`: whether to read the file in a thread where the system cannot send it.
 
-        Meanwhile `write`, `writelines` and another `sendfile` raise `RuntimeError`, nothing is read from the
-        transport, and `write_eof` and `resume_writing` wait.
+        What is sent is what `file.read()` returns. Over a plain socket, if the file descriptor holds the same, the
+        system moves the bytes (`os.sendfile`). Otherwise, for a compressed file for example, blocks are read in a
+        thread and written one by one. After a cancellation the transport still sends a block that was begun.
 
-        Raises `RuntimeError` when the transport is closing, after `write_eof` and `start_tls`, and for a transport that
-        cannot send files; `asyncio.SendfileNotAvailableError`, a `RuntimeError` too, without `fallback` where the
-        system cannot send this file over this transport; `ValueError` for a file in text mode; `ValueError` and
-        `TypeError` for a bad `offset` or `count`; `ConnectionError`, or the `OSError` that `connection_lost` gets, when
-        the transport is closed or broken before the end; and whatever reading the file raises.
+        Afterwards, also after an error or a cancellation, the file's position is after the last byte sent, or at
+        `offset` if there was none. It is unchanged if the file is refused without `fallback`.
+
+        While a file is sent, `write`, `writelines` and another `sendfile` raise `RuntimeError`, nothing is read from
+        the transport, and `write_eof` and `resume_writing` wait.
+
+        Raises:
+        - `RuntimeError` when the transport is closing, after `write_eof` and `start_tls`, and for a transport that
+          cannot send files,
+        - `asyncio.SendfileNotAvailableError`, a `RuntimeError` too, without `fallback` where the system cannot send
+          this file over this transport,
+        - `ValueError` for a file in text mode, `ValueError` and `TypeError` for an invalid `offset` or `count`,
+        - `ConnectionError`, or the `OSError` that `connection_lost` gets, when the transport is closed or breaks before
+          the end,
+        - and what reading the file raises.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sendfile
         """
+        await check_open(self._core, "sendfile")
         if isinstance(transport, StreamTransport):
-            transport.refuse_after_upgrade("sendfile")
+            transport._check_not_upgraded("sendfile")
         if transport.is_closing():
             raise RuntimeError("Transport is closing")
-        if not isinstance(transport, StreamTransport) or not transport.can_send:
-            # A datagram transport, one that only reads, or one that is not ours.
+        if not isinstance(transport, StreamTransport) or not transport._channel.can_send:
+            # A datagram transport, one that only reads, or one of another library.
             raise RuntimeError(f"sendfile is not supported for transport {transport!r}")
         check_arguments(file, offset, count)
-        if not transport.can_send_file and not fallback:
+        if not transport._channel.can_send_file and not fallback:
             raise SendfileNotAvailableError(
                 f"fallback is disabled and native sendfile is not supported for transport {transport!r}"
             )
-        transport.begin_sendfile()
+        operation = transport._begin_sendfile()
         try:
-            if transport.can_send_file:
+            if transport._channel.can_send_file:
                 try:
-                    return await send_by_system(transport, file, offset, count)
+                    return await send_by_system(operation, file, offset, count)
                 except SendfileNotAvailableError:
                     if not fallback:
                         raise
-            return await send_by_reading(transport, file, offset, count)
+            return await send_by_reading(operation, file, offset, count)
+        except Exception:
+            await check_cancelled(self._core)
+            raise
         finally:
-            transport.end_sendfile()
+            operation.end()
 
 
 def check_arguments(file: Any, offset: Any, count: Any) -> None:
@@ -126,7 +138,7 @@ def can_seek(file: IO[bytes]) -> bool:
 def descriptor_of(file: Any) -> int:
     """Return the file descriptor that holds what `file.read()` returns.
 
-    Raises `SendfileNotAvailableError` where there is none. A file of the `io` module has one, also behind a wrapper
+    Raises `SendfileNotAvailableError` if none does. A file of the `io` module has one, also behind a wrapper
     that passes `read` on, as those of `tempfile` do. The descriptor of any other file with a `read` of its own may hold
     something else: a `GzipFile` has that of the compressed file.
     """
@@ -149,19 +161,19 @@ def descriptor_of(file: Any) -> int:
     return fd
 
 
-async def send_by_system(transport: SendsFiles, file: IO[bytes], offset: int, count: int | None) -> int:
+async def send_by_system(sender: SendsFiles, file: IO[bytes], offset: int, count: int | None) -> int:
     """Send with `os.sendfile`. Raises `SendfileNotAvailableError`, before anything was sent, when it refuses."""
     fd = descriptor_of(file)
     sent = 0
     refused = False
     try:
         while count is None or sent < count:
-            await transport.flush()
+            await sender.flush()
             try:
                 size = MOST_AT_ONCE if count is None else min(count - sent, MOST_AT_ONCE)
-                more = transport.send_file(fd, offset + sent, size)
+                more = sender.send_file(fd, offset + sent, size)
             except (BlockingIOError, InterruptedError):
-                await transport.until_writable()
+                await sender.until_writable()
                 continue
             except FileError as exc:
                 if sent:
@@ -182,7 +194,7 @@ async def send_by_system(transport: SendsFiles, file: IO[bytes], offset: int, co
             os.lseek(fd, offset + sent, os.SEEK_SET)
 
 
-async def send_by_reading(transport: StreamTransport, file: BinaryIO, offset: int, count: int | None) -> int:
+async def send_by_reading(operation: SendfileOperation, file: BinaryIO, offset: int, count: int | None) -> int:
     """Read blocks in a thread, and send each before the next is read."""
     seekable = can_seek(file)
     if offset or seekable:
@@ -190,16 +202,16 @@ async def send_by_reading(transport: StreamTransport, file: BinaryIO, offset: in
     sent = 0
     try:
         while count is None or sent < count:
-            await transport.flush()
+            await operation.flush()
             size = BLOCK_SIZE if count is None else min(count - sent, BLOCK_SIZE)
-            # A pipe may keep the thread waiting for ever. A read of a file ends, and must not move it any later.
+            # A read of a pipe may never end: abandon it. A read of a file must not move its position later.
             block = await anyio.to_thread.run_sync(file.read, size, abandon_on_cancel=not seekable)
             if not block:
                 break
-            transport.send_block(block)
+            operation.send_block(block)
             sent += len(block)
-        await transport.flush()
+        await operation.flush()
         return sent
     finally:
         if seekable:
-            file.seek(offset + sent)  # A block may have been read for a transport that has ended meanwhile.
+            file.seek(offset + sent)  # A block may have been read after the transport has ended.

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import ssl
 from typing import TYPE_CHECKING, Any
 
 from .._callbacks import check_given_protocol
 from .._channels._tls import TLSChannel
 from .._transports._stream import StreamTransport
-from .._waiters import InterruptSafeEvent
-from ._base import Endpoints
+from ._base import Endpoints, check_cancelled, check_open
 from ._tls import require_context, upgrade_options
 
 if TYPE_CHECKING:
-    from asyncio import BaseTransport, Transport
+    from asyncio import BaseTransport
 
-    from .._channels._abc import Channel
+    from .._channels._abc import StreamChannel
+    from ..abc import Transport
 
 
 class StartTLSEndpoints(Endpoints):
@@ -36,30 +35,37 @@ class StartTLSEndpoints(Endpoints):
     ) -> Transport:
         """Encrypt the connection of `transport` from here on and return its new transport, for `protocol`.
 
-        `transport` is any stream transport of this library, over TLS too (TLS in TLS). What was written to it before is
-        sent before the handshake, in the clear; what has not been given to its protocol yet belongs to the handshake.
-        A protocol that has been given bytes of the handshake, because they came with the last of its own, hands them
-        back as `received` (not in asyncio). One that has answered in the clear, and calls this later than from a task
-        that it starts at once, calls `pause_reading` meanwhile.
+        - `transport`: any stream transport of this library, over TLS too (TLS in TLS). What was written to it before is
+          sent before the handshake, in the clear. What its protocol has not received yet belongs to the handshake.
+        - `sslcontext`: the settings; that of a server (`server_side` true) needs a certificate.
+        - `server_hostname`: the name that a client verifies. `None` or `""` leaves the name in the certificate
+          unchecked, which the context has to allow.
+        - `ssl_handshake_timeout`, `ssl_shutdown_timeout`: in seconds, 60 and 30 by default.
+        - `received`: bytes of the handshake that the old protocol has received with its last data (not in asyncio).
 
-        `connection_made` is not called again. Nothing is received from the new transport before this returns, and it
-        is not paused. After it, `transport` only serves to `close` or `abort` the connection; `write` raises
-        `RuntimeError`.
+        A protocol that answers in the clear, and does not call this in a task that it starts at once, has to call
+        `pause_reading` until then. `connection_made` is not called again. Nothing is received from the new transport
+        before this returns, and it is not paused. Afterwards `transport` can only `close` or `abort` the connection;
+        `write` raises `RuntimeError`.
 
-        `sslcontext` has the settings; a server (`server_side` true) needs one with its certificate. A client gives the
-        name to verify as `server_hostname`; `None` or `""` leaves the name in the certificate unchecked, which the
-        context has to allow. `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
+        Raises, with the connection unchanged:
 
-        Raises, with the connection untouched, `TypeError` for another kind of transport, protocol or context,
-        `ValueError` for options that contradict each other, and `RuntimeError` when the transport is another group's,
-        is closing, has sent its end of file, has been upgraded, or is busy with `sendfile` or another `start_tls`.
-        Raises `ssl.SSLError` when the ends do not agree, `ConnectionResetError` when the peer leaves,
-        `ConnectionAbortedError` when the handshake takes too long or the transport is closed meanwhile; the connection
-        is then aborted, by a cancellation too, and `connection_lost` of `protocol` called. A `close` flushes first, as
-        ever: what was written since the call goes encrypted, or not at all if the handshake fails.
+        - `TypeError` for another kind of transport, protocol or context,
+        - `ValueError` for options that contradict each other,
+        - `RuntimeError` when the transport is another group's, is closing, has sent its end of file, has been upgraded,
+          or is busy with `sendfile` or another `start_tls`.
+
+        Raises, after the connection was aborted and with `connection_lost` of `protocol` called (a cancellation aborts
+        it too):
+
+        - `ssl.SSLError` when the ends do not agree,
+        - `ConnectionResetError` when the peer leaves,
+        - `ConnectionAbortedError` when the handshake takes too long or the transport is closed during it. A `close`
+          sends first what was written, encrypted; if the handshake fails it is dropped.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.start_tls
         """
+        await check_open(self._core, "start_tls")
         require_context(sslcontext)
         if not isinstance(transport, StreamTransport):
             raise TypeError(f"transport {transport!r} is not supported by start_tls()")
@@ -73,45 +79,15 @@ class StartTLSEndpoints(Endpoints):
         check_given_protocol(protocol, "start_tls")
         if not isinstance(received, (bytes, bytearray, memoryview)):
             raise TypeError(f"received must be a bytes-like object, not {type(received).__name__!r}")
-        if not transport.belongs_to(self):
+        if not transport._belongs_to(self):
             raise RuntimeError(f"transport {transport!r} belongs to another group")
-        over = InterruptSafeEvent()
-        failure: Exception | None = None
-        successor: StreamTransport | None = None
 
-        def wrap(inner: Channel, unsent: bytes) -> TLSChannel:
-            return TLSChannel(inner, options, self._core, unsent=unsent, received=bytes(received))
+        def make_channel(plain: StreamChannel, unsent: bytes) -> TLSChannel:
+            return TLSChannel(plain, options, self._core, unsent=unsent, received=bytes(received))
 
-        def done(exc: Exception | None) -> None:
-            nonlocal failure, successor
-            closed = transport.is_closing()
-            if exc is None:
-                successor = transport.succeed()
-            if closed and exc is None:
-                failure = ConnectionAbortedError(errno.ECONNABORTED, "the transport was closed during the handshake")
-                if successor is not None:  # What was written before the `close` is flushed.
-                    successor.resume_after_upgrade()
-                    successor.close()
-            elif exc is not None:
-                transport.break_off(exc)
-                failure = exc
-            over.set()
-
-        channel = transport.interpose(wrap, protocol)
-        if transport.is_eof_received():
-            done(ConnectionResetError(errno.ECONNRESET, "the peer has ended the stream already"))
-        else:
-            channel.handshake(done)
+        upgrade = transport._begin_upgrade(make_channel, protocol)
         try:
-            await over.wait()
-        except BaseException:
-            transport.abort()
+            return await upgrade.wait(transport)
+        except Exception:
+            await check_cancelled(self._core)
             raise
-        try:
-            if failure is not None:
-                raise failure
-        finally:
-            failure = None  # Its traceback has this frame: no cycle.
-        assert successor is not None
-        successor.resume_after_upgrade()
-        return successor

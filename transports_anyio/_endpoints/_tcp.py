@@ -1,4 +1,9 @@
-"""TCP: `create_connection`, `create_server`, and `connect_accepted_socket` for any stream socket."""
+"""TCP: `create_connection`, `create_server`, and `connect_accepted_socket` for any stream socket.
+
+Holds: the endpoint functions, and how the sockets of a server are bound.
+May know: `_addresses`, `_base`, `_happy_eyeballs`, `_tls`, `_errors`, `_server`, `_sockets`, `_types`, `abc`, `anyio`,
+`os`, `socket`, `ssl`.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +20,19 @@ import anyio.lowlevel
 from .._errors import logger
 from .._server import Server
 from .._sockets import bind, check_stream_socket, refuse_tls_socket, set_option
+from .._types import AnyProtocol, StreamProtocolT
 from ._addresses import AddressInfo, Host, Port, local_parts, resolve
-from ._base import Endpoints, ProtocolT
+from ._base import Endpoints, check_open
 from ._happy_eyeballs import connect_to_any, interleave as interleaved
 from ._tls import client_options, server_options
 
 if TYPE_CHECKING:
-    from asyncio import Transport
+    from ..abc import Transport
 
-# No socket of such a kind can be made here, however often one tries.
+# The system cannot make a socket of this kind.
 UNSUPPORTED = {errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.ESOCKTNOSUPPORT, errno.EPROTOTYPE}
 
-# How often a port that the system chose for the first address may turn out to be taken on another.
+# How often to choose another port, if the one that the system chose for the first address is in use on another.
 PORT_ATTEMPTS = 20
 
 
@@ -35,7 +41,7 @@ class TCPEndpoints(Endpoints):
 
     async def create_connection(
         self,
-        protocol_factory: Callable[[], ProtocolT],
+        protocol_factory: Callable[[], StreamProtocolT],
         host: Host = None,
         port: Port = None,
         *,
@@ -51,33 +57,43 @@ class TCPEndpoints(Endpoints):
         happy_eyeballs_delay: float | None = None,
         interleave: int | None = None,
         all_errors: bool = False,
-    ) -> tuple[Transport, ProtocolT]:
+    ) -> tuple[Transport, StreamProtocolT]:
         """Connect to `host` and `port` over TCP and return `(transport, protocol)`.
 
-        `connection_made` runs before this returns. `host` is a name or an address, `port` a number or the name of a
-        service; `family`, `proto` and `flags` are the resolver's (`socket.getaddrinfo`). Every address that `host` has
-        is tried: one after the other, or with `happy_eyeballs_delay` staggered by so many seconds (RFC 8305 recommends
-        0.25). `interleave` lets the address families take turns after so many addresses of the first one; 0 keeps the
-        resolver's order. It defaults to 1 with `happy_eyeballs_delay`, to 0 without. `local_addr` is the `(host, port)`
-        to connect from.
+        `connection_made` runs before this returns.
 
-        `sock` is a connected stream socket to use instead of `host` and `port`. It belongs to the group from now on,
-        which makes it non-blocking, and closes it whatever happens.
+        - `protocol_factory`: makes the protocol
+        - `host`: a name or an address. All of its addresses are tried until one accepts.
+        - `port`: a number or the name of a service
+        - `ssl`: a context, or `True` for `ssl.create_default_context()`; encrypts the connection
+        - `family`, `proto`, `flags`: passed to the resolver, `socket.getaddrinfo`
+        - `sock`: a connected stream socket, used instead of `host` and `port`. The group owns it from now on: it makes
+          the socket non-blocking, and closes it on every error.
+        - `local_addr`: the `(host, port)` to connect from
+        - `server_hostname`: the name that the peer's certificate must have, by default `host`. With `""` the name is
+          not checked; the context has to allow that.
+        - `ssl_handshake_timeout`, `ssl_shutdown_timeout`: seconds, 60 and 30 by default
+        - `happy_eyeballs_delay`: seconds after which the next address is tried beside the previous one, as RFC 8305
+          describes (it recommends 0.25). `None` tries one address after the other.
+        - `interleave`: how many addresses of the first family are tried before the families alternate; 0 keeps the
+          resolver's order. By default 1 with `happy_eyeballs_delay`, and 0 without it.
+        - `all_errors`: raise the errors of all addresses as an `ExceptionGroup`
 
-        With `ssl`, a context or `True` for `ssl.create_default_context()`, the connection is encrypted, and the peer's
-        certificate has to be for `server_hostname`: by default `host`; with `""` its name is not checked,
-        which a context has to allow.
-        `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
+        Raises, and leaves no connection open:
 
-        Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for arguments that do not go
-        together, `OverflowError` for a port out of range, `socket.gaierror` when a name is not known, `OSError` that
-        names every address when none accepts (an `ExceptionGroup` of them with `all_errors`), and whatever
-        `protocol_factory` raises. With `ssl` also `ssl.SSLError` when the ends do not agree (the certificate is not
-        trusted, say), `ConnectionResetError` when the peer leaves, and `ConnectionAbortedError` when the handshake
-        takes too long. No connection is left open then.
+        - `RuntimeError`: the group is not open
+        - `ValueError`, `TypeError`: the arguments are invalid or contradict each other
+        - `OverflowError`: the port is out of range
+        - `socket.gaierror`: the name cannot be resolved
+        - `OSError`: no address accepts; the message names every address
+        - `ssl.SSLError`: the peers do not agree on TLS (the certificate is not trusted, for example)
+        - `ConnectionResetError`: the peer closed the connection during the handshake
+        - `ConnectionAbortedError`: the handshake timed out
+        - whatever `protocol_factory` raises
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_connection
         """
+        await check_open(self._core, "create_connection", protocol_factory)
         tls = client_options(
             ssl,
             host=host,
@@ -90,11 +106,11 @@ class TCPEndpoints(Endpoints):
             if host is not None or port is not None:
                 raise ValueError("host/port and sock can not be specified at the same time")
             check_stream_socket(sock)
-            await self._take_over(sock)
+            await self._adopt(sock)
             return await self._connect_socket(protocol_factory, sock, tls)
         if host is None and port is None:
             raise ValueError("host and port was not specified and no sock specified")
-        await anyio.lowlevel.checkpoint_if_cancelled()  # The other half of a checkpoint comes with `connect`.
+        await anyio.lowlevel.checkpoint_if_cancelled()  # `connect` is the other half of the checkpoint.
         addresses = await resolve(host, port, family=family, proto=proto, flags=flags)
         local_addresses = None
         if local_addr is not None:
@@ -108,7 +124,7 @@ class TCPEndpoints(Endpoints):
 
     async def create_server(
         self,
-        protocol_factory: Callable[[], Any],
+        protocol_factory: Callable[[], AnyProtocol],
         host: Host | Iterable[Host] = None,
         port: Port = None,
         *,
@@ -126,44 +142,51 @@ class TCPEndpoints(Endpoints):
     ) -> Server:
         """Listen on `host` and `port` over TCP and return the `Server`.
 
-        `protocol_factory` is called for each client. `host` is a name or address, several of them, or `None` or `""`
-        for all interfaces; `family` and `flags` are the resolver's (`socket.getaddrinfo`). With port 0 the system
-        chooses, the same port for every address. IPv6 sockets take no IPv4 connections. `backlog` is how many
-        connections may wait to be accepted. `reuse_address` defaults to true on POSIX, which allows to bind while old
-        connections linger; `reuse_port` lets several sockets, also of other processes, share the port. `keep_alive`
-        makes the system probe connections that are idle. Unless `start_serving` is true, clients have to wait for
-        `Server.start_serving` or `Server.serve_forever`.
+        - `protocol_factory`: makes the protocol of each connection. What it raises, and the error of a handshake, end
+          that connection and go to the exception handler.
+        - `host`: a name or an address, or several of them; `None` or `""` for all interfaces. An address that this
+          machine does not have is skipped if another address can be bound.
+        - `port`: a number or the name of a service. With 0 the system chooses a port, the same for every address.
+        - `family`, `flags`: passed to the resolver, `socket.getaddrinfo`. IPv6 sockets accept no IPv4 connections.
+        - `sock`: a bound stream socket, used instead of `host` and `port`. The server owns it from now on.
+        - `backlog`: how many connections may wait to be accepted
+        - `ssl`: a context with the server's certificate; encrypts every connection
+        - `reuse_address`: allow to bind while connections of a previous server linger; by default true on POSIX
+        - `reuse_port`: allow other sockets, also those of other processes, to listen on the same port
+        - `keep_alive`: let the system probe idle connections
+        - `ssl_handshake_timeout`, `ssl_shutdown_timeout`: seconds, 60 and 30 by default
+        - `start_serving`: accept connections at once. If false, `Server.start_serving` or `Server.serve_forever` begins
+          to accept.
 
-        `sock` is a bound stream socket to use instead of `host` and `port`. It belongs to the server from now on.
+        Raises, and leaves no socket open:
 
-        With `ssl`, a context that has the server's certificate, every connection is encrypted. `ssl_handshake_timeout`
-        and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
-
-        Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for arguments that do not go
-        together and for `reuse_port` where the platform lacks it, `OverflowError` for a port out of range,
-        `socket.gaierror` when a name is not known, and `OSError` that names the address when one cannot be bound; all
-        are closed then. An address that this machine does not have is left out, as long as there are others. A
-        handshake that fails, and what `protocol_factory` raises, end that client's connection and go to the exception
-        handler.
+        - `RuntimeError`: the group is not open
+        - `ValueError`, `TypeError`: the arguments are invalid or contradict each other, or the platform has no
+          `reuse_port`
+        - `OverflowError`: the port is out of range
+        - `socket.gaierror`: a name cannot be resolved
+        - `OSError`: an address cannot be bound; the message names it
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_server
         """
+        await check_open(self._core, "create_server", protocol_factory)
         tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
         if sock is not None:
             refuse_tls_socket(sock)
             if host is not None or port is not None:
                 raise ValueError("host/port and sock can not be specified at the same time")
             check_stream_socket(sock)
-            await self._take_over(sock)
+            await self._adopt(sock)
             sockets = [sock]
         else:
             if host is None and port is None:
                 raise ValueError("Neither host/port nor sock were specified")
             await anyio.lowlevel.checkpoint()
             hosts = [host or None] if host is None or isinstance(host, (str, bytes)) else host
-            addresses: dict[AddressInfo, None] = {}  # Each once, in order.
+            addresses: dict[AddressInfo, None] = {}  # Without duplicates, in order.
             for name in hosts:
                 addresses.update(dict.fromkeys(await resolve(name, port, family=family, flags=flags)))
+            await check_open(self._core)
             if reuse_address is None:
                 reuse_address = os.name == "posix" and sys.platform != "cygwin"
             options = [
@@ -180,27 +203,35 @@ class TCPEndpoints(Endpoints):
 
     async def connect_accepted_socket(
         self,
-        protocol_factory: Callable[[], ProtocolT],
+        protocol_factory: Callable[[], StreamProtocolT],
         sock: socket.socket,
         *,
         ssl: SSLContext | bool | None = None,
         ssl_handshake_timeout: float | None = None,
         ssl_shutdown_timeout: float | None = None,
-    ) -> tuple[Transport, ProtocolT]:
-        """Give a connection that was accepted elsewhere a protocol and return `(transport, protocol)`.
+    ) -> tuple[Transport, StreamProtocolT]:
+        """Make a protocol for a connection that other code has accepted, and return `(transport, protocol)`.
 
-        For servers that accept by themselves, and for what systemd, inetd or a parent process hand over. `sock` is a
-        connected stream socket of any family. It belongs to the group from now on, which makes it non-blocking, and
-        closes it whatever happens. With `ssl`, a context that has the server's certificate, it is the server's end of
-        TLS; `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default. `connection_made`
-        runs before this returns.
+        This is for servers with their own accept loop, and for sockets that systemd, inetd or a parent process pass on.
+        `connection_made` runs before this returns.
 
-        Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for bad arguments, and whatever
-        `protocol_factory` raises. With `ssl` also `ssl.SSLError` when the ends do not agree, `ConnectionResetError`
-        when the peer leaves, and `ConnectionAbortedError` when the handshake takes too long.
+        - `protocol_factory`: makes the protocol
+        - `sock`: a connected stream socket of any family. The group owns it from now on: it makes the socket
+          non-blocking, and closes it on every error.
+        - `ssl`: a context with the server's certificate; encrypts the connection
+        - `ssl_handshake_timeout`, `ssl_shutdown_timeout`: seconds, 60 and 30 by default
+
+        Raises:
+        - `RuntimeError`: the group is not open
+        - `ValueError`, `TypeError`: the arguments are invalid
+        - `ssl.SSLError`: the peers do not agree on TLS
+        - `ConnectionResetError`: the peer closed the connection during the handshake
+        - `ConnectionAbortedError`: the handshake timed out
+        - whatever `protocol_factory` raises
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_accepted_socket
         """
+        await check_open(self._core, "connect_accepted_socket", protocol_factory)
         check_stream_socket(sock)
         if ssl is True:
             raise ValueError("the server's end of TLS needs an SSLContext with a certificate")
@@ -208,12 +239,12 @@ class TCPEndpoints(Endpoints):
             ssl or None, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout
         )
         refuse_tls_socket(sock)
-        await self._take_over(sock)
+        await self._adopt(sock)
         return await self._connect_socket(protocol_factory, sock, tls)
 
 
 def bind_all(addresses: Sequence[AddressInfo], options: Sequence[str]) -> list[socket.socket]:
-    """Bind every address, all on one port when the port is 0; on failure none stays open."""
+    """Return sockets bound to the addresses; port 0 means the same free port for all. An error closes all of them."""
     for attempt in range(PORT_ATTEMPTS):
         sockets: list[socket.socket] = []
         port = 0
@@ -238,17 +269,17 @@ def bind_all(addresses: Sequence[AddressInfo], options: Sequence[str]) -> list[s
                     f"could not bind on any address out of {[address for _, _, _, address in addresses]!r}",
                 )
             return sockets
-    raise AssertionError  # The last attempt returned or raised.
+    raise AssertionError  # Unreachable: the last attempt returns or raises.
 
 
 def bound(info: AddressInfo, options: Sequence[str]) -> socket.socket | None:
-    """Return a non-blocking socket bound to one address, `None` when there is no such address on this machine."""
+    """Return a non-blocking socket bound to an address, or `None` if this machine does not have the address."""
     family, kind, proto, address = info
     try:
         sock = socket.socket(family, kind, proto)
     except OSError as exc:
         if exc.errno in UNSUPPORTED:
-            logger.debug("create_server() leaves out %r: %s", address, exc)
+            logger.debug("create_server() skips %r: %s", address, exc)
             return None
         raise
     try:
@@ -256,14 +287,14 @@ def bound(info: AddressInfo, options: Sequence[str]) -> socket.socket | None:
         for option in options:
             set_option(sock, option)
         if family == socket.AF_INET6:
-            # The IPv4 wildcard gets a socket of its own, so this one must not take its port as well.
+            # The IPv4 wildcard address gets its own socket, on the same port.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         bind(sock, address)
     except BaseException as exc:
         sock.close()
         if isinstance(exc, OSError) and exc.errno == errno.EADDRNOTAVAIL:
-            # The name may well have addresses of a family that is turned off.
-            logger.debug("create_server() leaves an address out: %s", exc)
+            # The name may have addresses of a family that is disabled on this machine.
+            logger.debug("create_server() skips an address: %s", exc)
             return None
         raise
     return sock

@@ -1,4 +1,7 @@
-"""TLS: what the endpoint functions are told about it, checked once for all of them.
+"""The TLS parameters of endpoint functions.
+
+Holds: the checks of these parameters, and the options of a TLS channel made from them.
+May know: `_channels`, `ssl`.
 
 Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_connection
 """
@@ -22,9 +25,10 @@ def client_options(
     handshake_timeout: float | None,
     shutdown_timeout: float | None,
 ) -> TLSOptions | None:
-    """Return the options of a connecting end, `None` without `context`; an impossible combination is a `ValueError`.
+    """Return the options of a client, or `None` without a `context`.
 
-    The name to verify is `server_hostname`, or else `host`; `""` is for none, which the context has to allow.
+    The certificate is checked for `server_hostname`, or for `host` if that is `None`; with `""` the name is not
+    checked, which the context has to allow. Raises `ValueError` if the parameters contradict each other.
     """
     if not context:
         if server_hostname is not None:
@@ -45,7 +49,7 @@ def client_options(
 def server_options(
     context: ssl.SSLContext | None, *, handshake_timeout: float | None, shutdown_timeout: float | None
 ) -> TLSOptions | None:
-    """Return the options of an accepting end, `None` without `context`.
+    """Return the options of a server, or `None` without a `context`.
 
     Raises `TypeError` for a `bool`: a server needs a context with a certificate.
     """
@@ -65,9 +69,9 @@ def stream_options(
     handshake_timeout: float | None,
     shutdown_timeout: float | None,
 ) -> TLSOptions | None:
-    """Return the options of either end of a connection whose host is unknown, `None` without `context`.
+    """Return the options of a client or server whose host is unknown, or `None` without a `context`.
 
-    Raises as `client_options` and `server_options` do.
+    Raises what `client_options` and `server_options` raise.
     """
     timeouts = {"handshake_timeout": handshake_timeout, "shutdown_timeout": shutdown_timeout}
     if not server_side:
@@ -80,7 +84,7 @@ def stream_options(
 
 
 def require_context(context: object) -> None:
-    """Raise `TypeError` for anything that is not a context."""
+    """Raise `TypeError` unless `context` is an `SSLContext`."""
     if not isinstance(context, ssl.SSLContext):
         raise TypeError(f"sslcontext is expected to be an instance of ssl.SSLContext, got {context!r}")
 
@@ -93,9 +97,9 @@ def upgrade_options(
     handshake_timeout: float | None,
     shutdown_timeout: float | None,
 ) -> TLSOptions:
-    """Return the options of either end of a connection that is open already.
+    """Return the options of a client or server whose connection is already open.
 
-    A server verifies no name, so `server_hostname` is ignored.
+    A server does not check a name, so it ignores `server_hostname`.
     """
     name = None if server_side else server_hostname or None
     return TLSOptions(context, server_side, name, *_checked_timeouts(handshake_timeout, shutdown_timeout))
@@ -111,9 +115,9 @@ def _refuse_timeouts(handshake_timeout: float | None, shutdown_timeout: float | 
 def _checked_timeouts(handshake_timeout: float | None, shutdown_timeout: float | None) -> tuple[float, float]:
     handshake_timeout = HANDSHAKE_TIMEOUT if handshake_timeout is None else handshake_timeout
     shutdown_timeout = SHUTDOWN_TIMEOUT if shutdown_timeout is None else shutdown_timeout
-    if not handshake_timeout > 0:  # Nor is NaN.
+    if not handshake_timeout > 0:  # NaN is refused, too.
         raise ValueError(f"ssl_handshake_timeout should be a positive number, got {handshake_timeout}")
     if not shutdown_timeout > 0:
         raise ValueError(f"ssl_shutdown_timeout should be a positive number, got {shutdown_timeout}")
-    # What cannot be added to a time, such as a `Decimal`, would fail in the middle of accepting.
+    # A number that cannot be added to a `float`, such as a `Decimal`, would fail later, when a client is accepted.
     return float(handshake_timeout), float(shutdown_timeout)

@@ -1,4 +1,8 @@
-"""UNIX domain sockets: `create_unix_connection` and `create_unix_server`."""
+"""UNIX domain sockets: `create_unix_connection` and `create_unix_server`.
+
+Holds: the endpoint functions, and the files of bound sockets.
+May know: `_base`, `_tls`, `_errors`, `_server`, `_sockets`, `_types`, `abc`, `anyio`, `os`, `socket`, `ssl`.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,19 @@ import os
 import socket
 from collections.abc import Callable
 from ssl import SSLContext
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import anyio.lowlevel
 
 from .._errors import logger
 from .._server import Server
 from .._sockets import bind, check_stream_socket, connect, is_file, refuse_tls_socket
-from ._base import Endpoints, ProtocolT
+from .._types import AnyProtocol, StreamProtocolT
+from ._base import Endpoints, check_open
 from ._tls import client_options, server_options
 
 if TYPE_CHECKING:
-    from asyncio import Transport
+    from ..abc import Transport
 
 Path: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 
@@ -28,7 +33,7 @@ class UNIXEndpoints(Endpoints):
 
     async def create_unix_connection(
         self,
-        protocol_factory: Callable[[], ProtocolT],
+        protocol_factory: Callable[[], StreamProtocolT],
         path: Path | None = None,
         *,
         ssl: SSLContext | bool | None = None,
@@ -36,26 +41,36 @@ class UNIXEndpoints(Endpoints):
         server_hostname: str | None = None,
         ssl_handshake_timeout: float | None = None,
         ssl_shutdown_timeout: float | None = None,
-    ) -> tuple[Transport, ProtocolT]:
+    ) -> tuple[Transport, StreamProtocolT]:
         """Connect to the UNIX socket at `path` and return `(transport, protocol)`.
 
-        `path` is that of a file, or an abstract name, which begins with a NUL character (Linux). `connection_made`
-        runs before this returns. `sock` is a connected UNIX stream socket to use instead; it belongs to the group
-        from now on, which makes it non-blocking, and closes it whatever happens. Who is at the other end can be
-        asked of the `socket` extra info, with `getsockopt` and the platform's option (`SO_PEERCRED` on Linux).
+        `connection_made` runs before this returns. To learn who the peer is, call `getsockopt` of the `socket` extra
+        info with the platform's option (`SO_PEERCRED` on Linux).
 
-        With `ssl`, a context or `True` for `ssl.create_default_context()`, the connection is encrypted, and the peer's
-        certificate has to be for `server_hostname`, which has to be given; with `""` its name is not checked,
-        which a context has to allow.
-        `ssl_handshake_timeout` and `ssl_shutdown_timeout` are in seconds, 60 and 30 by default.
+        - `protocol_factory`: makes the protocol
+        - `path`: the path of a file, or an abstract name, which begins with a NUL character (Linux)
+        - `ssl`: a context, or `True` for `ssl.create_default_context()`; encrypts the connection
+        - `sock`: a connected UNIX stream socket, used instead of `path`. The group owns it from now on: it makes the
+          socket non-blocking, and closes it on every error.
+        - `server_hostname`: the name that the peer's certificate must have; required with `ssl`. With `""` the name is
+          not checked; the context has to allow that.
+        - `ssl_handshake_timeout`, `ssl_shutdown_timeout`: seconds, 60 and 30 by default
 
-        Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for arguments that do not go
-        together, `OSError` that names the path when nobody listens there (`BlockingIOError` when the server's
-        backlog is full), `NotImplementedError` on a platform without such sockets, and whatever `protocol_factory`
-        raises. With `ssl` also what `create_connection` raises for it.
+        Raises, and leaves no connection open:
+
+        - `RuntimeError`: the group is not open
+        - `ValueError`, `TypeError`: the arguments are invalid or contradict each other
+        - `OSError`: no server listens there; the message names the path. `BlockingIOError` if the server's backlog is
+          full.
+        - `NotImplementedError`: the platform has no UNIX sockets
+        - `ssl.SSLError`: the peers do not agree on TLS
+        - `ConnectionResetError`: the peer closed the connection during the handshake
+        - `ConnectionAbortedError`: the handshake timed out
+        - whatever `protocol_factory` raises
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_unix_connection
         """
+        await check_open(self._core, "create_unix_connection", protocol_factory)
         family = unix_family()
         tls = client_options(
             ssl,
@@ -69,12 +84,12 @@ class UNIXEndpoints(Endpoints):
                 raise ValueError("path and sock can not be specified at the same time")
             check_stream_socket(sock, family)
             refuse_tls_socket(sock)
-            await self._take_over(sock)
+            await self._adopt(sock)
             return await self._connect_socket(protocol_factory, sock, tls)
         if path is None:
             raise ValueError("no path and sock were specified")
         path = os.fspath(path)
-        await anyio.lowlevel.checkpoint_if_cancelled()  # The other half of a checkpoint comes with `connect`.
+        await anyio.lowlevel.checkpoint_if_cancelled()  # `connect` is the other half of the checkpoint.
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             await connect(sock, path)
@@ -85,7 +100,7 @@ class UNIXEndpoints(Endpoints):
 
     async def create_unix_server(
         self,
-        protocol_factory: Callable[[], Any],
+        protocol_factory: Callable[[], AnyProtocol],
         path: Path | None = None,
         *,
         sock: socket.socket | None = None,
@@ -98,18 +113,28 @@ class UNIXEndpoints(Endpoints):
     ) -> Server:
         """Listen on the UNIX socket at `path` and return the `Server`.
 
-        `protocol_factory` is called for each client. `path` is that of a file, or an abstract name, which begins with
-        a NUL character (Linux). A socket that is there already is replaced, any other file is an error. With
-        `cleanup_socket` the file is removed when the server is closed, unless another one has taken its place.
-        `backlog`, `start_serving`, `ssl`, `ssl_handshake_timeout` and `ssl_shutdown_timeout` are as for
-        `create_server`. `sock` is a bound UNIX stream socket to use instead; it belongs to the server from now on.
+        - `protocol_factory`: makes the protocol of each connection. What it raises, and the error of a handshake, end
+          that connection and go to the exception handler.
+        - `path`: the path of a file, or an abstract name, which begins with a NUL character (Linux). A socket that
+          exists at the path is replaced; any other file is an error.
+        - `sock`: a bound UNIX stream socket, used instead of `path`. The server owns it from now on.
+        - `backlog`: how many connections may wait to be accepted
+        - `ssl`: a context with the server's certificate; encrypts every connection
+        - `ssl_handshake_timeout`, `ssl_shutdown_timeout`: seconds, 60 and 30 by default
+        - `start_serving`: accept connections at once. If false, `Server.start_serving` or `Server.serve_forever` begins
+          to accept.
+        - `cleanup_socket`: remove the file when the server is closed, unless another socket has replaced it
 
-        Raises `RuntimeError` when the group is not open, `ValueError` and `TypeError` for arguments that do not go
-        together, `OSError` that names the path when it cannot be bound, and `NotImplementedError` on a platform
-        without such sockets.
+        Raises, and leaves no socket open:
+
+        - `RuntimeError`: the group is not open
+        - `ValueError`, `TypeError`: the arguments are invalid or contradict each other
+        - `OSError`: the path cannot be bound; the message names it
+        - `NotImplementedError`: the platform has no UNIX sockets
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_unix_server
         """
+        await check_open(self._core, "create_unix_server", protocol_factory)
         family = unix_family()
         tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
         if sock is not None:
@@ -117,20 +142,20 @@ class UNIXEndpoints(Endpoints):
                 raise ValueError("path and sock can not be specified at the same time")
             check_stream_socket(sock, family)
             refuse_tls_socket(sock)
-            await self._take_over(sock)
+            await self._adopt(sock)
         else:
             if path is None:
                 raise ValueError("path was not specified, and no sock specified")
             path = os.fspath(path)
             await anyio.lowlevel.checkpoint()
-            self._core.check_open()  # Before anything is replaced.
+            await check_open(self._core)  # Before a socket file is replaced.
             sock = bound(path)
         cleanup = SocketFile(sock).remove if cleanup_socket else None
         return Server(self._core, protocol_factory, [sock], backlog, tls, start_serving=start_serving, on_close=cleanup)
 
 
 def unix_family() -> int:
-    """Return `AF_UNIX`; raise `NotImplementedError` where there is none."""
+    """Return `AF_UNIX`. Raises `NotImplementedError` if the platform does not have it."""
     if not hasattr(socket, "AF_UNIX"):
         raise NotImplementedError("this platform has no UNIX domain sockets")
     family: int = socket.AF_UNIX
@@ -138,7 +163,7 @@ def unix_family() -> int:
 
 
 def bound(path: str | bytes) -> socket.socket:
-    """Return a non-blocking socket bound to `path`, in place of one that was there."""
+    """Return a non-blocking socket bound to `path`, which replaces a socket that existed there."""
     sock = socket.socket(unix_family(), socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
@@ -152,16 +177,16 @@ def bound(path: str | bytes) -> socket.socket:
 
 
 class SocketFile:
-    """The file of a bound UNIX socket, which only its inode tells from that of a successor."""
+    """The file of a bound UNIX socket. Its inode shows whether another socket has replaced it."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._inode: tuple[int, int] | None = None
         name = sock.getsockname()
         if is_file(name):
             try:
-                self._path = os.path.abspath(name)  # The working directory may be another one by then.
+                self._path = os.path.abspath(name)  # The working directory may change.
                 self._inode = self._look()
-            except OSError as exc:  # Whoever handed the socket over has removed the file, or it is out of reach.
+            except OSError as exc:  # The file was removed, or cannot be reached.
                 logger.debug("the UNIX socket at %r will not be removed: %r", name, exc)
 
     def _look(self) -> tuple[int, int]:
@@ -169,7 +194,7 @@ class SocketFile:
         return status.st_dev, status.st_ino
 
     def remove(self) -> None:
-        """Remove the file, if it is still the same."""
+        """Remove the file, unless another one has replaced it."""
         try:
             if self._inode is not None and self._look() == self._inode:
                 os.remove(self._path)

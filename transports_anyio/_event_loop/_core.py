@@ -52,6 +52,7 @@ class LoopCallbackContext(CallbackContext):
 class LoopCore(Core):
     """The scheduler of an event loop, with all that it owns."""
 
+    task_starter = "asyncio.create_task()"
     goes_on = True  # Most work takes a task several steps, and an iteration of the backend costs more than these.
 
     def __init__(self, loop: EventLoop) -> None:

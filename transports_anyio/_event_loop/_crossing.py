@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import anyio
 import anyio.lowlevel
 
-from ._mistakes import advise
+from ._mistakes import advise, require_function
 from ._sides import current_loop, library_variable, loop_of_backend_code, running_loop
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ async def checkpoint(loop: EventLoop) -> None:
 
 async def run_to_asyncio(async_function: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:
     """Return what `async_function(*args)` returns in an asyncio task."""
+    require_function("to_asyncio.run", async_function)
     running = running_loop()
     if running is not None:
         await anyio.lowlevel.checkpoint_if_cancelled()
@@ -185,6 +186,7 @@ def cancel_again(cancellation: asyncio.CancelledError) -> None:
 
 def run_sync_to_asyncio(function: Callable[..., T], args: tuple[Any, ...]) -> T:
     """Return `function(*args)`, called as asyncio code."""
+    require_function("to_asyncio.run_sync", function)
     if running_loop() is not None:
         return function(*args)
     loop = loop_of_backend_code("to_asyncio.run_sync")
@@ -226,6 +228,7 @@ class Answer(asyncio.Future[T]):
 
 async def run_from_asyncio(async_function: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:
     """Return what `async_function(*args)` returns in a backend task."""
+    require_function("from_asyncio.run", async_function)
     loop = running_loop()
     if loop is None:
         raise RuntimeError(
@@ -275,6 +278,7 @@ async def settle_in_asyncio(
 
 def run_sync_from_asyncio(function: Callable[..., T], args: tuple[Any, ...]) -> T:
     """Return `function(*args)`, called as backend code."""
+    require_function("from_asyncio.run_sync", function)
     loop = running_loop()
     if loop is None:
         raise RuntimeError(

@@ -26,7 +26,7 @@ from weakref import WeakSet
 import anyio
 
 from .._driver import Driver
-from .._endpoints._datagram import DatagramEndpoints
+from .._endpoints._datagrams import DatagramEndpoints
 from .._endpoints._pipes import PipeEndpoints
 from .._endpoints._processes import ProcessEndpoints
 from .._endpoints._sendfile import FileEndpoints
@@ -71,9 +71,6 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
 
     Source: https://docs.python.org/3/library/asyncio-eventloop.html
     """
-
-    _called_as = "loop.{}"
-    _start_task = "asyncio.create_task()"
 
     _poller: Poller  # Set when it is opened.
     _driver: Driver

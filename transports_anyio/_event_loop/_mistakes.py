@@ -1,12 +1,13 @@
-"""Advice for a frequent mistake: asyncio code awaits something of the backend, or the reverse.
+"""Mistakes with crossings: asyncio code awaits something of the backend, or the reverse, or passes no function.
 
-Holds: the advice, which is added to the errors that asyncio and trio raise then.
+Holds: the errors, and the advice that is added to the errors of asyncio and trio.
 May know: `exceptiongroup`.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Coroutine
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -25,6 +26,18 @@ ADVICE = {
     RuntimeError: ("Task got bad yield: ", BACKEND_AWAITED_BY_ASYNCIO),
     TypeError: ("trio.run received unrecognized yield message ", ASYNCIO_AWAITED_BY_BACKEND),
 }
+
+
+def require_function(caller: str, function: object) -> None:
+    """Raise `TypeError` if `function` cannot be called; a coroutine object is closed, so that no warning follows."""
+    if callable(function):
+        return
+    if isinstance(function, Coroutine):
+        function.close()
+    raise TypeError(
+        f"{caller}() needs a function, not {function!r}: pass the function and its arguments, "
+        f"{caller}(function, *args), without calling it"
+    )
 
 
 def advise(exc: BaseException | None) -> None:

@@ -20,7 +20,7 @@ import anyio.lowlevel
 
 from ._core import LoopCore
 from ._crossing import TaskCancelled, outcome_in_backend, run_to_asyncio
-from ._mistakes import advise
+from ._mistakes import advise, require_function
 from ._sides import current_loop, running_loop
 
 if TYPE_CHECKING:
@@ -70,11 +70,12 @@ def run_asyncio(
     of `anyio.run`.
 
     Raises whatever the function raises; `asyncio.CancelledError` if its task is cancelled; `KeyboardInterrupt` after
-    Ctrl-C, when the task has ended; `RuntimeError` if an event loop is running in this thread; and `LookupError` if the
-    backend is not installed.
+    Ctrl-C, when the task has ended; `RuntimeError` if an event loop is running in this thread; `LookupError` if the
+    backend is not installed; and `TypeError` for a coroutine object in place of the function.
 
     Source: https://docs.python.org/3/library/asyncio-runner.html#asyncio.run
     """
+    require_function("run_asyncio", async_function)
 
     async def main() -> T:
         async with open_event_loop():

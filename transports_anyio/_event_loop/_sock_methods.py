@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 from .._channels._socket import send_from_file
 from .._endpoints._addresses import checked, numeric
 from .._endpoints._sendfile import BLOCK_SIZE, can_seek, check_arguments, send_by_system
-from .._sockets import UNDER_WAY, address_error
+from .._sockets import CONNECTING, address_error
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -199,7 +199,7 @@ class SockMethods(asyncio.AbstractEventLoop):
         if sock.family in {socket.AF_INET, socket.AF_INET6}:
             address = await self._resolved(sock, address)
         code = sock.connect_ex(address)
-        if code in UNDER_WAY:
+        if code in CONNECTING:
             await self._writable.wait(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:

@@ -1,53 +1,52 @@
-"""What every transport is, whatever it moves: its protocol, its watermarks, and its end.
+"""What stream and datagram transports have in common: the protocol, flow control, and the end of the connection.
 
-Every way out goes through `_lose`, and `connection_lost` is called in one place.
+Holds: the transport's state and its one way to change, `_advance`; the one call of `connection_lost`.
+May know: callbacks, errors, flow control, states and the interface of channels.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .._callbacks import check_given_protocol
 from .._errors import failed_callback, log_debug, logger
 from ._flow_control import DatagramBuffer, WriteBuffer, limits
+from ._state import TRANSITIONS, State, check_transition
 
 if TYPE_CHECKING:
-    from .._callbacks import CallbackContext
+    from collections.abc import Mapping
 
-# From this many writes after the connection was lost on, each is logged: asyncio's figure.
+    from .._callbacks import CallbackContext
+    from .._channels._abc import Channel
+
+# The number of writes to a lost connection from which on each is logged: asyncio's figure.
 LOST_WRITES_BEFORE_WARNING = 5
 
-# How many frames beyond the recursion limit there are for the end of a connection on which a write has failed by that
-# limit: for the error to be reported and logged.
-SPARE_FRAMES = 200
+# Module constants: looking up an enum's member costs more.
+OPEN, CLOSING, SHUTTING_DOWN, LOST, UPGRADED, CLOSED = State
+
+#: How `repr` names a state.
+STATE_NAMES = {
+    OPEN: "open",
+    CLOSING: "closing",
+    SHUTTING_DOWN: "closing",
+    LOST: "closed",
+    UPGRADED: "upgraded",
+    CLOSED: "closed",
+}
 
 
 def noop(*_: object) -> None: ...
-
-
-def take_spare_frames_back() -> None:
-    sys.setrecursionlimit(sys.getrecursionlimit() - SPARE_FRAMES)
-
-
-class AnyChannel(Protocol):
-    """What every transport asks of its channel, of whatever kind."""
-
-    def set_callbacks(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None: ...
-    def set_reading(self, reading: bool) -> None: ...
-    def set_writing(self, writing: bool) -> None: ...
-    def close(self, *, aborted: bool) -> None: ...
-    def extra_info(self) -> dict[str, Any]: ...
 
 
 class ChannelTransport(asyncio.BaseTransport):
     """A transport over one channel."""
 
     __slots__ = (
-        "__dict__",  # The user's: asyncio's transports take attributes, too. It is made with the first one.
+        "__dict__",  # asyncio's transports take attributes of the user's, too. It is created with the first one.
         "__weakref__",
         "_buffer",
         "_bytes_received",
@@ -55,14 +54,17 @@ class ChannelTransport(asyncio.BaseTransport):
         "_call",
         "_callback_context",
         "_channel",
-        "_closing",
-        "_info",
-        "_lost",
         "_on_lost",
         "_paused_protocol",
         "_protocol",
+        "_state",
+        "_write_blocked",
+        "_write_error",
         "_writes_after_loss",
     )
+
+    #: For the messages of errors.
+    _kind: ClassVar[str]
 
     #: Narrower in each kind of transport.
     _buffer: Any
@@ -71,46 +73,107 @@ class ChannelTransport(asyncio.BaseTransport):
     def __init__(
         self,
         callback_context: CallbackContext,
-        channel: AnyChannel,
+        channel: Channel,
         buffer: WriteBuffer | DatagramBuffer,
         protocol: Any,
         on_lost: Callable[[Any], None],
     ) -> None:
-        # asyncio's initialiser would only make a dictionary for extra info, which is the channel's to know.
+        # asyncio's `__init__` would only create a dictionary for extra info, which is the channel's.
         self._callback_context = callback_context
         self._call = callback_context.run
         self._channel: Any = channel
         self._on_lost = on_lost
         self._buffer = buffer
-        self._info: dict[str, Any] = channel.extra_info()
-        self._closing = False  # No more is read: `close`, `abort`, end of file or an error.
-        self._lost = False  # `connection_lost` is scheduled or delivered.
+        self._state = OPEN
+        # A write failed after some of it may have been sent: the connection ends with this error.
+        self._write_error: BaseException | None = None
         self._writes_after_loss = 0
         self._bytes_received = 0
         self._bytes_sent = 0
-        self._paused_protocol: Any = None  # Which was paused last, until it is resumed.
+        self._paused_protocol: Any = None  # The protocol whose `pause_writing` was called last, until it is resumed.
+        self._update_write_blocked()
         self._use_protocol(protocol)
         channel.set_callbacks(self._read_ready, self._write_ready)
 
+    # For the endpoint functions and the group
+
+    def _start(self) -> None:
+        """Call `connection_made`, then start reading. Raises `OSError` if the system cannot watch the channel."""
+        log_debug(
+            self._callback_context.group, "%r: connection made, with a %s", self, type(self._protocol).__qualname__
+        )
+        try:
+            self._call(self._protocol.connection_made, self)
+        except BaseException as exc:
+            if self._callback_context.leaves(exc):
+                self._lose(None, aborted=True)  # The caller gets the exception, and no transport.
+            self._callback_failed(exc, "connection_made")
+        if self._state is OPEN and not self._is_reading_paused():
+            self._watch_input()
+
+    def _is_reading_paused(self) -> bool:
+        return False
+
+    def _watch_input(self) -> None:
+        """Start reading. Raises `OSError`, which `connection_lost` gets too, if the system cannot watch the channel."""
+        try:
+            self._channel.set_reading(True)
+        except OSError as exc:  # ENOSPC: the system watches as many file descriptors as it may.
+            self._broken(exc, "wait")
+            raise
+
+    def _belongs_to(self, group: object) -> bool:
+        return self._callback_context.group is group
+
+    def _abort(self) -> None:
+        """End the connection at once: the end of the group calls this."""
+        self.abort()
+
+    def _traffic(self) -> tuple[int, int, int]:
+        """Return how many bytes were received, were sent, and are buffered."""
+        return self._bytes_received, self._bytes_sent, self._buffer.size
+
+    # Callbacks of the channel
+
     @abstractmethod
     def _read_ready(self) -> None:
-        """Take what has arrived to the protocol."""
+        """Receive, and pass it to the protocol."""
 
     @abstractmethod
     def _write_ready(self) -> None:
         """Send what is buffered."""
 
+    # State
+
+    def _advance(self, to: State, why: str, *args: object) -> None:
+        """Change the state, and log it with `why`. An illegal transition raises and changes nothing."""
+        check_transition(TRANSITIONS, self._state, to)
+        log_debug(self._callback_context.group, f"%r: {why}", self, *args)
+        self._state = to
+        self._update_write_blocked()
+
+    def _update_write_blocked(self) -> None:
+        """Set `_write_blocked`: whether writing has to check something before it may send."""
+        self._write_blocked = self._state >= LOST or self._write_error is not None
+
+    # Methods of every transport
+
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Return what is known under `name` (`socket`, `peername`, `sockname` …), or `default`."""
-        return self._info.get(name, default)
+        return self._extra_info().get(name, default)
+
+    def _extra_info(self) -> Mapping[str, Any]:
+        info: Mapping[str, Any] = self._channel.extra_info()
+        return info
 
     def set_protocol(self, protocol: Any) -> None:
-        """Give every later callback to `protocol`.
+        """Make `protocol` the receiver of all later callbacks.
 
-        Its `connection_made` is not called. If writing is paused, its `pause_writing` is, soon, and `resume_writing` as
-        ever. `is_writing_paused`, and `is_eof_received` of a stream, tell it what has been so far.
+        Its `connection_made` is not called. If writing is paused, its `pause_writing` is called soon, and
+        `resume_writing` when writing resumes. `is_writing_paused`, and `is_eof_received` of a stream, return what has
+        happened before.
 
-        Raises `TypeError` for what can never be a protocol, such as a protocol class.
+        Raises `TypeError` for an object that cannot be a protocol, such as a protocol class.
 
         Source: https://docs.python.org/3/library/asyncio-protocol.html#asyncio.BaseTransport.set_protocol
         """
@@ -119,16 +182,16 @@ class ChannelTransport(asyncio.BaseTransport):
 
     def _use_protocol(self, protocol: Any) -> None:
         self._protocol = protocol
-        if self._pause_is_news:
-            self._callback_context.call_soon(self._tell_of_pause)
+        if self._missed_pause:
+            self._callback_context.call_soon(self._call_missed_pause)
 
     def get_protocol(self) -> Any:
-        """Return the current protocol; `None` after its `connection_lost`, as asyncio."""
+        """Return the current protocol; `None` after its `connection_lost`, as in asyncio."""
         return self._protocol
 
     def is_closing(self) -> bool:
-        """Whether the transport is closing or closed."""
-        return self._closing
+        """Return whether the transport is closing or closed."""
+        return self._state is not OPEN or self._write_error is not None
 
     def abort(self) -> None:
         """Drop what is buffered and end with `connection_lost(None)`."""
@@ -138,7 +201,7 @@ class ChannelTransport(asyncio.BaseTransport):
         """End with `connection_lost(exc)`: for `asyncio.sslproto`, which calls this."""
         self._lose(exc, aborted=True)
 
-    # The buffer
+    # Flow control
 
     def get_write_buffer_size(self) -> int:
         """Return how many bytes are written but not yet sent."""
@@ -150,81 +213,89 @@ class ChannelTransport(asyncio.BaseTransport):
         return self._buffer.low, self._buffer.high
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """Set the watermarks, in bytes; it takes effect at once.
+        """Set the watermarks, in bytes, with immediate effect.
 
         `high` defaults to 64 KiB, or to four times `low`; `low` to a quarter of `high`. Raises `ValueError` unless
         `high >= low >= 0`.
         """
         self._buffer.low, self._buffer.high = limits(high, low)
-        if not self._lost:
+        if self._state < LOST:
             self._update_flow()
 
-    def traffic(self) -> tuple[int, int, int]:
-        """Return how many bytes were received and sent, and how many wait."""
-        return self._bytes_received, self._bytes_sent, self._buffer.size
-
     def is_writing_paused(self) -> bool:
-        """Whether writing is paused: `pause_writing` has come, or is about to, and `resume_writing` will follow."""
+        """Return whether writing is paused: `pause_writing` has been called or is about to be."""
         paused: bool = self._buffer.paused
         return paused
 
     def _update_flow(self, *, from_channel: bool = False) -> None:
         buffer = self._buffer
-        if self._pause_is_news and buffer.size <= buffer.low:
-            self._flow("pause_writing", from_channel=from_channel)
-            if self._lost or self._pause_is_news:
+        if self._missed_pause and buffer.size <= buffer.low:
+            self._call_flow("pause_writing", from_channel=from_channel)
+            if self._state >= LOST or self._missed_pause:
                 return
         name = buffer.crossed()
         if name is not None:
-            self._flow(name, from_channel=from_channel)
+            self._call_flow(name, from_channel=from_channel)
 
-    def _flow(self, name: str, *, from_channel: bool) -> None:
+    def _call_flow(self, name: str, *, from_channel: bool) -> None:
         self._paused_protocol = self._protocol if name == "pause_writing" else None
         log_debug(self._callback_context.group, "%r: %s()", self, name)
         self._call_protocol(name, from_channel=from_channel)
 
     @property
-    def _pause_is_news(self) -> bool:
-        """Whether writing was paused when the protocol was set, so that it has had no `pause_writing`."""
+    def _missed_pause(self) -> bool:
+        """Whether writing is paused and this protocol's `pause_writing` was not called: it was set later."""
         return self._buffer.paused and self._paused_protocol is not self._protocol
 
-    def _tell_of_pause(self) -> None:
-        if self._pause_is_news and not self._lost:
-            self._flow("pause_writing", from_channel=True)
-            if not self._lost:
+    def _call_missed_pause(self) -> None:
+        if self._missed_pause and self._state < LOST:
+            self._call_flow("pause_writing", from_channel=True)
+            if self._state < LOST:
                 self._update_flow(from_channel=True)
 
     def _call_protocol(self, name: str, *args: Any, from_channel: bool) -> None:
-        """Make a callback that may come from inside a method of the transport, or from its channel."""
-        # The caller of a method may be in the connection's context already, and a context cannot be entered twice.
+        """Call the callback `name`, from inside a method of the transport or from its channel."""
+        # A method may be called in the connection's context, and a context cannot be entered twice.
         call = self._call if from_channel else self._callback_context.run_nested
         try:
             call(getattr(self._protocol, name), *args)
         except BaseException as exc:
             self._callback_failed(exc, name)
 
+    # Errors
+
     def _drop_write(self) -> None:
+        """Drop what was written to a connection that is lost, or that ends because a write has failed."""
+        self._end_failed_write()
         self._writes_after_loss += 1
         if self._writes_after_loss >= LOST_WRITES_BEFORE_WARNING:
             logger.warning("%r: the connection is closed or lost, the data written to it is dropped", self)
 
-    def _write_failed(self, exc: BaseException, doing: str) -> None:
-        """End the connection: it is not known how much was sent.
+    def _end_failed_write(self) -> None:
+        """End the connection if a write has failed: an unknown part of it was sent, and nothing may follow it.
 
-        For a `RecursionError` the caller has raised the recursion limit by `SPARE_FRAMES`, without calling a function.
+        The write calls this. If it could not, for a `RecursionError` or `MemoryError`, the next call or event does: the
+        write sets `_write_error` and `_write_blocked` without calling a function.
         """
-        if isinstance(exc, RecursionError):
-            # Not here: the limit cannot be lowered to where it is reached.
-            self._callback_context.call_soon(take_spare_frames_back)
+        exc = self._write_error
+        if exc is None:
+            return
         if self._callback_context.leaves(exc):
             self._lose(None, aborted=True)
-        self._broken(exc, doing)
+            self._write_error = None  # It is raised once.
+            raise exc
+        if self._state < LOST:
+            self._broken(exc, "write")
 
-    @abstractmethod
     def _broken(self, exc: BaseException, doing: str) -> None:
-        """End with `connection_lost(exc)`, or raise what leaves through the group."""
-
-    # The end
+        """End with `connection_lost(exc)`, or raise an exception that leaves through the group."""
+        if self._callback_context.leaves(exc):
+            raise exc
+        # As asyncio: an `OSError` is only passed to `connection_lost`; other errors are reported too.
+        log_debug(self._callback_context.group, "%r: %s failed: %r", self, doing, exc)
+        self._lose(exc, aborted=True)
+        if not isinstance(exc, OSError):
+            self._callback_context.report(f"Fatal {doing} error on {self._kind} transport", exc, self, self._protocol)
 
     def _callback_failed(self, exc: BaseException, name: str) -> None:
         self._lose(exc if isinstance(exc, Exception) else None, aborted=True)
@@ -235,16 +306,23 @@ class ChannelTransport(asyncio.BaseTransport):
             raise exc
         self._callback_context.report(failed_callback(self._protocol, name), exc, self, self._protocol)
 
+    # The end of the connection
+
     def _lose(self, exc: BaseException | None, *, aborted: bool = False) -> None:
-        if self._lost:
+        """End the connection: schedule `connection_lost(exc)`, and stop sending and receiving."""
+        before = self._state
+        if before >= LOST:
             return
-        if exc is not None:
-            log_debug(self._callback_context.group, "%r: lost by %r", self, exc)
-        else:
-            log_debug(self._callback_context.group, "%r: %s", self, "aborted" if aborted else "lost, all is flushed")
-        self._lost = self._closing = True
-        # Before all that may be interrupted: nobody else will do it.
-        self._callback_context.call_soon(self._connection_lost, exc, aborted)
+        try:
+            if exc is None:
+                self._advance(LOST, "aborted" if aborted else "connection lost")
+            else:
+                self._advance(LOST, "connection lost: %r", exc)
+            # Before what else may raise: `connection_lost` has to be called.
+            self._callback_context.call_soon(self._connection_lost, exc, aborted)
+        except BaseException:  # At the recursion limit, for example: the next call tries again.
+            self._state = before
+            raise
         self._buffer.clear()
         self._channel.set_reading(False)
         self._channel.set_writing(False)
@@ -255,21 +333,25 @@ class ChannelTransport(asyncio.BaseTransport):
         except BaseException as error:
             self._report_callback(error, "connection_lost")
         finally:
-            on_lost, self._on_lost = self._on_lost, noop
             try:
                 self._channel.close(aborted=aborted)
             finally:
-                # No cycles: the protocol, which most likely keeps the transport, goes with the last one to hold it.
-                self._protocol = self._paused_protocol = None
                 self._channel.set_callbacks(noop, noop)
-                on_lost(self)
+                self._finish_loss()
 
-    def _state(self) -> str:
-        return "closed" if self._lost else "closing" if self._closing else "open"
+    def _finish_loss(self) -> None:
+        """Leave the group. No reference cycles: the protocol, which most likely refers to the transport, is dropped."""
+        self._protocol = self._paused_protocol = self._write_error = None
+        on_lost, self._on_lost = self._on_lost, noop
+        try:
+            self._advance(CLOSED, "closed")
+        finally:
+            on_lost(self)
 
     def _describe(self) -> list[str]:
-        parts = [type(self).__name__, self._state()]
-        parts += [f"{name}={self._info[name]!r}" for name in ("sockname", "peername", "pipe") if self._info.get(name)]
+        info = self._extra_info()
+        parts = [type(self).__name__, STATE_NAMES[self._state]]
+        parts += [f"{name}={info[name]!r}" for name in ("sockname", "peername", "pipe") if info.get(name)]
         parts.append(f"buffered={self._buffer.size}")
         if self._buffer.paused:
             parts.append("writing paused")

@@ -1,4 +1,7 @@
-"""Back-pressure: what is written but not yet sent, and the watermarks that pause the protocol.
+"""Flow control: what is written but not yet sent, and the watermarks that pause the protocol.
+
+Holds: the buffers of streams and datagrams.
+May know: nothing.
 
 Sizes are bytes. The rules are those of the asyncio documentation, section "Buffered Streaming Protocols" and
 `WriteTransport.set_write_buffer_limits`: pause strictly above the high mark, resume at or under the low one.
@@ -14,7 +17,7 @@ DEFAULT_HIGH = 64 * 1024
 
 
 def limits(high: int | None, low: int | None) -> tuple[int, int]:
-    """Return the marks `(low, high)` with asyncio's defaults filled in; a bad pair is a `ValueError`."""
+    """Return the watermarks `(low, high)` with asyncio's defaults. Raises `ValueError` unless `high >= low >= 0`."""
     if high is None:
         high = DEFAULT_HIGH if low is None else 4 * low
     if low is None:
@@ -26,7 +29,7 @@ def limits(high: int | None, low: int | None) -> tuple[int, int]:
 
 
 class Watermarks:
-    """How many bytes wait, and whether they have paused the protocol."""
+    """How many bytes are buffered, and whether the protocol is paused."""
 
     __slots__ = ("high", "low", "paused", "size")
 
@@ -38,7 +41,7 @@ class Watermarks:
         self.paused: bool = False
 
     def crossed(self) -> str | None:
-        """Return the callback that is due, if the size has crossed a mark since the last call."""
+        """Return the name of the callback that is due if the size has crossed a watermark since the last call."""
         if self.paused:
             if self.size <= self.low:
                 self.paused = False
@@ -50,14 +53,14 @@ class Watermarks:
 
 
 class WriteBuffer(Watermarks):
-    """Chunks waiting to be sent. Adding and taking count the size in one place each."""
+    """Chunks waiting to be sent. The size is counted here only."""
 
     __slots__ = ("chunks",)
     size: int
 
     def __init__(self) -> None:
         super().__init__()
-        # A deque only while something waits: an empty one takes 760 bytes, a third of an idle connection.
+        # A deque only while something is buffered: an empty one takes 760 bytes, a third of an idle connection.
         self.chunks: deque[bytes | memoryview] | tuple[()] = ()
 
     def append(self, chunk: bytes | memoryview) -> None:
@@ -78,7 +81,7 @@ class WriteBuffer(Watermarks):
         while count:
             chunk = chunks.popleft()
             if len(chunk) > count:
-                chunks.appendleft(memoryview(chunk)[count:])  # A view: what is left is not copied.
+                chunks.appendleft(memoryview(chunk)[count:])  # A view, not a copy.
                 return
             count -= len(chunk)
 
@@ -87,8 +90,8 @@ class WriteBuffer(Watermarks):
         self.size = 0
 
 
-# What a waiting datagram counts beyond its data, in bytes: asyncio's figure, the size of a UDP header (RFC 768). So
-# empty datagrams count as well.
+# How many bytes a buffered datagram counts in addition to its data: asyncio's figure, the size of a UDP header (RFC
+# 768). So empty datagrams count too.
 DATAGRAM_HEADER_SIZE = 8
 
 
@@ -116,15 +119,15 @@ class DatagramBuffer(Watermarks):
         self.size = 0
 
 
-# Chunks of so many bytes, on average, go to the system as they are; smaller ones cost less when they are joined before.
+# Chunks of at least this size, in bytes on average, are sent as they are; smaller ones cost less if they are joined.
 LARGE_CHUNK = 4096
 
-# So many of the chunks tell for all of them: to look at a thousand small ones would cost half as much as to join them.
+# Sample size: measuring all of a thousand small chunks would cost half as much as joining them.
 CHUNKS_LOOKED_AT = 64
 
 
 def are_large(chunks: list[Any]) -> bool:
-    """Whether it costs more to join `chunks` than to gather them. They may be anything: joining tells what is none."""
+    """Return whether `chunks` are sent as they are, not joined. They may be of any type: joining raises the error."""
     some = chunks[:CHUNKS_LOOKED_AT]
     try:
         return sum(map(len, some)) >= LARGE_CHUNK * len(some)
@@ -145,7 +148,7 @@ def as_bytes_view(data: bytes | bytearray | memoryview) -> bytes | memoryview:
 
 
 def copied_rest(views: Iterable[bytes | memoryview], count: int) -> list[bytes | memoryview]:
-    """Return what is behind the first `count` bytes of `views`, none of it in memory that its owner may change."""
+    """Return what follows the first `count` bytes of `views`, copied unless it cannot change."""
     rest: list[bytes | memoryview] = []
     for view in views:
         if count >= len(view):

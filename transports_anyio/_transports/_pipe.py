@@ -1,4 +1,7 @@
-"""The transports of one-way pipes: the stream transport, less one direction.
+"""The transports of one-way pipes: stream transports with one direction.
+
+Holds: what differs from a two-way stream.
+May know: stream transports.
 
 Source: https://docs.python.org/3/library/asyncio-eventloop.html#working-with-pipes
 """
@@ -8,65 +11,66 @@ from __future__ import annotations
 import errno
 import os
 
+from ._base import OPEN
 from ._stream import StreamTransport
 
 
 class ReadPipeTransport(StreamTransport):
-    """The reading end of a pipe. At its end of file it closes, whatever `eof_received` answers."""
+    """The reading end of a pipe. At end of file it closes, whatever `eof_received` returns."""
 
     __slots__ = ()
 
     def _broken(self, exc: BaseException, doing: str) -> None:
         super()._broken(exc, doing)
-        # As asyncio: a terminal that has gone (EIO) is no error, anything else is. What cannot be waited for is raised.
+        # As asyncio: other errors than that of a terminal which has gone (EIO) are reported. That of `_watch_input`
+        # is raised instead.
         if doing == "read" and isinstance(exc, OSError) and exc.errno != errno.EIO:
             self._callback_context.report(f"Fatal {doing} error on pipe transport", exc, self, self._protocol)
 
 
 class WritePipeTransport(StreamTransport):
-    """The writing end of a pipe. To close it is its end of file, so `write_eof` does the same as `close`.
+    """The writing end of a pipe. Closing it is its end of file, so `write_eof` does the same as `close`.
 
-    When its reader has gone it ends: with `connection_lost(None)` while nothing is buffered, with a `BrokenPipeError`
-    otherwise.
+    When the reader has gone the connection ends: with `connection_lost(None)` while nothing is buffered, otherwise with
+    a `BrokenPipeError`.
     """
 
     __slots__ = ()
 
-    def start(self) -> None:
-        self._reading_paused = True
-        super().start()
-        if not self._closing and self.can_notice_hangup:
-            self._await_input()
+    def _start(self) -> None:
+        self._reading_paused = True  # There is nothing to read.
+        super()._start()
+        if self._state is OPEN and self._can_notice_hangup:
+            self._watch_input()
 
     @property
-    def can_notice_hangup(self) -> bool:
-        """Whether it shows that the reader has gone while nothing is written."""
+    def _can_notice_hangup(self) -> bool:
+        """Whether the system reports that the reader has gone while nothing is written."""
         return self._channel.can_notice_hangup
 
     def _read_ready(self) -> None:
         if self._channel.has_hung_up():
-            self.reader_gone()
+            self._reader_gone()
         else:
-            # Input, which a descriptor that can do both may get, and nobody here wants. Where the system cannot tell it
-            # from a hang-up it would be reported for ever; that the reader has gone shows at the next write.
+            # Input, on a file descriptor that can read too. It is not read, so it would be reported again and again
+            # where the system does not distinguish it from a hang-up. The next write shows whether the reader has gone.
             self._channel.set_reading(False)
 
-    def reader_gone(self) -> None:
-        """Drop what is buffered and end, with a `BrokenPipeError` if anything was: its reader has gone."""
+    def _reader_gone(self) -> None:
+        """Drop what is buffered and end, with a `BrokenPipeError` if anything was buffered: the reader has gone."""
         error = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         self._lose(error if self._buffer.size else None, aborted=True)
 
     def resume_reading(self) -> None:
-        """Do nothing: there is nothing to read, and no pause may end the watch for the reader's hang-up."""
+        """Do nothing: there is nothing to read."""
 
     def _describe(self) -> list[str]:
-        # A writing end never reads: that needs no pause.
         return [part for part in super()._describe() if part != "reading paused"]
 
     def can_write_eof(self) -> bool:
-        """Whether `write_eof` is supported: always."""
+        """Return whether `write_eof` is supported: always true."""
         return True
 
     def write_eof(self) -> None:
-        """Flush, then close."""
+        """Send what is buffered, then close."""
         self.close()

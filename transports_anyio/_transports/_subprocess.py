@@ -1,5 +1,8 @@
 """The transport of a child process.
 
+Holds: what the pipes and the end of the process mean for the child's protocol.
+May know: callbacks, errors, waiting, pipe transports, and the child process that it is given.
+
 Callbacks of a protocol, in order: `connection_made [pipe_data_received | pipe_connection_lost | process_exited]*
 connection_lost`: `process_exited` once, `pipe_connection_lost` once for each pipe, `connection_lost` after all of them;
 with `pause_writing [resume_writing]` pairs, for standard input, anywhere between.
@@ -12,48 +15,54 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .. import abc
 from .._callbacks import check_given_protocol
-from .._channels._child import KILLED
 from .._errors import failed_callback, log_debug
+from .._processes._child import KILLED
 from .._waiters import InterruptSafeEvent
 from ._pipe import WritePipeTransport
 
 if TYPE_CHECKING:
     from .._callbacks import CallbackContext
-    from .._channels._child import Child
+    from .._processes._child import Child
     from ._stream import StreamTransport
 
 
 class PipeProtocol(asyncio.Protocol):
-    """What one pipe of a child tells, passed on to the child's transport."""
+    """The protocol of one pipe of a child: passes its callbacks on to the child's protocol."""
 
     def __init__(self, child: SubprocessTransport, fd: int) -> None:
         self._child = child
         self._fd = fd
 
     def data_received(self, data: bytes) -> None:
-        self._child.tell_in_place("pipe_data_received", self._fd, data)
+        # The pipe's context is the child's, so the callback is called directly.
+        child = self._child
+        try:
+            child._protocol.pipe_data_received(self._fd, data)
+        except BaseException as exc:
+            child._callback_failed("pipe_data_received", exc)
 
     def pause_writing(self) -> None:
-        self._child.flow("pause_writing")
+        self._child._call_flow("pause_writing")
 
     def resume_writing(self) -> None:
-        self._child.flow("resume_writing")
+        self._child._call_flow("resume_writing")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._child.pipe_lost(self._fd, exc)
+        self._child._call_nested("pipe_connection_lost", self._fd, exc)
 
 
-class SubprocessTransport(asyncio.SubprocessTransport):
+class SubprocessTransport(abc.SubprocessTransport):
     """A child process, as asyncio's documentation describes `asyncio.SubprocessTransport`.
 
-    Made by `TransportGroup.subprocess_exec`, `subprocess_shell` and `connect_process`. Every method is synchronous.
+    `TransportGroup.subprocess_exec`, `subprocess_shell` and `connect_process` create it. Every method is synchronous.
 
     Source: https://docs.python.org/3/library/asyncio-protocol.html#subprocess-transports
     """
 
     __slots__ = (
-        "__dict__",  # The user's, as in every transport.
+        "__dict__",  # As in every transport, for attributes of the user's.
         "__weakref__",
         "_callback_context",
         "_child",
@@ -87,44 +96,44 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._closed = False
         self._writing_paused = False
         self._paused_protocol: Any = None  # As in the other transports.
-        self._failure: BaseException | None = None  # What a callback has raised: `connection_lost` gets it.
+        self._failure: BaseException | None = None  # The first exception in a callback: `connection_lost` gets it.
 
-    def start(self, pipes: dict[int, StreamTransport]) -> None:
-        """Tell the protocol of its child, then begin to read from the pipes; its end is awaited from now on."""
+    def _start(self, pipes: dict[int, StreamTransport]) -> None:
+        """Call `connection_made`, then start reading from the pipes. The end of the process is watched from now on."""
         self._pipes = pipes
         self._open_pipes = len(pipes)
         log_debug(self._callback_context.group, "%r: spawned, with a %s", self, type(self._protocol).__qualname__)
-        # Before `connection_made`, which may raise what leaves through the group. The end is told in a later turn.
+        # Before `connection_made`, which may raise what leaves through the group. `_exited` is called in a later turn.
         self._child.watch(self._exited)
         try:
-            self.tell("connection_made", self)
+            self._call_protocol("connection_made", self)
         finally:
             for pipe in pipes.values():
-                pipe.start()
+                pipe._start()
 
-    # What users ask for
+    # Methods of every subprocess transport
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Return what is known under `name`, or `default`; `subprocess` is the `Popen`, or AnyIO's process."""
         return self._child.process if name == "subprocess" else default
 
     def set_protocol(self, protocol: Any) -> None:
-        """Give every later callback to `protocol`.
+        """Make `protocol` the receiver of all later callbacks.
 
-        If writing is paused, its `pause_writing` is called, soon, and `resume_writing` as ever. Raises `TypeError` for
-        what can never be a protocol, such as a protocol class.
+        If writing is paused, its `pause_writing` is called soon, and `resume_writing` when writing resumes. Raises
+        `TypeError` for an object that cannot be a protocol, such as a protocol class.
         """
         check_given_protocol(protocol, "set_protocol")
         self._protocol = protocol
-        if self._pause_is_news:
-            self._callback_context.call_soon(self._tell_of_pause)
+        if self._missed_pause:
+            self._callback_context.call_soon(self._call_missed_pause)
 
     def get_protocol(self) -> Any:
-        """Return the current protocol; `None` after its `connection_lost`, as asyncio."""
+        """Return the current protocol; `None` after its `connection_lost`, as in asyncio."""
         return self._protocol
 
     def get_pid(self) -> int:
-        """Return the number of the process."""
+        """Return the process ID."""
         return self._child.pid
 
     def get_pipe_transport(self, fd: int) -> Any:
@@ -136,7 +145,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._returncode
 
     def send_signal(self, signal: int) -> None:
-        """Send `signal` to the process. Raises `ProcessLookupError` once it has ended: never signals a stranger."""
+        """Send `signal` to the process. Raises `ProcessLookupError` once it has ended: its ID may be reused."""
         self._require_running()
         self._child.send_signal(signal)
 
@@ -154,7 +163,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._child.kill()
 
     def is_closing(self) -> bool:
-        """Whether the transport is closing or closed."""
+        """Return whether the transport is closing or closed."""
         return self._closed
 
     def close(self) -> None:
@@ -171,11 +180,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         try:
             self.kill()
         except (ProcessLookupError, PermissionError):
-            pass  # It has ended already, or runs as somebody else.
+            pass  # It has ended already, or runs as another user.
         self._drop_input()
 
-    def abort(self) -> None:
-        """Kill the process, wait for its end, and drop what is buffered: the end of the group, which is final."""
+    def _abort(self) -> None:
+        """Kill the process, wait for its end, and drop what is buffered. The end of the group calls this."""
         self._closed = True
         for pipe in self._pipes.values():
             pipe.abort()
@@ -183,18 +192,18 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             returncode = self._child.kill_and_reap()
             self._callback_context.call_soon(self._exited, KILLED if returncode is None else returncode)
 
-    def traffic(self) -> tuple[int, int, int]:
-        """Return how many bytes were received and sent over the pipes, and how many wait."""
+    def _traffic(self) -> tuple[int, int, int]:
+        """Return how many bytes were received and were sent over the pipes, and are buffered."""
         received = sent = waiting = 0
         for pipe in self._pipes.values():
-            more_received, more_sent, more_waiting = pipe.traffic()
+            more_received, more_sent, more_waiting = pipe._traffic()
             received += more_received
             sent += more_sent
             waiting += more_waiting
         return received, sent, waiting
 
     def is_writing_paused(self) -> bool:
-        """Whether writing is paused: `pause_writing` has come, or is about to, and `resume_writing` will follow."""
+        """Return whether writing is paused: `pause_writing` has been called or is about to be."""
         return self._writing_paused
 
     async def _wait(self) -> int | None:
@@ -204,39 +213,39 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     # The protocol
 
-    def tell(self, name: str, *args: Any) -> None:
-        """Call one of the protocol's callbacks. What it raises is reported and ends the child."""
+    def _call_protocol(self, name: str, *args: Any) -> None:
+        """Call one of the protocol's callbacks. An exception in it is reported and ends the child."""
         try:
             self._callback_context.run(getattr(self._protocol, name), *args)
         except BaseException as exc:
-            self._failed(name, exc)
+            self._callback_failed(name, exc)
 
-    def tell_in_place(self, name: str, *args: Any) -> None:
-        """As `tell`, from inside `write`: in the caller's context, which may be the protocol's."""
+    def _call_nested(self, name: str, *args: Any) -> None:
+        """As `_call_protocol`, in the caller's context, which may be the protocol's: from a method or callback."""
         try:
             self._callback_context.run_nested(getattr(self._protocol, name), *args)
         except BaseException as exc:
-            self._failed(name, exc)
+            self._callback_failed(name, exc)
 
-    def flow(self, name: str) -> None:
-        """Pass `pause_writing` or `resume_writing` on, to a protocol that may have been set in between."""
-        if name == "resume_writing" and self._pause_is_news:
+    def _call_flow(self, name: str) -> None:
+        """Call `pause_writing` or `resume_writing`. The protocol may have been set between the two."""
+        if name == "resume_writing" and self._missed_pause:
             self._paused_protocol = self._protocol
-            self.tell_in_place("pause_writing")
+            self._call_nested("pause_writing")
         self._writing_paused = name == "pause_writing"
         self._paused_protocol = self._protocol if self._writing_paused else None
-        self.tell_in_place(name)
+        self._call_nested(name)
 
     @property
-    def _pause_is_news(self) -> bool:
+    def _missed_pause(self) -> bool:
         return self._writing_paused and self._paused_protocol is not self._protocol
 
-    def _tell_of_pause(self) -> None:
-        if self._pause_is_news and self._protocol is not None:
+    def _call_missed_pause(self) -> None:
+        if self._missed_pause and self._protocol is not None:
             self._paused_protocol = self._protocol
-            self.tell("pause_writing")
+            self._call_protocol("pause_writing")
 
-    def _failed(self, name: str, exc: BaseException) -> None:
+    def _callback_failed(self, name: str, exc: BaseException) -> None:
         if self._failure is None and isinstance(exc, Exception):
             self._failure = exc
         self.close()
@@ -244,27 +253,23 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             raise exc
         self._callback_context.report(failed_callback(self._protocol, name), exc, self, self._protocol)
 
-    def pipe_lost(self, fd: int, exc: Exception | None) -> None:
-        """Take note that a pipe is gone."""
-        self.tell_in_place("pipe_connection_lost", fd, exc)
-
-    def pipe_gone(self, pipe: StreamTransport) -> None:
-        """Take note that `pipe` is closed, whoever its protocol was."""
+    def _pipe_closed(self, pipe: StreamTransport) -> None:
+        """Note that `pipe` is closed. Its protocol need not be a `PipeProtocol` any more."""
         self._open_pipes -= 1
         self._finish()
 
     def _exited(self, returncode: int) -> None:
         if self._returncode is not None:
-            return  # `abort` came while the end was being told.
+            return  # `_abort` has ended it already.
         self._returncode = returncode
         self._ended.set()
         log_debug(self._callback_context.group, "%r: exited", self)
         stdin = self._pipes.get(0)
-        if isinstance(stdin, WritePipeTransport) and not stdin.can_notice_hangup:
-            stdin.close()  # Nothing else would ever end it.
+        if isinstance(stdin, WritePipeTransport) and not stdin._can_notice_hangup:
+            stdin.close()  # Nothing else would end it.
         self._drop_input()
         try:
-            self.tell("process_exited")
+            self._call_protocol("process_exited")
         finally:
             self._finish()
 
@@ -275,7 +280,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """
         stdin = self._pipes.get(0)
         if self._closed and self._returncode is not None and isinstance(stdin, WritePipeTransport):
-            stdin.reader_gone()
+            stdin._reader_gone()
 
     def _finish(self) -> None:
         if self._returncode is not None and not self._open_pipes:
@@ -285,11 +290,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._closed = True
         log_debug(self._callback_context.group, "%r: lost", self)
         try:
-            self.tell("connection_lost", self._failure)
+            self._call_protocol("connection_lost", self._failure)
         finally:
-            self._failure = self._protocol = self._paused_protocol = (
-                None  # No cycles: it most likely keeps the transport.
-            )
+            # No reference cycles: the protocol most likely refers to the transport.
+            self._failure = self._protocol = self._paused_protocol = None
             self._child.close()
             self._on_lost(self)
 

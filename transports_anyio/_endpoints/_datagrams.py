@@ -1,8 +1,11 @@
-"""Datagrams: `create_datagram_endpoint` and `connect_datagram_socket`."""
+"""Datagrams: `create_datagram_endpoint` and `connect_datagram_socket`.
+
+Holds: the endpoint functions, and the choice of addresses.
+May know: `_addresses`, `_base`, `_channels`, `_sockets`, `_transports`, `_types`, `abc`, `anyio`, `socket`.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -10,12 +13,14 @@ from typing import Any
 
 import anyio.lowlevel
 
+from .. import abc
 from .._channels._anyio_datagram import AnyDatagramSocket, AnyIODatagramChannel
 from .._channels._datagram import DatagramSocketChannel
 from .._sockets import bind, connect, set_option
 from .._transports._datagram import DatagramTransport
+from .._types import DatagramProtocolT
 from ._addresses import resolve
-from ._base import Endpoints, ProtocolT
+from ._base import Endpoints, check_open
 
 #: Family and protocol of a socket, and its local and remote address.
 AddressPair = tuple[int, int, Any, Any]
@@ -26,7 +31,7 @@ class DatagramEndpoints(Endpoints):
 
     async def create_datagram_endpoint(
         self,
-        protocol_factory: Callable[[], ProtocolT],
+        protocol_factory: Callable[[], DatagramProtocolT],
         local_addr: tuple[str, int] | str | None = None,
         remote_addr: tuple[str, int] | str | None = None,
         *,
@@ -36,32 +41,41 @@ class DatagramEndpoints(Endpoints):
         reuse_port: bool | None = None,
         allow_broadcast: bool | None = None,
         sock: socket.socket | None = None,
-    ) -> tuple[asyncio.DatagramTransport, ProtocolT]:
+    ) -> tuple[abc.DatagramTransport, DatagramProtocolT]:
         """Make a datagram endpoint and return `(transport, protocol)`.
 
-        `local_addr` is bound, `remote_addr` connected to (with `allow_broadcast` only sent to): a host and a port, or
-        with the family `AF_UNIX` a path, an abstract one (behind a NUL) included. Without either, a `family` is needed.
-        Every address that the names have is tried; `family`, `proto` and `flags` are the resolver's
-        (`socket.getaddrinfo`). `reuse_port` lets several sockets, also of other processes, share the local port.
+        `connection_made` runs before this returns. A datagram of more than 256 KiB is dropped, and `error_received`
+        gets an `OSError` with `EMSGSIZE`.
 
-        `sock` is a socket that was made elsewhere, and that exchanges datagrams: of type `SOCK_DGRAM`, `SOCK_RAW` or
-        `SOCK_RDM`, of any family. It belongs to the group from now on, which closes it whatever happens. If it is
-        connected, its peer is the remote address; a netlink socket has none. The transport empties its error queue
-        (`IP_RECVERR`). `connection_made` runs before this returns.
+        - `protocol_factory`: makes the protocol
+        - `local_addr`: the address to bind. A `(host, port)` tuple; with the family `AF_UNIX`, the path of a file, or
+          an abstract name, which begins with a NUL character. All addresses of a host are tried until one works.
+        - `remote_addr`: the address to connect to, of the same form. With `allow_broadcast` the socket is not
+          connected, and only sends there.
+        - `family`, `proto`, `flags`: passed to the resolver, `socket.getaddrinfo`. A `family` is required without
+          `local_addr` and `remote_addr`.
+        - `reuse_port`: allow other sockets, also those of other processes, to bind to the same local port
+        - `allow_broadcast`: allow to send to broadcast addresses
+        - `sock`: a socket of type `SOCK_DGRAM`, `SOCK_RAW` or `SOCK_RDM` and of any family, used instead of the other
+          parameters. If it is connected, its peer is the remote address (not for netlink sockets). The group owns the
+          socket from now on, and closes it on every error. The transport empties its error queue (`IP_RECVERR`).
 
-        A datagram of more than 256 KiB is dropped, and `error_received` gets an `OSError` with `EMSGSIZE`.
+        Raises, and leaves no socket open:
 
-        Raises `RuntimeError` when the group is not open; `ValueError` for a `sock` that is no datagram socket, for one
-        together with parameters of a new one, for addresses that do not go together and for `reuse_port` where the
-        platform has none; `TypeError` for an address that is none; `OSError` when no address works, and then leaves
-        nothing open; and whatever `protocol_factory` raises.
+        - `RuntimeError`: the group is not open
+        - `ValueError`: `sock` is not a datagram socket or comes with other parameters, the addresses have no family in
+          common, or the platform has no `reuse_port`
+        - `TypeError`: an address has the wrong type
+        - `OSError`: no address works
+        - whatever `protocol_factory` raises
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_datagram_endpoint
         """
+        await check_open(self._core, "create_datagram_endpoint", protocol_factory)
         remote: Any = None
         if sock is None:
             pairs = await address_pairs(local_addr, remote_addr, family, proto, flags)
-            self._core.check_open()  # Before anything is replaced.
+            await check_open(self._core)  # Before a socket file is replaced.
             sock, remote = await first_that_works(pairs, bool(reuse_port), bool(allow_broadcast))
         else:
             check_datagram_socket(
@@ -74,51 +88,59 @@ class DatagramEndpoints(Endpoints):
                 reuse_port=reuse_port,
                 allow_broadcast=allow_broadcast,
             )
-            await self._take_over(sock)
+            await self._adopt(sock)
         try:
-            channel = DatagramSocketChannel(self._core.check_open(), sock, self._core.call_later)
+            channel = DatagramSocketChannel(await check_open(self._core), sock, self._core.call_later)
         except BaseException:
             sock.close()
             raise
-        # With `allow_broadcast` the remote address is only sent to; a socket that came from elsewhere may be connected.
+        # With `allow_broadcast` the remote address is only sent to. A socket of the user's may be connected.
         make = partial(DatagramTransport, address=remote or channel.remote_address)
         transport, protocol = self._core.make_transport(make, protocol_factory, channel)
-        transport.start()
+        transport._start()
         return transport, protocol
 
     async def connect_datagram_socket(
-        self, protocol_factory: Callable[[], ProtocolT], datagram_socket: AnyDatagramSocket
-    ) -> tuple[asyncio.DatagramTransport, ProtocolT]:
-        """Give one of AnyIO's datagram sockets a protocol and return `(transport, protocol)`.
+        self, protocol_factory: Callable[[], DatagramProtocolT], datagram_socket: AnyDatagramSocket
+    ) -> tuple[abc.DatagramTransport, DatagramProtocolT]:
+        """Make a protocol for one of AnyIO's datagram sockets and return `(transport, protocol)`.
 
-        `datagram_socket` is a `UDPSocket`, `ConnectedUDPSocket`, `UNIXDatagramSocket` or `ConnectedUNIXDatagramSocket`;
-        the transport owns it from now on and closes it. Addresses are AnyIO's: an IPv6 one has host and port only, its
-        scope behind the host. On asyncio AnyIO keeps to itself what goes wrong with a UDP datagram (the peer refuses
-        it, or it is too large); on trio, and for UNIX sockets, `error_received` is told. A socket that is closed
-        already is no error of the call: `connection_lost` gets a `ConnectionAbortedError`.
+        `connection_made` runs before this returns. A socket that is already closed is accepted: `connection_lost` gets
+        a `ConnectionAbortedError`.
 
-        AnyIO receives 64 KiB of a datagram. One that fills them, which only UNIX sockets have, may be longer: it is
-        dropped, and `error_received` gets an `OSError` with `EMSGSIZE`.
+        Addresses have AnyIO's form: an IPv6 address is a host and a port, and its scope id is part of the host. On
+        asyncio AnyIO does not report the error of a UDP datagram (the peer refuses it, or it is too large); on trio,
+        and for UNIX sockets, `error_received` gets it. AnyIO receives at most 64 KiB of a datagram. Only UNIX sockets
+        have longer ones: a datagram of that size or more is dropped, and `error_received` gets an `OSError` with
+        `EMSGSIZE`.
 
-        Raises `RuntimeError` when the group is not open and when another transport uses the socket, `TypeError` for
-        anything else than such a socket, and whatever `protocol_factory` raises; the socket is then left to the caller.
+        - `protocol_factory`: makes the protocol
+        - `datagram_socket`: a `UDPSocket`, `ConnectedUDPSocket`, `UNIXDatagramSocket` or `ConnectedUNIXDatagramSocket`.
+          The transport owns it from now on and closes it.
+
+        Raises, and leaves the socket to the caller:
+
+        - `RuntimeError`: the group is not open, or another transport uses the socket
+        - `TypeError`: `datagram_socket` is not one of these sockets
+        - whatever `protocol_factory` raises
 
         Source: https://anyio.readthedocs.io/en/stable/networking.html
         """
+        await check_open(self._core, "connect_datagram_socket", protocol_factory)
         await anyio.lowlevel.checkpoint()
-        self._core.check_open()
+        poller = await check_open(self._core)
         self._require_unused(datagram_socket)
-        channel = AnyIODatagramChannel(datagram_socket, self._core.time)
+        channel = AnyIODatagramChannel(datagram_socket, poller.time)
         make = partial(DatagramTransport, address=channel.remote_address)
         transport, protocol = self._core.make_transport(make, protocol_factory, channel)
         self._run_for(datagram_socket, channel.run)
-        transport.start()
+        transport._start()
         return transport, protocol
 
 
 def check_datagram_socket(sock: socket.socket, **others: Any) -> None:
-    """Raise asyncio's `ValueError` for a socket that is no datagram socket, or comes with what is for a new one."""
-    # A `SOCK_SEQPACKET` has connections, whose end would be received as an empty datagram again and again.
+    """Raise asyncio's `ValueError` for a socket that is not a datagram socket, or comes with other parameters."""
+    # The end of a `SOCK_SEQPACKET` connection would be received as an empty datagram again and again.
     if sock.type in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
         raise ValueError(f"A datagram socket was expected, got {sock!r}")
     problems = ", ".join(f"{name}={value}" for name, value in others.items() if value)
@@ -127,7 +149,7 @@ def check_datagram_socket(sock: socket.socket, **others: Any) -> None:
 
 
 async def address_pairs(local: Any, remote: Any, family: int, proto: int, flags: int) -> list[AddressPair]:
-    """Return every pair of addresses that `local` and `remote` make together, in the resolver's order."""
+    """Return all pairs of a local and a remote address, in the resolver's order."""
     if not (local or remote):
         if family == 0:
             raise ValueError("unexpected address family: give local_addr, remote_addr, a family or a sock")
@@ -140,7 +162,7 @@ async def address_pairs(local: Any, remote: Any, family: int, proto: int, flags:
         await anyio.lowlevel.checkpoint()
         return [(family, proto, local, remote)]
     found: list[list[tuple[int, int, Any]]] = []
-    await anyio.lowlevel.checkpoint()  # Numbers need no other.
+    await anyio.lowlevel.checkpoint()  # Numeric addresses have no other checkpoint.
     for address in (local, remote):
         if address is None:
             continue
@@ -163,7 +185,7 @@ async def address_pairs(local: Any, remote: Any, family: int, proto: int, flags:
 async def first_that_works(
     pairs: list[AddressPair], reuse_port: bool, allow_broadcast: bool
 ) -> tuple[socket.socket, Any]:
-    """Return a non-blocking socket with the first pair of addresses that can be had, and its remote address."""
+    """Return a non-blocking socket with the first pair of addresses that works, and its remote address."""
     errors: list[OSError] = []
     for family, proto, local, remote in pairs:
         try:
@@ -192,4 +214,4 @@ async def first_that_works(
     try:
         raise errors[0]
     finally:
-        errors.clear()  # Their tracebacks have this frame: no cycle.
+        errors.clear()  # Break the cycles: their tracebacks refer to this frame.

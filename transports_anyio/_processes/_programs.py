@@ -1,6 +1,7 @@
-"""Programs, as users name them, found along `PATH` and started.
+"""Find programs along `PATH`, and start them.
 
-May know: `os`, `subprocess`. Knows nothing of what becomes of a child.
+Holds: the search, which is faster than `Popen`'s.
+May know: `os`, `subprocess`.
 """
 
 from __future__ import annotations
@@ -12,36 +13,36 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
-# With these the child looks for its program in other places than we would, or has other rights there.
+# With these options the child searches in other directories, or has other permissions.
 SEARCH_OPTIONS = {"executable", "shell", "env", "cwd", "user", "group", "extra_groups", "preexec_fn"}
 
 
 @lru_cache
 def candidates(program: str, directories: str) -> tuple[str, ...]:
-    """Return the paths that `program` may have, in the order of the search."""
+    """Return the paths to search for `program`, in order."""
     return tuple(os.path.join(each, program) for each in dict.fromkeys(directories.split(os.pathsep)))  # noqa: PTH118
 
 
 def find_program(program: object) -> str | None:
-    """Return the path of `program`, the first file along `PATH` that we may run; `None` leaves the search to `Popen`.
+    """Return the first executable file called `program` along `PATH`, or `None` to let `Popen` search.
 
-    What can be no name of a program is left to `Popen` too, which raises the right error.
+    `Popen` also raises the error for an object that cannot be a program.
     """
     if isinstance(program, str) and os.sep not in program and os.access in os.supports_effective_ids:
-        with suppress(ValueError):  # A NUL, or a character that no path can have.
+        with suppress(ValueError):  # A NUL character, or one that paths cannot contain.
             for path in candidates(program, os.environ.get("PATH", os.defpath)):
-                # By the rights that count for running it, or else we might pass over the right one. The directories of
-                # `PATH` are found by `""` and `"."`, and may be searched, which is the same right.
+                # By the effective IDs, which are used to run it. `X_OK` is also true for a directory that may be
+                # searched: `program` may be "" or ".", or the name of a directory.
                 if os.access(path, os.X_OK, effective_ids=True) and not os.path.isdir(path):  # noqa: PTH112
                     return path
     return None
 
 
 def start_program(args: Any, options: dict[str, Any]) -> subprocess.Popen[Any]:
-    """Return the `Popen` of a child that runs `args`.
+    """Start a child that runs `args`, and return its `Popen`.
 
-    `Popen` makes a list of all the paths that the program may have, for the child to try: that costs more than to look
-    for it. Where it cannot be run after all (its interpreter is missing, say), the child tries them one by one.
+    `Popen` lets the child try each directory of `PATH`, which costs more than the search here. If the file that was
+    found cannot be run (its interpreter is missing, for example), `Popen` searches.
     """
     start: Callable[..., subprocess.Popen[Any]] = partial(subprocess.Popen, args, bufsize=0, **options)
     if SEARCH_OPTIONS.isdisjoint(options):
