@@ -232,8 +232,8 @@ async def run_from_asyncio(async_function: Callable[..., Awaitable[T]], args: tu
     loop = running_loop()
     if loop is None:
         raise RuntimeError(
-            "from_asyncio.run() was called where no event loop is running: only asyncio code needs it. Backend code "
-            "awaits the function itself"
+            "from_asyncio.run() is for asyncio code, but no event loop is running here. Backend code awaits the function "
+            "itself"
         )
     answer: Answer[T] = Answer(loop)
     start = getattr(loop, "_start_backend_task", None)  # Only our event loop has this method.
@@ -282,8 +282,8 @@ def run_sync_from_asyncio(function: Callable[..., T], args: tuple[Any, ...]) -> 
     loop = running_loop()
     if loop is None:
         raise RuntimeError(
-            "from_asyncio.run_sync() was called where no event loop is running: only asyncio code needs it. Backend "
-            "code calls the function itself"
+            "from_asyncio.run_sync() is for asyncio code, but no event loop is running here. Backend code calls the "
+            "function itself"
         )
     core = getattr(loop, "_core", None)
     return function(*args) if core is None else core.as_backend(with_loop, loop, function, args)
