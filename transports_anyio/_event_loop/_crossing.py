@@ -232,8 +232,8 @@ async def run_from_asyncio(async_function: Callable[..., Awaitable[T]], args: tu
     loop = running_loop()
     if loop is None:
         raise RuntimeError(
-            "from_asyncio.run() is for asyncio code, but no event loop is running here. Backend code awaits the function "
-            "itself"
+            "from_asyncio.run() is for asyncio code, but no event loop is running here. Backend code awaits the "
+            "function itself"
         )
     answer: Answer[T] = Answer(loop)
     start = getattr(loop, "_start_backend_task", None)  # Only our event loop has this method.
