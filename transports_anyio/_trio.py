@@ -144,8 +144,10 @@ class TrioDriver(TaskDriver):
         if self.waiting:
             self.waiting = False
             alarm, self._parked = self._parked, None
-            if alarm is not None:  # If it is `None`, the alarm is about to run.
+            if alarm is not None:
                 trio.lowlevel.reschedule(alarm)
+            else:
+                self._wanted = -inf  # The alarm is about to run, or about to wait for the first time.
 
 
 @enable_ki_protection

@@ -10,6 +10,7 @@ import pytest
 from support import until
 
 from transports_anyio import TransportGroup, open_event_loop, to_asyncio
+from transports_anyio._poller import make_poller
 
 trio = pytest.importorskip("trio")
 testing = pytest.importorskip("trio.testing")
@@ -186,3 +187,36 @@ def test_a_failure_of_either_task_comes_out_as_itself():
         with pytest.raises(BaseException) as caught:
             trio.run(main, provoke)
         assert "FailureError" in repr(caught.value)
+
+
+def test_a_wake_up_at_the_beginning():
+    """The other task may not have begun yet, because trio runs tasks in random order."""
+
+    class Scheduler:
+        tasks_started = False
+        iterations = 0
+
+        def run_once(self):
+            self.iterations += 1
+            return inf
+
+    async def wake(driver, scheduler):
+        while not driver.waiting:
+            await trio.lowlevel.checkpoint()
+        before = scheduler.iterations
+        driver.wake()
+        with trio.fail_after(5):
+            while scheduler.iterations == before:
+                await trio.sleep(0.001)
+
+    async def main():
+        for _ in range(200):
+            poller = make_poller()
+            scheduler = Scheduler()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(poller.driver.run, scheduler)
+                await wake(poller.driver, scheduler)
+                nursery.cancel_scope.cancel()
+            poller.close()
+
+    trio.run(main)
