@@ -366,6 +366,6 @@ def soak(session: nox.Session) -> None:
 
 @nox.session(python=ECOSYSTEM_PYTHON)
 def soak_event_loop(session: nox.Session) -> None:
-    """Let requests come and go through uvicorn and aiohttp, half of them rude: does anything stay?"""
+    """Send requests through uvicorn and aiohttp, half of them from impatient clients: is anything left?"""
     session.install("--editable", ".", *group("ecosystem"), *EXTRAS["trio"], *EXTRAS["uvloop"])
     session.run("python", "benchmarks/soak_event_loop.py", *session.posargs)

@@ -4,9 +4,9 @@
     nox -s benchmarks_event_loop -- --only uvicorn --rounds 1 --bursts 4
     nox -s benchmarks_event_loop -- --peers asyncio --peers ours
 
-Measured as bench_transports.py does: each server in a process and on a processor of its own, its processor time for
-each request, bursts to one server after the other while all of them live; the figures are medians, and so are the
-ratios, of what two neighbours give. Small tasks are measured inside one process.
+It measures as bench_transports.py does: the processor time of a server for each request. Each server has a process and
+a processor of its own, all of them run at the same time, and the load sends bursts to one after the other. Figures are
+medians. A ratio is the median of the ratios of neighbouring bursts. Small tasks are measured inside one process.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Row:
 
     name: str
     kind: str
-    #: Ours at most, for each peer that there is a target for.
+    #: The greatest ratio of ours to a peer, by peer.
     targets: dict[str, float]
     peers: tuple[str, ...] = PEERS
     request: bytes = b""
     opening: bytes = b""
-    #: Ours at most, in microseconds.
+    #: The greatest figure of ours, in microseconds.
     limit: float | None = None
 
 
@@ -125,7 +125,7 @@ class EventLoopBench(Bench):
 
 
 def answer_sizes(port: int, row: Row) -> tuple[int, int]:
-    """Ask a server once: each says the same thing with other headers."""
+    """Return the sizes of the answers of a server, whose headers are its own."""
 
     def ask(message: bytes) -> int:
         sock.sendall(message)

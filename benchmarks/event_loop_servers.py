@@ -1,4 +1,4 @@
-"""What bench_event_loop.py measures: `python event_loop_servers.py PEER PROGRAM` serves and prints its port."""
+"""The servers of bench_event_loop.py: `python event_loop_servers.py PEER PROGRAM` prints its port and serves."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def hello_from_trio(scope: Any, receive: Receive, send: Send) -> None:
 
 
 async def trio_application(scope: Any, receive: Receive, send: Send) -> None:
-    """`hello_from_trio` for a server that is asyncio's."""
+    """`hello_from_trio` for an asyncio server."""
     from transports_anyio import from_asyncio, to_asyncio
 
     run = to_asyncio.run

@@ -1,4 +1,4 @@
-"""What bench_event_loop.py measures inside one process: `python event_loop_tasks.py PEER TASK` prints microseconds."""
+"""The small tasks of bench_event_loop.py: `python event_loop_tasks.py PEER TASK` prints microseconds."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ async def timed(function: Callable[..., Awaitable[object]], *args: Any) -> float
 
 
 async def on_trio(crossing: str) -> float:
-    """Crossings between a trio task and an asyncio task, by our functions."""
+    """Measure crossings by `to_asyncio` and `from_asyncio`."""
     import anyio
 
     from transports_anyio import from_asyncio, open_event_loop, to_asyncio
@@ -89,7 +89,7 @@ async def on_trio(crossing: str) -> float:
 
 
 async def on_trio_asyncio(crossing: str) -> float:
-    """The same, by trio-asyncio's."""
+    """Measure the same crossings by trio-asyncio."""
     from trio_asyncio import aio_as_trio, open_loop, trio_as_aio
 
     async with open_loop():

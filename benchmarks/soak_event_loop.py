@@ -1,13 +1,13 @@
-"""Let requests come and go through uvicorn and aiohttp, half of them ill-behaved, and check that nothing is left.
+"""Send requests through uvicorn and aiohttp, half of them from clients that give up, and check that nothing is left.
 
     nox -s soak_event_loop                                   on trio, two minutes
     nox -s soak_event_loop -- --backend asyncio --seconds 600
 
 In one event loop: uvicorn and an aiohttp server, and two kinds of clients: an aiohttp session in asyncio tasks, and the
-same session called from the backend's tasks with time-outs around it. In another process: blocking sockets that send
-half a request, read half an answer, reset the connection. After each round everything is over and done with, garbage
-is collected, and what is left is written down: memory, objects, file descriptors, asyncio tasks, the backend's tasks
-and threads. The program fails when the last third is not as the middle one.
+same session called from backend tasks with time-outs. In another process: blocking sockets that send half a request,
+read half an answer, or reset the connection. After each round, when all requests have ended, it collects garbage and
+counts what is left: memory, objects, file descriptors, asyncio tasks, backend tasks and threads. The program fails if
+there is more in the last third of the time than in the middle one.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from transports_anyio import from_asyncio, open_event_loop, to_asyncio
 
 CLIENTS_AT_ONCE = 8
 BIG = 300_000
-#: The duration of a handler whose request is given up, in seconds.
+#: How long the slow handler takes, in seconds. Its clients give up before.
 LONG = 5.0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is there after a round."""
+    """What is left after a round."""
 
     seconds: float
     requests: int
@@ -57,7 +57,7 @@ class Sample:
 
 @dataclass
 class Service:
-    """What the two servers do, and how often."""
+    """The handlers of the two servers, and how often they were called."""
 
     done: Counter[str] = field(default_factory=Counter)
 
@@ -141,7 +141,7 @@ def kept() -> tuple[int, int, int, int]:
 
 
 async def until_left(what: tuple[int, ...]) -> None:
-    """Wait for these numbers of file descriptors and tasks, for a limited time; the caller checks them."""
+    """Wait until the numbers of descriptors and tasks are `what`, or for ten seconds."""
     with anyio.move_on_after(10):
         while kept()[:3] != what:  # noqa: ASYNC110 -- the servers do not report it
             await anyio.sleep(0.02)
@@ -176,7 +176,7 @@ async def run(seconds: float, round_seconds: float) -> tuple[list[Sample], Count
 
 
 async def one_round(service: Service, ports: Any, seconds: float) -> None:
-    """Use both servers from asyncio tasks and from tasks of the backend, for `seconds`."""
+    """Use both servers for `seconds`, from asyncio tasks and from backend tasks."""
     until = time.monotonic() + seconds
     timeout = aiohttp.ClientTimeout(total=30)
     make = to_asyncio.run_sync(lambda: aiohttp.ClientSession(timeout=timeout))
@@ -225,10 +225,10 @@ async def one_round(service: Service, ports: Any, seconds: float) -> None:
                 tasks.start_soon(backend_client)
 
 
-# The ill-behaved clients, in a process of their own
+# The clients that give up, in a process of their own
 
 
-def rude_client(ports: list[int], until: float, done: Counter[str]) -> None:
+def impatient_client(ports: list[int], until: float, done: Counter[str]) -> None:
     while time.monotonic() < until:
         how = random.choice(("reset", "half a request", "half an answer", "reset while it waits", "polite"))
         with contextlib.suppress(OSError), socket.create_connection((HOST, random.choice(ports)), timeout=30) as sock:
@@ -248,18 +248,18 @@ def rude_client(ports: list[int], until: float, done: Counter[str]) -> None:
         done[how] += 1
 
 
-def rude_clients(ports: list[int]) -> None:
-    """For each line of standard input, work for that many seconds, then print a line."""
+def impatient_clients(ports: list[int]) -> None:
+    """For each line of standard input, work for that number of seconds. Then write a line to standard output."""
     done: Counter[str] = Counter()
     for line in sys.stdin:
         until = time.monotonic() + float(line)
-        threads = [threading.Thread(target=rude_client, args=(ports, until, done)) for _ in range(CLIENTS_AT_ONCE)]
+        threads = [threading.Thread(target=impatient_client, args=(ports, until, done)) for _ in range(CLIENTS_AT_ONCE)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         print("done", flush=True)
-    print("rude clients:", ", ".join(f"{name} {count}" for name, count in sorted(done.items())), file=sys.stderr)
+    print("impatient clients:", ", ".join(f"{name} {count}" for name, count in sorted(done.items())), file=sys.stderr)
 
 
 # The figure
@@ -291,7 +291,7 @@ def report(backend: str, samples: list[Sample], done: Counter[str]) -> bool:
 
 def main() -> None:
     if sys.argv[1:2] == ["--clients"]:
-        rude_clients([int(port) for port in sys.argv[2:]])
+        impatient_clients([int(port) for port in sys.argv[2:]])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=list(BACKENDS), default="trio")

@@ -44,14 +44,17 @@ def call_with_current(group: Group, callback: Callable[P, T], /, *args: P.args, 
         current.reset(token)
 
 
-def check_factory(name: str, factory: object) -> None:
-    """Raise `TypeError` for a protocol factory of the endpoint function `name` that can never return a protocol."""
+def check_factory(name: str, factory: object, task_starter: str) -> None:
+    """Raise `TypeError` for a protocol factory of the endpoint function `name` that can never return a protocol.
+
+    `task_starter` is the call that starts a task in a callback, for the message.
+    """
     if isinstance(factory, type):
         return  # The most frequent kind.
     if iscoroutinefunction(factory):
         raise TypeError(
             f"{name}() takes a protocol factory that returns a protocol, got the coroutine function {factory!r}: use a "
-            "plain function, and start what has to wait from connection_made(), with current_group().start_soon()"
+            f"plain function, and start what has to wait from connection_made(), with {task_starter}"
         )
     if callable(factory):
         return

@@ -52,6 +52,9 @@ class Core(Scheduler):
     bytes_sent: int = 0
     _ending = False  # The scheduler stops after the last task of the user.
 
+    #: The call that starts a task in a callback, for messages.
+    task_starter = "current_group().start_soon()"
+
     def __init__(self, group: Group) -> None:
         super().__init__(group)
         self.transports: set[Resource] = set()

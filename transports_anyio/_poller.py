@@ -76,17 +76,17 @@ def make_poller() -> Poller:
         loop = asyncio.get_running_loop() if asyncio.current_task() is not None else None
     except RuntimeError:
         loop = None
-    time = anyio.current_time
-    if getattr(running, "name", None) == "trio":
-        from ._trio import clock
-
-        time = clock()  # Not AnyIO's: the same clock, whether backend code or asyncio code calls it.
     system_selector = make_system_selector()
     selector = system_selector or TaskSelector()
     driver: Driver
     try:
-        if system_selector is None or loop is None:
-            driver = TaskDriver(selector, time)
+        if getattr(running, "name", None) == "trio":
+            from ._trio import TrioDriver, clock
+
+            # Not AnyIO's clock: this one is the same, whether backend code or asyncio code calls it.
+            driver = TrioDriver(system_selector, clock()) if system_selector else TaskDriver(selector, clock())
+        elif system_selector is None or loop is None:
+            driver = TaskDriver(selector, anyio.current_time)
         else:
             driver = LoopDriver(system_selector, loop)
     except BaseException:  # No file descriptors for the driver's socket pair.

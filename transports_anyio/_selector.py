@@ -128,6 +128,9 @@ class Selector(ABC):
         """Return the context in which `wait` may be called."""
         return nullcontext()
 
+    def reopen(self) -> None:  # noqa: B027  # a selector of tasks cannot fail
+        """Replace what the system has for this selector, after an error. It watches the same file descriptors."""
+
     @abstractmethod
     def close(self) -> None:
         """Release the resources of the selector."""
@@ -139,6 +142,23 @@ class SystemSelector(Selector):
     The system reports errors and hang-ups even for an empty interest, so a file descriptor without an interest is
     removed from it.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open()
+
+    @abstractmethod
+    def open(self) -> None:
+        """Make an empty selector in the system."""
+
+    def reopen(self) -> None:
+        with suppress(OSError):  # Before `open`: if the user has closed it, the new one may get its number.
+            self.close()
+        self.open()
+        for registration in self.registrations.values():
+            interest, registration.interest = registration.interest, 0
+            with suppress(OSError):  # The user has closed the file descriptor, too.
+                self.set_interest(registration, interest)
 
     @abstractmethod
     def fileno(self) -> int:
@@ -187,8 +207,7 @@ class SystemSelector(Selector):
 class PlatformSelector(SystemSelector):
     """The selector that Python's `selectors` has for this platform: kqueue on BSD and macOS."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def open(self) -> None:
         self._platform_selector = selectors.DefaultSelector()
         # Only `SelectSelector` and `PollSelector`, which cannot be waited for, have no file descriptor.
         self._fd: int = self._platform_selector.fileno()  # type: ignore[attr-defined,unused-ignore]
@@ -245,8 +264,7 @@ if sys.platform == "linux":
     class EpollSelector(SystemSelector):
         """epoll without Python's `selectors`, which makes dispatching a third and adding a quarter dearer."""
 
-        def __init__(self) -> None:
-            super().__init__()
+        def open(self) -> None:
             self._epoll = select.epoll()
 
         def fileno(self) -> int:

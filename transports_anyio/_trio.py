@@ -1,6 +1,9 @@
-"""What trio has to do for us that AnyIO does not offer: its clock, its protection from Ctrl-C, tasks that wait.
+"""What trio offers and AnyIO does not: its clock, its protection from Ctrl-C, tasks that another task wakes.
 
-The one module that imports trio, its public functions only. It is imported when trio runs, and not before.
+Holds: the driver for trio, and what an event loop needs of trio.
+May know: `asyncio`, `trio`, `_driver`, `_selector`.
+
+No other module imports trio, and this one is imported only while trio runs. It uses public functions only.
 """
 
 from __future__ import annotations
@@ -8,28 +11,153 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from math import inf
 from types import FunctionType
 from typing import Any, NoReturn
 
 import trio
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled, disable_ki_protection, enable_ki_protection
 
-__all__ = ["Scope", "Spawner", "checkpoint", "checkpoint_if_cancelled", "clock", "protect", "wait_for", "wait_in"]
+from ._driver import DrivenScheduler, TaskDriver
+from ._selector import SystemSelector
+
+__all__ = [
+    "Scope",
+    "Spawner",
+    "TrioDriver",
+    "checkpoint",
+    "checkpoint_if_cancelled",
+    "clock",
+    "protect",
+    "wait_for",
+    "wait_in",
+]
 
 Scope = trio.CancelScope
 Cancelled = trio.Cancelled
 
 
 def clock() -> Callable[[], float]:
-    """Return what tells the time of this run, and need not look for it each time, as `trio.current_time` does."""
+    """Return the clock of this run as a function. Unlike `trio.current_time`, it need not look the clock up."""
     return trio.lowlevel.current_clock().current_time
 
 
 def protect(*functions: Callable[..., object]) -> None:
-    """Let no `KeyboardInterrupt` come between two lines of `functions`, nor of what they call."""
+    """Protect `functions`, and what they call, from `KeyboardInterrupt`. It goes to trio's main task instead."""
     for function in functions:
         assert isinstance(function, FunctionType)
         enable_ki_protection(function)
+
+
+class TrioDriver(TaskDriver):
+    """Runs iterations in two tasks: one waits for the selector, the other one is the alarm.
+
+    Only a cancellation wakes a task that waits for a file descriptor, and that takes a scope for each wait. The alarm
+    is woken directly, and keeps its scope while it waits. The deadline of the scope is moved for an earlier time only:
+    when the alarm goes off, it waits again if a later time is wanted by then.
+    """
+
+    def __init__(self, selector: SystemSelector, time: Callable[[], float]) -> None:
+        super().__init__(selector, time)
+        self._system_selector = selector
+        self._running = False  # One of the tasks runs iterations.
+        self._failure: BaseException | None = None
+        self._parked: trio.lowlevel.Task | None = None  # The alarm, while it waits.
+        self._wanted = inf  # The deadline of the next iteration.
+        self._alarm_at = -inf  # The deadline of the alarm's scope; minus infinity if it does not wait.
+        self._alarm_scope = trio.CancelScope()
+
+    async def run(self, scheduler: DrivenScheduler) -> None:
+        async def alarm() -> None:
+            await self._run(self._alarm, scheduler, nursery)
+
+        if trio.lowlevel.currently_ki_protected():
+            enable_ki_protection(alarm)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(alarm, name="transports_anyio: alarm")
+                await self._run(self._watch, scheduler, nursery)
+            if self._failure is not None:
+                raise self._failure
+        finally:
+            self.waiting = False
+            self._failure = None
+
+    async def _run(
+        self,
+        task: Callable[[DrivenScheduler], Awaitable[None]],
+        scheduler: DrivenScheduler,
+        nursery: trio.Nursery,
+    ) -> None:
+        """Run one of the two tasks. What it raises ends both, and `run` raises it as itself, not in a group."""
+        try:
+            await task(scheduler)
+        except trio.Cancelled:
+            raise
+        except BaseException as exc:
+            self._failure = self._failure or exc
+            nursery.cancel_scope.cancel()
+
+    async def _watch(self, scheduler: DrivenScheduler) -> None:
+        """Run iterations when a file descriptor is ready."""
+        await checkpoint()
+        while True:
+            await self._run_iterations(scheduler)
+            await trio.lowlevel.wait_readable(self._system_selector.fileno())
+
+    async def _alarm(self, scheduler: DrivenScheduler) -> None:
+        """Run iterations after a wake-up, and at the deadline."""
+        task = trio.lowlevel.current_task()
+        while True:
+            self._alarm_at = self._wanted
+            with trio.CancelScope(deadline=self._wanted) as self._alarm_scope:
+                self._parked = task
+                await trio.lowlevel.wait_task_rescheduled(self._abort_alarm)
+            self._alarm_at = -inf
+            if not (self.waiting and self._wanted > self.time()):
+                await self._run_iterations(scheduler)
+
+    def _abort_alarm(self, _: object) -> trio.lowlevel.Abort:
+        self._parked = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    async def _run_iterations(self, scheduler: DrivenScheduler) -> None:
+        """Run iterations until there is something to wait for, unless the other task does so already."""
+        if self._running:
+            return
+        self._running = True
+        self.waiting = False
+        self._wanted = inf
+        try:
+            while True:
+                if scheduler.tasks_started:
+                    # trio runs ready tasks in random order; only a second checkpoint is sure to come after them.
+                    await checkpoint()
+                deadline = scheduler.run_once()
+                if not (
+                    deadline == -inf or self._selector.always_ready or (deadline != inf and deadline <= self.time())
+                ):
+                    break
+                await checkpoint()
+        finally:
+            self._running = False
+        self.waiting = True
+        self.wait_until(deadline)
+
+    def wait_until(self, deadline: float) -> None:
+        self._wanted = deadline
+        if deadline < self._alarm_at:
+            self._alarm_at = self._alarm_scope.deadline = deadline
+
+    @enable_ki_protection
+    def wake(self) -> None:
+        if self.waiting:
+            self.waiting = False
+            alarm, self._parked = self._parked, None
+            if alarm is not None:
+                trio.lowlevel.reschedule(alarm)
+            else:
+                self._wanted = -inf  # The alarm is about to run, or about to wait for the first time.
 
 
 @enable_ki_protection
@@ -47,9 +175,10 @@ async def wait_in(waiting: dict[Any, Callable[[Any], None]]) -> None:
 
 @enable_ki_protection
 async def wait_for(future: asyncio.Future[Any], cancel: Callable[[], object]) -> Callable[[], NoReturn] | None:
-    """Wait until `future` is done, whatever happens; call `cancel` once if this task is cancelled before that.
+    """Wait until `future` is done. If this task is cancelled before that, call `cancel` once, and continue to wait.
 
-    Return what raises the cancellation, if there was one: `Cancelled`, or the `KeyboardInterrupt` of the main task.
+    Return a function that raises the cancellation, if there was one: `trio.Cancelled`, or `KeyboardInterrupt` in the
+    main task.
     """
     task = trio.lowlevel.current_task()
     raise_cancellation: Callable[[], NoReturn] | None = None
@@ -74,12 +203,12 @@ async def _unprotected(async_function: Callable[..., Awaitable[Any]], args: tupl
 
 
 class Spawner:
-    """Starts tasks of trio's whose result is the result of a future of asyncio's."""
+    """Starts trio tasks for an event loop, and runs its end."""
 
     _nursery: trio.Nursery
 
     async def enter(self, stack: AsyncExitStack) -> None:
-        """Accept tasks, until `stack` is left, which waits for them."""
+        """Open the nursery. When `stack` is left, it waits for the tasks."""
         self._nursery = await stack.enter_async_context(trio.open_nursery())
 
     def start(self, async_function: Callable[..., Awaitable[object]], *args: object) -> None:
@@ -90,9 +219,10 @@ class Spawner:
     async def finish(
         self, async_function: Callable[..., Awaitable[object]], *args: object
     ) -> Callable[[], NoReturn] | None:
-        """Await `async_function(first, flushing, *rest)`, which nothing cancels, and no Ctrl-C interrupts.
+        """Await `async_function(first, flushing, *rest)`, protected from cancellations and Ctrl-C.
 
-        `flushing` is a scope that is cancelled if this task is. Return what raises the cancellation then.
+        `flushing` is a scope that is cancelled when this task is cancelled. Return a function that raises the
+        cancellation then.
         """
         task = trio.lowlevel.current_task()
         raise_cancellation: Callable[[], NoReturn] | None = None
@@ -111,7 +241,7 @@ class Spawner:
             flushing.cancel()
             return trio.lowlevel.Abort.FAILED
 
-        # A task of its own, because only the main task is given what Ctrl-C raises.
+        # In a task of its own: Ctrl-C raises `KeyboardInterrupt` in the main task only.
         self._nursery.start_soon(enable_ki_protection(run), name="transports_anyio: end of an event loop")
         await trio.lowlevel.wait_task_rescheduled(abort)
         return raise_cancellation
@@ -125,8 +255,8 @@ class Spawner:
     ) -> None:
         """Start a task that awaits `async_function(*args)` inside `scope`.
 
-        `settle` is called after its end, outside the scope: with what it has raised, or `None` and what it has
-        returned. A cancellation is `CancelledError` of asyncio's.
+        After its end, outside the scope, `settle` is called with the exception and the result, one of which is `None`.
+        A cancellation is passed as `asyncio.CancelledError`.
         """
         self._nursery.start_soon(self._run, async_function, args, scope, settle, name=async_function)
 
@@ -142,7 +272,7 @@ class Spawner:
         try:
             with scope:
                 result = await _unprotected(async_function, args)
-        except trio.Cancelled:  # Of the event loop itself.
+        except trio.Cancelled:  # The event loop ends.
             settle(asyncio.CancelledError(), None)
             raise
         except BaseException as exc:
@@ -150,4 +280,4 @@ class Spawner:
         else:
             settle(asyncio.CancelledError() if scope.cancelled_caught else None, result)
         finally:
-            del settle, args  # What was raised has this frame, and has been passed to `settle`: no cycle.
+            del settle, args  # Break a cycle: the traceback of the exception has this frame.

@@ -1,6 +1,9 @@
-"""From asyncio code to backend code: functions for an asyncio task that wants something of trio's, or of AnyIO's.
+"""Run backend code from asyncio code: for asyncio tasks that use trio or AnyIO.
 
-They need an event loop that `transports_anyio.open_event_loop` has opened. On asyncio and uvloop any one will do.
+May know: `_event_loop`.
+
+On trio the functions need an event loop that `transports_anyio.open_event_loop` has opened. On asyncio and uvloop they
+work in every event loop.
 """
 
 from __future__ import annotations
@@ -20,11 +23,11 @@ async def run(async_function: Callable[..., Awaitable[T]], *args: Any) -> T:
 
     The task has a copy of the caller's context variables.
 
-    When the asyncio task is cancelled, or `asyncio.timeout` comes, the scope of the function is cancelled, and the
-    asyncio task waits for its end. The cancellation goes on then; a value that the function returns all the same is
-    returned, and the cancellation comes when the asyncio task next waits.
+    When the asyncio task is cancelled, by `asyncio.timeout` for example, the scope of the function is cancelled, and
+    the asyncio task waits until the function ends. Then the asyncio task is cancelled. If the function returns a value
+    instead, the value is returned, and the asyncio task is cancelled when it next waits.
 
-    Raises whatever the function raises, the same object, `RuntimeError` when no event loop is running, and `TypeError`
+    Raises whatever the function raises, the same object; `RuntimeError` if no event loop is running; and `TypeError`
     for a coroutine object in place of the function.
 
     Source: https://docs.python.org/3/library/asyncio-task.html#task-cancellation
@@ -33,11 +36,12 @@ async def run(async_function: Callable[..., Awaitable[T]], *args: Any) -> T:
 
 
 def run_sync(function: Callable[..., T], *args: Any) -> T:
-    """Return `function(*args)`, called at once as backend code: `trio.current_time`, or `set` of an event.
+    """Return `function(*args)`, called at once as backend code.
 
-    On asyncio and uvloop that is a plain call. The function sees the caller's context variables.
+    Use it for functions such as `trio.current_time`, or `set` of an event. On asyncio and uvloop it is a plain call.
+    The function runs in the caller's context.
 
-    Raises whatever the function raises, and `RuntimeError` when no event loop is running.
+    Raises whatever the function raises, and `RuntimeError` if no event loop is running.
 
     Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.get_running_loop
     """

@@ -1,6 +1,8 @@
-"""From backend code to asyncio code: functions for a trio or AnyIO task that wants something of an asyncio library.
+"""Run asyncio code from backend code: for trio and AnyIO tasks that use asyncio libraries.
 
-They need an event loop, which `transports_anyio.open_event_loop` opens. On asyncio and uvloop that is the running one.
+May know: `_event_loop`.
+
+The functions need an event loop, which `transports_anyio.open_event_loop` opens.
 """
 
 from __future__ import annotations
@@ -20,16 +22,16 @@ T = TypeVar("T")
 async def run(async_function: Callable[..., Awaitable[T]], *args: Any) -> T:
     """Await `async_function(*args)` in an asyncio task, and return its result.
 
-    The function is called inside the task, so whatever returns an awaitable will do. The task has a copy of the
-    caller's context variables.
+    The function is called in the task, so any function that returns an awaitable can be used. The task has a copy of
+    the caller's context variables.
 
-    When the caller's scope is cancelled, the task gets one `asyncio.CancelledError`, and the caller waits for its end.
-    The cancellation goes on then; a value that the task returns all the same is returned, and the cancellation comes
-    at the next checkpoint.
+    When the caller's scope is cancelled, the task is cancelled once, and the caller waits until the task ends. Then the
+    caller is cancelled. If the task returns a value instead, the value is returned, and the caller is cancelled at its
+    next checkpoint.
 
-    Raises whatever the task raises, the same object; `concurrent.futures.CancelledError` when asyncio code has
-    cancelled the task; `RuntimeError` outside `open_event_loop`, and in another thread than the event loop's; and
-    `TypeError` for a coroutine object in place of the function.
+    Raises whatever the task raises, the same object; `concurrent.futures.CancelledError` if asyncio code has cancelled
+    the task; `RuntimeError` outside `open_event_loop`, and in another thread than the event loop's; and `TypeError`
+    for a coroutine object in place of the function.
 
     Source: https://docs.python.org/3/library/asyncio-task.html
     """
@@ -37,9 +39,9 @@ async def run(async_function: Callable[..., Awaitable[T]], *args: Any) -> T:
 
 
 def run_sync(function: Callable[..., T], *args: Any) -> T:
-    """Return `function(*args)`, called at once, in this task, as asyncio code: with the event loop running.
+    """Return `function(*args)`, called at once as asyncio code: with the event loop set as running.
 
-    For constructors that ask for the running event loop. The function sees a copy of the caller's context variables.
+    Use it for constructors that need the running event loop. The function runs in a copy of the caller's context.
 
     Raises whatever the function raises, and `RuntimeError` as `run` does.
 
@@ -49,10 +51,10 @@ def run_sync(function: Callable[..., T], *args: Any) -> T:
 
 
 def wrap_async_context_manager(cm: AbstractAsyncContextManager[T, Any]) -> AbstractAsyncContextManager[T, bool | None]:
-    """Return a context manager for backend code that enters and leaves `cm`, both in the same asyncio task.
+    """Return a context manager for backend code that enters and leaves `cm` in one asyncio task.
 
-    Entering and leaving it is cancelled as `run` is. If the block is left by a cancellation, `cm` gets an
-    `asyncio.CancelledError`, and is left in peace.
+    Entering and leaving are cancelled as in `run`. If the block is left by a cancellation, `cm` gets one
+    `asyncio.CancelledError`, and is not cancelled again.
 
     Raises what `cm` raises, and `RuntimeError` as `run` does when it is entered.
 

@@ -1,7 +1,7 @@
-"""Event loops under test: each test is a program that `run` runs on one of them.
+"""The event loops under test. Each test is a program, which the fixture `run` runs on one of them.
 
 - `oracle`: asyncio's own event loop, run by asyncio itself.
-- `mixins`: asyncio's own event loop, with our methods for sockets, threads and signals in place of its own.
+- `mixins`: asyncio's own event loop, with our methods for sockets, threads and signals instead of its own.
 - `trio`, `asyncio`, `uvloop`: `run_asyncio` on this backend.
 """
 
@@ -35,7 +35,7 @@ class Runner:
 
     @property
     def is_ours(self) -> bool:
-        """Whether the methods under test are ours."""
+        """Whether the methods under test belong to this package."""
         return self.name in (MIXINS, "trio")
 
     @property

@@ -1,6 +1,6 @@
-"""A program on trio that is ended by Ctrl-C at any moment, run by a test: `python interrupted_program.py`.
+"""A program on trio that a test interrupts by Ctrl-C at any moment: `python interrupted_program.py`.
 
-It prints what has begun, and what has ended in order. Callbacks are counted as they are scheduled and as they run.
+It counts what begins and what ends, callbacks for example, and prints the differences.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calls that need the backend, made while asyncio code runs: on trio AnyIO takes asyncio's side then."""
+"""Calls that need the backend while asyncio code runs: on trio, AnyIO would call asyncio then."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ async def test_a_poller_with_tasks(anyio_backend, monkeypatch):
 
 
 async def test_asyncio_code_uses_a_stream_transport_of_the_backends_group(anyio_backend):
-    """Its channel has tasks and scopes of the backend's, whichever side closes it, however early."""
+    """Its channel has tasks and scopes of the backend. Either kind of code may close it, at any time."""
     async with TransportGroup() as group, open_event_loop():
         for early in (True, False):
             ours, theirs = socket.socketpair()
@@ -130,7 +130,7 @@ async def test_asyncio_code_uses_a_stream_transport_of_the_backends_group(anyio_
 
 
 async def test_backend_code_writes_to_a_transport_of_the_event_loop(anyio_backend):
-    """Callbacks in place of the call run with the event loop running."""
+    """Callbacks that run inside the call find the event loop running."""
     seen = []
 
     async def connect():

@@ -109,6 +109,9 @@ def test_a_wait_that_times_out(run):
 
 
 def test_a_child_that_ends_before_it_has_read_everything(run):
+    if run.is_uvloop:
+        pytest.skip("uvloop raises RuntimeError if the child has ended before the first write")
+
     async def main() -> None:
         process = await asyncio.create_subprocess_exec("true", stdin=PIPE, stdout=PIPE)
         assert (await process.communicate(bytes(5_000_000)))[0] == b""

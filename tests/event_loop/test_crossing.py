@@ -1,4 +1,4 @@
-"""From backend code to asyncio code and back: each row of what a crossing does, on every backend."""
+"""Crossings between backend code and asyncio code: results, errors, cancellation, context variables."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import contextvars
 import gc
 import sys
 import threading
+import time
 import weakref
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 import anyio.lowlevel
@@ -673,7 +675,7 @@ async def test_without_an_event_loop(anyio_backend):
 def test_where_nothing_runs():
     with pytest.raises(RuntimeError, match="found no event loop"):
         to_asyncio.run_sync(str)
-    with pytest.raises(RuntimeError, match="is for asyncio code"):
+    with pytest.raises(RuntimeError, match="no event loop is running"):
         from_asyncio.run_sync(str)
 
 
@@ -773,3 +775,62 @@ async def test_a_failed_crossing_leaves_no_cycle(anyio_backend):
             assert alive() is None
         finally:
             gc.enable()
+
+
+async def test_other_tasks_run_beside_crossings_that_wait_for_nothing(anyio_backend):
+    """Also if each of them returns at once, and for context managers."""
+    rounds = 0
+
+    async def nothing():
+        pass
+
+    @asynccontextmanager
+    async def manager():
+        yield
+
+    async def work():
+        nonlocal rounds
+        while True:
+            await anyio.lowlevel.checkpoint()
+            rounds += 1
+
+    async def managed():
+        async with to_asyncio.wrap_async_context_manager(manager()):
+            pass
+
+    async with open_event_loop(), anyio.create_task_group() as tasks:
+        tasks.start_soon(work)
+        for cross in (partial(to_asyncio.run, nothing), managed):
+            rounds = 0
+            end = time.monotonic() + GUARD
+            while rounds < 3:
+                await cross()
+                assert time.monotonic() < end
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_group_of_exceptions_of_a_backend_function_is_the_same_object(anyio_backend):
+    mistake = ExceptionGroup("several", [MistakeError(), ValueError()])
+
+    async def fail():
+        raise mistake
+
+    async def ask():
+        with pytest.raises(ExceptionGroup) as caught:
+            await from_asyncio.run(fail)
+        return caught.value
+
+    async with open_event_loop():
+        assert await to_asyncio.run(ask) is mistake
+
+
+async def test_stop_iteration_of_a_backend_function_becomes_a_runtime_error(anyio_backend):
+    async def fail():
+        raise StopIteration
+
+    async def ask():
+        with pytest.raises(RuntimeError, match="raised StopIteration"):
+            await from_asyncio.run(fail)
+
+    async with open_event_loop():
+        await to_asyncio.run(ask)

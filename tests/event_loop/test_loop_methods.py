@@ -434,6 +434,19 @@ def test_the_exception_handler_runs_in_the_context_of_what_failed(run):
 # -- what only the owner may do
 
 
+def test_every_method_of_an_event_loop_is_there(run):
+    if run.is_uvloop:
+        pytest.skip("uvloop lacks some")
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        for name, method in vars(asyncio.AbstractEventLoop).items():
+            if callable(method) and not name.startswith("_"):
+                assert getattr(type(loop), name) is not method, name
+
+    run(main)
+
+
 def test_what_a_running_event_loop_refuses(run):
     async def main():
         loop = asyncio.get_running_loop()
@@ -543,7 +556,7 @@ def test_in_debug_mode_reports_say_where_things_were_made(run, caplog):
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_no_cycle_keeps_what_a_task_raised(run, debug):
-    """A task that fails is garbage as soon as nothing refers to it, with its error and the frames of this."""
+    """A task that fails is deleted without the garbage collector, with its exception and the frames of that."""
 
     async def fail(scheduled):
         if scheduled:

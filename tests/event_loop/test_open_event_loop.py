@@ -1,9 +1,11 @@
-"""How an event loop is opened, and how it ends: each row of what must happen then, on every backend."""
+"""The beginning and the end of an event loop, and the errors that end it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 import sys
 import threading
 from contextlib import asynccontextmanager
@@ -27,7 +29,7 @@ def only_trio(anyio_backend) -> None:
 
 @asynccontextmanager
 async def reported(loop):
-    """What the exception handler is given; the test runner has one of its own on asyncio."""
+    """Collect the reports to the exception handler. On asyncio the test runner has a handler, which is restored."""
     reports = []
     before = loop.get_exception_handler()
     loop.set_exception_handler(lambda _, context: reports.append(context))
@@ -160,7 +162,7 @@ async def test_a_group_in_asyncio_code(anyio_backend):
 
 
 async def test_a_group_beside_it(anyio_backend):
-    """Backend code's group, whose transports asyncio code may write to."""
+    """The group belongs to backend code. Asyncio code may use its transports."""
     async with TransportGroup() as group, open_event_loop():
         server = await group.create_server(
             lambda: Recorder(on_data_received=lambda self, data: self.transport.write(data)), "127.0.0.1", 0
@@ -246,6 +248,70 @@ async def test_cancelled_from_outside(anyio_backend):
             await anyio.sleep(3600)
     assert scope.cancelled_caught
     assert events == ["cleaned up", "lost", "lost"]
+
+
+async def test_nothing_is_left_after_a_cancellation(anyio_backend):
+    """No file descriptor, no thread, no task."""
+    only_trio(anyio_backend)
+    import trio
+
+    async def serve(begun):
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+        for _ in range(3):
+            await loop.create_connection(asyncio.Protocol, *server.sockets[0].getsockname())
+        await loop.subprocess_exec(asyncio.SubprocessProtocol, sys.executable, "-c", "input()")
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            loop.add_reader(ours, str)
+            await loop.run_in_executor(None, str)
+            begun.set()
+            await from_asyncio.run(anyio.sleep, 3600)
+
+    async def use():
+        begun = asyncio.Event()
+        with anyio.CancelScope() as scope:
+            async with open_event_loop():
+                await start(serve, begun)
+                await to_asyncio.run(begun.wait)
+                scope.cancel()
+                await anyio.sleep(3600)
+        assert scope.cancelled_caught
+
+    def tasks():
+        return trio.lowlevel.current_statistics().tasks_living
+
+    await use()  # Whatever is loaded and opened once.
+    before = len(os.listdir("/proc/self/fd")), threading.active_count(), tasks()
+    await use()
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count(), tasks()) == before
+
+
+async def test_a_task_that_does_not_end_holds_the_end_up(anyio_backend):
+    only_trio(anyio_backend)
+    cancellations = []
+
+    async def stubborn(enough):
+        while not enough.is_set():
+            try:
+                await enough.wait()
+            except asyncio.CancelledError as exc:
+                cancellations.append(exc)
+
+    async def release(enough):
+        await until(lambda: cancellations)
+        await anyio.sleep(0.01)
+        assert not loop.is_closed()
+        loop.call_soon(enough.set)
+
+    async with anyio.create_task_group() as tasks:
+        async with open_event_loop() as loop:
+            enough = asyncio.Event()
+            await start(stubborn, enough)
+            await to_asyncio.run(asyncio.sleep, 0)
+            tasks.start_soon(release, enough)
+    assert len(cancellations) == 1
+    assert loop.is_closed()
 
 
 async def test_what_is_written_is_flushed_when_the_block_ends(anyio_backend):
@@ -365,7 +431,7 @@ async def test_the_order_at_the_end(anyio_backend):
     loop.close()
 
 
-async def test_a_callback_that_schedules_itself_for_ever_does_not_hold_the_end_up(anyio_backend):
+async def test_a_callback_that_always_schedules_itself_does_not_hold_the_end_up(anyio_backend):
     only_trio(anyio_backend)
     async with open_event_loop() as loop:
 
@@ -600,7 +666,7 @@ def test_run_asyncio_with_a_mock_clock():
 
 
 def test_in_guest_mode_the_event_loop_of_the_host_is_not_ours():
-    """trio's tasks run in callbacks of the host's event loop, and an event loop of ours runs beside it."""
+    """The tasks of trio run in callbacks of the host's event loop. Ours is another one."""
     trio = pytest.importorskip("trio")
 
     async def in_trio():
@@ -667,3 +733,54 @@ async def test_a_poller_that_fails_ends_the_block_in_order(anyio_backend):
             await to_asyncio.run(work)
     assert caught.value is failure
     assert events == ["cleaned up"]
+
+
+async def test_a_selector_that_is_lost_ends_the_block_in_order(anyio_backend):
+    """The user has closed its file descriptor: every call of it fails."""
+    only_trio(anyio_backend)
+    events = []
+
+    async def work(loop):
+        server = await loop.create_server(Recorder, "127.0.0.1", 0)
+        await loop.create_connection(
+            lambda: Recorder(on_connection_lost=lambda *_: events.append("lost")),
+            *server.sockets[0].getsockname()[:2],
+        )
+        number = loop._core.poller.selector.fileno()
+        os.close(number)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.001)
+            await loop.run_in_executor(None, events.append, "thread")
+            events.append("cleaned up")
+
+    with pytest.raises((OSError, ValueError)):
+        async with open_event_loop() as loop:
+            await to_asyncio.run(work, loop)
+    assert events == ["thread", "cleaned up", "lost"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="older Pythons make a new one")
+def test_an_event_loop_that_asyncio_code_has_set_is_set_no_longer():
+    """If another one was set, it stays."""
+    trio = pytest.importorskip("trio")
+
+    async def main(set_it):
+        async with open_event_loop() as loop:
+            if set_it:
+                to_asyncio.run_sync(asyncio.set_event_loop, loop)
+
+    asyncio.set_event_loop(None)
+    for set_it in (False, True):
+        trio.run(main, set_it)
+        with pytest.raises(RuntimeError):
+            asyncio.get_event_loop()
+    other = asyncio.SelectorEventLoop()
+    try:
+        asyncio.set_event_loop(other)
+        trio.run(main, False)
+        assert asyncio.get_event_loop() is other
+    finally:
+        asyncio.set_event_loop(None)
+        other.close()

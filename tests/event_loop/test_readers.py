@@ -278,6 +278,26 @@ def test_a_file_descriptor_of_a_transport(run):
     run(main)
 
 
+def test_a_listening_socket_of_a_server(run):
+    """The server would accept no connections any more. asyncio lets that happen."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+        number = server.sockets[0].fileno()
+        if run.name == "trio":
+            for add in (loop.add_reader, loop.add_writer):
+                with pytest.raises(RuntimeError, match="is used by transport"):
+                    add(number, print)
+        else:
+            loop.add_reader(number, print)
+            assert loop.remove_reader(number)
+        server.close()
+        await server.wait_closed()
+
+    run(main)
+
+
 class Received(asyncio.Protocol):
     def __init__(self) -> None:
         self.data: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()

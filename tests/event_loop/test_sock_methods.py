@@ -390,7 +390,7 @@ def test_a_cancelled_method_leaves_the_next_one_alone(run):
 
 def test_several_tasks_may_wait_for_one_socket(run):
     if not run.is_ours:
-        pytest.skip("in asyncio's own the first of them waits for ever")
+        pytest.skip("in asyncio's own the first of them waits forever")
 
     async def main() -> None:
         loop = asyncio.get_running_loop()

@@ -1,10 +1,11 @@
-"""asyncio's own code over our transports: streams, their TLS, servers, files, pipes."""
+"""asyncio's streams, servers, TLS, files and pipes over the transports of this package."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import re
 import socket
 import ssl
 import struct
@@ -29,7 +30,7 @@ async def closed(writer: asyncio.StreamWriter) -> None:
 
 @asynccontextmanager
 async def serving(handle: Any, **options: Any) -> AsyncIterator[Any]:
-    """Serve by TCP; the address."""
+    """Serve over TCP, and yield the address."""
     server = await asyncio.start_server(handle, HOST, 0, **options)
     try:
         yield server.sockets[0].getsockname()
@@ -194,6 +195,40 @@ def test_a_handler_that_fails_is_reported(run):
             await closed(writer)
 
     run(main)
+
+
+def test_a_socket_that_was_accepted_elsewhere(run):
+    async def main():
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            accepted, _ = listener.accept()
+        received = asyncio.StreamReader()
+        transport, _ = await loop.connect_accepted_socket(lambda: asyncio.StreamReaderProtocol(received), accepted)
+        writer.write(b"hello")
+        assert await received.readexactly(5) == b"hello"
+        transport.write(b"goodbye")
+        transport.close()
+        assert await reader.read() == b"goodbye"
+        writer.close()
+        await writer.wait_closed()
+
+    run(main)
+
+
+def test_a_protocol_factory_that_is_a_coroutine_function(run):
+    """The error says what asyncio code calls instead. asyncio fails later, when it uses the protocol."""
+
+    async def factory():
+        return asyncio.Protocol()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        with pytest.raises(TypeError, match=re.escape("asyncio.create_task()")):
+            await loop.create_connection(factory, "127.0.0.1", 1)
+
+    if run.name == "trio":
+        run(main)
 
 
 def test_a_server_that_is_asked_to_end(run):
@@ -445,7 +480,7 @@ def test_datagram_endpoints(run):
 
 
 def test_a_server_and_its_connections_at_the_end_of_the_event_loop(run):
-    """What is left open is closed, as far as the event loop does so."""
+    """The event loop closes what is left open."""
     if not run.name == "trio":
         pytest.skip("asyncio leaves it open, and warns")
     lost = []

@@ -52,7 +52,7 @@ async def check_open(core: Core, name: str = "", *factories: object, called_as: 
         await check_cancelled(core)
         raise
     for factory in factories:
-        check_factory(name, factory)
+        check_factory(name, factory, core.task_starter)
     return poller
 
 

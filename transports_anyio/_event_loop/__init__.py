@@ -1,4 +1,1 @@
-"""asyncio's event loop on the transports of this package: what asyncio code needs beside them.
-
-May know: the core and the endpoint functions. A group knows nothing of it.
-"""
+"""asyncio's event loop, built on the core of a group and its endpoint functions. Groups do not know it."""

@@ -1,11 +1,10 @@
-"""The inside of an event loop: a group's core, whose iterations run with the event loop set as the running one.
+"""The core of an event loop: a group's core whose iterations run with the event loop set as running.
 
-Holds: the two sides and the way from one to the other. *asyncio code* runs while the event loop is set as running: in
-iterations, and in `call`. *Backend code* runs in the backend's own tasks, and in `as_backend`.
+Holds: how each call gets the right environment. There are two kinds of code. *Asyncio code* runs while the event loop
+is set as running, which is in iterations and in `LoopCore.call`. *Backend code* runs in the tasks of the backend, and
+in `LoopCore.as_backend`.
+May know: `asyncio`, `_callbacks`, `_core`, `_errors`, `_handles`, `_loop`, `_poller`, `_sides`.
 """
-
-# The event loop's own modules know what it hides from users.
-# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -14,13 +13,13 @@ import sys
 from asyncio import _get_running_loop, _set_running_loop
 from collections.abc import Callable
 from contextvars import Context, copy_context
-from math import inf
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._callbacks import CallbackContext
 from .._core import Core
 from .._errors import NotOpenError
+from ._handles import Handle
 from ._sides import library
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ T = TypeVar("T")
 
 
 class LoopCallbackContext(CallbackContext):
-    """The way from a connection into asyncio code, which knows no group."""
+    """The callback context of a connection in an event loop: no group is current in it."""
 
     __slots__ = ("_core",)
 
@@ -46,32 +45,33 @@ class LoopCallbackContext(CallbackContext):
     def run_nested(self, callback: Callable[..., object], *args: object) -> None:
         if _get_running_loop() is self.group:
             callback(*args)
-        else:  # Backend code calls a method of the transport.
+        else:  # Backend code has called a method of the transport.
             self._core.call(callback, *args)
 
 
 class LoopCore(Core):
     """The scheduler of an event loop, with all that it owns."""
 
-    goes_on = True  # A task takes several steps for most things, and a round through the backend costs more than those.
+    task_starter = "asyncio.create_task()"
+    goes_on = True  # Most work takes a task several steps, and an iteration of the backend costs more than these.
 
     def __init__(self, loop: EventLoop) -> None:
         super().__init__(loop)
         self._loop = loop
-        #: What has come out of a callback or task to end the program, the first of it.
+        #: The first `KeyboardInterrupt` or `SystemExit` of a callback or task, or the first failure of the selector.
         self.leaving: BaseException | None = None
-        #: Ends the block of the event loop.
+        #: Cancels the block of `open_event_loop`.
         self.end_block: Callable[[], object] = bool
         self._running = False  # An iteration or a call is running.
 
-    # The two sides
+    # Asyncio code and backend code
 
     def _enter(self) -> tuple[Any, ...]:
-        """Set the event loop as running; return what `_leave` restores."""
+        """Begin to run asyncio code: set the event loop as running. Return what `_leave` restores."""
         before = (_get_running_loop(), library.name, sys.get_asyncgen_hooks())
         _set_running_loop(self._loop)
         library.name = "asyncio"
-        sys.set_asyncgen_hooks(self._loop._asyncgen_begun, self._loop._asyncgen_dropped)  # noqa: SLF001
+        sys.set_asyncgen_hooks(self._loop._asyncgen_begun, self._loop._asyncgen_dropped)
         return before
 
     def _leave(self, before: tuple[Any, ...]) -> None:
@@ -81,7 +81,7 @@ class LoopCore(Core):
         _set_running_loop(loop)
 
     def as_backend(self, function: Callable[..., T], *args: Any) -> T:
-        """Return `function(*args)`, called by asyncio code, as backend code."""
+        """Return `function(*args)`, run as backend code. Asyncio code calls this."""
         if not self._running:
             return function(*args)
         before = (_get_running_loop(), library.name, sys.get_asyncgen_hooks())
@@ -92,12 +92,12 @@ class LoopCore(Core):
             self._leave(before)
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Return `function(*args)`, called by backend code, as asyncio code.
+        """Return `function(*args)`, run as asyncio code. Backend code calls this.
 
-        Then run what is ready, as long as that is quickly done: no other task has to be woken for it.
+        Then run the callbacks that are ready, so that the driver need not be woken for them.
         """
         before = self._enter()
-        if self._running:  # Backend code that asyncio code has called.
+        if self._running:  # Asyncio code has called backend code, which calls this.
             try:
                 return function(*args)
             finally:
@@ -109,7 +109,7 @@ class LoopCore(Core):
         try:
             return function(*args)
         finally:
-            del function, args  # The traceback of an exception that a task keeps has this frame behind it: no cycle.
+            del function, args  # Break a cycle: a task may keep an exception, whose traceback has this frame.
             self._run_on()
             self._running = False
             self._leave(before)
@@ -121,11 +121,33 @@ class LoopCore(Core):
                     driver.wait_until(self.timers.next_deadline())
 
     def _run_on(self) -> None:
-        """Run what is ready. If that makes something ready, run an iteration, which includes I/O."""
+        """Run the callbacks that are ready. If they schedule others, run an iteration, which includes I/O."""
         if self.ready:
             self._run_ready()
             if self.ready:
-                self._run_once()
+                try:
+                    super().run_once()
+                except Exception as exc:  # The selector has failed, as it will in the next iteration.
+                    self.leave_by(exc)
+
+    def _run_ready(self) -> None:
+        # As `Scheduler._run_ready`, but most callbacks are plain handles, which need no call of their own here.
+        ready = self.ready
+        callback: Any = None
+        function = args = None
+        for _ in range(len(ready)):
+            callback = ready.popleft()
+            try:
+                if type(callback) is Handle:
+                    function = callback._callback
+                    if function is not None:
+                        args = callback._args
+                        callback._context.run(function, *args)
+                else:
+                    callback()
+            except BaseException as exc:
+                self._callback_failed(callback, exc)
+        del callback, function, args  # Break a cycle: a task may keep an exception, whose traceback has this frame.
 
     def run_callback(self, callback: Callable[[], object]) -> None:
         """Run a callback; what it raises is reported."""
@@ -133,31 +155,25 @@ class LoopCore(Core):
 
     def _start_scheduler(self) -> None:
         # Not by AnyIO, whose own lines would not be protected from Ctrl-C.
-        self._loop._spawner.start(self._run_scheduler)  # noqa: SLF001
+        self._loop._spawner.start(self._run_scheduler)
 
     async def _run_scheduler(self) -> None:
         with self.scheduler_scope:
             while True:
                 try:
                     await self.driver.run(self)
-                except Exception as exc:
-                    self.leave_by(exc)  # The scheduler continues, for the clean-ups.
+                except Exception as exc:  # The selector has failed. The iterations continue, for the clean-ups.
+                    self.leave_by(exc)
+                    self.poller.selector.reopen()
 
     def run_once(self) -> float:
         before = self._outside = self._enter()
         self._running = True
         try:
-            return self._run_once()
+            return super().run_once()
         finally:
             self._running = False
             self._leave(before)
-
-    def _run_once(self) -> float:
-        try:
-            return super().run_once()
-        except BaseException as exc:  # What a protocol's callback raises to leave, or a failure of the poller.
-            self.leave_by(exc)
-            return -inf
 
     # Errors
 
@@ -165,7 +181,7 @@ class LoopCore(Core):
         return isinstance(exc, (KeyboardInterrupt, SystemExit))
 
     def leave_by(self, exc: BaseException) -> None:
-        """End the block of the event loop, and raise `exc` then."""
+        """Cancel the block of `open_event_loop`, which raises `exc` when everything has ended."""
         if self.leaving is None:
             self.leaving = exc
         self.end_block()
@@ -177,10 +193,16 @@ class LoopCore(Core):
         context: dict[str, Any] = {"message": f"Exception in callback {callback!r}", "exception": exc}
         if isinstance(callback, asyncio.Handle):
             context["handle"] = callback
-            traceback = callback._source_traceback  # noqa: SLF001  # asyncio's loops do so, too
+            traceback = callback._source_traceback  # asyncio's loops do so, too
             if traceback:
                 context["source_traceback"] = traceback
         self._loop.call_exception_handler(context)
+
+    def report(self, exc: BaseException, message: str, **details: object) -> None:
+        if self.leaves(exc):
+            self.leave_by(exc)
+        else:
+            super().report(exc, message, **details)
 
     def not_open(self, name: str = "") -> NotOpenError:
         return NotOpenError("Event loop is closed", self.group)
@@ -194,7 +216,7 @@ class LoopCore(Core):
             )
         return self.poller
 
-    # What a group does in another way
+    # Other differences from a group
 
     def callback_context(self) -> CallbackContext:
         return LoopCallbackContext(self)

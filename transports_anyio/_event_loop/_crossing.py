@@ -1,15 +1,15 @@
-"""From one side to the other: what the functions of `to_asyncio` and `from_asyncio` do.
+"""Crossings: how backend code runs asyncio code, and asyncio code runs backend code.
 
-On asyncio and uvloop both sides are tasks of the same event loop, and there it is AnyIO's cancel scopes that belong to
-backend code. The rules are the same:
+Holds: what the functions of `to_asyncio` and `from_asyncio` do, on trio and on asyncio's event loops.
+May know: `anyio`, `asyncio`, `_loop`, `_mistakes`, `_sides`.
 
-- A task on the other side is cancelled once, and waited for until it ends, whatever happens.
-- If it ends with its cancellation, the cancellation goes on in the caller. If it returns a value all the same, the
-  caller gets the value, and is cancelled when it next waits.
+On asyncio and uvloop both kinds of code run in tasks of the same event loop; backend code uses AnyIO's cancel scopes
+there. The rules for cancellation are the same on every backend:
+
+- When the caller is cancelled, the task that it has started is cancelled once. The caller waits until that task ends.
+- If the task ends with the cancellation, the caller is cancelled. If the task returns a value instead, the caller gets
+  the value, and is cancelled when it next waits.
 """
-
-# The event loop's own modules know what it hides from users.
-# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from functools import partial
 from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import anyio
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from ._loop import EventLoop
 
 T = TypeVar("T")
+
+# How long, in seconds, crossings that wait for nothing may keep other tasks of the backend from running.
+CHECKPOINT_INTERVAL = 0.001
 
 EAGER_TASKS = sys.version_info >= (3, 12)
 
@@ -47,7 +51,7 @@ def asyncio_context() -> Context:
     """Return a copy of the current context for asyncio code."""
     context = copy_context()
     if context.get(library_variable) is not None:
-        # AnyIO's word for the backend. Threads that get a copy of the context would believe that they are inside it.
+        # AnyIO has named the backend in it. A thread that gets a copy of the context would seem to run in the backend.
         context.run(library_variable.set, None)
     return context
 
@@ -63,12 +67,25 @@ async def call_and_await(async_function: Callable[..., Awaitable[T]], args: tupl
 def start_task(
     loop: EventLoop, async_function: Callable[..., Awaitable[T]], args: tuple[Any, ...], context: Context
 ) -> asyncio.Task[T]:
-    """Start a task; with the event loop set as running."""
+    """Start a task. The event loop must be set as running."""
     coroutine = call_and_await(async_function, args)
     name = getattr(async_function, "__qualname__", None)
     if EAGER_TASKS and loop.get_task_factory() is None:
         return asyncio.Task(coroutine, loop=loop, name=name, context=context, eager_start=True)  # type: ignore[call-arg,unused-ignore]
     return loop.create_task(coroutine, name=name, context=context)
+
+
+async def checkpoint(loop: EventLoop) -> None:
+    """Raise a pending cancellation of this backend task; from time to time let other tasks run, too.
+
+    Most crossings wait, and so let other tasks run. One that does not wait costs less than a checkpoint does.
+    """
+    trio = loop._trio
+    if monotonic() < loop._next_checkpoint:
+        await trio.checkpoint_if_cancelled()
+        return
+    await trio.checkpoint()
+    loop._next_checkpoint = monotonic() + CHECKPOINT_INTERVAL
 
 
 async def run_to_asyncio(async_function: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:
@@ -80,38 +97,37 @@ async def run_to_asyncio(async_function: Callable[..., Awaitable[T]], args: tupl
         name = getattr(async_function, "__qualname__", None)
         return await outcome_in_asyncio(running.create_task(call_and_await(async_function, args), name=name))
     loop = loop_of_backend_code("to_asyncio.run")
-    trio = loop._trio  # noqa: SLF001
-    await trio.checkpoint_if_cancelled()
+    await checkpoint(loop)
     return await outcome_in_backend(loop, async_function, args)
 
 
 async def outcome_in_backend(loop: EventLoop, async_function: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:
     """Run an asyncio task, and return its result in backend code."""
-    task: asyncio.Task[T] = loop._core.call(start_task, loop, async_function, args, asyncio_context())  # noqa: SLF001
+    task: asyncio.Task[T] = loop._core.call(start_task, loop, async_function, args, asyncio_context())
     try:
         cancellation = None
         if not task.done():
-            cancellation = await loop._trio.wait_for(task, task.cancel)  # noqa: SLF001
+            cancellation = await loop._trio.wait_for(task, task.cancel)
         return result_of(task, cancellation)
     finally:
-        del task  # Its exception has this frame: no cycle.
+        del task  # Break a cycle: the traceback of its exception has this frame.
 
 
 def result_of(task: asyncio.Task[T], cancellation: Callable[[], NoReturn] | None) -> T:
-    """Return the result of a task that has ended, after it was cancelled if there is a `cancellation` to raise."""
+    """Return the result of a task that has ended. If it was cancelled, raise by `cancellation`, if there is one."""
     try:
         if not task.cancelled():
             advise(task.exception())
             return task.result()
     finally:
-        del task  # Its exception has this frame: no cycle.
+        del task  # Break a cycle: the traceback of its exception has this frame.
     if cancellation is not None:
         cancellation()
     raise TaskCancelled
 
 
 async def outcome_in_asyncio(task: asyncio.Task[T]) -> T:
-    """Return the result of a task in another task of the same event loop."""
+    """Wait for another task of the same event loop, and return its result."""
     try:
         cancellation = await wait_in_asyncio(task, task.cancel)
         result = result_of(task, None if cancellation is None else partial(raise_, cancellation))
@@ -120,7 +136,7 @@ async def outcome_in_asyncio(task: asyncio.Task[T]) -> T:
         return result
     finally:
         cancellation = None
-        del task  # Its exception has this frame: no cycle.
+        del task  # Break a cycle: the traceback of its exception has this frame.
 
 
 def raise_(exc: BaseException) -> NoReturn:
@@ -128,14 +144,14 @@ def raise_(exc: BaseException) -> NoReturn:
 
 
 async def wait_in_asyncio(future: asyncio.Future[Any], cancel: Callable[[], object]) -> asyncio.CancelledError | None:
-    """Wait until `future` is done, whatever happens; call `cancel` when this task is cancelled before that.
+    """Wait until `future` is done. If this task is cancelled before that, call `cancel`, and continue to wait.
 
     Return the first cancellation, if there was one.
     """
     cancellation: asyncio.CancelledError | None = None
     try:
         while not future.done():
-            # A future of its own: to cancel this task must not cancel `future` by itself.
+            # Not `future` itself: the cancellation of this task would cancel it.
             waiter = future.get_loop().create_future()
             wake = partial(_set_done, waiter)
             future.add_done_callback(wake)
@@ -158,13 +174,13 @@ def _set_done(waiter: asyncio.Future[None], _: object) -> None:
 
 
 def cancel_again(cancellation: asyncio.CancelledError) -> None:
-    """Let a cancellation that has been caught be raised when this task next waits."""
+    """Cancel this task once more, so that it is cancelled when it next waits: the cancellation was caught."""
     if anyio.current_effective_deadline() == -inf:
-        return  # A cancel scope of AnyIO's does so.
+        return  # The cancel scope does this.
     task = asyncio.current_task()
     assert task is not None
     if sys.version_info >= (3, 11):
-        task.uncancel()  # It counts once.
+        task.uncancel()  # Both cancellations together count as one.
     task.cancel(*cancellation.args)
 
 
@@ -174,22 +190,25 @@ def run_sync_to_asyncio(function: Callable[..., T], args: tuple[Any, ...]) -> T:
     if running_loop() is not None:
         return function(*args)
     loop = loop_of_backend_code("to_asyncio.run_sync")
-    return asyncio_context().run(loop._core.call, function, *args)  # noqa: SLF001
+    return asyncio_context().run(loop._core.call, function, *args)
 
 
 # From asyncio
 
 
 class Answer(asyncio.Future[T]):
-    """What an asyncio task waits for while a backend function runs. To cancel it cancels the function's scope."""
+    """The future that an asyncio task awaits while a backend function runs.
+
+    `cancel` cancels the scope of the function. The future is cancelled only if the function ends with that.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop=loop)
-        self.cancellation: tuple[Any, ...] | None = None  # What it was cancelled with.
+        self.cancellation: tuple[Any, ...] | None = None  # The arguments of `cancel`.
         self.scope: Any = None
 
     def cancel(self, *args: Any, **options: Any) -> bool:
-        """Ask the backend function to end; it decides."""
+        """Cancel the scope of the backend function."""
         if self.done():
             return False
         if self.cancellation is None:
@@ -198,7 +217,7 @@ class Answer(asyncio.Future[T]):
         return True
 
     def settle(self, exc: BaseException | None, result: Any) -> None:
-        """Take the outcome of the backend function."""
+        """Set the result: the backend function has raised `exc`, or has returned `result`."""
         if exc is None:
             self.set_result(result)
         elif isinstance(exc, asyncio.CancelledError):
@@ -213,11 +232,11 @@ async def run_from_asyncio(async_function: Callable[..., Awaitable[T]], args: tu
     loop = running_loop()
     if loop is None:
         raise RuntimeError(
-            "from_asyncio.run() is for asyncio code, and no event loop is running here: backend code awaits the "
+            "from_asyncio.run() is for asyncio code, but no event loop is running here. Backend code awaits the "
             "function itself"
         )
     answer: Answer[T] = Answer(loop)
-    start = getattr(loop, "_start_backend_task", None)  # Only ours has it.
+    start = getattr(loop, "_start_backend_task", None)  # Only our event loop has this method.
     task = None
     if start is not None:
         start(answer, async_function, args)
@@ -238,7 +257,7 @@ async def run_from_asyncio(async_function: Callable[..., Awaitable[T]], args: tu
 async def settle_in_asyncio(
     answer: Answer[T], async_function: Callable[..., Awaitable[T]], args: tuple[Any, ...]
 ) -> None:
-    """Await `async_function(*args)` in the scope of `answer`, and settle it: the backend task on asyncio."""
+    """Await `async_function(*args)` in the scope of `answer`, and settle it. On asyncio this is the backend task."""
     result: Any = None
     failure: BaseException | None = None
     try:
@@ -254,7 +273,7 @@ async def settle_in_asyncio(
         if isinstance(failure, (KeyboardInterrupt, SystemExit)):
             raise failure
     finally:
-        del answer, failure  # Its traceback has this frame: no cycle.
+        del answer, failure  # Break a cycle: the traceback of the exception has this frame.
 
 
 def run_sync_from_asyncio(function: Callable[..., T], args: tuple[Any, ...]) -> T:
@@ -263,7 +282,7 @@ def run_sync_from_asyncio(function: Callable[..., T], args: tuple[Any, ...]) -> 
     loop = running_loop()
     if loop is None:
         raise RuntimeError(
-            "from_asyncio.run_sync() is for asyncio code, and no event loop is running here: backend code calls the "
+            "from_asyncio.run_sync() is for asyncio code, but no event loop is running here. Backend code calls the "
             "function itself"
         )
     core = getattr(loop, "_core", None)
@@ -271,7 +290,7 @@ def run_sync_from_asyncio(function: Callable[..., T], args: tuple[Any, ...]) -> 
 
 
 def with_loop(loop: EventLoop, function: Callable[..., T], args: tuple[Any, ...]) -> T:
-    """Return `function(*args)`, with `loop` as the event loop of backend code."""
+    """Return `function(*args)`, called with `loop` as the event loop that backend code finds."""
     token = current_loop.set(loop)
     try:
         return function(*args)

@@ -1,11 +1,11 @@
-"""Callbacks of the event loop: asyncio's handles, which the core can call.
+"""asyncio's handles of callbacks and timers, in a form that the core can call.
 
-The plain ones have an `__init__` of their own, because asyncio's costs more than everything else that `call_soon` does.
-Those of the debug mode are made by asyncio's, which keeps where they were made.
+Holds: subclasses of `asyncio.Handle` and `asyncio.TimerHandle`, for normal operation and for the debug mode.
+May know: `asyncio`, `_handles`, `_logger`.
+
+The plain ones have their own `__init__`: that of asyncio costs more than everything else that `call_soon` does. Those
+of the debug mode use asyncio's, which records where a handle was made.
 """
-
-# The event loop's own modules know what it hides from users.
-# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ OWN_FILES = str(Path(__file__).parent)
 
 
 class Handle(asyncio.Handle):
-    """A callback in the queue. The same as asyncio's, but callable."""
+    """A callback in the queue. A call runs it."""
 
     __slots__ = ()
 
-    # Instead of an attribute of each: it is cancelled when its callback is gone.
+    # Class attributes instead of an attribute of each handle. A handle without a callback counts as cancelled.
     _repr = None
     _source_traceback = None
     _callback: Any
@@ -56,11 +56,11 @@ class Handle(asyncio.Handle):
 
     def __call__(self) -> None:
         """Run the callback, unless it was cancelled; the caller reports what it raises."""
-        args = self._args  # First: another thread that cancels takes the callback away before them.
+        args = self._args  # Before the callback: a thread that cancels clears the callback first.
         callback = self._callback
         if callback is not None:
             self._context.run(callback, *args)
-        del self, callback, args  # The traceback of an exception that a task keeps has this frame behind it: no cycle.
+        del self, callback, args  # Break a cycle: a task may keep an exception, whose traceback has this frame.
 
 
 class ThreadSafeHandle(Handle):
@@ -89,7 +89,7 @@ class ThreadSafeHandle(Handle):
 
 
 class TimerHandle(asyncio.TimerHandle):
-    """A callback at a time. The same as asyncio's, but callable, and in the core's timers."""
+    """A callback at a time, in the core's timers. A call runs it."""
 
     __slots__ = ("_entry", "_timers")
 
@@ -131,39 +131,39 @@ class TimerHandle(asyncio.TimerHandle):
         """Run the callback, unless it was cancelled; the caller reports what it raises."""
         if self._callback is not None:
             self._context.run(self._callback, *self._args)
-        del self  # The traceback of an exception that a task keeps has this frame behind it: no cycle.
+        del self  # Break a cycle, as in `Handle`.
 
 
 def run_timed(handle: DebugHandle | DebugTimerHandle) -> None:
     """Run the callback of `handle`, unless it was cancelled, and log a warning if that takes too long."""
     if handle.cancelled():
         return
-    loop = handle._loop  # noqa: SLF001
+    loop = handle._loop
     start = loop.time()
     try:
-        handle._context.run(handle._callback, *handle._args)  # noqa: SLF001
+        handle._context.run(handle._callback, *handle._args)
     finally:
         duration = loop.time() - start
         if duration >= loop.slow_callback_duration:
             logger.warning("Executing %s took %.3f seconds", safe_repr(handle), duration)
-        del handle  # As in `__call__`: no cycle.
+        del handle  # Break a cycle, as in `Handle`.
 
 
 def safe_repr(handle: DebugHandle | DebugTimerHandle) -> str:
-    """Return the task whose step `handle` is, or else the handle, as asyncio does."""
-    task = getattr(handle._callback, "__self__", None)  # noqa: SLF001
+    """Return the text that stands for `handle` in the log: its task if it is the step of one, as in asyncio."""
+    task = getattr(handle._callback, "__self__", None)
     return repr(task if isinstance(task, asyncio.Task) else handle)
 
 
 def leave_out_own_lines(handle: Any) -> None:
-    """Let the stack that `handle` was made on end with the user's line."""
-    stack = handle._source_traceback  # noqa: SLF001
+    """Remove our own lines from the end of the stack that `handle` was made on."""
+    stack = handle._source_traceback
     while stack and stack[-1].filename.startswith(OWN_FILES):
         del stack[-1]
 
 
 class DebugHandle(asyncio.Handle):
-    """A callback that knows where it was made, and whose duration is looked at. Another thread may cancel it."""
+    """A callback of the debug mode. It records where it was made, and logs if it takes long."""
 
     __slots__ = ("_lock",)
 
@@ -195,7 +195,7 @@ class DebugHandle(asyncio.Handle):
 
 
 class DebugTimerHandle(asyncio.TimerHandle):
-    """A callback at a time that knows where it was made, and whose duration is looked at."""
+    """A timer of the debug mode. It records where it was made, and logs if it takes long."""
 
     __slots__ = ("_entry", "_timers")
 

@@ -1,4 +1,4 @@
-"""Where the event loop logs: to the same logger as asyncio's own event loops."""
+"""The logger of the event loop, which is that of asyncio's own event loops."""
 
 import logging
 

@@ -1,4 +1,10 @@
-"""The event loop: all of `asyncio.AbstractEventLoop` that a running one has."""
+"""The event loop: the methods of `asyncio.AbstractEventLoop`.
+
+Holds: scheduling, futures and tasks, error handling, the debug mode. The other modules of this folder and the endpoint
+functions add the rest as mixin classes.
+May know: `anyio`, `asyncio`, `os`, `_core`, `_crossing`, `_driver`, `_endpoints`, `_handles`, `_logger`, `_mistakes`,
+`_poller`, `_readers`, `_signals`, `_sock_methods`, `_threads`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +18,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Gene
 from contextlib import AsyncExitStack
 from contextvars import Context
 from functools import partial
-from inspect import iscoroutinefunction
 from threading import get_ident
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
@@ -37,7 +42,7 @@ from ._mistakes import advise
 from ._readers import Readers
 from ._signals import Signals
 from ._sock_methods import SockMethods
-from ._threads import Threads
+from ._threads import Threads, check_callback
 
 T = TypeVar("T")
 
@@ -61,13 +66,13 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
 ):
     """asyncio's event loop on another backend; `open_event_loop` makes it, runs it and ends it.
 
-    It is in the hands of `open_event_loop` as asyncio's is in those of `asyncio.run`: what only the owner of an event
-    loop may do (`run_forever`, `stop`, `close` …) raises `RuntimeError`.
+    `open_event_loop` owns it, as `asyncio.run` owns its event loop. Methods for the owner (`run_forever`, `stop`,
+    `close` …) raise `RuntimeError`.
 
     Source: https://docs.python.org/3/library/asyncio-eventloop.html
     """
 
-    _poller: Poller  # Since it was opened.
+    _poller: Poller  # Set when it is opened.
     _driver: Driver
 
     def __init__(self, backend: ModuleType) -> None:
@@ -83,14 +88,16 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         self._task_factory: TaskFactory | None = None
         self._asyncgens: WeakSet[AsyncGenerator[Any, Any]] = WeakSet()
         self._asyncgens_shut_down = False
-        #: In seconds: a callback that takes longer is logged in debug mode.
+        #: When a crossing that waits for nothing lets other tasks of the backend run, in seconds of `monotonic`.
+        self._next_checkpoint: float = 0
+        #: In debug mode, callbacks that take at least so long are logged, in seconds.
         self.slow_callback_duration: float = 0.1
         self.set_debug(
             bool(sys.flags.dev_mode or (not sys.flags.ignore_environment and os.environ.get("PYTHONASYNCIODEBUG")))
         )
 
     async def _open(self, stack: AsyncExitStack) -> None:
-        """Begin to run, until `stack` is left."""
+        """Begin to run iterations. They end when `stack` is left."""
         core = self._core
         await self._spawner.enter(stack)
         await core.enter(stack)
@@ -99,7 +106,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         self._driver = core.driver
         poller.loop = self
         self.time = core.time  # type: ignore[method-assign]  # without the cost of a call
-        core.call(anyio.get_cancelled_exc_class)  # Loads AnyIO's asyncio backend, which takes long, not in a turn.
+        core.call(anyio.get_cancelled_exc_class)  # Loads AnyIO's asyncio backend now: an iteration would be slow.
 
     def _start_backend_task(
         self, answer: Answer[Any], async_function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]
@@ -162,7 +169,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         """
         if delay is None:
             raise TypeError("delay must not be None")
-        return self.call_at(self.time() + delay, callback, *args, context=context)
+        return self._set_timer(self.time() + delay, callback, args, context)
 
     def call_at(  # type: ignore[override]  # as `call_soon`
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
@@ -173,6 +180,11 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         """
         if when is None:
             raise TypeError("when cannot be None")
+        return self._set_timer(when, callback, args, context)
+
+    def _set_timer(
+        self, when: float, callback: Callable[..., object], args: tuple[Any, ...], context: Context | None
+    ) -> asyncio.TimerHandle:
         if self._checks:
             self._check(callback, "call_at")
         timers = self._timers
@@ -183,7 +195,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         return handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Take no notice: our own handles leave the timers by themselves. asyncio's code calls this."""
+        """Do nothing: a cancelled handle removes itself. asyncio's code calls this."""
 
     def _make_handle(self, callback: Callable[..., object], args: tuple[Any, ...]) -> asyncio.Handle:
         return self._new_handle(callback, args, self, None)
@@ -192,7 +204,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         self._core.run_callback(handle)
 
     def _check(self, callback: object, method: str) -> None:
-        """Raise `RuntimeError` and `TypeError` for what cannot be scheduled: when closed, and in debug mode."""
+        """Raise asyncio's error if the loop is closed, or if `callback` cannot be scheduled."""
         if not self._core.alive:
             raise self._core.not_open()
         if get_ident() != self._core.thread:
@@ -233,13 +245,13 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
                 return context.run(lambda: asyncio.Task(coro, loop=self, name=name, **options))
         task: asyncio.Task[T] = asyncio.Task(coro, loop=self, name=name, **options)
         if self._debug:
-            del task._source_traceback[-1]  # type: ignore[attr-defined]  # noqa: SLF001  # this line
+            del task._source_traceback[-1]  # type: ignore[attr-defined]  # this line
         return task
 
     def _task_of_factory(
         self, factory: TaskFactory, coro: Any, name: str | None, context: Context | None, options: dict[str, Any]
     ) -> Any:
-        if sys.version_info >= (3, 13, 3):  # From then on the name is the factory's to set.
+        if sys.version_info >= (3, 13, 3):  # Since then the factory sets the name.
             if context is not None:
                 options["context"] = context
             return factory(self, coro, name=name, **options)
@@ -260,7 +272,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         self._task_factory = factory
 
     def get_task_factory(self) -> Any:
-        """Return the task factory, or `None` while the default one is in use.
+        """Return the task factory, or `None` for the default one.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.get_task_factory
         """
@@ -278,7 +290,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         self._exception_handler = handler
 
     def get_exception_handler(self) -> Any:
-        """Return the exception handler, or `None` while the default one is in use.
+        """Return the exception handler, or `None` for the default one.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.get_exception_handler
         """
@@ -340,7 +352,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     # Debug mode
 
     def get_debug(self) -> bool:
-        """Whether the debug mode is on: `PYTHONASYNCIODEBUG`, Python's development mode, or `set_debug`.
+        """Whether the debug mode is on, by `PYTHONASYNCIODEBUG`, Python's development mode, or `set_debug`.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.get_debug
         """
@@ -349,13 +361,13 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     def set_debug(self, enabled: bool) -> None:
         """Turn the debug mode on or off.
 
-        In it, callbacks that take longer than `slow_callback_duration` seconds are logged, calls in another thread
-        raise `RuntimeError`, and what is reported says where it was made.
+        In debug mode, callbacks that take `slow_callback_duration` seconds or longer are logged; calls in another
+        thread raise `RuntimeError`; error reports say where a callback, task or future was made.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.set_debug
         """
         self._debug = enabled
-        self._checks = enabled or self._closed  # In one, for the calls that are made most often.
+        self._checks = enabled or self._closed  # One attribute, because it is read in each call.
         self._new_handle: type[Handle | DebugHandle] = DebugHandle if enabled else Handle
         self._new_timer_handle: type[TimerHandle | DebugTimerHandle] = DebugTimerHandle if enabled else TimerHandle
 
@@ -377,7 +389,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             self.call_soon_threadsafe(self.create_task, generator.aclose())
 
     async def shutdown_asyncgens(self) -> None:
-        """Close all asynchronous generators that have been begun and not ended.
+        """Close all asynchronous generators that were begun and have not ended.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.shutdown_asyncgens
         """
@@ -395,10 +407,10 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
                     }
                 )
 
-    # What only an owner may do
+    # Methods for the owner
 
     def is_running(self) -> bool:
-        """Whether the event loop is open: it then runs all the time.
+        """Whether the event loop is open. It runs as long as it is open.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.is_running
         """
@@ -418,7 +430,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     def run_until_complete(self, future: Any) -> NoReturn:
         """Raise `RuntimeError`: the event loop runs already, or is closed. Await `future` instead."""
         if iscoroutine(future):
-            future.close()  # That it was never awaited is no further news.
+            future.close()  # No warning that it was never awaited.
         self._refuse_to_run()
 
     def _refuse_to_run(self) -> NoReturn:
@@ -436,7 +448,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             raise RuntimeError("Cannot close a running event loop")
 
     def _close(self) -> None:
-        """End, after everything has been waited for."""
+        """Close the event loop, after everything in it has ended."""
         core = self._core
         self._remove_signal_handlers()
         self._remove_readers()
@@ -450,16 +462,8 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         return f"<EventLoop running={self.is_running()} closed={self._closed} debug={self._debug}>"
 
 
-def check_callback(callback: object, method: str) -> None:
-    """Raise asyncio's `TypeError` for what `method` cannot call."""
-    if iscoroutine(callback) or iscoroutinefunction(callback):
-        raise TypeError(f"coroutines cannot be used with {method}()")
-    if not callable(callback):
-        raise TypeError(f"a callable object was expected by {method}(), got {callback!r}")
-
-
 def context_of(report: dict[str, Any]) -> Context | None:
-    """Return the context of what a report is about, if it has one."""
+    """Return the context of the task, future or handle that a report names, or `None`."""
     for name in ("task", "future", "handle"):
         get_context = getattr(report.get(name), "get_context", None)
         if get_context is not None:

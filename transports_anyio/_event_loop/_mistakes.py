@@ -1,4 +1,8 @@
-"""Mistakes in crossing from one side to the other: the errors for them, and which function to use instead."""
+"""Mistakes with crossings: asyncio code awaits something of the backend, or the reverse, or passes no function.
+
+Holds: the errors, and the advice that is added to the errors of asyncio and trio.
+May know: `exceptiongroup`.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,15 @@ if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 BACKEND_AWAITED_BY_ASYNCIO = (
-    "This asyncio task has awaited something of the backend's: await it with "
+    "This asyncio task has awaited something that belongs to the backend: await it with "
     "transports_anyio.from_asyncio.run(async_function, *args)."
 )
 ASYNCIO_AWAITED_BY_BACKEND = (
-    "This backend code has awaited something of asyncio's: await it with "
+    "This backend code has awaited something that belongs to asyncio: await it with "
     "transports_anyio.to_asyncio.run(async_function, *args)."
 )
 
-#: How the messages of asyncio and trio begin, and what to say.
+#: By type of error: how the message of asyncio or trio begins, and the advice.
 ADVICE = {
     RuntimeError: ("Task got bad yield: ", BACKEND_AWAITED_BY_ASYNCIO),
     TypeError: ("trio.run received unrecognized yield message ", ASYNCIO_AWAITED_BY_BACKEND),
@@ -37,7 +41,7 @@ def require_function(caller: str, function: object) -> None:
 
 
 def advise(exc: BaseException | None) -> None:
-    """Add to the message of such an error, in groups, too, which function to use."""
+    """Add advice to the message of such an error, also if it is in a group."""
     if isinstance(exc, BaseExceptionGroup):
         for each in exc.exceptions:
             advise(each)

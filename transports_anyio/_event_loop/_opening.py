@@ -1,12 +1,15 @@
-"""Opening an event loop, and ending it."""
+"""The beginning and the end of an event loop.
 
-# The event loop's own modules know what it hides from users.
-# pyright: reportPrivateUsage=false
+Holds: `open_event_loop`, `run_asyncio`, and the order in which everything ends.
+May know: `anyio`, `asyncio`, `exceptiongroup`, `_core`, `_crossing`, `_loop`, `_mistakes`, `_sides`, `_trio`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+import warnings
+from asyncio import _get_running_loop, _set_running_loop
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
 from types import TracebackType
@@ -28,24 +31,25 @@ if sys.version_info < (3, 11):
 
 T = TypeVar("T")
 
-# How often what is ready is run at the end, for callbacks that schedule callbacks.
+# The number of times that callbacks which schedule callbacks are run at the end.
 ROUNDS_AT_THE_END = 100
 
 
 def open_event_loop() -> AbstractAsyncContextManager[asyncio.AbstractEventLoop]:
     """Return a context manager that opens an asyncio event loop for its block.
 
-    On trio it is ours, and runs beside trio's tasks; `to_asyncio` hands asyncio code over to it. On asyncio and uvloop,
-    and in asyncio code, it is the running event loop, and nothing is wrapped.
+    On trio it is an event loop of this package, which runs beside trio's tasks. Use `to_asyncio` to run asyncio code
+    in it. On asyncio and uvloop, and in asyncio code on trio, it is the running event loop, and nothing ends with the
+    block.
 
-    When the block is left, all asyncio tasks are cancelled and waited for, servers and transports are closed, and
-    asynchronous generators and threads are ended, as `asyncio.run` does. A task that does not end holds this up. If the
-    block is left by an exception or a cancellation, transports are aborted; every `connection_lost` is called.
+    When the block is left on trio, all asyncio tasks are cancelled and awaited, servers and transports are closed, and
+    asynchronous generators and threads are ended, as `asyncio.run` does. The end waits for a task that does not end. If
+    the block is left by an exception or a cancellation, transports are aborted instead of closed. `connection_lost` is
+    called for each of them.
 
-    What the block raises comes out as itself. `KeyboardInterrupt` and `SystemExit` of a callback or task end the block
-    by a cancellation, and are raised when everything has ended.
-
-    Raises `RuntimeError` where neither an event loop nor trio runs.
+    Raises the exception of the block, as itself and not in a group; `KeyboardInterrupt` or `SystemExit` of a callback
+    or task, which cancels the block, when everything has ended; and `RuntimeError` where neither an event loop nor trio
+    runs.
 
     Source: https://docs.python.org/3/library/asyncio-runner.html
     """
@@ -60,12 +64,14 @@ def run_asyncio(
 ) -> T:
     """Run `async_function(*args)`, which is asyncio code, on `backend`, and return its result.
 
-    As `asyncio.run(async_function(*args))`, on any backend of AnyIO's: `backend` and `backend_options` are those of
-    `anyio.run`. Ctrl-C cancels the task of the function and raises `KeyboardInterrupt` when it has ended.
+    It is `asyncio.run(async_function(*args))` on any backend of AnyIO. Ctrl-C cancels the task of the function.
 
-    Raises whatever the function raises, `asyncio.CancelledError` when its task is cancelled, `RuntimeError` when an
-    event loop is running in this thread, `LookupError` when the backend is not installed, and `TypeError` for a
-    coroutine object in place of the function.
+    `async_function` is called in an asyncio task, and returns an awaitable. `backend` and `backend_options` are those
+    of `anyio.run`.
+
+    Raises whatever the function raises; `asyncio.CancelledError` if its task is cancelled; `KeyboardInterrupt` after
+    Ctrl-C, when the task has ended; `RuntimeError` if an event loop is running in this thread; `LookupError` if the
+    backend is not installed; and `TypeError` for a coroutine object in place of the function.
 
     Source: https://docs.python.org/3/library/asyncio-runner.html#asyncio.run
     """
@@ -80,7 +86,7 @@ def run_asyncio(
     except TaskCancelled:
         raise asyncio.CancelledError from None
     finally:
-        asyncio.set_event_loop(None)  # As `asyncio.run`: the one that asyncio code has set is closed.
+        asyncio.set_event_loop(None)  # As `asyncio.run`: if asyncio code has set one, it is closed by now.
 
 
 class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | None"]):
@@ -92,20 +98,20 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
         running = running_loop()
         if running is not None:
             return running
-        await anyio.lowlevel.checkpoint_if_cancelled()  # Raises where nothing runs.
+        await anyio.lowlevel.checkpoint_if_cancelled()  # Raises `RuntimeError` where nothing runs.
         # Here, because they import trio.
         from .. import _trio
         from ._loop import EventLoop
 
-        _trio.protect(LoopCore._run_scheduler, LoopCore.run_once, LoopCore.call)  # noqa: SLF001
+        _trio.protect(LoopCore._run_scheduler, LoopCore.run_once, LoopCore.call)
         _trio.protect(Opening.__aenter__, Opening.__aexit__)
         self._scope = _trio.Scope()
         loop = EventLoop(_trio)
-        loop._core.end_block = self._scope.cancel  # noqa: SLF001
+        loop._core.end_block = self._scope.cancel
         async with AsyncExitStack() as stack:
             stack.enter_context(self._scope)
             self._inside = await stack.enter_async_context(AsyncExitStack())
-            await loop._open(self._inside)  # noqa: SLF001
+            await loop._open(self._inside)
             stack.pop_all()
         self._loop = loop
         self._token = current_loop.set(loop)
@@ -117,18 +123,18 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
         loop = self._loop
         if loop is None:
             return None
-        core = loop._core  # noqa: SLF001
+        core = loop._core
         advise(exc)
         current_loop.reset(self._token)
         outcome = exc
         try:
-            cancellation = await loop._spawner.finish(end, loop, exc is not None)  # noqa: SLF001
+            cancellation = await loop._spawner.finish(end, loop, exc is not None)
             try:
                 await self._inside.aclose()
                 if exc is None and cancellation is not None:
                     cancellation()
             except BaseException as error:
-                # The block's own comes before a cancellation, which comes again.
+                # The exception of the block is more important than a cancellation, which will be raised again.
                 if exc is None or not isinstance(error, anyio.get_cancelled_exc_class()):
                     outcome = only_one(error)
             try:
@@ -143,19 +149,19 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
                 return suppressed
             raise outcome
         finally:
-            outcome = None  # Its traceback has this frame: no cycle.
+            outcome = None  # Break a cycle: its traceback has this frame.
 
 
 def only_one(exc: BaseException) -> BaseException:
-    """Return the exception that is alone in groups of groups."""
+    """Return the only exception of a group, or of groups in it; otherwise `exc`."""
     while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
         exc = exc.exceptions[0]
     return exc
 
 
 async def end(loop: EventLoop, flushing: AbstractContextManager[object], aborting: bool) -> None:
-    """End everything in order; `flushing` is a scope that may be cancelled while transports are flushed."""
-    core = loop._core  # noqa: SLF001
+    """End everything in order. A cancellation of the scope `flushing` ends the wait for write buffers."""
+    core = loop._core
     await outcome_in_backend(loop, cancel_tasks, (loop,))
     if not aborting:
         with flushing:
@@ -163,23 +169,40 @@ async def end(loop: EventLoop, flushing: AbstractContextManager[object], abortin
             await core.until_empty()
     await abort_transports(loop)
     await outcome_in_backend(loop, wind_up, (loop,))
-    await abort_transports(loop)  # What that has opened.
+    await abort_transports(loop)  # Those that were opened by the callbacks and tasks that ended last.
     for _ in range(ROUNDS_AT_THE_END):
         if not core.ready:
             break
         core.call(bool)
-    loop._close()  # noqa: SLF001
+    loop._close()
+    unset_event_loop(loop)
+
+
+def unset_event_loop(loop: EventLoop) -> None:
+    """Undo `asyncio.set_event_loop(loop)`, if asyncio code has called it."""
+    running = _get_running_loop()  # That of a host, in trio's guest mode.
+    _set_running_loop(None)
+    try:
+        with warnings.catch_warnings():
+            # `get_event_loop` makes one if none is set. Since Python 3.12 it warns first, which is an error here.
+            warnings.simplefilter("error")
+            if sys.version_info < (3, 12) or asyncio.get_event_loop() is loop:
+                asyncio.set_event_loop(None)
+    except (DeprecationWarning, RuntimeError):
+        pass  # No event loop was set.
+    finally:
+        _set_running_loop(running)
 
 
 async def abort_transports(loop: EventLoop) -> None:
     """Abort servers and transports, and wait for every `connection_lost`."""
-    core = loop._core  # noqa: SLF001
+    core = loop._core
     core.call(core.abort_transports)
     await core.until_empty()
 
 
 async def wind_up(loop: EventLoop) -> None:
-    """End what is left, in asyncio's order."""
+    """End tasks, asynchronous generators and threads, in asyncio's order."""
     await cancel_tasks(loop)
     await loop.shutdown_asyncgens()
     await loop.shutdown_default_executor()
@@ -187,7 +210,7 @@ async def wind_up(loop: EventLoop) -> None:
 
 
 async def cancel_tasks(loop: EventLoop) -> None:
-    """Cancel all other tasks, and wait for their end."""
+    """Cancel all other tasks, wait until they have ended, and report those that failed."""
     tasks = asyncio.all_tasks(loop) - {asyncio.current_task(loop)}
     if not tasks:
         return

@@ -1,6 +1,7 @@
-"""Callbacks for file descriptors of the user's: `add_reader` and `add_writer`.
+"""Callbacks for file descriptors of the user: `add_reader` and `add_writer`.
 
-Needs from the event loop: its group's poller, and handles. Knows no transport.
+Holds: a mixin class of the event loop. It needs the poller of the event loop, and handles.
+May know: `asyncio`, `_poller`, `_selector`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Callbacks(Registration):
-    """A file descriptor of the user's, and the handle of each direction that has a callback."""
+    """A file descriptor of the user, with a handle for each direction that has a callback."""
 
     __slots__ = ("file", "handles")
 
     ready_if_refused = False
-    gives_way = True  # To a transport, as in asyncio.
+    gives_way = True  # A transport may take the file descriptor over, as in asyncio.
 
     def __init__(self, number: int, file: FileDescriptorLike) -> None:
         super().__init__(number)
@@ -33,7 +34,7 @@ class Callbacks(Registration):
         self.handles: dict[int, asyncio.Handle] = {}
 
     def cancel(self, event: int) -> bool:
-        """Cancel the callback of a direction, and return whether there was one."""
+        """Cancel the callback of a direction. Return whether there was one."""
         handle = self.handles.pop(event, None)
         if handle is None:
             return False
@@ -42,7 +43,7 @@ class Callbacks(Registration):
 
 
 def descriptor_of(file: FileDescriptorLike) -> int:
-    """Return the file descriptor of `file`, or -1 if it is closed. Raises asyncio's `ValueError` for what has none."""
+    """Return the file descriptor of `file`, or -1 if it is closed. Raises `ValueError` if `file` is no file."""
     if isinstance(file, int):
         return file
     try:
@@ -52,10 +53,10 @@ def descriptor_of(file: FileDescriptorLike) -> int:
 
 
 class Readers(asyncio.AbstractEventLoop):
-    """Readers and writers of an event loop, in the poller of its group."""
+    """The readers and writers of an event loop."""
 
     if TYPE_CHECKING:
-        # What the event loop has to have beside its public methods.
+        # The mixin class needs these of the event loop.
         _poller: Poller
 
         def _make_handle(self, callback: Callable[..., object], args: tuple[Any, ...]) -> asyncio.Handle: ...
@@ -64,9 +65,9 @@ class Readers(asyncio.AbstractEventLoop):
     def add_reader(self, fd: FileDescriptorLike, callback: Callable[[Unpack[Ts]], Any], *args: Unpack[Ts]) -> None:
         """Call `callback(*args)` in every event loop iteration in which `fd` can be read.
 
-        It replaces the callback that `fd` has. Raises `RuntimeError` when a transport uses `fd`, `ValueError` for what
-        is no file descriptor and has none, and `OSError` when the system cannot watch it (`PermissionError` for a file
-        on a disk).
+        It replaces the earlier callback of `fd`. Raises `RuntimeError` if a transport or a server uses `fd`,
+        `ValueError` if `fd` is neither a file descriptor nor a file, and `OSError` if the system cannot watch it
+        (`PermissionError` for a file on a disk).
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.add_reader
         """
@@ -97,7 +98,7 @@ class Readers(asyncio.AbstractEventLoop):
         self._ensure_fd_no_transport(fd)
         return self._remove_writer(fd)
 
-    # What the `sock_*` methods use. asyncio's event loops have it too.
+    # The `sock_*` methods use these. asyncio's event loops have them, too.
 
     def _ensure_fd_no_transport(self, fd: FileDescriptorLike) -> None:
         registration = self._poller.owner(descriptor_of(fd))
@@ -133,7 +134,7 @@ class Readers(asyncio.AbstractEventLoop):
         registration.cancel(event)
         interest = registration.interest | event
         try:
-            # Anew, because the file may have been closed: another one may have the number by now.
+            # Registered anew: the file may have been closed, and another one may have got its number.
             if registration.interest:
                 poller.set_interest(registration, 0)
             poller.set_interest(registration, interest)
@@ -155,7 +156,7 @@ class Readers(asyncio.AbstractEventLoop):
             return True
         try:
             self._poller.set_interest(registration, registration.interest & ~event)
-        except OSError:  # It has been closed: nothing will be reported, but the other callback can be removed, too.
+        except OSError:  # The user has closed it. The other callback can still be removed.
             self._poller.set_interest(registration, 0)
         return True
 
@@ -165,7 +166,7 @@ class Readers(asyncio.AbstractEventLoop):
         if number >= 0:
             registration = registrations.get(number)
             return registration if isinstance(registration, Callbacks) else None
-        for registration in registrations.values():  # A closed file no longer knows its file descriptor.
+        for registration in registrations.values():  # A closed file does not know its file descriptor any more.
             if isinstance(registration, Callbacks) and registration.file is fd:
                 return registration
         raise ValueError(f"Invalid file descriptor: {number}")
@@ -176,7 +177,7 @@ class Readers(asyncio.AbstractEventLoop):
         self._poller.unregister(registration)
 
     def _remove_readers(self) -> None:
-        """Take out every file descriptor: the event loop ends."""
+        """Remove every reader and writer, at the end of the event loop."""
         for registration in tuple(self._poller.registrations.values()):
             if isinstance(registration, Callbacks):
                 self._drop(registration)

@@ -1,7 +1,8 @@
-"""Which side calls, asyncio code or backend code, and which event loop it means."""
+"""Which code calls, asyncio code or backend code, and which event loop it means.
 
-# The event loop's own modules know what it hides from users.
-# pyright: reportPrivateUsage=false
+Holds: the context variable with the event loop of backend code, and the checks.
+May know: `asyncio`, `sniffio`, `_loop`.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
     from ._loop import EventLoop
 
 library: Any
-#: Where `anyio.run` says which backend runs.
+#: In it `anyio.run` names the backend.
 library_variable: ContextVar[Any]
 try:
-    # trio says so here, and our own event loop, too: in trio's guest mode there is a running event loop that backend
-    # code has nothing to do with.
+    # trio and our event loop set their names in it. `asyncio.get_running_loop` is not enough: in trio's guest mode a
+    # loop is running that has nothing to do with backend code.
     import sniffio
 
     library = sniffio.thread_local
@@ -29,24 +30,24 @@ except ImportError:  # Then there is no trio.
     library = SimpleNamespace(name=None)
     library_variable = ContextVar("current_async_library_cvar", default=None)
 
-#: The event loop that `open_event_loop` has made for backend code.
+#: The event loop that backend code finds. `open_event_loop` sets it.
 current_loop: ContextVar[EventLoop] = ContextVar("transports_anyio.current_event_loop")
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the running event loop if asyncio code calls, `None` for anything else."""
+    """Return the running event loop if asyncio code calls this, otherwise `None`."""
     return _get_running_loop() if library.name in (None, "asyncio") else None
 
 
 def loop_of_backend_code(name: str) -> EventLoop:
-    """Return the event loop that backend code means. Raises `RuntimeError`, for the function `name`, without one."""
+    """Return the event loop of backend code. Raises `RuntimeError`, which names the function, if there is none."""
     loop = current_loop.get(None)
     if loop is None or loop.is_closed():
         raise RuntimeError(
             f"{name}() found no event loop: call it inside `async with transports_anyio.open_event_loop():`, or let "
             "transports_anyio.run_asyncio() run the program"
         )
-    if get_ident() != loop._core.thread:  # noqa: SLF001
+    if get_ident() != loop._core.thread:
         raise RuntimeError(
             f"{name}() was called in another thread than the event loop's: use asyncio.run_coroutine_threadsafe(), "
             "loop.call_soon_threadsafe(), or one of anyio.from_thread's functions"

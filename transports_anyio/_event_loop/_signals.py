@@ -1,9 +1,10 @@
 """Signal handlers that run as callbacks of the event loop.
 
-Needs from the event loop: `call_soon_threadsafe`, which a signal handler may call. Knows no group and no transport.
+Holds: a mixin class of the event loop. It needs `call_soon_threadsafe`, which a signal handler may call.
+May know: `asyncio`, `signal`.
 
-The wake-up file descriptor (`signal.set_wakeup_fd`) stays the backend's: trio sets one, so a signal ends its wait, and
-Python's own handler runs, which hands the callback over. That wakes the event loop.
+trio sets a wake-up file descriptor (`signal.set_wakeup_fd`), which is not changed here. So a signal ends the wait of
+trio, Python runs the signal handler, and that schedules the callback.
 """
 
 from __future__ import annotations
@@ -59,12 +60,12 @@ class Signals(asyncio.AbstractEventLoop):
             raise RuntimeError("Event loop is closed")
         before = self._signal_handlers.get(sig)
         previous = signal.getsignal(sig) if before is None else before.previous
-        # First, because the signal may come as soon as its handler is set.
+        # Before the handler is set: the signal may come at once.
         self._signal_handlers[sig] = SignalHandler(callback, args, previous)
         try:
             set_handler(sig, self._received)
             if hasattr(signal, "siginterrupt"):
-                signal.siginterrupt(sig, False)  # Fewer system calls of C code are interrupted.
+                signal.siginterrupt(sig, False)  # Restart system calls of C code.
         except BaseException:
             if before is None:
                 del self._signal_handlers[sig]
@@ -74,13 +75,13 @@ class Signals(asyncio.AbstractEventLoop):
 
     def _received(self, sig: int, _: FrameType | None) -> None:
         handler = self._signal_handlers.get(sig)
-        if handler is not None:  # `None` between two lines of `remove_signal_handler`.
+        if handler is not None:  # It is `None` if the signal comes while the handler is being removed.
             self.call_soon_threadsafe(handler.callback, *handler.args, context=handler.context)
 
     def remove_signal_handler(self, sig: int) -> bool:
-        """Put back the handler that was there before `add_signal_handler`; return whether there was anything to remove.
+        """Restore the handler from before `add_signal_handler`. Return whether there was anything to remove.
 
-        A handler that something else has set since then stays.
+        If other code has set a handler since then, that one stays.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.remove_signal_handler
         """
@@ -89,19 +90,19 @@ class Signals(asyncio.AbstractEventLoop):
         if handler is None:
             return False
         if signal.getsignal(sig) == self._received:
-            # `None` is a handler that was not set by Python, and cannot be put back.
+            # `None` is a handler that was not set by Python, and cannot be restored.
             set_handler(sig, signal.SIG_DFL if handler.previous is None else handler.previous)
         del self._signal_handlers[sig]
         return True
 
     def _remove_signal_handlers(self) -> None:
-        """Put back every handler: the event loop ends."""
+        """Restore all handlers, at the end of the event loop."""
         for sig in tuple(self._signal_handlers):
             self.remove_signal_handler(sig)
 
 
 def check_signal(sig: Any) -> None:
-    """Raise asyncio's `TypeError` or `ValueError` for what is not a signal."""
+    """Raise asyncio's `TypeError` or `ValueError` if `sig` is not a signal."""
     if not isinstance(sig, int):
         raise TypeError(f"sig must be an int, not {sig!r}")
     if sig not in signal.valid_signals():
@@ -109,7 +110,7 @@ def check_signal(sig: Any) -> None:
 
 
 def set_handler(sig: int, handler: Any) -> None:
-    """Call `signal.signal`. Raises `RuntimeError` outside the main thread, and for what cannot be caught."""
+    """Call `signal.signal`. Raises `RuntimeError` outside the main thread, and if the signal cannot be caught."""
     try:
         signal.signal(sig, handler)
     except ValueError as exc:

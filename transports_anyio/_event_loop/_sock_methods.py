@@ -1,9 +1,11 @@
 """Sockets that belong to the caller: the event loop's `sock_*` methods.
 
-Needs from the event loop: readers and writers, futures, executors. Knows no group and no transport.
+Holds: a mixin class of the event loop. It needs readers and writers, futures, and executors.
+May know: `asyncio`, `os`, `socket`, `ssl`, `_channels`, `_endpoints`, `_sockets`.
 
-Every method tries first and waits only if the socket is not ready. What the wait returns is that the socket is ready,
-not its data: a task that is cancelled at that moment has received nothing yet, so nothing is lost.
+Each method tries its system call first, and waits only if the socket is not ready. The wait ends when the socket is
+ready, and the task itself makes the system call then. So a task that is cancelled in between has received nothing, and
+nothing is lost.
 """
 
 from __future__ import annotations
@@ -59,14 +61,14 @@ class Direction:
         self._waiting: dict[int, Waiting] = {}
 
     async def wait(self, sock: socket.socket) -> None:
-        """Wait until `sock` is ready. Several tasks may wait for the same socket; each of them tries again."""
+        """Wait until `sock` is ready. Several tasks may wait for the same socket; each of them tries again then."""
         fd = sock.fileno()
         self._refuse_transports(fd)
         future = self._create_future()
         waiting = self._waiting.setdefault(fd, Waiting())
         waiting.futures.append(future)
         try:
-            # Also if others wait: they may wait for a closed socket that had the same file descriptor.
+            # Even if others wait: they may wait for a closed socket that had the same file descriptor.
             waiting.handle = self._add(fd, self._ready, fd)
             await future
         finally:
@@ -103,10 +105,10 @@ class SendingSocket:
 
 
 class SockMethods(asyncio.AbstractEventLoop):
-    """The `sock_*` methods of an event loop that has readers and writers."""
+    """The `sock_*` methods of an event loop."""
 
     if TYPE_CHECKING:
-        # What the event loop has to have beside its public methods. asyncio's own event loops have it too.
+        # The mixin class needs these of the event loop. asyncio's event loops have them, too.
         def _ensure_fd_no_transport(self, fd: Any) -> None: ...
         def _add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> asyncio.Handle: ...
         def _add_writer(self, fd: Any, callback: Callable[..., object], *args: Any) -> asyncio.Handle: ...
@@ -128,7 +130,7 @@ class SockMethods(asyncio.AbstractEventLoop):
     async def _when_ready(
         self, direction: Direction, sock: socket.socket, operation: Callable[..., ResultT], *args: Any
     ) -> ResultT:
-        """Return what `operation(*args)` returns as soon as it would not block."""
+        """Wait until `operation(*args)` does not block, and return its result."""
         while True:
             try:
                 return operation(*args)
@@ -144,7 +146,7 @@ class SockMethods(asyncio.AbstractEventLoop):
         return await self._when_ready(self._readable, sock, sock.recv, nbytes)
 
     async def sock_recv_into(self, sock: socket.socket, buf: Buffer) -> int:
-        """Receive into `buf`, and return how many bytes it were.
+        """Receive into `buf`, and return the number of bytes.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_recv_into
         """
@@ -160,7 +162,7 @@ class SockMethods(asyncio.AbstractEventLoop):
         return await self._when_ready(self._readable, sock, sock.recvfrom, bufsize)
 
     async def sock_recvfrom_into(self, sock: socket.socket, buf: Buffer, nbytes: int = 0) -> tuple[int, Any]:
-        """Receive a datagram of up to `nbytes` bytes into `buf` (0: as many as it holds); return its size and sender.
+        """Receive a datagram of up to `nbytes` bytes into `buf` (0: its size). Return its size and its sender.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_recvfrom_into
         """
@@ -168,7 +170,7 @@ class SockMethods(asyncio.AbstractEventLoop):
         return await self._when_ready(self._readable, sock, sock.recvfrom_into, buf, nbytes)
 
     async def sock_sendall(self, sock: socket.socket, data: Buffer) -> None:
-        """Send all of `data`. After an error or a cancellation, how much was sent is not known.
+        """Send all of `data`. After an error or a cancellation it is unknown how much was sent.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_sendall
         """
@@ -187,9 +189,9 @@ class SockMethods(asyncio.AbstractEventLoop):
         return await self._when_ready(self._writable, sock, sock.sendto, data, address)
 
     async def sock_connect(self, sock: socket.socket, address: Any) -> None:
-        """Connect to `address`; an internet socket takes a host name and the name of a service, too.
+        """Connect to `address`. For internet sockets it may have the names of a host and a service.
 
-        Raises an `OSError` that names the address, `BlockingIOError` when the backlog of a UNIX server is full.
+        Raises an `OSError` that names the address; `BlockingIOError` if the backlog of a UNIX server is full.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_connect
         """
@@ -204,7 +206,7 @@ class SockMethods(asyncio.AbstractEventLoop):
             raise address_error("Connect call failed", address, OSError(code, os.strerror(code)))
 
     async def _resolved(self, sock: socket.socket, address: Any) -> Any:
-        """Return `address` with numbers instead of names."""
+        """Return `address` with an IP address and a port number instead of names."""
         host, port, *scope = address
         try:
             (*_, found), *_ = numeric(*checked(host, port), family=sock.family, kind=sock.type, proto=sock.proto)
@@ -216,7 +218,7 @@ class SockMethods(asyncio.AbstractEventLoop):
         return (*found[:2], *scope) if scope else found
 
     async def sock_accept(self, sock: socket.socket) -> tuple[socket.socket, Any]:
-        """Accept a connection, and return its socket, which is non-blocking, with the peer's address.
+        """Accept a connection. Return its socket, which is non-blocking, and the address of the peer.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_accept
         """
@@ -234,10 +236,10 @@ class SockMethods(asyncio.AbstractEventLoop):
         *,
         fallback: bool | None = True,
     ) -> int:
-        """Send `file` from `offset` bytes on, `count` bytes or all of it, and return how many bytes were sent.
+        """Send `count` bytes of `file`, or all of it, from `offset` on. Return the number of bytes sent.
 
-        The file is left behind the last byte sent. Where the system cannot send the file by itself it is read in a
-        thread, unless `fallback` is false: then `asyncio.SendfileNotAvailableError` is raised.
+        Afterwards the position of the file is behind the last byte sent. If the system cannot send the file, it is read
+        in a thread; without `fallback`, `asyncio.SendfileNotAvailableError` is raised then.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_sendfile
         """
@@ -282,7 +284,7 @@ class SockMethods(asyncio.AbstractEventLoop):
         try:
             await asyncio.wait([reading])
         except asyncio.CancelledError:
-            if wait:  # A read of a pipe may never end; a read of a file ends, and must not move the file later.
+            if wait:  # Reading a file ends soon, and must not move its position later. Reading a pipe may never end.
                 await asyncio.wait([reading])
                 reading.exception()
             raise

@@ -1,12 +1,12 @@
 """Work in threads: the event loop's executors and its resolver.
 
-Needs from the event loop: futures and `call_soon_threadsafe`. Knows no group and no transport.
+Holds: a mixin class of the event loop. It needs futures and `call_soon_threadsafe`.
+May know: `asyncio`, `socket`, `_logger`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import warnings
 from asyncio import iscoroutine
@@ -17,7 +17,7 @@ from threading import Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-logger = logging.getLogger("asyncio")
+from ._logger import logger
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVarTuple, Unpack
@@ -28,7 +28,7 @@ ResultT = TypeVar("ResultT")
 
 
 def check_callback(callback: object, method: str) -> None:
-    """Raise asyncio's `TypeError` for what `method` cannot call."""
+    """Raise asyncio's `TypeError` if `method` cannot call `callback`."""
     if iscoroutine(callback) or iscoroutinefunction(callback):
         raise TypeError(f"coroutines cannot be used with {method}()")
     if not callable(callback):
@@ -49,7 +49,7 @@ class Threads(asyncio.AbstractEventLoop):
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[Unpack[Ts]], ResultT], *args: Unpack[Ts]
     ) -> asyncio.Future[ResultT]:
-        """Call `func(*args)` in a thread of `executor` (`None`: of the default one), and return a future of its result.
+        """Call `func(*args)` in a thread of `executor` (`None`: the default executor). Return a future of the result.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.run_in_executor
         """
@@ -66,7 +66,7 @@ class Threads(asyncio.AbstractEventLoop):
         return asyncio.wrap_future(executor.submit(func, *args), loop=self)
 
     def set_default_executor(self, executor: ThreadPoolExecutor) -> None:  # type: ignore[override]  # as asyncio
-        """Make `executor` the default one. Raises `TypeError` unless it is a `ThreadPoolExecutor`.
+        """Use `executor` as the default one. Raises `TypeError` unless it is a `ThreadPoolExecutor`.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.set_default_executor
         """
@@ -77,7 +77,8 @@ class Threads(asyncio.AbstractEventLoop):
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
         """Wait until the threads of the default executor have ended, for `timeout` seconds at most.
 
-        From now on `run_in_executor` does not take `None`. A `RuntimeWarning` says that the time was not enough.
+        `run_in_executor(None, …)` raises `RuntimeError` from now on. If the time is over first, a `RuntimeWarning` is
+        given.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.shutdown_default_executor
         """
@@ -120,7 +121,7 @@ class Threads(asyncio.AbstractEventLoop):
         proto: int = 0,
         flags: int = 0,
     ) -> list[Any]:
-        """Call `socket.getaddrinfo` in a thread. Raises `socket.gaierror` for what cannot be resolved.
+        """Call `socket.getaddrinfo` in a thread. Raises `socket.gaierror` if the name cannot be resolved.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.getaddrinfo
         """

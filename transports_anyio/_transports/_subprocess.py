@@ -124,7 +124,7 @@ class SubprocessTransport(abc.SubprocessTransport):
         `TypeError` for an object that cannot be a protocol, such as a protocol class.
         """
         check_given_protocol(protocol, "set_protocol")
-        self._protocol: Any = protocol
+        self._protocol = protocol
         if self._missed_pause:
             self._callback_context.call_soon(self._call_missed_pause)
 
