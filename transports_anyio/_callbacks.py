@@ -139,7 +139,8 @@ class CallbackContext:
         self.leaves: Callable[[BaseException], bool] = leaves
         self.context: Context = copy_context()
         self.run: Callable[..., Any] = self.context.run
-        self.run(current.set, group)
+        if self.context.get(current) is not group:
+            self.run(current.set, group)
 
     def make_protocol(self, factory: Callable[[], ProtocolT]) -> ProtocolT:
         """Return the protocol that `factory` makes in the connection's context.

@@ -118,7 +118,7 @@ class LoopCore(Core):
                 if self.ready or self.poller.selector.always_ready:
                     driver.wake()
                 elif self.timers.heap:
-                    driver.wait_until(self.timers.next_deadline())
+                    self.wait_at_most_until(self.timers.heap[0][0])
 
     def _run_on(self) -> None:
         """Run the callbacks that are ready. If they schedule others, run an iteration, which includes I/O."""
