@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from ._errors import Group, is_refusal, logger, safe_repr
+from ._errors import ExceptionContext, Group, is_refusal, logger, safe_repr
 from ._poller import make_poller
 from ._resources import PendingHandshake, Resource
 from ._scheduler import Scheduler, wrong_thread
@@ -171,6 +171,10 @@ class Core(Scheduler):
     ) -> None:
         self.changed.notify()
         done(pending, exc)
+
+    def report_handshake(self, context: ExceptionContext) -> None:
+        """Report the failed TLS handshake of an accepted connection to the exception handler."""
+        self.group.call_exception_handler(context)
 
     @property
     def has_connections(self) -> bool:

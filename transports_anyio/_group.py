@@ -291,7 +291,8 @@ class TransportGroup(
     def call_exception_handler(self, context: ExceptionContext) -> None:
         """Report an error to the exception handler.
 
-        `context` is a dictionary with `message`, and possibly `exception`, `transport` and others.
+        `context` is a dictionary with `message`, and possibly `exception`, `transport` and others. It has `handshake`,
+        and the client's `peername`, if a server's TLS handshake with a client failed.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_exception_handler
         """
@@ -316,8 +317,13 @@ class TransportGroup(
     def default_exception_handler(self, context: ExceptionContext) -> None:
         """Log the error that `context` describes to the logger `transports_anyio`, with the exception's traceback.
 
+        A failed TLS handshake with a client is one line at level INFO: on the internet it is no event.
+
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.default_exception_handler
         """
+        if context.get("handshake"):
+            logger.info("TLS handshake with %r failed: %r", context.get("peername"), context.get("exception"))
+            return
         lines = [context.get("message") or "Unhandled exception in a transport group"]
         lines += [f"{key}: {context[key]!r}" for key in sorted(context) if key not in {"message", "exception"}]
         exc = context.get("exception")

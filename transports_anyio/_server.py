@@ -49,6 +49,14 @@ CLIENT_LEFT = {
 }  # fmt: skip
 
 
+def is_clients_failure(exc: Exception) -> bool:
+    """Return whether a TLS handshake failed because of what the client did, and not for lack of a resource here.
+
+    `UnicodeError` is for a certificate with a name that Python cannot read.
+    """
+    return isinstance(exc, UnicodeError) or (isinstance(exc, OSError) and exc.errno not in EXHAUSTED)
+
+
 def peername_of(channel: StreamChannel) -> Any:
     return channel.extra_info().get("peername")
 
@@ -315,7 +323,7 @@ class Server(asyncio.AbstractServer):
             if failure is None:
                 self._context.copy().run(self._begin, channel)
             elif not pending.aborted:
-                self._report_lost_client(failure, peername_of(inner))
+                self._handshake_failed(failure, peername_of(inner))
             self._changed.notify()
 
         self._core.handshake(channel, done, self._handshakes)
@@ -333,6 +341,14 @@ class Server(asyncio.AbstractServer):
             transport._start()
         except OSError as exc:
             self._report_lost_client(exc, peername_of(channel))
+
+    def _handshake_failed(self, exc: Exception, peername: Any) -> None:
+        if is_clients_failure(exc):
+            self._core.report_handshake(
+                {"message": "TLS handshake failed", "exception": exc, "peername": peername, "handshake": True}
+            )
+        else:
+            self._report_lost_client(exc, peername)
 
     def _report_lost_client(self, exc: BaseException, peername: Any) -> None:
         self._core.group.call_exception_handler(

@@ -464,3 +464,24 @@ def test_a_server_and_its_connections_at_the_end_of_the_event_loop(run):
 
     run(main)
     assert lost == [None, None]
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_failed_handshake_of_a_client_is_reported_in_debug_mode_only(run, contexts, debug):
+    if run.is_uvloop and debug:
+        pytest.skip("uvloop does not report it in debug mode either")
+    reports = []
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: reports.append(context))
+        async with serving(echo, ssl=contexts[0]) as address:
+            with contextlib.suppress(ConnectionError):
+                reader, writer = await asyncio.open_connection(*address)
+                writer.write(b"GET / HTTP/1.1\r\n\r\n")
+                await reader.read()
+                await closed(writer)
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+    run(main, debug=debug)
+    assert [type(report["exception"]) for report in reports] == ([ssl.SSLError] if debug else [])
