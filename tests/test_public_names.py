@@ -19,7 +19,7 @@ OF_WRITING = {"is_writing_paused", "get_write_buffer_size", "get_write_buffer_li
 OF_STREAMS = OF_WRITING | {"is_eof_received"}
 
 #: What `Server` has beside the methods of asyncio's.
-OF_SERVERS = {"statistics"}
+OF_SERVERS = {"shutdown", "statistics"}
 
 #: What `TransportGroup` has beside the methods of asyncio's event loop.
 OF_GROUPS = {
@@ -28,6 +28,7 @@ OF_GROUPS = {
     "connect_process",
     "connect_stream",
     "is_closing",
+    "shutdown",
     "start_soon",
     "statistics",
     "wait_closed",

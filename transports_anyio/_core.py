@@ -238,6 +238,16 @@ class Core(Scheduler):
         for transport in tuple(self.transports):
             transport.close()
 
+    def request_shutdown(self) -> None:
+        """Close the servers, abort the handshakes, and have the transports end. No new connections can be made."""
+        self.open = False
+        for server in tuple(self.servers):
+            server.close()
+        for pending in tuple(self.handshakes):
+            pending.abort()
+        for transport in tuple(self.transports):
+            transport._request_shutdown()
+
     def abort_transports(self) -> None:
         """Close the servers, and abort the handshakes and transports."""
         for server in tuple(self.servers):

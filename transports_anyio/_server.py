@@ -25,7 +25,7 @@ from ._selector import READ, Registration
 from ._sockets import address_error
 from ._statistics import ServerStatistics, describe_flow
 from ._transports._stream import StreamTransport
-from ._waiters import Waiters
+from ._waiters import Waiters, check_shutdown_timeout, wait_or_abort
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -225,6 +225,27 @@ class Server(asyncio.AbstractServer):
         await anyio.lowlevel.checkpoint()
         while not self._closed or self._connections or self._handshakes:
             await self._changed.wait()
+
+    async def shutdown(self, timeout: float | None) -> None:
+        """Close the server, let its connections end, and abort those that are left after `timeout` seconds.
+
+        A protocol that has a method `shutdown_requested` is asked by it: it closes its transport at once or when it
+        has finished what it is doing. The transport of any other protocol is closed, which sends what is buffered. TLS
+        handshakes are aborted. With 0 seconds the connections are aborted at once; `None` is no limit.
+
+        This returns when all connections are lost; if it is cancelled, they go on ending.
+
+        Raises `ValueError` for a negative `timeout`.
+
+        Source: https://pkg.go.dev/net/http#Server.Shutdown
+        """
+        check_shutdown_timeout(timeout)
+        self.close()
+        for pending in tuple(self._handshakes):
+            pending.abort()
+        for transport in tuple(self._connections):
+            transport._request_shutdown()
+        await wait_or_abort(timeout, self.wait_closed, self.abort_clients)
 
     def statistics(self) -> ServerStatistics:
         """Return how many connections are open and were accepted, and whether a limit holds up further ones.

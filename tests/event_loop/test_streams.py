@@ -485,3 +485,21 @@ def test_failed_handshake_of_a_client_is_reported_in_debug_mode_only(run, contex
 
     run(main, debug=debug)
     assert [type(report["exception"]) for report in reports] == ([ssl.SSLError] if debug else [])
+
+
+@pytest.mark.parametrize("timeout", [0.1, 3600])
+def test_a_server_of_ours_shuts_down_in_order(run, timeout):
+    """What asyncio's servers do not have."""
+    if run.name != "trio":
+        pytest.skip("the server is not ours")
+
+    async def main():
+        server = await asyncio.start_server(echo, HOST, 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b"hello")
+        assert await reader.readexactly(5) == b"hello"
+        await asyncio.wait_for(server.shutdown(timeout), 10)
+        assert await reader.read() == b""
+        await closed(writer)
+
+    run(main)

@@ -88,6 +88,8 @@ async def use(stream: ByteStream, udp: UDPSocket, sock: socket.socket) -> None:
             Filling, "name", ssl=ssl.SSLContext(), max_connections=2, max_handshakes=1
         )
         assert_type(server.statistics(), ServerStatistics)
+        await server.shutdown(5)
+        await group.shutdown(None)
         with Path("file").open("rb") as file:
             count: int = await group.sendfile(transport, file, offset=5, count=None, fallback=False)
             print(count + 1)
