@@ -18,6 +18,9 @@ pytestmark = pytest.mark.anyio
 OF_WRITING = {"is_writing_paused", "get_write_buffer_size", "get_write_buffer_limits", "set_write_buffer_limits"}
 OF_STREAMS = OF_WRITING | {"is_eof_received"}
 
+#: What `Server` has beside the methods of asyncio's.
+OF_SERVERS = {"shutdown", "statistics"}
+
 #: What `TransportGroup` has beside the methods of asyncio's event loop.
 OF_GROUPS = {
     "cancel_scope",
@@ -25,6 +28,7 @@ OF_GROUPS = {
     "connect_process",
     "connect_stream",
     "is_closing",
+    "shutdown",
     "start_soon",
     "statistics",
     "wait_closed",
@@ -47,7 +51,7 @@ async def test_stream_transports(anyio_backend: Any) -> None:
         server = await group.create_server(Protocol, HOST, 0)
         transport, _ = await group.create_connection(Protocol, *server.sockets[0].getsockname())
         check(transport, asyncio.Transport, OF_STREAMS)
-        check(server, asyncio.Server, set())
+        check(server, asyncio.Server, OF_SERVERS)
         server.close()
         transport.close()
 
@@ -80,4 +84,4 @@ async def test_subprocess_transports(anyio_backend: Any) -> None:
 
 async def test_groups_and_servers(anyio_backend: Any) -> None:
     assert public_names(TransportGroup) - public_names(asyncio.AbstractEventLoop) == OF_GROUPS
-    assert public_names(Server) - public_names(asyncio.Server) == set()
+    assert public_names(Server) - public_names(asyncio.Server) == OF_SERVERS

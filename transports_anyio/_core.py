@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from ._errors import Group, is_refusal, logger, safe_repr
+from ._errors import ExceptionContext, Group, is_refusal, logger, safe_repr
 from ._poller import make_poller
 from ._resources import PendingHandshake, Resource
 from ._scheduler import Scheduler, wrong_thread
@@ -175,6 +175,10 @@ class Core(Scheduler):
         self.changed.notify()
         done(pending, exc)
 
+    def report_handshake(self, context: ExceptionContext) -> None:
+        """Report the failed TLS handshake of an accepted connection to the exception handler."""
+        self.group.call_exception_handler(context)
+
     @property
     def has_connections(self) -> bool:
         """Whether any transport or handshake is left."""
@@ -236,6 +240,16 @@ class Core(Scheduler):
             pending.abort()
         for transport in tuple(self.transports):
             transport.close()
+
+    def request_shutdown(self) -> None:
+        """Close the servers, abort the handshakes, and have the transports end. No new connections can be made."""
+        self.open = False
+        for server in tuple(self.servers):
+            server.close()
+        for pending in tuple(self.handshakes):
+            pending.abort()
+        for transport in tuple(self.transports):
+            transport._request_shutdown()
 
     def abort_transports(self) -> None:
         """Close the servers, and abort the handshakes and transports."""

@@ -26,6 +26,7 @@ from transports_anyio import (
     Handle,
     Protocol,
     Server,
+    ServerStatistics,
     SubprocessProtocol,
     TimerHandle,
     Transport,
@@ -82,6 +83,13 @@ async def use(stream: ByteStream, udp: UDPSocket, sock: socket.socket) -> None:
         transport, filling = await group.connect_accepted_socket(Filling, sock, ssl=ssl.create_default_context())
         server = await group.create_server(Filling, ["localhost", "::1"], "http", reuse_port=True)
         server = await group.create_unix_server(Filling, b"\0name", cleanup_socket=False)
+        server = await group.create_server(Filling, "localhost", 0, max_connections=1, max_handshakes=None)
+        server = await group.create_unix_server(
+            Filling, "name", ssl=ssl.SSLContext(), max_connections=2, max_handshakes=1
+        )
+        assert_type(server.statistics(), ServerStatistics)
+        await server.shutdown(5)
+        await group.shutdown(None)
         with Path("file").open("rb") as file:
             count: int = await group.sendfile(transport, file, offset=5, count=None, fallback=False)
             print(count + 1)

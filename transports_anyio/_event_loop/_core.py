@@ -204,6 +204,11 @@ class LoopCore(Core):
         else:
             super().report(exc, message, **details)
 
+    def report_handshake(self, context: dict[str, Any]) -> None:
+        # As asyncio, which reports an `OSError`, such as `ssl.SSLError`, in debug mode only.
+        if self._loop.get_debug() or not isinstance(context["exception"], OSError):
+            super().report_handshake(context)
+
     def not_open(self, name: str = "") -> NotOpenError:
         return NotOpenError("Event loop is closed", self.group)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .._callbacks import check_given_protocol
-from .._errors import failed_callback, log_debug, logger
+from .._errors import failed_callback, has_callback, log_debug, logger
 from ._flow_control import DatagramBuffer, WriteBuffer, limits
 from ._state import TRANSITIONS, State, check_transition
 
@@ -128,6 +128,18 @@ class ChannelTransport(asyncio.BaseTransport):
     def _abort(self) -> None:
         """End the connection at once: the end of the group calls this."""
         self.abort()
+
+    def _request_shutdown(self) -> None:
+        """Have the protocol end the connection if it has `shutdown_requested`, close the transport if not."""
+        self._callback_context.call_soon(self._shutdown_requested)
+
+    def _shutdown_requested(self) -> None:
+        if self.is_closing():
+            return
+        if has_callback(self._protocol, "shutdown_requested"):
+            self._call_protocol("shutdown_requested", from_channel=True)
+        else:
+            self.close()
 
     def _traffic(self) -> tuple[int, int, int]:
         """Return how many bytes were received, were sent, and are buffered."""

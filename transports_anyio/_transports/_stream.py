@@ -532,6 +532,12 @@ class StreamTransport(ChannelTransport, abc.Transport):
 
     # For the group and `repr`
 
+    def _shutdown_requested(self) -> None:
+        if self._upgraded is None:
+            super()._shutdown_requested()
+        else:
+            self._upgraded._shutdown_requested()
+
     def _traffic(self) -> tuple[int, int, int]:
         received, sent, buffered = super()._traffic()
         if self._upgraded is None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import abc
 from .._callbacks import check_given_protocol
-from .._errors import failed_callback, log_debug
+from .._errors import failed_callback, has_callback, log_debug
 from .._processes._child import KILLED
 from .._waiters import InterruptSafeEvent
 from ._pipe import WritePipeTransport
@@ -191,6 +191,21 @@ class SubprocessTransport(abc.SubprocessTransport):
         if self._returncode is None:
             returncode = self._child.kill_and_reap()
             self._callback_context.call_soon(self._exited, KILLED if returncode is None else returncode)
+
+    def _request_shutdown(self) -> None:
+        """Have the protocol end the process if it has `shutdown_requested`, terminate the process if not."""
+        self._callback_context.call_soon(self._shutdown_requested)
+
+    def _shutdown_requested(self) -> None:
+        if self._closed:
+            return
+        if has_callback(self._protocol, "shutdown_requested"):
+            self._call_protocol("shutdown_requested")
+            return
+        try:
+            self.terminate()
+        except (ProcessLookupError, PermissionError):
+            pass  # As for `close`.
 
     def _traffic(self) -> tuple[int, int, int]:
         """Return how many bytes were received and were sent over the pipes, and are buffered."""
