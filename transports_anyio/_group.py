@@ -42,12 +42,16 @@ ExceptionHandler: TypeAlias = "Callable[[TransportGroup, ExceptionContext], obje
 def current_group() -> TransportGroup:
     """Return the group that the running callback or task belongs to.
 
-    Raises `RuntimeError` outside any group.
+    The block of a group is not in it: a library may open a group in the block of its user's. Raises `RuntimeError`
+    outside the callbacks and tasks of groups.
     """
     try:
         group: TransportGroup = current.get()
     except LookupError:
-        msg = "no transport group is current: call this from a callback or task of a group, or within `async with`"
+        msg = (
+            "no transport group is current: call this from a callback or task of a group. In the block of a group use "
+            "the group itself: `async with TransportGroup() as group:`"
+        )
         raise RuntimeError(msg) from None
     return group
 
@@ -92,7 +96,6 @@ class TransportGroup(
             stack.callback(self._left)
             await core.enter(stack)
             # Registered twice on purpose: a `KeyboardInterrupt` may interrupt the first call on trio.
-            stack.callback(current.reset, current.set(self))
             stack.callback(core.abort_all)
             stack.callback(core.abort_all)
             stack.push_async_exit(self._leave)
