@@ -16,7 +16,7 @@ from threading import RLock, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._callbacks import CallbackContext, GivenContext, current
+from ._callbacks import CallbackContext, GivenContext, current, is_async_function
 from ._driver import RESOLUTION
 from ._errors import ExceptionContext, Group, NotOpenError, safe_repr, should_propagate
 from ._handles import Handle, TimerHandle, Timers
@@ -237,6 +237,11 @@ class Scheduler:
         if not callable(callback):
             msg = f"a callable object was expected, got {callback!r}"
             raise TypeError(msg)
+        if is_async_function(callback):
+            raise TypeError(
+                f"{callback!r} is an async function, which a callback cannot await: call start_soon() of the group or "
+                "of a transport"
+            )
         if given is not None:
             return GivenContext(given, self.group)
         context = copy_context()

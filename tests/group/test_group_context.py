@@ -124,7 +124,7 @@ async def test_a_callback_belongs_to_the_group_of_its_connection(anyio_backend: 
             on_eof_received=note,
             on_connection_lost=note,
         )
-        async with TransportGroup() as inner:
+        async with TransportGroup():
             transport, _, peer = await connect_peer(outer, protocol, small=True)
             outer.call_soon(note)
             outer.call_later(0, note)
