@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, iscoroutine, iscoroutinefunction, signature
+from types import FunctionType, MethodType
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 from weakref import WeakSet
 
@@ -73,12 +74,11 @@ checked_classes: WeakSet[type] = WeakSet()
 
 def is_async_function(function: object) -> bool:
     """Whether a call of `function` runs nothing, and returns an object to await or iterate."""
-    try:
-        code = getattr(function, "__code__", None)  # Of a function or a method: nearly always.
-        if code is not None:
-            return bool(code.co_flags & ASYNC_FLAGS)
-    except Exception:  # A proxy may raise anything.
-        return False
+    # The types are looked at, no attributes: those of a proxy may raise anything.
+    if type(function) is MethodType:
+        function = function.__func__
+    if type(function) is FunctionType:
+        return bool(function.__code__.co_flags & ASYNC_FLAGS)
     return type(function) is partial and is_async_function(function.func)
 
 

@@ -179,24 +179,34 @@ class Core(Scheduler):
 
     # Tasks
 
-    def start_task(self, async_function: Callable[..., object], args: tuple[Any, ...], name: object) -> None:
-        """Start a task of the user, in the caller's context."""
+    def start_task(
+        self,
+        async_function: Callable[..., object],
+        args: tuple[Any, ...],
+        name: object,
+        around: Callable[[Coroutine[Any, Any, object]], Coroutine[Any, Any, object]] | None = None,
+    ) -> None:
+        """Start a task of the user, in the caller's context. It runs inside of `around`, if that is given."""
         name = getattr(async_function, "__qualname__", None) if name is None else str(name)
         # Called here, so that wrong arguments raise in the caller.
         coroutine = async_function(*args)
         if not isinstance(coroutine, Coroutine):
             raise TypeError(f"start_soon() takes an async function, but {async_function!r} returned {coroutine!r}")
         try:
-            self.as_backend(partial(self.task_group.start_soon, self._run_task, coroutine, name=name))
+            self.as_backend(partial(self.task_group.start_soon, self._run_task, coroutine, around, name=name))
         except BaseException:
             coroutine.close()
             raise
         self.tasks_running += 1
         self.tasks_started = True
 
-    async def _run_task(self, coroutine: Coroutine[Any, Any, object]) -> None:
+    async def _run_task(
+        self,
+        coroutine: Coroutine[Any, Any, object],
+        around: Callable[[Coroutine[Any, Any, object]], Coroutine[Any, Any, object]] | None,
+    ) -> None:
         try:
-            await coroutine
+            await (coroutine if around is None else around(coroutine))
         except Exception as exc:
             if self.open or not is_refusal(exc, self.group):
                 raise

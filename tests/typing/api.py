@@ -129,6 +129,11 @@ async def types_of_what_comes_back(stream: ByteStream, udp: UDPSocket, process: 
     async with TransportGroup() as group:
         connection = await group.create_connection(partial(Counting, 3), "localhost", 80)
         assert_type(connection, tuple[abc.Transport, Counting])
+        transport, _ = connection
+        transport.start_soon(asyncio.sleep, 1, name="a task")
+        transport.start_soon(asyncio.sleep, "1")  # type: ignore[arg-type]
+        assert_type(await transport.drain(), None)
+        assert_type(await transport.wait_closed(), None)
         assert_type(await group.create_connection(Making().make, sock=sock), tuple[abc.Transport, Counting])
         assert_type(await group.create_unix_connection(Making(), "socket"), tuple[abc.Transport, Counting])
         assert_type(await group.connect_accepted_socket(Making, sock), tuple[abc.Transport, Making])
