@@ -15,7 +15,13 @@ from transports_anyio import DatagramProtocol, Protocol, Server, SubprocessProto
 pytestmark = pytest.mark.anyio
 
 #: Documented, and not asyncio's.
-OF_WRITING = {"is_writing_paused", "get_write_buffer_size", "get_write_buffer_limits", "set_write_buffer_limits"}
+OF_ALL = {"start_soon", "drain", "wait_closed"}
+OF_WRITING = OF_ALL | {
+    "is_writing_paused",
+    "get_write_buffer_size",
+    "get_write_buffer_limits",
+    "set_write_buffer_limits",
+}
 OF_STREAMS = OF_WRITING | {"is_eof_received"}
 
 #: What `Server` has beside the methods of asyncio's.
@@ -78,7 +84,7 @@ async def test_datagram_transports(anyio_backend: Any) -> None:
 async def test_subprocess_transports(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         transport, _ = await group.subprocess_exec(SubprocessProtocol, sys.executable, "-c", "")
-        check(transport, asyncio.SubprocessTransport, {"is_writing_paused", "abort"})
+        check(transport, asyncio.SubprocessTransport, OF_ALL | {"is_writing_paused", "abort"})
         transport.close()
 
 

@@ -75,11 +75,10 @@ checked_classes: WeakSet[type] = WeakSet()
 def is_async_function(function: object) -> bool:
     """Whether a call of `function` runs nothing, and returns an object to await or iterate."""
     # The types are looked at, no attributes: those of a proxy may raise anything.
-    if type(function) is MethodType:
-        function = function.__func__
-    if type(function) is FunctionType:
-        return bool(function.__code__.co_flags & ASYNC_FLAGS)
-    return type(function) is partial and is_async_function(function.func)
+    plain: Any = function.__func__ if type(function) is MethodType else function
+    if type(plain) is FunctionType:
+        return bool(plain.__code__.co_flags & ASYNC_FLAGS)
+    return type(plain) is partial and is_async_function(plain.func)
 
 
 def check_callbacks(protocol: object) -> None:

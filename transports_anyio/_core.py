@@ -200,7 +200,7 @@ class Core(Scheduler):
         if not isinstance(coroutine, Coroutine):
             raise TypeError(f"start_soon() takes an async function, but {async_function!r} returned {coroutine!r}")
         try:
-            self.as_backend(partial(self.task_group.start_soon, self._run_task, coroutine, around, name=name))
+            self.as_backend(partial(self.task_group.start_soon, partial(self._run_task, coroutine, around), name=name))
         except BaseException:
             coroutine.close()
             raise

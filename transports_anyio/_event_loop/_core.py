@@ -91,6 +91,11 @@ class LoopCore(Core):
         finally:
             self._leave(before)
 
+    def start_task(self, *_: object, **__: object) -> None:
+        """Refuse a task of a connection: its code would not be asyncio's."""
+        msg = "a transport of an event loop has no tasks of its own: call asyncio.create_task()"
+        raise RuntimeError(msg)
+
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """Return `function(*args)`, run as asyncio code. Backend code calls this.
 
