@@ -85,7 +85,7 @@ async def use(stream: ByteStream, udp: UDPSocket, sock: socket.socket) -> None:
         server = await group.create_unix_server(Filling, b"\0name", cleanup_socket=False)
         server = await group.create_server(Filling, "localhost", 0, max_connections=1, max_handshakes=None)
         server = await group.create_unix_server(
-            Filling, "name", ssl=ssl.SSLContext(), max_connections=2, max_handshakes=1
+            Filling, "name", ssl=ssl.create_default_context(), max_connections=2, max_handshakes=1
         )
         assert_type(server.statistics(), ServerStatistics)
         await server.shutdown(5)
