@@ -56,7 +56,6 @@ class Scheduler:
     poller: Poller
     driver: Driver
     dispatch: Callable[[Failed], int]
-    time: Callable[[], float]
 
     def __init__(self, group: Group) -> None:
         self.group: Group = group
@@ -76,7 +75,7 @@ class Scheduler:
         self.poller = poller
         self.driver = poller.driver
         self.dispatch = poller.dispatch
-        self.time = poller.time
+        self.time: Callable[[], float] = poller.time
         self.receiving_tasks += poller.selector.needs_tasks
         poller.selector.as_backend = self.as_backend
         self.entered = True
