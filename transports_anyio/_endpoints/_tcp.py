@@ -22,7 +22,7 @@ from .._server import Server
 from .._sockets import bind, check_stream_socket, refuse_tls_socket, set_option
 from .._types import AnyProtocol, StreamProtocolT
 from ._addresses import AddressInfo, Host, Port, local_parts, resolve
-from ._base import Endpoints, check_open
+from ._base import Endpoints, check_cancelled, check_open
 from ._happy_eyeballs import connect_to_any, interleave as interleaved
 from ._tls import client_options, server_options
 
@@ -119,7 +119,11 @@ class TCPEndpoints(Endpoints):
             interleave = 0 if happy_eyeballs_delay is None else 1
         if interleave:
             addresses = interleaved(addresses, interleave)
-        sock = await connect_to_any(addresses, local_addresses, delay=happy_eyeballs_delay, all_errors=all_errors)
+        try:
+            sock = await connect_to_any(addresses, local_addresses, delay=happy_eyeballs_delay, all_errors=all_errors)
+        except Exception:
+            await check_cancelled(self._core)  # The group's end has closed the server, for example.
+            raise
         return await self._connect_socket(protocol_factory, sock, tls)
 
     async def create_server(
