@@ -40,6 +40,9 @@ OF_GROUPS = {
     "wait_closed",
 }
 
+# asyncio has these since Python 3.13.
+OF_SERVERS = set() if sys.version_info >= (3, 13) else {"abort_clients", "close_clients"}
+
 
 def public_names(thing: object) -> set[str]:
     return {name for name in dir(thing) if not name.startswith("_")}
