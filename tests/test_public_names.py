@@ -41,7 +41,7 @@ OF_GROUPS = {
 }
 
 # asyncio has these since Python 3.13.
-OF_SERVERS = set() if sys.version_info >= (3, 13) else {"abort_clients", "close_clients"}
+OF_SERVERS |= set() if sys.version_info >= (3, 13) else {"abort_clients", "close_clients"}
 
 
 def public_names(thing: object) -> set[str]:

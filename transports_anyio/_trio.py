@@ -76,11 +76,11 @@ class TrioDriver(TaskDriver):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(alarm, name="transports_anyio: alarm")
                 await self._run(self._watch, scheduler, nursery)
-            if self._failure is not None:
-                raise self._failure
         finally:
             self.waiting = False
-            self._failure = None
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure  # Also when the tasks were cancelled in the same iteration.
 
     async def _run(
         self,

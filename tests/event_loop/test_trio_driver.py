@@ -176,13 +176,13 @@ def test_a_failure_of_either_task_comes_out_as_itself():
             await trio.testing.wait_all_tasks_blocked()
             core = group._core
             core.run_once = fail
-            provoke(core.driver)
+            provoke(group)
             await trio.sleep_forever()
 
     for provoke in (
-        lambda driver: driver.wake(),
-        lambda driver: driver.wake_threadsafe(),
-        lambda driver: driver.wait_until(-inf),
+        lambda group: group._core.driver.wake(),
+        lambda group: group._core.driver.wake_threadsafe(),
+        lambda group: group.call_later(0.001, int),
     ):
         with pytest.raises(BaseException) as caught:
             trio.run(main, provoke)
