@@ -81,6 +81,11 @@ def make_poller() -> Poller:
         from ._trio import clock
 
         time = clock()  # Not AnyIO's: the same clock, whether backend code or asyncio code calls it.
+    return make_poller_for(loop, time)
+
+
+def make_poller_for(loop: asyncio.AbstractEventLoop | None, time: Callable[[], float]) -> Poller:
+    """Return the best poller for this platform, which waits in the running event loop `loop`, or else in a task."""
     system_selector = make_system_selector()
     selector = system_selector or TaskSelector()
     driver: Driver

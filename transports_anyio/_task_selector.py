@@ -76,6 +76,8 @@ class TaskSelector(Selector):
                 yield
             finally:
                 self._task_group = None  # It accepts no more tasks, but interests still change.
+                for tasks in self._waiting.values():
+                    tasks.marks.clear()  # These tasks end now; `running` may be entered again.
 
     def _start(self, tasks: _Tasks) -> None:
         if self._task_group is None:

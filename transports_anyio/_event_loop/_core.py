@@ -114,11 +114,16 @@ class LoopCore(Core):
             self._running = False
             self._leave(before)
             if waiting:
-                driver.waiting = True
-                if self.ready or self.poller.selector.always_ready:
-                    driver.wake()
-                elif self.timers.heap:
-                    driver.wait_until(self.timers.next_deadline())
+                self._go_on_waiting()
+
+    def _go_on_waiting(self) -> None:
+        """Let the driver wait as before, for what there is now."""
+        driver = self.driver
+        driver.waiting = True
+        if self.ready or self.poller.selector.always_ready:
+            driver.wake()
+        elif self.timers.heap:
+            driver.wait_until(self.timers.next_deadline())
 
     def _run_on(self) -> None:
         """Run what is ready. If that makes something ready, run an iteration, which includes I/O."""
@@ -161,7 +166,7 @@ class LoopCore(Core):
 
     # Errors
 
-    def leaves(self, exc: BaseException) -> bool:
+    def leaves(self, exc: BaseException | None) -> bool:
         return isinstance(exc, (KeyboardInterrupt, SystemExit))
 
     def leave_by(self, exc: BaseException) -> None:
