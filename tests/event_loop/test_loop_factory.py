@@ -512,6 +512,46 @@ def test_close_from_another_thread_warns_and_calls_nothing(make: Any) -> None:
     assert recorder.calls == ["connection_made"]
 
 
+class RecorderOfAll(Recorder, asyncio.DatagramProtocol, asyncio.SubprocessProtocol):  # type: ignore[misc]
+    def process_exited(self) -> None:
+        self.calls.append("process_exited")
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        self.calls.append("pipe_connection_lost")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes to wait for")
+def test_close_ends_transports_of_each_kind() -> None:
+    loop = EventLoop()
+    recorders: list[RecorderOfAll] = []
+
+    def make_protocol() -> RecorderOfAll:
+        recorders.append(RecorderOfAll())
+        return recorders[-1]
+
+    async def open_all() -> Any:
+        await loop.create_datagram_endpoint(make_protocol, (HOST, 0))
+        reader, writer = os.pipe()
+        await loop.connect_read_pipe(make_protocol, os.fdopen(reader, "rb", 0))
+        await loop.connect_write_pipe(make_protocol, os.fdopen(writer, "wb", 0))
+        server = await loop.create_server(make_protocol, HOST, 0)
+        await loop.create_connection(make_protocol, *server.sockets[0].getsockname())
+        child, _ = await loop.subprocess_exec(make_protocol, sys.executable, "-c", "input()")
+        return child.get_extra_info("subprocess")
+
+    before = os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else []
+    child = loop.run_until_complete(open_all())
+    with pytest.warns(ResourceWarning, match="unclosed transport <") as caught:
+        loop.close()
+    assert len(caught) >= len(recorders)
+    assert all(set(recorder.calls) <= {"connection_made"} for recorder in recorders)
+    gc.collect()
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= len(before)
+    assert child.wait(GUARD) != 0
+    assert not trio.lowlevel.in_trio_run()
+
+
 def test_an_unclosed_event_loop_warns(make: Any) -> None:
     loop = make()
     loop.run_until_complete(asyncio.sleep(0.001))
@@ -856,3 +896,27 @@ def test_debug_mode(loop: asyncio.AbstractEventLoop, debug: bool) -> None:
     loop.run_until_complete(main())
     assert len(errors) == debug
     loop.run_until_complete(loop.shutdown_default_executor())
+
+
+def test_where_a_task_waits_for_each_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows: the tasks end with each call, and the next one starts them anew."""
+    monkeypatch.setattr("transports_anyio._poller.make_system_selector", lambda: None)
+    loop = EventLoop()
+
+    async def line(text: bytes) -> bytes:
+        writer.write(text)
+        return await reader.readline()
+
+    async def end() -> None:
+        writer.close()
+        await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    server = loop.run_until_complete(asyncio.start_server(echo_line, HOST, 0))
+    reader, writer = loop.run_until_complete(asyncio.open_connection(*server.sockets[0].getsockname()))
+    for text in (b"one\n", b"two\n", b"three\n"):
+        assert loop.run_until_complete(asyncio.wait_for(line(text), GUARD)) == text.upper()
+        assert not trio.lowlevel.in_trio_run()
+    loop.run_until_complete(end())
+    loop.close()

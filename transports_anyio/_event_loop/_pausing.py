@@ -32,8 +32,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Silent(asyncio.Protocol, asyncio.DatagramProtocol, asyncio.SubprocessProtocol):
-    """Stands in for the protocols of transports that end after their event loop."""
+class Silent(asyncio.Protocol):
+    """Stands in for the protocols of transports that end after their event loop: sockets, pipes, children."""
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        pass
+
+    def process_exited(self) -> None:
+        pass
 
 
 def never() -> bool:
