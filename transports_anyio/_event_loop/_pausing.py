@@ -61,7 +61,7 @@ class Calls:
         self.stopping = False  # The pause comes after this iteration.
         self.serving = False  # The trio run takes tasks.
         self.kept = False  # The trio run stays during the pause.
-        self.was_waiting = False  # The driver, when the pause began.
+        self.was_waiting = False  # The driver, when trio last went on.
 
     def need_trio(self) -> bool:
         """Whether trio tasks are under way."""
@@ -122,6 +122,7 @@ class PausingCore(LoopCore):
                 if not guest.thread:
                     guest.start(self._serve)
                 elif calls.was_waiting:
+                    calls.was_waiting = False
                     self._go_on_waiting()
                 guest.run(lambda: calls.kept)
         finally:
@@ -134,7 +135,13 @@ class PausingCore(LoopCore):
         calls = self.calls
         if calls.serving and not calls.need_trio():
             self.end_trio()
-        calls.was_waiting, self.driver.waiting = self.driver.waiting, False
+        self._outside_trio()
+
+    def _outside_trio(self) -> None:
+        """Remember whether the driver waits: until trio goes on, there is nothing to wake, and no deadline to move."""
+        calls = self.calls
+        calls.was_waiting = calls.guest.thread != 0 and (calls.was_waiting or self.driver.waiting)
+        self.driver.waiting = False
 
     def _pause_if_stopping(self) -> None:
         calls = self.calls
@@ -146,7 +153,7 @@ class PausingCore(LoopCore):
                 calls.kept = True
 
     def run_once(self) -> float:
-        if self.calls.paused:
+        if self.calls.paused or self._running:  # During a pause, or a callback that needs trio, trio runs without us.
             return inf
         deadline = super().run_once()
         if self.calls.stopping:
@@ -221,6 +228,7 @@ class PausingCore(LoopCore):
             self._outside = (None, "trio", guest.hooks)
             guest.run(until)
         finally:
+            self._outside_trio()
             self._outside = outside
             self._leave(before)
 
