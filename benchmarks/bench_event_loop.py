@@ -23,7 +23,8 @@ from pathlib import Path
 from bench_transports import HERE, Bench, Load, Results, Task, Workload, circumstances, reported
 from report import ratio
 
-PEERS = ("asyncio", "uvloop", "ours/trio", "trio-asyncio")
+PEERS = ("asyncio", "uvloop", "ours/trio", "factory/trio", "trio-asyncio")
+#: `run_asyncio`, and beside it `EventLoop`, whose trio waits in a thread.
 OURS = "ours/trio"
 CONNECTIONS = 16
 #: Seconds without a byte after which an answer is over.

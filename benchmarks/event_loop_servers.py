@@ -159,6 +159,13 @@ def on_trio(name: str) -> None:
     run_asyncio(program, name, backend="trio")
 
 
+def on_trio_by_factory(name: str) -> None:
+    from transports_anyio import EventLoop
+
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
+        runner.run(program(name))
+
+
 def on_trio_asyncio(name: str) -> None:
     import trio_asyncio
 
@@ -210,6 +217,7 @@ PEERS: dict[str, Callable[[str], object]] = {
     "asyncio": lambda name: asyncio.run(program(name)),
     "uvloop": on_uvloop,
     "ours/trio": on_trio,
+    "factory/trio": on_trio_by_factory,
     "trio-asyncio": on_trio_asyncio,
     "plain group": in_a_group,
     "hypercorn": hypercorn,

@@ -118,6 +118,11 @@ def main(peer: str, task: str) -> float:
         from transports_anyio import run_asyncio
 
         spent = run_asyncio(timed, function, backend="trio")
+    elif peer == "factory/trio":
+        from transports_anyio import EventLoop
+
+        with asyncio.Runner(loop_factory=EventLoop) as runner:
+            spent = runner.run(timed(function))
     else:
         import trio_asyncio
 

@@ -115,7 +115,9 @@ async def test_plain_protocols_are_not_refused(anyio_backend: Any) -> None:
             await memory_connection(group, factory, factory)
 
 
-@pytest.mark.parametrize("function", [never, never_yields, functools.partial(never, 1)], ids=str)
+@pytest.mark.parametrize(
+    "function", [never, never_yields, functools.partial(never, 1)], ids=["async", "generator", "partial"]
+)
 async def test_callbacks(anyio_backend: Any, function: Any) -> None:
     async with TransportGroup() as group:
         for call in (

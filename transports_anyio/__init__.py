@@ -16,6 +16,7 @@ from asyncio import (
 from asyncio.trsock import TransportSocket
 
 from . import abc, from_asyncio, to_asyncio
+from ._event_loop._factory import EventLoop, new_event_loop
 from ._event_loop._opening import open_event_loop, run_asyncio
 from ._futures import Future
 from ._group import TransportGroup, current_group
@@ -30,6 +31,7 @@ __all__ = [
     "BufferedProtocol",
     "DatagramProtocol",
     "DatagramTransport",
+    "EventLoop",
     "Future",
     "GroupStatistics",
     "Handle",
@@ -49,6 +51,7 @@ __all__ = [
     "abc",
     "current_group",
     "from_asyncio",
+    "new_event_loop",
     "open_event_loop",
     "run_asyncio",
     "to_asyncio",

@@ -120,6 +120,11 @@ class TaskDriver(Driver):
                     await anyio.lowlevel.checkpoint()
                 deadline = scheduler.run_once()
 
+    @property
+    def wakeup_fd(self) -> int:
+        """For `signal.set_wakeup_fd`: a signal ends the wait, whichever thread the system interrupts for it."""
+        return self._sender.fileno()
+
     def wait_until(self, deadline: float) -> None:
         if self._scope is None:
             self.wake()

@@ -15,7 +15,7 @@ import anyio
 
 from ._driver import Driver, TaskDriver
 from ._loop_driver import LoopDriver, running
-from ._selector import Failed, Registration, Selector, make_system_selector
+from ._selector import Failed, Registration, Selector, SystemSelector, make_system_selector
 from ._task_selector import TaskSelector
 
 
@@ -76,22 +76,28 @@ def make_poller() -> Poller:
         loop = asyncio.get_running_loop() if asyncio.current_task() is not None else None
     except RuntimeError:
         loop = None
+    if getattr(running, "name", None) == "trio":
+        from ._trio import TrioDriver, clock
+
+        # Not AnyIO's clock: this one is the same, whether backend code or asyncio code calls it.
+        time = clock()
+        return assemble(lambda selector: TrioDriver(selector, time), time)
+    poller = assemble(None if loop is None else lambda selector: LoopDriver(selector, loop), anyio.current_time)
+    poller.loop = loop
+    return poller
+
+
+def assemble(make_driver: Callable[[SystemSelector], Driver] | None, time: Callable[[], float]) -> Poller:
+    """Return a poller with the driver of `make_driver`, or with one that waits in a task, through AnyIO.
+
+    The second one is also for platforms that have no system selector.
+    """
     system_selector = make_system_selector()
     selector = system_selector or TaskSelector()
-    driver: Driver
     try:
-        if getattr(running, "name", None) == "trio":
-            from ._trio import TrioDriver, clock
-
-            # Not AnyIO's clock: this one is the same, whether backend code or asyncio code calls it.
-            driver = TrioDriver(system_selector, clock()) if system_selector else TaskDriver(selector, clock())
-        elif system_selector is None or loop is None:
-            driver = TaskDriver(selector, anyio.current_time)
-        else:
-            driver = LoopDriver(system_selector, loop)
+        if system_selector is None or make_driver is None:
+            return Poller(selector, TaskDriver(selector, time))
+        return Poller(selector, make_driver(system_selector))
     except BaseException:  # No file descriptors for the driver's socket pair.
         selector.close()
         raise
-    poller = Poller(selector, driver)
-    poller.loop = loop
-    return poller

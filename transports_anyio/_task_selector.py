@@ -10,10 +10,11 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from ._selector import READ, WRITE, Failed, Registration, Selector, selected
-from ._waiters import InterruptSafeEvent
+from ._waiters import Waiters
 
 
 class _Tasks:
@@ -39,7 +40,7 @@ class TaskSelector(Selector):
         super().__init__()
         self._waiting: dict[int, _Tasks] = {}
         self._due: list[tuple[_Tasks, int, object]] = []
-        self._due_added = InterruptSafeEvent()
+        self._due_added = Waiters()
         self._task_group: TaskGroup | None = None
 
     def set_interest(self, registration: Registration, interest: int) -> None:
@@ -76,6 +77,8 @@ class TaskSelector(Selector):
                 yield
             finally:
                 self._task_group = None  # It accepts no more tasks, but interests still change.
+                for tasks in self._waiting.values():
+                    tasks.marks.clear()  # These tasks end now; `running` may be entered again.
 
     def _start(self, tasks: _Tasks) -> None:
         if self._task_group is None:
@@ -95,14 +98,17 @@ class TaskSelector(Selector):
         except OSError:
             pass  # The user has closed the file descriptor; the next call that uses it will raise.
         self._due.append((tasks, event, mark))
-        self._due_added.set()
+        self._due_added.notify()
 
     async def wait(self) -> None:
-        await self._due_added.wait()
+        # By the list, and not by an event: `dispatch` may be called while this waits, and the wait goes on.
+        if self._due:
+            await anyio.lowlevel.checkpoint()
+        else:
+            await self._due_added.wait()
 
     def dispatch(self, failed: Failed) -> int:
         due, self._due = self._due, []
-        self._due_added = InterruptSafeEvent()
         for tasks, event, mark in due:
             if tasks.marks.get(event) is mark:
                 del tasks.marks[event]

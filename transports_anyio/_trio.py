@@ -1,7 +1,7 @@
 """What trio offers and AnyIO does not: its clock, its protection from Ctrl-C, tasks that another task wakes.
 
 Holds: the driver for trio, and what an event loop needs of trio.
-May know: `asyncio`, `trio`, `_driver`, `_selector`.
+May know: `asyncio`, `os`, `trio`, `_driver`, `_selector`.
 
 No other module imports trio, and this one is imported only while trio runs. It uses public functions only.
 """
@@ -9,9 +9,14 @@ No other module imports trio, and this one is imported only while trio runs. It 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from math import inf
+from queue import SimpleQueue
+from time import monotonic
 from types import FunctionType
 from typing import Any, NoReturn
 
@@ -22,6 +27,7 @@ from ._driver import RESOLUTION, DrivenScheduler, TaskDriver
 from ._selector import SystemSelector
 
 __all__ = [
+    "Guest",
     "Scope",
     "Spawner",
     "TrioDriver",
@@ -215,6 +221,21 @@ class Spawner:
         """Open the nursery. When `stack` is left, it waits for the tasks."""
         self._nursery = await stack.enter_async_context(trio.open_nursery())
 
+    async def serve(self, opened: Callable[[trio.Nursery], object]) -> None:
+        """Accept tasks until `end`; call `opened` first."""
+        async with trio.open_nursery() as self._nursery:
+            opened(self._nursery)
+            await trio.sleep_forever()
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks run."""
+        return len(self._nursery.child_tasks)
+
+    def end(self) -> None:
+        """Cancel all tasks, and end `serve` after them."""
+        self._nursery.cancel_scope.cancel()
+
     def start(self, async_function: Callable[..., Awaitable[object]], *args: object) -> None:
         """Start a task."""
         self._nursery.start_soon(async_function, *args, name=f"transports_anyio: {async_function.__qualname__}")
@@ -285,3 +306,89 @@ class Spawner:
             settle(asyncio.CancelledError() if scope.cancelled_caught else None, result)
         finally:
             del settle, args  # Break a cycle: the traceback of the exception has this frame.
+
+
+class Clock(trio.abc.Clock):
+    """asyncio's clock, which is the same before, between and after the runs."""
+
+    def start_clock(self) -> None:
+        """Do nothing: it always runs."""
+
+    def current_time(self) -> float:
+        return monotonic()
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        return deadline - monotonic()
+
+
+class Guest:
+    """A trio run that goes on only in `run`, in the thread that calls it: trio's guest mode, by its public API.
+
+    Each iteration of trio comes through a queue. When trio has to wait, it does so in a thread of its own, which is
+    what makes an idle wait dearer than in `trio.run`.
+
+    Source: https://trio.readthedocs.io/en/stable/reference-lowlevel.html#using-guest-mode-to-run-trio-on-top-of-other-event-loops
+    """
+
+    def __init__(self) -> None:
+        self._iterations: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        #: trio's, for asynchronous generators.
+        self.hooks: Any = sys.get_asyncgen_hooks()
+        self._outcome: Any = None
+        self._pid = 0
+        #: The thread that the run belongs to, 0 while there is no run.
+        self.thread = 0
+        #: Whether trio's code may be called: `run` is on the stack.
+        self.inside = False
+
+    def start(self, async_function: Callable[[], Awaitable[object]]) -> None:
+        """Start a run of `async_function`. Raises `RuntimeError` where another run is in progress in this thread."""
+        if trio.lowlevel.in_trio_run():
+            raise RuntimeError(
+                "trio runs in this thread already, and it can run only once at a time: in a trio program use "
+                "transports_anyio.open_event_loop(); an event loop that is paused while trio tasks of its own are "
+                "under way has to be closed, or run until these have ended, before another one runs in its thread"
+            )
+        hooks = sys.get_asyncgen_hooks()
+        trio.lowlevel.start_guest_run(
+            async_function,
+            run_sync_soon_threadsafe=self._iterations.put,
+            done_callback=self._done,
+            host_uses_signal_set_wakeup_fd=True,
+            clock=Clock(),
+        )
+        self.hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(*hooks)
+        self.thread = threading.get_ident()
+        self._pid = os.getpid()
+
+    def _done(self, outcome: Any) -> None:
+        self._outcome = outcome
+        self.thread = 0
+
+    def check(self) -> None:
+        """Raise `RuntimeError` if there is a run that cannot go on in this thread."""
+        if not self.thread:
+            return
+        if self._pid != os.getpid():
+            raise RuntimeError("trio tasks of the event loop were under way at a fork, and cannot go on in the child")
+        if self.thread != threading.get_ident():
+            raise RuntimeError(
+                "trio tasks of the event loop are under way in another thread: run it there until they have ended"
+            )
+
+    def run(self, until: Callable[[], object]) -> None:
+        """Let the run go on until it ends, or `until` is true after an iteration. Raises what the run has raised."""
+        before, inside = sys.get_asyncgen_hooks(), self.inside
+        sys.set_asyncgen_hooks(*self.hooks)
+        self.inside = True
+        get = self._iterations.get
+        try:
+            while self.thread and not until():
+                get()()
+        finally:
+            self.inside = inside
+            sys.set_asyncgen_hooks(*before)
+        outcome, self._outcome = self._outcome, None
+        if outcome is not None:
+            outcome.unwrap()

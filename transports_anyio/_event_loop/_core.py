@@ -119,21 +119,30 @@ class LoopCore(Core):
             self._running = False
             self._leave(before)
             if waiting:
-                driver.waiting = True
-                if self.ready or self.poller.selector.always_ready:
-                    driver.wake()
-                elif self.timers.heap:
-                    self.wait_at_most_until(self.timers.heap[0][0])
+                self._go_on_waiting()
+
+    def _go_on_waiting(self) -> None:
+        """Let the driver wait as before, for what there is now."""
+        driver = self.driver
+        driver.waiting = True
+        if self.ready or self.poller.selector.always_ready:
+            driver.wake()
+        elif self.timers.heap:
+            self.wait_at_most_until(self.timers.heap[0][0])
 
     def _run_on(self) -> None:
         """Run the callbacks that are ready. If they schedule others, run an iteration, which includes I/O."""
         if self.ready:
             self._run_ready()
             if self.ready:
-                try:
-                    super().run_once()
-                except Exception as exc:  # The selector has failed, as it will in the next iteration.
-                    self.leave_by(exc)
+                self._run_iteration()
+
+    def _run_iteration(self) -> None:
+        """Run an iteration as part of a call."""
+        try:
+            super().run_once()
+        except Exception as exc:  # The selector has failed, as it will in the next iteration.
+            self.leave_by(exc)
 
     def _run_ready(self) -> None:
         # As `Scheduler._run_ready`, but most callbacks are plain handles, which need no call of their own here.
@@ -182,7 +191,7 @@ class LoopCore(Core):
 
     # Errors
 
-    def leaves(self, exc: BaseException) -> bool:
+    def leaves(self, exc: BaseException | None) -> bool:
         return isinstance(exc, (KeyboardInterrupt, SystemExit))
 
     def leave_by(self, exc: BaseException) -> None:

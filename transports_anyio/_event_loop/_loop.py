@@ -72,13 +72,15 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     Source: https://docs.python.org/3/library/asyncio-eventloop.html
     """
 
+    _core_class: type[LoopCore] = LoopCore
+
     _poller: Poller  # Set when it is opened.
     _driver: Driver
 
     def __init__(self, backend: ModuleType) -> None:
-        self._core: LoopCore = LoopCore(self)  # pyright: ignore[reportIncompatibleVariableOverride]
         self._trio = backend
         self._spawner: Any = backend.Spawner()
+        self._core: LoopCore = self._core_class(self)  # pyright: ignore[reportIncompatibleVariableOverride]
         self._append = self._core.ready.append
         self._timers = self._core.timers
         super().__init__()
@@ -206,7 +208,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         """Raise asyncio's error if the loop is closed, or if `callback` cannot be scheduled."""
         if not self._core.alive:
             raise self._core.not_open()
-        if get_ident() != self._core.thread:
+        if self._core.thread not in (0, get_ident()):  # 0: it does not run now.
             raise RuntimeError("Non-thread-safe operation invoked on an event loop other than the current one")
         check_callback(callback, method)
 

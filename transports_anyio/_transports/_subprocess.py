@@ -229,7 +229,8 @@ class SubprocessTransport(TaskOwner, abc.SubprocessTransport):
 
     async def _wait(self) -> int | None:
         """Wait for the end of the process, and return its exit status: for `asyncio.subprocess`, which calls this."""
-        await self._ended.wait()
+        if self._returncode is None:
+            await self._ended.wait()
         return self._returncode
 
     # The protocol

@@ -1,0 +1,922 @@
+"""An event loop that is made, run many times and closed by its owner: asyncio's own is the oracle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import GUARD
+
+trio = pytest.importorskip("trio")
+
+from transports_anyio import EventLoop, from_asyncio, new_event_loop, to_asyncio  # noqa: E402
+from transports_anyio._event_loop._sides import library  # noqa: E402
+
+HOST = "127.0.0.1"
+FACTORIES = {"oracle": asyncio.SelectorEventLoop, "trio": EventLoop}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "make" in metafunc.fixturenames:
+        backends = metafunc.config.getoption("--backend") or ["asyncio", "trio"]
+        # Where Python versions differ, the newest behaviour is right: older ones are no oracle.
+        names = ["oracle"] if "asyncio" in backends and sys.version_info >= (3, 13) else []
+        names += ["trio"] if "trio" in backends else []
+        metafunc.parametrize("make", [FACTORIES[name] for name in names], ids=names)
+
+
+@pytest.fixture
+def loop(make: Callable[[], asyncio.AbstractEventLoop]) -> Iterator[asyncio.AbstractEventLoop]:
+    loop = make()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def ours() -> Iterator[EventLoop]:
+    """For what has no oracle: trio from asyncio code."""
+    loop = new_event_loop()
+    yield loop
+    loop.close()
+
+
+def ours_only(make: Any) -> None:
+    if make is not EventLoop:
+        pytest.skip("there is no trio")
+
+
+async def echo_line(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while line := await reader.readline():
+        writer.write(line.upper())
+    writer.close()
+
+
+# Calls, and what lives between them
+
+
+def test_servers_connections_tasks_and_timers_live_between_the_calls(loop: asyncio.AbstractEventLoop) -> None:
+    async def line(text: bytes) -> bytes:
+        writer.write(text)
+        return await reader.readline()
+
+    async def end() -> None:
+        writer.close()
+        await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    fired: list[str] = []
+    server = loop.run_until_complete(asyncio.start_server(echo_line, HOST, 0))
+    reader, writer = loop.run_until_complete(asyncio.open_connection(*server.sockets[0].getsockname()))
+    task = loop.create_task(asyncio.sleep(0.01, "slept"))
+    loop.call_later(0.005, fired.append, "timer")
+    for text in (b"one\n", b"two\n"):
+        assert loop.run_until_complete(line(text)) == text.upper()
+    assert loop.run_until_complete(task) == "slept"
+    assert fired == ["timer"]
+    loop.run_until_complete(end())
+
+
+def test_a_timer_that_was_due_during_the_pause(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_until_complete(asyncio.sleep(0))
+    due = loop.create_future()
+    loop.call_later(0.01, due.set_result, "due")
+    earlier = loop.call_later(0.001, due.set_result, "cancelled")
+    earlier.cancel()
+    time.sleep(0.02)
+    assert loop.run_until_complete(due) == "due"
+
+
+def test_the_clock_goes_on_between_the_calls(loop: asyncio.AbstractEventLoop) -> None:
+    async def now() -> float:
+        await asyncio.sleep(0.001)
+        return loop.time()
+
+    times = [loop.time(), loop.run_until_complete(now()), loop.time(), loop.run_until_complete(now()), loop.time()]
+    assert times == sorted(times)
+    assert times[-1] - times[0] < GUARD
+    assert abs(loop.time() - time.monotonic()) < GUARD
+
+
+def test_nothing_runs_during_a_pause(loop: asyncio.AbstractEventLoop) -> None:
+    ran: list[str] = []
+    loop.run_until_complete(asyncio.sleep(0.001))
+    loop.call_soon(ran.append, "callback")
+    loop.call_soon_threadsafe(ran.append, "from a thread")
+    time.sleep(0.01)
+    assert ran == []
+    loop.run_until_complete(asyncio.sleep(0))
+    assert ran == ["callback", "from a thread"]
+
+
+def test_tasks_cancelled_during_a_pause(loop: asyncio.AbstractEventLoop) -> None:
+    task = loop.create_task(asyncio.sleep(GUARD))
+    loop.run_until_complete(asyncio.sleep(0.001))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        loop.run_until_complete(task)
+
+
+def test_a_thread_wakes_an_idle_event_loop(loop: asyncio.AbstractEventLoop) -> None:
+    future = loop.create_future()
+    timer = threading.Timer(0.01, loop.call_soon_threadsafe, [future.set_result, "woken"])
+    timer.start()
+    assert loop.run_until_complete(future) == "woken"
+    timer.join()
+
+
+def test_two_event_loops_in_turn(make: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    first, second = make(), make()
+    tasks = [loop.create_task(asyncio.sleep(0.005, loop)) for loop in (first, second)]
+    for _ in range(3):
+        for loop in (first, second):
+            loop.run_until_complete(asyncio.sleep(0.001))
+    assert first.run_until_complete(tasks[0]) is first
+    assert second.run_until_complete(tasks[1]) is second
+    first.close()
+    second.close()
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("wait", [0, 0.001])
+def test_stop_ends_after_the_round(loop: asyncio.AbstractEventLoop, wait: float) -> None:
+    ran: list[str] = []
+
+    def stop() -> None:
+        loop.call_soon(ran.append, "next round")
+        loop.stop()
+
+    def begin() -> None:
+        loop.call_soon(stop)
+        loop.call_soon(ran.append, "same round")
+
+    loop.call_later(wait, begin)
+    loop.run_forever()
+    assert ran == ["same round"]
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    assert ran == ["same round", "next round"]
+
+
+def test_stop_before_the_call_runs_one_round(loop: asyncio.AbstractEventLoop) -> None:
+    ran: list[str] = []
+
+    def first() -> None:
+        ran.append("first")
+        loop.call_soon(ran.append, "second")
+
+    loop.call_soon(first)
+    loop.stop()
+    loop.run_forever()
+    assert ran == ["first"]
+    loop.stop()
+    loop.run_forever()
+    assert ran == ["first", "second"]
+
+
+def test_stopped_before_the_future_is_done(loop: asyncio.AbstractEventLoop) -> None:
+    loop.call_later(0.001, loop.stop)
+    future = loop.create_future()
+    with pytest.raises(RuntimeError, match="Event loop stopped before Future completed"):
+        loop.run_until_complete(future)
+    loop.call_soon(future.set_result, 1)
+    assert loop.run_until_complete(future) == 1
+
+
+def test_a_socket_is_served_in_the_round_of_a_stop(loop: asyncio.AbstractEventLoop) -> None:
+    """What many use to look once: `call_soon(stop)`, `run_forever`."""
+    left, right = socket.socketpair()
+    got: list[bytes] = []
+    loop.add_reader(left, lambda: got.append(left.recv(10)))
+    right.send(b"x")
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    assert got == [b"x"]
+    loop.remove_reader(left)
+    left.close()
+    right.close()
+
+
+def test_what_may_not_be_done_while_running(loop: asyncio.AbstractEventLoop, make: Any) -> None:
+    other = make()
+
+    async def main() -> None:
+        future = loop.create_future()
+        assert loop.is_running()
+        assert not other.is_running()
+        with pytest.raises(RuntimeError, match="This event loop is already running"):
+            loop.run_until_complete(future)
+        with pytest.raises(RuntimeError, match="Cannot run the event loop while another loop is running"):
+            other.run_forever()
+        with pytest.raises(RuntimeError, match="Cannot close a running event loop"):
+            loop.close()
+
+    loop.run_until_complete(main())
+    assert not loop.is_running()
+    other.close()
+
+
+def test_after_close(make: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    loop = make()
+    loop.run_until_complete(asyncio.sleep(0.001))
+    loop.close()
+    loop.close()
+    assert loop.is_closed()
+    future = loop.create_future()
+    for call in (loop.run_forever, lambda: loop.run_until_complete(future), lambda: loop.call_soon(print)):
+        with pytest.raises(RuntimeError, match="Event loop is closed"):
+            call()
+
+
+# What leaves
+
+
+@pytest.mark.parametrize("wait", [0, 0.001])
+@pytest.mark.parametrize("leaving", [KeyboardInterrupt, SystemExit])
+def test_what_leaves_ends_the_call_and_not_the_loop(
+    loop: asyncio.AbstractEventLoop, leaving: type[BaseException], wait: float
+) -> None:
+    def leave() -> None:
+        raise leaving("out")
+
+    async def leave_by_task() -> None:
+        await asyncio.sleep(wait)
+        raise leaving("out")
+
+    async def wait_in_thread() -> None:
+        await loop.run_in_executor(None, leave)
+
+    loop.call_later(wait, leave)
+    with pytest.raises(leaving, match="out"):
+        loop.run_until_complete(asyncio.sleep(GUARD))
+    for main in (leave_by_task, wait_in_thread):
+        with pytest.raises(leaving, match="out"):
+            loop.run_until_complete(main())
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            loop.run_until_complete(task)
+    assert loop.run_until_complete(asyncio.sleep(0.001, "goes on")) == "goes on"
+    loop.run_until_complete(loop.shutdown_default_executor())
+
+
+def test_an_error_that_is_never_retrieved_is_reported_at_once(loop: asyncio.AbstractEventLoop) -> None:
+    """No frame between the loop and a callback keeps what the callback has dropped."""
+    reports: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: reports.append(context))
+
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    async def main() -> list[str]:
+        gc.collect()
+        task = asyncio.ensure_future(fail())
+        await asyncio.sleep(0)
+        del task
+        await asyncio.sleep(0)
+        return [report["message"] for report in reports]
+
+    gc.disable()
+    try:
+        assert loop.run_until_complete(main()) == ["Task exception was never retrieved"]
+    finally:
+        gc.enable()
+
+
+# Ctrl-C
+
+CTRL_C = """
+import asyncio, os, signal, sys, threading, time
+from transports_anyio import EventLoop
+make = EventLoop if sys.argv[1] == "trio" else asyncio.SelectorEventLoop
+
+def press(after, times=1):
+    def do():
+        for _ in range(times):
+            time.sleep(after)
+            os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=do, daemon=True).start()
+
+def report(text):
+    print(text, flush=True)
+
+async def main():
+    press(0.05)
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        report("cancelled")
+        await asyncio.sleep(0.001)
+        report("cleaned up")
+        raise
+"""
+
+IN_A_WAIT = """
+with asyncio.Runner(loop_factory=make) as runner:
+    try:
+        runner.run(main())
+    except KeyboardInterrupt:
+        report("KeyboardInterrupt")
+    report(runner.run(asyncio.sleep(0.001, "goes on")))
+"""
+
+IN_A_WAIT_WITHOUT_RUNNER = """
+loop = make()
+task = loop.create_task(main())
+try:
+    loop.run_until_complete(task)
+except KeyboardInterrupt:
+    report("KeyboardInterrupt")
+task.cancel()
+try:
+    loop.run_until_complete(task)
+except asyncio.CancelledError:
+    report(loop.run_until_complete(asyncio.sleep(0.001, "goes on")))
+loop.close()
+"""
+
+IN_A_CALLBACK = """
+async def busy():
+    try:
+        await asyncio.sleep(0.01)
+        press(0.05, times=2)
+        while True:
+            pass
+    finally:
+        report("left")
+with asyncio.Runner(loop_factory=make) as runner:
+    try:
+        runner.run(busy())
+    except KeyboardInterrupt:
+        report("KeyboardInterrupt")
+    report(runner.run(asyncio.sleep(0.001, "goes on")))
+"""
+
+HANDLER_OF_THE_LOOP = """
+async def wait():
+    event = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, event.set)
+    press(0.05)
+    await event.wait()
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+    return "handled"
+with asyncio.Runner(loop_factory=make) as runner:
+    report(runner.run(wait()))
+    report(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        pytest.param(IN_A_WAIT, "cancelled, cleaned up, KeyboardInterrupt, goes on", id="in a wait"),
+        pytest.param(
+            IN_A_WAIT_WITHOUT_RUNNER,
+            "KeyboardInterrupt, cancelled, cleaned up, goes on",
+            id="in a wait, without a runner",
+        ),
+        pytest.param(IN_A_CALLBACK, "left, KeyboardInterrupt, goes on", id="in a callback that does not end"),
+        pytest.param(HANDLER_OF_THE_LOOP, "handled, True", id="with a handler of the event loop"),
+    ],
+)
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.Runner is new in Python 3.11")
+@pytest.mark.skipif(sys.platform == "win32", reason="it cannot send Ctrl-C to itself")
+def test_ctrl_c(make: Any, program: str, expected: str) -> None:
+    name = "trio" if make is EventLoop else "asyncio"
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C + program, name], check=False, capture_output=True, text=True, timeout=GUARD
+    )
+    assert done.stdout.splitlines() == expected.split(", "), done.stderr
+    assert done.returncode == 0
+
+
+STORM = """
+import asyncio, os, signal, sys, threading, time
+from transports_anyio import EventLoop
+loop = EventLoop()
+raised = handled = 0
+stop = threading.Event()
+
+def press():
+    while not stop.wait(0.0007):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def handler(*_):
+    global handled
+    handled += 1
+    if loop.is_running():
+        raise KeyboardInterrupt
+
+seen = 0
+async def work():
+    global seen
+    event = asyncio.Event()
+    for _ in range(20):
+        loop.call_soon(event.set)
+        await event.wait()
+        event.clear()
+        await asyncio.sleep(0.0002)
+        seen += 1
+
+signal.signal(signal.SIGINT, handler)
+task = loop.create_task(work())
+thread = threading.Thread(target=press)
+end = time.monotonic() + 3
+thread.start()
+while time.monotonic() < end:
+    try:
+        while time.monotonic() < end:
+            if task.done():
+                if not task.cancelled():
+                    task.exception()
+                task = loop.create_task(work())
+            loop.run_until_complete(asyncio.wait([task], timeout=0.01))
+    except KeyboardInterrupt:
+        raised += 1
+stop.set()
+thread.join()
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+for each in asyncio.all_tasks(loop):
+    each.cancel()
+loop.run_until_complete(asyncio.sleep(0.01))
+loop.close()
+print(raised > 20, seen > 20)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it cannot send Ctrl-C to itself")
+def test_a_storm_of_ctrl_c_leaves_the_event_loop_whole() -> None:
+    """Raised between any two lines of ours, it would break it sooner or later."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STORM], check=False, capture_output=True, text=True, timeout=GUARD
+    )
+    assert done.stdout == "True True\n", done.stderr
+
+
+# Closing, and not closing
+
+
+class Recorder(asyncio.Protocol):
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def connection_made(self, transport: Any) -> None:
+        self.calls.append("connection_made")
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.calls.append("connection_lost")
+
+
+def test_close_from_another_thread_warns_and_calls_nothing(make: Any) -> None:
+    """As asyncio's: it ran in a thread that has ended, with transports, timers and tasks that are left."""
+    loop = make()
+    recorder = Recorder()
+    held: list[Any] = []
+
+    async def open_all() -> None:
+        server = await loop.create_server(Recorder, HOST, 0)
+        held.append(await loop.create_connection(lambda: recorder, *server.sockets[0].getsockname()))
+        held.append(server)
+        loop.call_later(0.01, recorder.calls.append, "timer")
+
+    thread = threading.Thread(target=loop.run_until_complete, args=[open_all()])
+    thread.start()
+    thread.join()
+    loop.call_soon(recorder.calls.append, "callback")
+    time.sleep(0.02)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop.close()
+        held.clear()
+        for _ in range(3):
+            gc.collect()
+    messages = [str(warning.message) for warning in caught if "transport" in str(warning.message)]
+    assert messages
+    assert all("unclosed transport <" in message for message in messages)
+    assert all(warning.category is ResourceWarning for warning in caught)
+    assert recorder.calls == ["connection_made"]
+
+
+class RecorderOfAll(Recorder, asyncio.DatagramProtocol, asyncio.SubprocessProtocol):  # type: ignore[misc]
+    def process_exited(self) -> None:
+        self.calls.append("process_exited")
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        self.calls.append("pipe_connection_lost")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes to wait for")
+def test_close_ends_transports_of_each_kind() -> None:
+    loop = EventLoop()
+    recorders: list[RecorderOfAll] = []
+
+    def make_protocol() -> RecorderOfAll:
+        recorders.append(RecorderOfAll())
+        return recorders[-1]
+
+    async def open_all() -> Any:
+        await loop.create_datagram_endpoint(make_protocol, (HOST, 0))
+        reader, writer = os.pipe()
+        await loop.connect_read_pipe(make_protocol, os.fdopen(reader, "rb", 0))
+        await loop.connect_write_pipe(make_protocol, os.fdopen(writer, "wb", 0))
+        server = await loop.create_server(make_protocol, HOST, 0)
+        await loop.create_connection(make_protocol, *server.sockets[0].getsockname())
+        child, _ = await loop.subprocess_exec(make_protocol, sys.executable, "-c", "input()")
+        return child.get_extra_info("subprocess")
+
+    before = os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else []
+    child = loop.run_until_complete(open_all())
+    with pytest.warns(ResourceWarning, match="unclosed transport <") as caught:
+        loop.close()
+    assert len(caught) >= len(recorders)
+    assert all(set(recorder.calls) <= {"connection_made"} for recorder in recorders)
+    gc.collect()
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= len(before)
+    assert child.wait(GUARD) != 0
+    assert not trio.lowlevel.in_trio_run()
+
+
+def test_an_unclosed_event_loop_warns(make: Any) -> None:
+    loop = make()
+    loop.run_until_complete(asyncio.sleep(0.001))
+    gc.collect()
+    with pytest.warns(ResourceWarning, match="unclosed event loop <"):
+        del loop
+        gc.collect()
+
+
+def test_an_unclosed_event_loop_does_not_keep_the_process(make: Any) -> None:
+    name = "EventLoop" if make is EventLoop else "SelectorEventLoop"
+    module = "transports_anyio" if make is EventLoop else "asyncio"
+    program = f"""
+import asyncio
+from {module} import {name}
+loop = {name}()
+task = loop.create_task(asyncio.sleep(60))
+loop.run_until_complete(asyncio.start_server(print, "{HOST}", 0))
+loop.run_until_complete(asyncio.sleep(0.001))
+print("end")
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=GUARD)
+    assert done.stdout == "end\n"
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_default_executor_takes_no_more_after_close(make: Any) -> None:
+    loop = make()
+    loop.run_until_complete(loop.run_in_executor(None, int))
+    threads = loop._default_executor._threads  # asyncio's has the same name
+    loop.close()
+    for thread in threads:
+        thread.join(GUARD)
+        assert not thread.is_alive()
+
+
+def test_no_descriptor_is_left() -> None:
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("nothing tells which descriptors are open")
+
+    def once() -> None:
+        loop = EventLoop()
+        loop.run_until_complete(asyncio.sleep(0.001))
+        loop.close()
+
+    once()
+    before = set(os.listdir("/proc/self/fd"))
+    once()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+# The thread's state
+
+
+def state() -> tuple[Any, ...]:
+    return (
+        asyncio._get_running_loop(),
+        library.name,
+        sys.get_asyncgen_hooks(),
+        signal.getsignal(signal.SIGINT),
+        trio.lowlevel.in_trio_run(),
+    )
+
+
+@pytest.mark.parametrize("wait", [0, 0.001])
+def test_the_state_of_the_thread_is_as_before(ours: EventLoop, wait: float) -> None:
+    def first(_: Any) -> None: ...
+
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(first, first)
+    wakeup_fd = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup_fd)
+    left, right = socket.socketpair()
+    left.setblocking(False)
+    signal.set_wakeup_fd(left.fileno())
+    try:
+        before = state()
+        ours.run_until_complete(asyncio.sleep(wait))
+        assert state() == before
+        with pytest.raises(ZeroDivisionError):
+            ours.run_until_complete(fails_after(wait))
+        assert state() == before
+        assert signal.set_wakeup_fd(-1) == left.fileno()
+    finally:
+        signal.set_wakeup_fd(wakeup_fd)
+        sys.set_asyncgen_hooks(*hooks)
+        left.close()
+        right.close()
+
+
+async def fails_after(wait: float) -> None:
+    await asyncio.sleep(wait)
+    raise ZeroDivisionError
+
+
+def test_asynchronous_generators_belong_to_the_loop(loop: asyncio.AbstractEventLoop) -> None:
+    ended: list[str] = []
+
+    async def numbers() -> Any:
+        try:
+            while True:
+                yield 1
+        finally:
+            await asyncio.sleep(0)
+            ended.append("ended")
+
+    async def begin() -> Any:
+        generator = numbers()
+        await generator.__anext__()
+        return generator
+
+    generator = loop.run_until_complete(begin())
+    loop.run_until_complete(generator.__anext__())
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    assert ended == ["ended"]
+
+
+# fork
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_of_a_fork_has_loops_of_its_own(make: Any) -> None:
+    """Between the calls, and with an event loop that the child makes."""
+    loop = make()
+    loop.run_until_complete(asyncio.sleep(0.001))
+    child = os.fork()
+    if child == 0:
+        try:
+            own = make()
+            good = own.run_until_complete(asyncio.sleep(0.001, True)) and not own.is_running()
+            own.close()
+            os._exit(0 if good else 1)
+        except BaseException:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert loop.run_until_complete(asyncio.sleep(0.001, True))
+    loop.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_in_a_running_event_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """The child has no running event loop."""
+
+    async def main() -> int:
+        await asyncio.sleep(0.001)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if asyncio._get_running_loop() is None else 1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # noqa: ASYNC222
+
+    assert loop.run_until_complete(main()) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_of_a_fork_inside_a_call_cannot_run_trio(ours: EventLoop) -> None:
+    async def main() -> int:
+        await asyncio.sleep(0.001)
+        child = os.fork()
+        if child == 0:
+            plain = asyncio.SelectorEventLoop()
+            good = plain.run_until_complete(asyncio.sleep(0.001, True))
+            plain.close()
+            try:
+                EventLoop().run_until_complete(asyncio.sleep(0.001))
+            except RuntimeError as exc:
+                os._exit(0 if good and "trio runs in this thread already" in str(exc) else 1)
+            os._exit(2)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # noqa: ASYNC222
+
+    assert ours.run_until_complete(main()) == 0
+
+
+# trio
+
+
+def test_trio_from_the_first_round(ours: EventLoop) -> None:
+    """Where no wait has started trio yet."""
+
+    async def main() -> Any:
+        task = from_asyncio.run_sync(trio.lowlevel.current_task)
+        assert asyncio.get_running_loop() is ours
+        assert library.name == "asyncio"
+        assert await from_asyncio.run(trio.sleep, 0) is None
+        return task
+
+    assert ours.run_until_complete(main()) is not None
+    with pytest.raises(ZeroDivisionError):
+        ours.run_until_complete(from_asyncio.run(fails_on_trio))
+
+
+async def fails_on_trio() -> None:
+    await trio.sleep(0)
+    raise ZeroDivisionError
+
+
+def test_a_crossing_in_both_directions(ours: EventLoop) -> None:
+    async def on_trio() -> str:
+        with trio.move_on_after(0.001):
+            await to_asyncio.run(asyncio.sleep, GUARD)
+        return await to_asyncio.run(asyncio.sleep, 0, "from asyncio")
+
+    assert ours.run_until_complete(from_asyncio.run(on_trio)) == "from asyncio"
+
+
+def test_trio_tasks_live_between_the_calls(ours: EventLoop) -> None:
+    event = trio.Event()
+    steps: list[str] = []
+
+    async def wait() -> str:
+        steps.append("waiting")
+        await event.wait()
+        return "done"
+
+    async def start() -> Any:
+        task = asyncio.ensure_future(from_asyncio.run(wait))
+        while not steps:
+            await asyncio.sleep(0.001)
+        return task
+
+    async def finish(task: Any) -> Any:
+        from_asyncio.run_sync(event.set)
+        return await task
+
+    task = ours.run_until_complete(start())
+    assert trio.lowlevel.in_trio_run()
+    assert sys.get_asyncgen_hooks() == (None, None)
+    timer = ours.call_later(0.001, steps.append, "timer")
+    assert ours.run_until_complete(asyncio.sleep(0.01, "another call")) == "another call"
+    assert steps == ["waiting", "timer"]
+    timer.cancel()
+    assert ours.run_until_complete(finish(task)) == "done"
+    assert not trio.lowlevel.in_trio_run()
+
+
+def test_a_task_that_waits_for_trio_is_cancelled_during_a_pause(ours: EventLoop) -> None:
+    task = ours.create_task(from_asyncio.run(trio.sleep_forever))
+    ours.run_until_complete(asyncio.sleep(0.001))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        ours.run_until_complete(task)
+    assert not trio.lowlevel.in_trio_run()
+
+
+def test_close_cancels_trio_tasks_and_calls_nothing_of_asyncios() -> None:
+    loop = EventLoop()
+    ended: list[str] = []
+
+    async def on_trio() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.append("trio")
+
+    async def wait() -> None:
+        try:
+            await from_asyncio.run(on_trio)
+        finally:
+            ended.append("asyncio")
+
+    task = loop.create_task(wait())
+    loop.run_until_complete(asyncio.sleep(0.001))
+    loop.close()
+    assert ended == ["trio"]
+    assert not trio.lowlevel.in_trio_run()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # as asyncio, which says so
+
+
+def test_what_trio_tasks_under_way_forbid() -> None:
+    loop, other = EventLoop(), EventLoop()
+    task = loop.create_task(from_asyncio.run(trio.sleep_forever))
+    loop.run_until_complete(asyncio.sleep(0.001))
+    with pytest.raises(RuntimeError, match="trio runs in this thread already"):
+        other.run_until_complete(asyncio.sleep(0.001))
+    with pytest.raises(RuntimeError):
+        trio.run(trio.sleep, 0)
+    failures: list[str] = []
+
+    def elsewhere() -> None:
+        for call in (loop.run_forever, loop.close):
+            try:
+                call()
+            except RuntimeError as exc:
+                failures.append(str(exc))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert len(failures) == 2
+    assert all("trio tasks of the event loop are under way in another thread" in failure for failure in failures)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        loop.run_until_complete(task)
+    assert other.run_until_complete(asyncio.sleep(0.001, True))
+    loop.close()
+    other.close()
+
+
+def test_inside_a_trio_program() -> None:
+    loop = EventLoop()
+
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match="open_event_loop"):
+            loop.run_until_complete(loop.create_future())
+
+    trio.run(main)
+    loop.close()
+
+
+def test_one_event_loop_in_several_threads_in_turn(make: Any) -> None:
+    loop = make()
+    results: list[Any] = []
+    for _ in range(3):
+        thread = threading.Thread(
+            target=lambda: results.append(loop.run_until_complete(asyncio.sleep(0.001, threading.get_ident())))
+        )
+        thread.start()
+        thread.join()
+    results.append(loop.run_until_complete(asyncio.sleep(0.001, "here")))
+    assert len(results) == 4
+    loop.close()
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_mode(loop: asyncio.AbstractEventLoop, debug: bool) -> None:
+    loop.set_debug(debug)
+    loop.call_soon(int)
+    loop.run_until_complete(asyncio.sleep(0.001))
+    errors: list[str] = []
+
+    def elsewhere() -> None:
+        try:
+            loop.call_soon(int)
+        except RuntimeError as exc:
+            errors.append(str(exc))
+
+    async def main() -> None:
+        await asyncio.to_thread(elsewhere)
+
+    loop.run_until_complete(main())
+    assert len(errors) == debug
+    loop.run_until_complete(loop.shutdown_default_executor())
+
+
+def test_where_a_task_waits_for_each_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows: the tasks end with each call, and the next one starts them anew."""
+    monkeypatch.setattr("transports_anyio._poller.make_system_selector", lambda: None)
+    loop = EventLoop()
+
+    async def line(text: bytes) -> bytes:
+        writer.write(text)
+        return await reader.readline()
+
+    async def end() -> None:
+        writer.close()
+        await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    server = loop.run_until_complete(asyncio.start_server(echo_line, HOST, 0))
+    reader, writer = loop.run_until_complete(asyncio.open_connection(*server.sockets[0].getsockname()))
+    for text in (b"one\n", b"two\n", b"three\n"):
+        assert loop.run_until_complete(asyncio.wait_for(line(text), GUARD)) == text.upper()
+        assert not trio.lowlevel.in_trio_run()
+    loop.run_until_complete(end())
+    loop.close()
