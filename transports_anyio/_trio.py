@@ -100,9 +100,11 @@ class TrioDriver(TaskDriver):
         task = trio.lowlevel.current_task()
         while True:
             self._alarm_at = self._wanted
-            with trio.CancelScope(deadline=self._wanted) as self._alarm_scope:
+            with trio.CancelScope(deadline=self._alarm_at) as self._alarm_scope:
                 self._parked = task
-                await trio.lowlevel.wait_task_rescheduled(self._abort_alarm)
+                if self._wanted >= self._alarm_at:  # If not, a finalizer has called `wake` between these lines.
+                    await trio.lowlevel.wait_task_rescheduled(self._abort_alarm)
+            self._parked = None
             self._alarm_at = -inf
             if not (self.waiting and self._wanted > self.time()):
                 await self._run_iterations(scheduler)
