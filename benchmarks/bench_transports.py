@@ -94,6 +94,25 @@ WORKLOADS = [
     Workload("udp 512 B", "udp", "udp", 16, 512, tuple(EVERYBODY)),
     Workload("writelines 1000 x 100 B", "lines", "tcp", 1, 100_000, tuple(LOOPS)),
     Workload("10,000 idle connections", "echo", "tcp", 16, KIB, tuple(EVERYBODY), idle=10_000),
+    *(
+        Workload(
+            f"async code, 1 KiB x {connections}",
+            "async",
+            "tcp",
+            connections,
+            KIB,
+            (
+                "anyio streams/asyncio",
+                "ours/asyncio",
+                "anyio streams/uvloop",
+                "ours/uvloop",
+                "trio",
+                "ours/trio",
+                "anyio streams/trio",
+            ),
+        )
+        for connections in (1, 16)
+    ),
     Workload("an AnyIO stream", "stream", "tcp", 16, KIB, ("ours/asyncio", "ours/uvloop", "ours/trio")),
 ]
 
@@ -114,6 +133,7 @@ TASKS = [
     Task("spawn of true, one processor", "spawn"),
     Task("64 MiB through cat", "pipe", (SERVER_CPU, LOAD_CPU)),
     Task("64 MiB through cat, one processor", "pipe"),
+    Task("request and awaited reply", "request"),
     Task("timer", "timers"),
     Task("timer, 100,000 pending", "pending"),
 ]
@@ -198,11 +218,11 @@ class Bench:
         self.results.setdefault(workload, {}).setdefault(peer, []).append(value)
 
     @contextmanager
-    def server(self, peer: str, kind: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    def server(self, peer: str, kind: str, cpu: int = SERVER_CPU) -> Iterator[tuple[subprocess.Popen[str], int]]:
         with subprocess.Popen(
             [sys.executable, str(self.servers), peer, kind],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment,
-            preexec_fn=pin(SERVER_CPU),
+            preexec_fn=pin(cpu),
         ) as process:  # fmt: skip
             try:
                 assert process.stdout is not None
@@ -271,6 +291,10 @@ class Bench:
 
     def measure_task(self, task: Task, peer: str) -> None:
         command = [sys.executable, str(self.tasks), peer, task.kind]
+        if task.kind == "request":
+            with self.server("epoll", "echo", LOAD_CPU) as (_, number):
+                self.run_task(task, peer, [*command, str(number)])
+            return
         if task.kind != "connect":
             port = None
         else:
@@ -281,13 +305,16 @@ class Bench:
             assert port.stdout is not None
             command.append(port.stdout.readline().strip())
         try:
-            answer = subprocess.run(
-                command, capture_output=True, text=True, preexec_fn=pin(*task.cpus), check=True, env=self.environment
-            )
+            self.run_task(task, peer, command)
         finally:
             if port is not None:
                 port.kill()
                 port.communicate()
+
+    def run_task(self, task: Task, peer: str, command: list[str]) -> None:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, preexec_fn=pin(*task.cpus), check=True, env=self.environment
+        )
         self.note(task.name, peer, float(answer.stdout))
 
     def measure_slow_reader(self, peer: str) -> None:
@@ -360,7 +387,7 @@ def main() -> None:
             jobs: list[tuple[str, Any, str]] = [
                 (task.name, partial(bench.measure_task, task), peer)
                 for task in TASKS
-                for peer in LOOPS * (1 if task.kind == "pipe" else 2)
+                for peer in (LOOPS + STREAMS * (task.kind == "request")) * (1 if task.kind == "pipe" else 2)
                 if peer != "trio" or task.kind not in {"timers", "pending"}
             ]
             jobs += [(SLOW_READER, bench.measure_slow_reader, peer) for peer in LOOPS]
@@ -403,7 +430,7 @@ def save(bench: Bench, kept: dict[str, Any], summary: dict[str, report.Row], opt
 
 def print_medians(results: Results) -> None:
     """Print the medians."""
-    peers = [peer for peer in EVERYBODY if any(peer in row for row in results.values())]
+    peers = [peer for peer in [*EVERYBODY, "anyio streams/uvloop"] if any(peer in row for row in results.values())]
     print(" " * 44 + "".join(f"{peer[-14:]:>16}" for peer in peers))
     for name, row in results.items():
         cells = []

@@ -183,9 +183,31 @@ async def run_group(workload: str) -> None:
                 await group.connect_stream(Echo, stream)
 
             await listener.serve(handle)
+        elif workload == "async":
+            await serve_async_code(group)
         else:
             await serve_with_transports(group, workload)
         await anyio.sleep_forever()
+
+
+async def serve_async_code(group: Any) -> None:
+    """Echo in a task for each connection, over the transport as an AnyIO stream."""
+    import anyio
+
+    from transports_anyio import TransportStream
+
+    class Handing(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            group.start_soon(echo_over_stream, TransportStream(transport))
+
+    async def echo_over_stream(stream: Any) -> None:
+        with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+            async with stream:
+                async for data in stream:
+                    await stream.send(data)
+
+    server = await group.create_server(Handing, HOST, 0, backlog=1024)
+    announce(server.sockets[0].getsockname()[1])
 
 
 # -- streams -----------------------------------------------------------------------------------------------
@@ -346,6 +368,7 @@ PEERS: dict[str, Callable[[str], object]] = {
     "trio": with_trio,
     "trio-asyncio": with_trio_asyncio,
     "anyio streams/asyncio": lambda workload: with_anyio(run_anyio_streams, "asyncio", workload),
+    "anyio streams/uvloop": lambda workload: with_anyio(run_anyio_streams, "uvloop", workload),
     "anyio streams/trio": lambda workload: with_anyio(run_anyio_streams, "trio", workload),
     "ours/asyncio": lambda workload: with_anyio(run_group, "asyncio", workload),
     "ours/uvloop": lambda workload: with_anyio(run_group, "uvloop", workload),

@@ -1,8 +1,8 @@
 """What is measured inside one process: `python tasks.py PEER TASK [PORT]` prints microseconds of its processor time.
 
-`connect` opens and closes connections to PORT one after the other, `spawn` runs `true`, `pipe` sends 64 MiB through
-`cat`, `timers` makes and cancels a timer, as a server does for each message, and `pending` does so to each of 100,000
-timers that are pending.
+`request` sends a message and awaits its echo, `connect` opens and closes connections to PORT one after the other,
+`spawn` runs `true`, `pipe` sends 64 MiB through `cat`, `timers` makes and cancels a timer, as a server does for each
+message, and `pending` does so to each of 100,000 timers that are pending.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import anyio
 from servers import HOST, with_anyio
 
 CONNECTIONS = 1500
+REQUESTS = 20_000
+MESSAGE = bytes(1024)
 CHILDREN = 150
 TIMERS = 100_000
 PIECE = bytes(64 * 1024)
@@ -34,6 +36,15 @@ class Ending(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended.set()
+
+
+class Asking(asyncio.Protocol):
+    """Have one request under way, and a future for its reply."""
+
+    reply: Any
+
+    def data_received(self, data: bytes) -> None:
+        self.reply.set_result(data)
 
 
 class Child(asyncio.SubprocessProtocol):
@@ -97,6 +108,17 @@ async def with_transports(owner: Any, task: str, port: int) -> float:
         await protocol.ended.wait()
         assert protocol.received == len(PIECE) * PIECES
 
+    if task == "request":
+        transport, asking = await owner.create_connection(Asking, HOST, port)
+
+        async def request() -> None:
+            asking.reply = owner.create_future()
+            transport.write(MESSAGE)
+            await asking.reply
+
+        result = await measured(REQUESTS, request)
+        transport.close()
+        return result
     if task == "timers":
         later = owner.call_later
         before = time.process_time()
@@ -132,6 +154,15 @@ async def in_group(task: str, port: int) -> float:
 async def with_trio_streams(task: str, port: int) -> float:
     import trio
 
+    if task == "request":
+        async with await trio.open_tcp_stream(HOST, port) as asking:
+
+            async def request() -> None:
+                await asking.send_all(MESSAGE)
+                await asking.receive_some()
+
+            return await measured(REQUESTS, request)
+
     async def connect() -> None:
         await (await trio.open_tcp_stream(HOST, port)).aclose()
 
@@ -160,6 +191,16 @@ async def with_trio_streams(task: str, port: int) -> float:
     return await measured(count, once)
 
 
+async def with_anyio_streams(task: str, port: int) -> float:
+    async with await anyio.connect_tcp(HOST, port) as asking:
+
+        async def request() -> None:
+            await asking.send(MESSAGE)
+            await asking.receive()
+
+        return await measured(REQUESTS, request)
+
+
 def main(peer: str, task: str, port: int) -> None:
     result: list[float] = []
 
@@ -180,6 +221,8 @@ def main(peer: str, task: str, port: int) -> None:
         import trio_asyncio
 
         trio_asyncio.run(trio_asyncio.aio_as_trio(keep), in_loop)
+    elif peer.startswith("anyio streams"):
+        with_anyio(lambda _: keep(with_anyio_streams), peer.partition("/")[2], "")
     else:
         with_anyio(lambda _: keep(in_group), peer.partition("/")[2], "")
     print(json.dumps(result[0]))

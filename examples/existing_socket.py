@@ -11,9 +11,8 @@ from __future__ import annotations
 import socket
 
 import _backend
-import anyio
 
-from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup
+from transports_anyio import BaseTransport, Future, Protocol, Transport, TransportGroup
 
 
 class OneMessage(Protocol):
@@ -21,9 +20,9 @@ class OneMessage(Protocol):
 
     transport: Transport
 
-    def __init__(self) -> None:
+    def __init__(self, on_con_lost: Future[None]) -> None:
         self.message = b""
-        self.finished = anyio.Event()
+        self.on_con_lost = on_con_lost
 
     def connection_made(self, transport: BaseTransport) -> None:
         assert isinstance(transport, Transport)
@@ -35,7 +34,7 @@ class OneMessage(Protocol):
         self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.finished.set()
+        self.on_con_lost.set_result(None)
 
 
 async def converse(message: bytes) -> tuple[bytes, bytes]:
@@ -43,9 +42,10 @@ async def converse(message: bytes) -> tuple[bytes, bytes]:
     ours, theirs = socket.socketpair()
     with theirs:
         async with TransportGroup() as group:
-            _, protocol = await group.create_connection(OneMessage, sock=ours)
+            on_con_lost = group.create_future()
+            _, protocol = await group.create_connection(lambda: OneMessage(on_con_lost), sock=ours)
             theirs.send(message)
-            await protocol.finished.wait()
+            await on_con_lost
             return protocol.message, theirs.recv(100)
 
 

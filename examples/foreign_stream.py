@@ -50,10 +50,11 @@ def as_stream(process: Process) -> ByteStream:
 async def ask(message: str, stream: ByteStream) -> str:
     """Send a line over any byte stream, and return the line that comes back."""
     async with TransportGroup() as group:
-        _, line = await group.connect_stream(lambda: Line(message), stream)
-        await line.finished.wait()
-    if line.error is not None:
-        raise line.error
+        on_con_lost = group.create_future()
+        _, line = await group.connect_stream(lambda: Line(message, on_con_lost), stream)
+        error = await on_con_lost
+    if error is not None:
+        raise error
     return line.answer.decode(errors="replace").rstrip("\n")
 
 

@@ -8,29 +8,31 @@ from __future__ import annotations
 import sys
 
 import _backend
-import anyio
 
-from transports_anyio import SubprocessProtocol, TransportGroup
+from transports_anyio import Future, SubprocessProtocol, TransportGroup
 
 
 class DateProtocol(SubprocessProtocol):
-    def __init__(self) -> None:
+    def __init__(self, exit_future: Future[None]) -> None:
         self.output = bytearray()
-        self.finished = anyio.Event()
+        self.exit_future = exit_future
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         self.output += data
 
     def connection_lost(self, exc: Exception | None) -> None:
         # The process has exited, and all of its pipes are closed: the output is complete.
-        self.finished.set()
+        self.exit_future.set_result(None)
 
 
 async def get_date() -> str:
     async with TransportGroup() as group:
         code = "import datetime; print(datetime.datetime.now())"
-        _, date = await group.subprocess_exec(DateProtocol, sys.executable, "-c", code, stdin=None, stderr=None)
-        await date.finished.wait()
+        exit_future = group.create_future()
+        _, date = await group.subprocess_exec(
+            lambda: DateProtocol(exit_future), sys.executable, "-c", code, stdin=None, stderr=None
+        )
+        await exit_future
         return date.output.decode("ascii").rstrip()
 
 

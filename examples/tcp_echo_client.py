@@ -6,19 +6,17 @@ python examples/tcp_echo_client.py --backend uvloop "is this an echo?"
 from __future__ import annotations
 
 import _backend
-import anyio
 
-from transports_anyio import BaseTransport, Protocol, Transport, TransportGroup
+from transports_anyio import BaseTransport, Future, Protocol, Transport, TransportGroup
 
 
 class Caller(Protocol):
     """Send one message and an end of file, and collect the answer until the server closes."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, on_con_lost: Future[Exception | None]) -> None:
         self.message = message
         self.answer = bytearray()
-        self.error: Exception | None = None
-        self.finished = anyio.Event()
+        self.on_con_lost = on_con_lost
 
     def connection_made(self, transport: BaseTransport) -> None:
         assert isinstance(transport, Transport)
@@ -29,17 +27,17 @@ class Caller(Protocol):
         self.answer += data
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.error = exc
-        self.finished.set()
+        self.on_con_lost.set_result(exc)
 
 
 async def main(host: str, port: int, message: str) -> None:
     async with TransportGroup() as group:
-        _, caller = await group.create_connection(lambda: Caller(message), host, port)
+        on_con_lost = group.create_future()
+        _, caller = await group.create_connection(lambda: Caller(message, on_con_lost), host, port)
         print(f"sent      {message!r}")
-        await caller.finished.wait()
+        error = await on_con_lost
         print(f"received  {caller.answer.decode(errors='replace')!r}")
-        print("closed" + (f": {caller.error!r}" if caller.error else ""))
+        print("closed" + (f": {error!r}" if error else ""))
 
 
 if __name__ == "__main__":

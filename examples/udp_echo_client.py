@@ -10,13 +10,13 @@ from typing import Any
 import _backend
 import anyio
 
-from transports_anyio import BaseTransport, DatagramProtocol, DatagramTransport, TransportGroup
+from transports_anyio import BaseTransport, DatagramProtocol, DatagramTransport, Future, TransportGroup
 
 
 class EchoClient(DatagramProtocol):
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, on_con_lost: Future[None]) -> None:
         self.message = message
-        self.finished = anyio.Event()
+        self.on_con_lost = on_con_lost
 
     def connection_made(self, transport: BaseTransport) -> None:
         assert isinstance(transport, DatagramTransport)
@@ -34,14 +34,15 @@ class EchoClient(DatagramProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         print("closed")
-        self.finished.set()
+        self.on_con_lost.set_result(None)
 
 
 async def main(host: str, port: int, message: str) -> None:
     async with TransportGroup() as group:
-        _, client = await group.create_datagram_endpoint(lambda: EchoClient(message), remote_addr=(host, port))
+        on_con_lost = group.create_future()
+        await group.create_datagram_endpoint(lambda: EchoClient(message, on_con_lost), remote_addr=(host, port))
         with anyio.move_on_after(5):
-            await client.finished.wait()
+            await on_con_lost
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from support import (
 )
 
 from transports_anyio import TransportGroup
+from transports_anyio.testing import DatagramRecorder
 
 #: More than the small kernel buffers of both sides and the high watermark together.
 MUCH = bytes(1 << 20)
@@ -49,7 +50,9 @@ ENDPOINTS: dict[str, Callable[[TransportGroup, socket.socket], Awaitable[object]
     "connect_accepted_socket": lambda group, sock: group.connect_accepted_socket(Recorder, sock),
     "create_unix_connection": lambda group, sock: group.create_unix_connection(Recorder, "/nonexistent"),
     "create_unix_server": lambda group, sock: group.create_unix_server(Recorder, "/nonexistent/path"),
-    "create_datagram_endpoint": lambda group, sock: group.create_datagram_endpoint(Recorder, local_addr=(HOST, 0)),
+    "create_datagram_endpoint": lambda group, sock: group.create_datagram_endpoint(
+        DatagramRecorder, local_addr=(HOST, 0)
+    ),
 }
 
 

@@ -40,7 +40,7 @@ def interrupt(when: Callable[[FrameType], object]) -> None:
 
 def waits(frame: FrameType) -> bool:
     return bool(
-        frame.f_code.co_name == "wait_task_rescheduled" and frame.f_back and frame.f_back.f_code.co_name == "wait"
+        frame.f_code.co_name == "wait_task_rescheduled" and frame.f_back and frame.f_back.f_code.co_name == "wait_in"
     )
 
 
@@ -58,6 +58,8 @@ async def main(where: str) -> None:
             if where in FUNCTIONS:
                 interrupt(lambda frame: frame.f_code.co_name == FUNCTIONS[where])
                 raise LookupError
+            if where.startswith("future"):
+                await future_interrupted(group, where)
             interrupt(waits)
             if where == "serve_forever":
                 await server.serve_forever()
@@ -74,6 +76,34 @@ async def main(where: str) -> None:
             elif where == "start_tls":
                 client, protocol = await group.create_connection(Protocol, *server.sockets[0].getsockname())
                 await group.start_tls(client, protocol, ssl.create_default_context(), server_hostname="localhost")
+
+
+async def future_interrupted(group: TransportGroup, where: str) -> None:
+    """Be interrupted while another task waits too: as this one begins to wait, or in the middle of waking the other."""
+    future = group.create_future()
+
+    async def wait() -> None:
+        print("the other task got", await future)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait)
+        await anyio.sleep(0.001)
+        if where == "future":
+            interrupt(waits)
+            try:
+                await future
+            finally:
+                future.set_result(1)
+                with anyio.CancelScope(shield=True):
+                    await anyio.sleep(0.001)
+        else:
+            interrupt(lambda frame: frame.f_code.co_name == "notify")
+            try:
+                future.set_result(1)
+                await anyio.sleep(1)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await anyio.sleep(0.001)
 
 
 def server_transports(server: Any) -> list[Any]:

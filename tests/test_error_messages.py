@@ -301,7 +301,7 @@ async def test_a_servers_factory_that_returns_none(anyio_backend: Any) -> None:
     """It is noticed with the first client, and reported like any failure of the factory."""
     async with TransportGroup() as group:
         contexts = collect_contexts(group)
-        server = await group.create_server(lambda: None, HOST, 0)
+        server = await group.create_server(lambda: None, HOST, 0)  # type: ignore[arg-type, return-value]
         with Peer.connect(server.sockets[0].getsockname()) as peer:
             assert await peer.gone()
         (context,) = contexts
@@ -406,12 +406,13 @@ async def test_data_for_a_protocol_without_data_received(
 async def test_datagrams_and_output_for_protocols_without_the_callbacks(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         contexts = collect_contexts(group)
-        endpoint, _ = await group.create_datagram_endpoint(Duck, (HOST, 0))
+        endpoint, _ = await group.create_datagram_endpoint(Duck, (HOST, 0))  # type: ignore[type-var]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"x", endpoint.get_extra_info("sockname"))
         await until(lambda: contexts)
         endpoint.close()
-        await group.subprocess_exec(Duck, sys.executable, "-c", "print('x')", stdin=None, stderr=None)
+        program = (sys.executable, "-c", "print('x')")
+        await group.subprocess_exec(Duck, *program, stdin=None, stderr=None)  # type: ignore[type-var]
         await group.wait_closed()
         messages = [context["message"] for context in contexts]
         for name in ("datagram_received", "pipe_data_received"):

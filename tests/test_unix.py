@@ -21,7 +21,7 @@ import pytest
 from network import Echo, Web, cancelled_after, few_descriptors, run_program
 from support import GUARD, Peer, Recorder, Stack, capture_log, open_descriptors, until
 
-from transports_anyio import Protocol, TransportGroup
+from transports_anyio import DatagramProtocol, Protocol, TransportGroup
 
 pytestmark = [pytest.mark.anyio, pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no UNIX sockets here")]
 
@@ -221,7 +221,7 @@ async def test_a_group_that_ends_during_create_server_touches_no_file(
             if kind == socket.SOCK_STREAM:
                 await group.create_unix_server(Echo, path)
             else:
-                await group.create_datagram_endpoint(Echo, str(path), family=socket.AF_UNIX)
+                await group.create_datagram_endpoint(DatagramProtocol, str(path), family=socket.AF_UNIX)
         except RuntimeError as exc:
             assert "the group is not open any more" in str(exc)  # and not as an error of another kind
             assert look() == before

@@ -17,10 +17,12 @@ from asyncio.trsock import TransportSocket
 
 from . import abc, from_asyncio, to_asyncio
 from ._event_loop._opening import open_event_loop, run_asyncio
+from ._futures import Future
 from ._group import TransportGroup, current_group
 from ._handles import Handle, TimerHandle
 from ._server import Server
 from ._statistics import GroupStatistics
+from ._transport_stream import TransportDatagrams, TransportStream
 
 __all__ = [
     "BaseProtocol",
@@ -28,6 +30,7 @@ __all__ = [
     "BufferedProtocol",
     "DatagramProtocol",
     "DatagramTransport",
+    "Future",
     "GroupStatistics",
     "Handle",
     "Protocol",
@@ -37,8 +40,10 @@ __all__ = [
     "SubprocessTransport",
     "TimerHandle",
     "Transport",
+    "TransportDatagrams",
     "TransportGroup",
     "TransportSocket",
+    "TransportStream",
     "WriteTransport",
     "abc",
     "current_group",

@@ -161,8 +161,11 @@ class CallbackContext:
         """
         if self.leaves(exc):
             raise exc
+        details = {"message": message, "exception": exc, "transport": transport, "protocol": protocol}
         # In a copy: the context may be in use, and cannot be entered twice.
-        self.context.copy().run(
-            self.group.call_exception_handler,
-            {"message": message, "exception": exc, "transport": transport, "protocol": protocol},
-        )
+        run = self.context.copy().run
+        if isinstance(exc, RecursionError):
+            # From an empty stack: the handler would fail in the same way here.
+            self.call_soon(run, self.group.call_exception_handler, details)
+        else:
+            run(self.group.call_exception_handler, details)

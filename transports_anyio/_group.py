@@ -1,7 +1,7 @@
 """The transport group, which makes and owns transports, servers, timers and tasks.
 
 Holds: the public methods of a group that are not endpoint functions. `_core` has its inside.
-May know: `_callbacks`, `_core`, `_endpoints`, `_errors`, `_handles`, `_statistics`, `_types`, `anyio`.
+May know: `_callbacks`, `_core`, `_endpoints`, `_errors`, `_futures`, `_handles`, `_statistics`, `_types`, `anyio`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ._endpoints._start_tls import StartTLSEndpoints
 from ._endpoints._tcp import TCPEndpoints
 from ._endpoints._unix import UNIXEndpoints
 from ._errors import ExceptionContext, log_debug, logger, run_user_code
+from ._futures import Future
 from ._handles import Handle, ThreadSafeHandle, TimerHandle
 from ._statistics import GroupStatistics, describe_flow
 
@@ -258,6 +259,13 @@ class TransportGroup(
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_at
         """
         return self._core.set_timer(when, callback, args, context)
+
+    def create_future(self) -> Future[Any]:
+        """Return a future of this group, to be awaited by any of its tasks.
+
+        Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_future
+        """
+        return Future(self)
 
     # Errors
 

@@ -21,7 +21,17 @@ from trio.lowlevel import checkpoint, checkpoint_if_cancelled, disable_ki_protec
 from ._driver import DrivenScheduler, TaskDriver
 from ._selector import SystemSelector
 
-__all__ = ["Scope", "Spawner", "TrioDriver", "checkpoint", "checkpoint_if_cancelled", "clock", "protect", "wait_for"]
+__all__ = [
+    "Scope",
+    "Spawner",
+    "TrioDriver",
+    "checkpoint",
+    "checkpoint_if_cancelled",
+    "clock",
+    "protect",
+    "wait_for",
+    "wait_in",
+]
 
 Scope = trio.CancelScope
 Cancelled = trio.Cancelled
@@ -150,6 +160,19 @@ class TrioDriver(TaskDriver):
                 trio.lowlevel.reschedule(alarm)
             else:
                 self._wanted = -inf  # The alarm is about to run, or about to wait for the first time.
+
+
+@enable_ki_protection
+async def wait_in(waiting: dict[Any, Callable[[Any], None]]) -> None:
+    """Put this task into `waiting`, with what wakes it, and wait. Whoever wakes it takes it out first."""
+    task = trio.lowlevel.current_task()
+    waiting[task] = trio.lowlevel.reschedule
+
+    def abort(_: object) -> trio.lowlevel.Abort:
+        del waiting[task]
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    await trio.lowlevel.wait_task_rescheduled(abort)
 
 
 @enable_ki_protection

@@ -22,14 +22,17 @@ from transports_anyio import (
     BaseTransport,
     BufferedProtocol,
     DatagramProtocol,
+    Future,
     Handle,
     Protocol,
     Server,
     SubprocessProtocol,
     TimerHandle,
     Transport,
+    TransportDatagrams,
     TransportGroup,
     TransportSocket,
+    TransportStream,
     abc,
     current_group,
     from_asyncio,
@@ -253,3 +256,17 @@ async def crossings(manager: AbstractAsyncContextManager[int, bool | None]) -> N
 def whole_programs() -> None:
     assert_type(run_asyncio(length, "text"), int)
     run_asyncio(length, "text", backend="asyncio", backend_options={"use_uvloop": True})
+
+
+async def await_results(group: TransportGroup, transport: abc.Transport, datagrams: abc.DatagramTransport) -> None:
+    future: Future[int] = group.create_future()
+    future.add_done_callback(lambda done: done.result().bit_length())
+    assert_type(await future, int)
+    assert_type(future.result(), int)
+    future.set_result("no")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    stream: ByteStream = TransportStream(transport, received=bytearray(b"x"))
+    assert_type(await stream.receive(), bytes)
+    async with TransportDatagrams(datagrams) as endpoint:
+        data, _ = await endpoint.receive()
+        assert_type(data, bytes)
+        await endpoint.sendto(data)

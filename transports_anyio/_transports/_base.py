@@ -286,6 +286,9 @@ class ChannelTransport(asyncio.BaseTransport):
             raise exc
         if self._state < LOST:
             self._broken(exc, "write")
+        else:  # A callback in the write has failed, and reporting that as well.
+            self._callback_context.report(f"Fatal write error on {self._kind} transport", exc, self, self._protocol)
+        self._write_error = None
 
     def _broken(self, exc: BaseException, doing: str) -> None:
         """End with `connection_lost(exc)`, or raise an exception that leaves through the group."""
@@ -329,6 +332,8 @@ class ChannelTransport(asyncio.BaseTransport):
 
     def _connection_lost(self, exc: Exception | None, aborted: bool) -> None:
         try:
+            if self._write_error is not None:
+                self._end_failed_write()
             self._call(self._protocol.connection_lost, exc)
         except BaseException as error:
             self._report_callback(error, "connection_lost")

@@ -72,6 +72,9 @@ class StreamTransport(ChannelTransport, abc.Transport):
         super()._use_protocol(protocol)
         self._buffered_protocol = isinstance(protocol, asyncio.BufferedProtocol)
 
+    def _can_receive(self) -> bool:
+        return self._channel.is_two_way or not self._channel.can_send
+
     def _is_reading_paused(self) -> bool:
         return self._reading_paused
 
