@@ -136,6 +136,7 @@ TASKS = [
     Task("request and awaited reply", "request"),
     Task("timer", "timers"),
     Task("timer, 100,000 pending", "pending"),
+    Task("timer, moved", "moved"),
 ]
 SLOW_READER = "64 MiB, slow reader"
 
@@ -388,7 +389,7 @@ def main() -> None:
                 (task.name, partial(bench.measure_task, task), peer)
                 for task in TASKS
                 for peer in (LOOPS + STREAMS * (task.kind == "request")) * (1 if task.kind == "pipe" else 2)
-                if peer != "trio" or task.kind not in {"timers", "pending"}
+                if peer != "trio" or task.kind not in {"timers", "pending", "moved"}
             ]
             jobs += [(SLOW_READER, bench.measure_slow_reader, peer) for peer in LOOPS]
             for name, measure, peer in jobs:

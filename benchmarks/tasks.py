@@ -2,7 +2,8 @@
 
 `request` sends a message and awaits its echo, `connect` opens and closes connections to PORT one after the other,
 `spawn` runs `true`, `pipe` sends 64 MiB through `cat`, `timers` makes and cancels a timer, as a server does for each
-message, and `pending` does so to each of 100,000 timers that are pending.
+message, and `pending` does so to each of 100,000 timers that are pending. `moved` moves a timer: by `reschedule`, or,
+where there is none, by cancelling it and making another.
 """
 
 from __future__ import annotations
@@ -135,6 +136,19 @@ async def with_transports(owner: Any, task: str, port: int) -> float:
         used = time.process_time() - before
         for handle in handles:
             handle.cancel()
+        return used / TIMERS * 1e6
+    if task == "moved":
+        handle = owner.call_later(60, print)
+        move = getattr(handle, "reschedule", None)
+        before = time.process_time()
+        for _ in range(TIMERS):
+            if move is None:
+                handle.cancel()
+                handle = owner.call_later(60, print)
+            else:
+                move(60)
+        used = time.process_time() - before
+        handle.cancel()
         return used / TIMERS * 1e6
     count, once = {"connect": (CONNECTIONS, connect), "spawn": (CHILDREN, spawn), "pipe": (3, pipe)}[task]
     return await measured(count, once)

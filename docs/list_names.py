@@ -134,6 +134,7 @@ def page() -> str:
             ),
             table("TransportGroup", members(package.TransportGroup)),
             table("GroupStatistics", fields(package.GroupStatistics), "What `TransportGroup.statistics()` returns."),
+            table("ServerStatistics", fields(package.ServerStatistics), "What `Server.statistics()` returns."),
             table("Server", members(package.Server)),
             table(
                 "Handle and TimerHandle",

@@ -109,10 +109,10 @@ def installed(layer: Layer) -> Iterator[Layer]:
             raise layer.error()
         return real["sendto"](sock, *args)
 
-    def recvfrom_into(sock: socket.socket, *args: Any) -> Any:
+    def recvfrom_into(sock: socket.socket, *args: Any, **options: Any) -> Any:
         if layer.spoils("recvfrom_into") and layer.fault != ONE_BYTE:
             raise layer.error()
-        return real["recvfrom_into"](sock, *args)
+        return real["recvfrom_into"](sock, *args, **options)
 
     def accept(sock: socket.socket) -> Any:
         if layer.spoils("accept") and layer.fault != ONE_BYTE:

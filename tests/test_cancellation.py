@@ -418,7 +418,7 @@ async def test_cancelled_at_every_checkpoint(
                 end(result)
             await echoes(group)
             for transport in tuple(group._core.transports):
-                transport._abort()
+                transport._abort()  # Not `abort`, which a subprocess transport does not have.
             with anyio.fail_after(GUARD):
                 await group.wait_closed()
                 await until(lambda: {task.id for task in anyio.get_running_tasks()} <= tasks)  # noqa: B023

@@ -35,7 +35,11 @@ FUNCTIONS = [
 ]
 
 #: Our own parameters.
-ADDED = {"start_tls": {"received"}}
+ADDED = {
+    "create_server": {"max_connections", "max_handshakes"},
+    "create_unix_server": {"max_connections", "max_handshakes"},
+    "start_tls": {"received"},
+}
 
 #: Parameters of which asyncio accepts one value only; we take them among the other options.
 AMONG_OPTIONS = {"universal_newlines", "shell", "bufsize", "encoding", "errors", "text"}

@@ -49,8 +49,10 @@ def command(example: str, *arguments: object) -> list[str]:
 
 
 @asynccontextmanager
-async def serving(example: str, backend: str, port: int, *more: object) -> AsyncIterator[anyio.abc.Process]:
-    """Run an example that serves until Ctrl-C, which must end it without output."""
+async def serving(
+    example: str, backend: str, port: int, *more: object, end: signal.Signals = signal.SIGINT
+) -> AsyncIterator[anyio.abc.Process]:
+    """Run an example that serves until Ctrl-C, or the signal `end`, which must end it without output."""
     python, *program = command(example, "--backend", backend, "--port", port, *more)
     # trio raises `KeyboardInterrupt` anywhere, and between the call of a coroutine function and its `await` too: then
     # Python says so of a coroutine that is not ours. Elsewhere the event loop cancels the main task instead.
@@ -62,7 +64,7 @@ async def serving(example: str, backend: str, port: int, *more: object) -> Async
             announcement = await process.stdout.receive()
         assert str(port) in announcement.decode()
         yield process
-        process.send_signal(signal.SIGINT)
+        process.send_signal(end)
         assert process.stderr is not None
         with anyio.fail_after(4 * GUARD):
             errors = b"".join([chunk async for chunk in process.stderr])
@@ -347,6 +349,33 @@ async def test_the_proxy(anyio_backend: Any) -> None:
         async with serving("tcp_echo_server", backend, port_behind):
             said = await output(*command("tcp_echo_client", "--backend", backend, "--port", port, "Is this on?"))
             assert said.splitlines() == ["sent      'Is this on?'", "received  'Is this on?'", "closed"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_graceful_stop(anyio_backend: Any, number: signal.Signals) -> None:
+    """Idle clients are closed, busy ones get their answer, and the program ends with status 0 and no traceback."""
+    port = unused_port()
+    options = ["--seconds", 0.5, "--grace", 4 * GUARD]
+    async with serving("graceful_stop", name_of(anyio_backend), port, *options, end=number):
+        idle, busy = Peer.connect((HOST, port)), Peer.connect((HOST, port))
+        await busy.send(b"hello\n")
+        assert await busy.receive_exactly(17) == b"working on hello\n"
+    with idle, busy:
+        assert await idle.receive() == b""
+        assert await busy.receive_all() == b"HELLO\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+async def test_a_graceful_stop_has_a_deadline(anyio_backend: Any) -> None:
+    port = unused_port()
+    options = ["--seconds", 3600, "--grace", 0.2]
+    async with serving("graceful_stop", name_of(anyio_backend), port, *options, end=signal.SIGTERM):
+        stuck = Peer.connect((HOST, port))
+        await stuck.send(b"hello\n")
+        assert await stuck.receive_exactly(17) == b"working on hello\n"
+    with stuck:
+        assert await stuck.gone()
 
 
 async def test_the_chat_server(anyio_backend: Any) -> None:

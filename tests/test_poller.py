@@ -75,6 +75,9 @@ class DispatchingScheduler:
             raise self.failure
         return self.deadline
 
+    def next_deadline(self) -> float:
+        return self.deadline
+
 
 def register(
     poller: Poller, sock: socket.socket, read: Callable[[], object], write: Callable[[], object] | None = None

@@ -15,8 +15,17 @@ from transports_anyio import DatagramProtocol, Protocol, Server, SubprocessProto
 pytestmark = pytest.mark.anyio
 
 #: Documented, and not asyncio's.
-OF_WRITING = {"is_writing_paused", "get_write_buffer_size", "get_write_buffer_limits", "set_write_buffer_limits"}
+OF_ALL = {"start_soon", "drain", "wait_closed"}
+OF_WRITING = OF_ALL | {
+    "is_writing_paused",
+    "get_write_buffer_size",
+    "get_write_buffer_limits",
+    "set_write_buffer_limits",
+}
 OF_STREAMS = OF_WRITING | {"is_eof_received"}
+
+#: What `Server` has beside the methods of asyncio's.
+OF_SERVERS = {"shutdown", "statistics"}
 
 #: What `TransportGroup` has beside the methods of asyncio's event loop.
 OF_GROUPS = {
@@ -25,10 +34,14 @@ OF_GROUPS = {
     "connect_process",
     "connect_stream",
     "is_closing",
+    "shutdown",
     "start_soon",
     "statistics",
     "wait_closed",
 }
+
+# asyncio has these since Python 3.13.
+OF_SERVERS |= set() if sys.version_info >= (3, 13) else {"abort_clients", "close_clients"}
 
 
 def public_names(thing: object) -> set[str]:
@@ -47,7 +60,7 @@ async def test_stream_transports(anyio_backend: Any) -> None:
         server = await group.create_server(Protocol, HOST, 0)
         transport, _ = await group.create_connection(Protocol, *server.sockets[0].getsockname())
         check(transport, asyncio.Transport, OF_STREAMS)
-        check(server, asyncio.Server, set())
+        check(server, asyncio.Server, OF_SERVERS)
         server.close()
         transport.close()
 
@@ -74,10 +87,10 @@ async def test_datagram_transports(anyio_backend: Any) -> None:
 async def test_subprocess_transports(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         transport, _ = await group.subprocess_exec(SubprocessProtocol, sys.executable, "-c", "")
-        check(transport, asyncio.SubprocessTransport, {"is_writing_paused", "abort"})
+        check(transport, asyncio.SubprocessTransport, OF_ALL | {"is_writing_paused", "abort"})
         transport.close()
 
 
 async def test_groups_and_servers(anyio_backend: Any) -> None:
     assert public_names(TransportGroup) - public_names(asyncio.AbstractEventLoop) == OF_GROUPS
-    assert public_names(Server) - public_names(asyncio.Server) == set()
+    assert public_names(Server) - public_names(asyncio.Server) == OF_SERVERS

@@ -21,7 +21,7 @@ from ._futures import Future
 from ._group import TransportGroup, current_group
 from ._handles import Handle, TimerHandle
 from ._server import Server
-from ._statistics import GroupStatistics
+from ._statistics import GroupStatistics, ServerStatistics
 from ._transport_stream import TransportDatagrams, TransportStream
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Protocol",
     "ReadTransport",
     "Server",
+    "ServerStatistics",
     "SubprocessProtocol",
     "SubprocessTransport",
     "TimerHandle",

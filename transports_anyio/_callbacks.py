@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
-from inspect import iscoroutine, iscoroutinefunction, signature
+from functools import partial
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, iscoroutine, iscoroutinefunction, signature
+from types import FunctionType, MethodType
 from typing import Any, ParamSpec, TypeGuard, TypeVar
+from weakref import WeakSet
 
 from ._errors import Group, safe_repr
 
@@ -17,6 +20,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 ProtocolT = TypeVar("ProtocolT")
 
+
+ASYNC_FLAGS = CO_COROUTINE | CO_ASYNC_GENERATOR
 
 #: The group that the running callback or task belongs to.
 current: ContextVar[Any] = ContextVar("transports_anyio.current_group")
@@ -42,6 +47,60 @@ def call_with_current(group: Group, callback: Callable[P, T], /, *args: P.args, 
         return callback(*args, **kwargs)
     finally:
         current.reset(token)
+
+
+#: The callbacks of asyncio's protocols.
+CALLBACKS = frozenset(
+    {
+        "buffer_updated",
+        "connection_lost",
+        "connection_made",
+        "data_received",
+        "datagram_received",
+        "eof_received",
+        "error_received",
+        "get_buffer",
+        "pause_writing",
+        "pipe_connection_lost",
+        "pipe_data_received",
+        "process_exited",
+        "resume_writing",
+    }
+)
+
+#: The classes of protocols without async callbacks. Weak, so that a class can be collected.
+checked_classes: WeakSet[type] = WeakSet()
+
+
+def is_async_function(function: object) -> bool:
+    """Whether a call of `function` runs nothing, and returns an object to await or iterate."""
+    # The types are looked at, no attributes: those of a proxy may raise anything.
+    plain: Any = function.__func__ if type(function) is MethodType else function
+    if type(plain) is FunctionType:
+        return bool(plain.__code__.co_flags & ASYNC_FLAGS)
+    return type(plain) is partial and is_async_function(plain.func)
+
+
+def check_callbacks(protocol: object) -> None:
+    """Raise `TypeError` if a callback of `protocol` is an async function, which would never run."""
+    protocol_class = type(protocol)
+    if protocol_class not in checked_classes:
+        for name in CALLBACKS:
+            if is_async_function(getattr(protocol_class, name, None)):
+                raise async_callback(protocol, name)
+        checked_classes.add(protocol_class)
+    own: dict[str, object] = getattr(protocol, "__dict__", {})
+    if not CALLBACKS.isdisjoint(own):
+        for name in CALLBACKS.intersection(own):
+            if is_async_function(own[name]):
+                raise async_callback(protocol, name)
+
+
+def async_callback(protocol: object, name: str) -> TypeError:
+    return TypeError(
+        f"{name}() of the protocol {safe_repr(protocol)} is an async function, which would never run: make it a plain "
+        "function that calls transport.start_soon(async_function) for what has to wait"
+    )
 
 
 def check_factory(name: str, factory: object, task_starter: str) -> None:
@@ -85,6 +144,7 @@ def check_made_protocol(protocol: object, factory: object) -> None:
             f"the protocol factory {factory!r} returned the class {protocol.__qualname__}: let it return an "
             "instance, or give the class itself as the factory"
         )
+    check_callbacks(protocol)
 
 
 def check_given_protocol(protocol: object, name: str) -> None:
@@ -102,6 +162,7 @@ def check_given_protocol(protocol: object, name: str) -> None:
             f"{name}() takes a protocol, got the class {protocol.__qualname__}: give an instance, "
             f"`{protocol.__name__}()`"
         )
+    check_callbacks(protocol)
 
 
 def discarded(thing: object) -> str:
@@ -139,7 +200,8 @@ class CallbackContext:
         self.leaves: Callable[[BaseException], bool] = leaves
         self.context: Context = copy_context()
         self.run: Callable[..., Any] = self.context.run
-        self.run(current.set, group)
+        if self.context.get(current) is not group:
+            self.run(current.set, group)
 
     def make_protocol(self, factory: Callable[[], ProtocolT]) -> ProtocolT:
         """Return the protocol that `factory` makes in the connection's context.

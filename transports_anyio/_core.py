@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from ._errors import Group, is_refusal, logger, safe_repr
+from ._errors import ExceptionContext, Group, is_refusal, logger, safe_repr
 from ._poller import make_poller
 from ._resources import PendingHandshake, Resource
 from ._scheduler import Scheduler, wrong_thread
@@ -175,6 +175,10 @@ class Core(Scheduler):
         self.changed.notify()
         done(pending, exc)
 
+    def report_handshake(self, context: ExceptionContext) -> None:
+        """Report the failed TLS handshake of an accepted connection to the exception handler."""
+        self.group.call_exception_handler(context)
+
     @property
     def has_connections(self) -> bool:
         """Whether any transport or handshake is left."""
@@ -182,24 +186,34 @@ class Core(Scheduler):
 
     # Tasks
 
-    def start_task(self, async_function: Callable[..., object], args: tuple[Any, ...], name: object) -> None:
-        """Start a task of the user, in the caller's context."""
+    def start_task(
+        self,
+        async_function: Callable[..., object],
+        args: tuple[Any, ...],
+        name: object,
+        around: Callable[[Coroutine[Any, Any, object]], Coroutine[Any, Any, object]] | None = None,
+    ) -> None:
+        """Start a task of the user, in the caller's context. It runs inside of `around`, if that is given."""
         name = getattr(async_function, "__qualname__", None) if name is None else str(name)
         # Called here, so that wrong arguments raise in the caller.
         coroutine = async_function(*args)
         if not isinstance(coroutine, Coroutine):
             raise TypeError(f"start_soon() takes an async function, but {async_function!r} returned {coroutine!r}")
         try:
-            self.as_backend(partial(self.task_group.start_soon, self._run_task, coroutine, name=name))
+            self.as_backend(partial(self.task_group.start_soon, partial(self._run_task, coroutine, around), name=name))
         except BaseException:
             coroutine.close()
             raise
         self.tasks_running += 1
         self.tasks_started = True
 
-    async def _run_task(self, coroutine: Coroutine[Any, Any, object]) -> None:
+    async def _run_task(
+        self,
+        coroutine: Coroutine[Any, Any, object],
+        around: Callable[[Coroutine[Any, Any, object]], Coroutine[Any, Any, object]] | None,
+    ) -> None:
         try:
-            await coroutine
+            await (coroutine if around is None else around(coroutine))
         except Exception as exc:
             if self.open or not is_refusal(exc, self.group):
                 raise
@@ -236,6 +250,16 @@ class Core(Scheduler):
             pending.abort()
         for transport in tuple(self.transports):
             transport.close()
+
+    def request_shutdown(self) -> None:
+        """Close the servers, abort the handshakes, and have the transports end. No new connections can be made."""
+        self.open = False
+        for server in tuple(self.servers):
+            server.close()
+        for pending in tuple(self.handshakes):
+            pending.abort()
+        for transport in tuple(self.transports):
+            transport._request_shutdown()
 
     def abort_transports(self) -> None:
         """Close the servers, and abort the handshakes and transports."""

@@ -32,8 +32,12 @@ class DrivenScheduler(Protocol):
         """Run one iteration: scheduled callbacks, callbacks of ready file descriptors, and timers that are due.
 
         Return the deadline of the next iteration, which comes earlier if a file descriptor is ready. Minus infinity
-        means at once, infinity means no deadline.
+        means at once, infinity means no deadline. It may be earlier than `next_deadline`.
         """
+        ...
+
+    def next_deadline(self) -> float:
+        """Return the exact deadline. The driver asks when the one that it waits for has come."""
         ...
 
 
@@ -45,6 +49,8 @@ class Driver(ABC):
         self.time: Callable[[], float] = time
         #: Whether it waits for the next iteration, so that `wake` is needed to begin it at once.
         self.waiting = False
+        #: When the wait ends. May be too early: the driver asks for the exact deadline then, and waits on.
+        self.deadline = inf
 
     @abstractmethod
     async def run(self, scheduler: DrivenScheduler) -> None:
@@ -52,7 +58,7 @@ class Driver(ABC):
 
     @abstractmethod
     def wait_until(self, deadline: float) -> None:
-        """Change the deadline of the next iteration. May only be called while `waiting`."""
+        """Wait no longer than until `deadline`, which is before `self.deadline`. May only be called while `waiting`."""
 
     @abstractmethod
     def wake(self) -> None:
@@ -92,16 +98,23 @@ class TaskDriver(Driver):
                 if deadline == -inf or selector.always_ready or (deadline != inf and deadline <= self.time()):
                     await anyio.lowlevel.checkpoint()
                 else:
+                    self.deadline = deadline
                     self.waiting = True
+                    expired = False
                     try:
                         if deadline == inf:
                             await selector.wait()
                         else:
                             with anyio.CancelScope(deadline=deadline) as self._scope:
                                 await selector.wait()
+                            expired = self._scope.cancelled_caught
                     finally:
                         self.waiting = False
                         self._scope = None
+                    if expired:
+                        deadline = scheduler.next_deadline()
+                        if deadline > self.time() + RESOLUTION:
+                            continue  # The timer was cancelled or moved. A byte of `wake` ends the next wait.
                 if scheduler.tasks_started:
                     # trio runs ready tasks in random order; only a second checkpoint is sure to come after them.
                     await anyio.lowlevel.checkpoint()
@@ -111,7 +124,7 @@ class TaskDriver(Driver):
         if self._scope is None:
             self.wake()
         else:
-            self._scope.deadline = deadline
+            self._scope.deadline = self.deadline = deadline
 
     def wake(self) -> None:
         if self.waiting:

@@ -1,7 +1,8 @@
 """The transport group, which makes and owns transports, servers, timers and tasks.
 
 Holds: the public methods of a group that are not endpoint functions. `_core` has its inside.
-May know: `_callbacks`, `_core`, `_endpoints`, `_errors`, `_futures`, `_handles`, `_statistics`, `_types`, `anyio`.
+May know: `_callbacks`, `_core`, `_endpoints`, `_errors`, `_futures`, `_handles`, `_statistics`, `_types`,
+`_waiters`, `anyio`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ._errors import ExceptionContext, log_debug, logger, run_user_code
 from ._futures import Future
 from ._handles import Handle, ThreadSafeHandle, TimerHandle
 from ._statistics import GroupStatistics, describe_flow
+from ._waiters import check_shutdown_timeout, wait_or_abort
 
 if TYPE_CHECKING:
     from anyio import CancelScope
@@ -42,12 +44,16 @@ ExceptionHandler: TypeAlias = "Callable[[TransportGroup, ExceptionContext], obje
 def current_group() -> TransportGroup:
     """Return the group that the running callback or task belongs to.
 
-    Raises `RuntimeError` outside any group.
+    The block of a group is not in it: a library may open a group in the block of its user's. Raises `RuntimeError`
+    outside the callbacks and tasks of groups.
     """
     try:
         group: TransportGroup = current.get()
     except LookupError:
-        msg = "no transport group is current: call this from a callback or task of a group, or within `async with`"
+        msg = (
+            "no transport group is current: call this from a callback or task of a group. In the block of a group use "
+            "the group itself: `async with TransportGroup() as group:`"
+        )
         raise RuntimeError(msg) from None
     return group
 
@@ -92,7 +98,6 @@ class TransportGroup(
             stack.callback(self._left)
             await core.enter(stack)
             # Registered twice on purpose: a `KeyboardInterrupt` may interrupt the first call on trio.
-            stack.callback(current.reset, current.set(self))
             stack.callback(core.abort_all)
             stack.callback(core.abort_all)
             stack.push_async_exit(self._leave)
@@ -145,6 +150,28 @@ class TransportGroup(
         await anyio.lowlevel.checkpoint()
         while self._core.has_connections:
             await self._core.changed.wait()
+
+    async def shutdown(self, timeout: float | None) -> None:
+        """Close the servers, let all connections end, and abort those that are left after `timeout` seconds.
+
+        A protocol that has a method `shutdown_requested` is asked by it: it closes its transport at once or when it
+        has finished what it is doing. The transport of any other protocol is closed, which sends what is buffered; a
+        child process gets `SIGTERM`, and `SIGKILL` after `timeout` seconds. TLS handshakes are aborted. With 0 seconds
+        everything is aborted at once; `None` is no limit.
+
+        This returns when all connections are lost; if it is cancelled, they go on ending. From the call on the group
+        makes no more connections (`is_closing` is true). Its callbacks and tasks go on until the block is left.
+
+        Raises `ValueError` for a negative `timeout`, `RuntimeError` if the group is not open.
+
+        Source: https://pkg.go.dev/net/http#Server.Shutdown
+        """
+        check_shutdown_timeout(timeout)
+        core = self._core
+        core.check_alive("shutdown", "anyio.from_thread.run(group.shutdown, ...)")
+        log_debug(self, "%r: shutting down", self)
+        core.request_shutdown()
+        await wait_or_abort(timeout, self.wait_closed, core.abort_transports)
 
     # Tasks
 
@@ -291,7 +318,8 @@ class TransportGroup(
     def call_exception_handler(self, context: ExceptionContext) -> None:
         """Report an error to the exception handler.
 
-        `context` is a dictionary with `message`, and possibly `exception`, `transport` and others.
+        `context` is a dictionary with `message`, and possibly `exception`, `transport` and others. It has `handshake`,
+        and the client's `peername`, if a server's TLS handshake with a client failed.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.call_exception_handler
         """
@@ -316,8 +344,13 @@ class TransportGroup(
     def default_exception_handler(self, context: ExceptionContext) -> None:
         """Log the error that `context` describes to the logger `transports_anyio`, with the exception's traceback.
 
+        A failed TLS handshake with a client is one line at level INFO: on the internet it is no event.
+
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.default_exception_handler
         """
+        if context.get("handshake"):
+            logger.info("TLS handshake with %r failed: %r", context.get("peername"), context.get("exception"))
+            return
         lines = [context.get("message") or "Unhandled exception in a transport group"]
         lines += [f"{key}: {context[key]!r}" for key in sorted(context) if key not in {"message", "exception"}]
         exc = context.get("exception")

@@ -7,12 +7,12 @@ May know: `_callbacks`.
 from __future__ import annotations
 
 import contextvars
-import heapq
 from collections.abc import Callable
+from heapq import heapify, heappop, heappush, heapreplace
 from math import inf
 from reprlib import repr as short_repr  # Short, and never raises, whatever the user's objects do.
 from threading import RLock
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from ._callbacks import GivenContext
@@ -88,100 +88,179 @@ class ThreadSafeHandle(Handle):
             super().__call__()
 
 
-#: `[deadline, sequence number, handle]`; the handle is `None` once run or cancelled.
-Entry = list[Any]
+class Timer(Protocol):
+    """What the timers need of a handle."""
 
-# Cancelled timers stay in the heap until they are due, or until there are more than this, and more than half of all.
-# So removing them costs each timer at most one step, and setting a time-out again stays logarithmic.
-CANCELLED_TO_REMOVE = 100
+    _when: float  # The deadline.
+    _number: int  # The order among equal deadlines.
+    _entry: int  # The number in its entry of the heap, or `ABSENT`, or `TAKEN`.
+
+    def __call__(self) -> object: ...
+
+
+#: `(deadline, number, handle)`. It counts only while its number is that of the handle's `_entry`.
+Entry: TypeAlias = "tuple[float, int, Timer]"
+
+#: Instead of the number of an entry: the timer has run or was cancelled, or it runs in this iteration.
+ABSENT, TAKEN = 0, -1
+
+# Entries that do not count stay in the heap until they are due, or until there are more than this, and more than half
+# of all. So removing them costs each timer at most one step, and setting a time-out again stays logarithmic.
+DEAD_TO_REMOVE = 100
 
 
 class Timers:
-    """Timers in the order of their deadlines, and of their making for equal ones."""
+    """Timers in the order of their deadlines, and of their making or moving for equal ones.
 
-    __slots__ = ("_cancelled", "_first_cancelled", "_submitted", "heap")
+    A timer that is moved to a later deadline keeps its entry, which is replaced when it comes up. So the first entry
+    has the earliest time at which a timer may be due; `next_deadline` looks for the exact one.
+    """
 
-    def __init__(self, first_cancelled: Callable[[], None]) -> None:
-        """`first_cancelled` is called when the timer with the earliest deadline is cancelled."""
-        self._first_cancelled = first_cancelled
+    __slots__ = ("dead", "heap", "number")
+
+    def __init__(self) -> None:
         self.heap: list[Entry] = []
-        self._submitted = 0
-        self._cancelled = 0
+        self.number: int = 0  # The last one that was given to a timer.
+        self.dead: int = 0  # How many entries do not count.
 
     def __len__(self) -> int:
         """Return how many timers are pending."""
-        return len(self.heap) - self._cancelled
+        return len(self.heap) - self.dead
 
-    def push(self, when: float, handle: Callable[[], object]) -> Entry:
-        """Add `handle`, and return its entry, for `cancel`."""
-        self._submitted += 1
-        entry = [when, self._submitted, handle]
-        heapq.heappush(self.heap, entry)
-        return entry
+    def push(self, handle: Timer) -> None:
+        """Add `handle`, which has its deadline already, behind those with the same one."""
+        self.number = handle._number = handle._entry = number = self.number + 1
+        heappush(self.heap, (handle._when, number, handle))
 
-    def cancel(self, entry: Entry) -> None:
-        """Cancel a timer. Does nothing if it has run or was cancelled already."""
-        if entry[2] is None:
-            return
-        entry[2] = None
-        self._cancelled += 1
-        first = entry is self.heap[0]
-        if self._cancelled > CANCELLED_TO_REMOVE and self._cancelled * 2 > len(self.heap):
-            self.heap = [entry for entry in self.heap if entry[2] is not None]
-            heapq.heapify(self.heap)
-            self._cancelled = 0
-        if first:
-            self._first_cancelled()
+    def cancel(self, handle: Timer) -> None:
+        """Remove `handle`. Does nothing if it has run or was cancelled already."""
+        number = handle._entry
+        handle._entry = ABSENT
+        if number > 0:
+            self.dead = dead = self.dead + 1
+            if dead > DEAD_TO_REMOVE and dead * 2 > len(self.heap):
+                self.heap = [entry for entry in self.heap if entry[1] == entry[2]._entry]
+                heapify(self.heap)
+                self.dead = 0
+
+    def move(self, handle: Timer, when: float) -> None:
+        """Set the deadline of `handle`, which is pending."""
+        if handle._entry > 0 and when >= handle._when:
+            handle._when = when
+            self.number = handle._number = self.number + 1
+        else:
+            self.cancel(handle)
+            handle._when = when
+            self.push(handle)
 
     def next_deadline(self) -> float:
         """Return the deadline of the first pending timer, or infinity without one."""
         heap = self.heap
-        while heap and heap[0][2] is None:
-            heapq.heappop(heap)
-            self._cancelled -= 1
-        return cast("float", heap[0][0]) if heap else inf
+        while heap:
+            when, number, handle = heap[0]
+            if handle._entry != number:
+                heappop(heap)
+                self.dead -= 1
+            elif handle._number != number:  # It was moved.
+                handle._entry = handle._number
+                heapreplace(heap, (handle._when, handle._number, handle))
+            else:
+                return when
+        return inf
 
-    def take_due(self, now: float) -> list[Callable[[], object]]:
-        """Remove and return the timers that are due at `now`."""
-        due = []
+    def take_due(self, now: float) -> list[Timer]:
+        """Remove and return the timers that are due at `now`.
+
+        The caller runs each of them that is still `TAKEN` then, and makes it `ABSENT` before.
+        """
+        due: list[Timer] = []
         while self.next_deadline() <= now:
-            entry = heapq.heappop(self.heap)
-            due.append(entry[2])
-            entry[2] = None
+            handle = heappop(self.heap)[2]
+            handle._entry = TAKEN
+            due.append(handle)
         return due
 
     def clear(self) -> None:
         """Remove all timers."""
-        for entry in self.heap:
-            entry[2] = None  # `cancel` of its handle does nothing any more.
+        for _, _, handle in self.heap:
+            handle._entry = ABSENT
         self.heap.clear()
-        self._cancelled = 0
+        self.dead = 0
+
+
+class TimerScheduler(Protocol):
+    """What a timer's handle needs of the scheduler."""
+
+    timers: Timers
+    time: Callable[[], float]
+
+    def wait_at_most_until(self, when: float) -> None:
+        """Do not wait beyond the deadline of a moved timer."""
+        ...
 
 
 class TimerHandle(Handle):
     """A callback that a group runs at a given time, like `asyncio.TimerHandle`."""
 
-    __slots__ = ("_entry", "_timers")
+    __slots__ = ("_entry", "_number", "_scheduler", "_when")
 
     def __init__(
-        self, when: float, callback: Callable[..., object], args: tuple[Any, ...], context: Context, timers: Timers
+        self,
+        when: float,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        context: Context,
+        scheduler: TimerScheduler,
     ) -> None:
-        # Without `super()`, for speed: servers make and cancel a timer for every message.
+        # Without `super()` and `push`, for speed: servers make and cancel a timer for every message.
         self._callback = callback
         self._args = args
         self._context = context
-        self._timers = timers
-        self._entry = timers.push(when, self)
+        self._scheduler = scheduler
+        self._when = when
+        timers = scheduler.timers
+        timers.number = self._number = self._entry = number = timers.number + 1
+        heappush(timers.heap, (when, number, self))
 
     def when(self) -> float:
         """Return the time at which the callback is due, in seconds of `TransportGroup.time`."""
-        return cast("float", self._entry[0])
+        return self._when
 
     def cancel(self) -> None:
         """Cancel the callback. Does nothing if it has run or was cancelled already."""
         self._callback = None
         self._args = ()
-        self._timers.cancel(self._entry)
+        self._scheduler.timers.cancel(self)
+
+    def reschedule(self, delay: float) -> None:
+        """Move the timer: the callback is due in `delay` seconds from now, and not at its earlier time.
+
+        It is as if the timer were cancelled and made again, also for the order among timers of the same time, but a
+        move to a later time costs much less: an idle time-out can be moved for every message. `when` returns the new
+        time at once. Handles are compared and hashed by their time, so do not move one that is in a set.
+
+        Raises `RuntimeError` if the callback has begun to run, or was cancelled, or if its group has ended; `TypeError`
+        if `delay` is not a number, and `ValueError` if it is NaN.
+        """
+        scheduler = self._scheduler
+        when = scheduler.time() + delay
+        if self._entry > 0 and self._when <= when < inf:  # The usual case of `move`, for speed.
+            self._when = when
+            timers = scheduler.timers
+            timers.number = self._number = timers.number + 1
+        else:
+            self.reschedule_at(when)
+
+    def reschedule_at(self, when: float) -> None:
+        """Move the timer to `when`, in seconds of `TransportGroup.time`; otherwise like `reschedule`."""
+        if not -inf <= when <= inf:
+            raise ValueError(f"a time was expected, got {when!r}")
+        when = float(when)  # `OverflowError` for an integer that is too large.
+        if self._entry == ABSENT:
+            reason = "was cancelled" if self._callback is None else "has run, or its group has ended"
+            raise RuntimeError(f"the timer cannot be moved, because it {reason}: make a new one with call_later()")
+        self._scheduler.timers.move(self, when)
+        self._scheduler.wait_at_most_until(when)
 
     # As in asyncio: ordered by time; equal if time, callback and arguments are equal.
 

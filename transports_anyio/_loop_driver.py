@@ -41,8 +41,7 @@ class LoopDriver(Driver):
         self._loop = loop
         self._scheduler: DrivenScheduler | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._deadline = inf  # Of the loop's timer.
-        self._wanted = inf  # The deadline that the timer is moved to.
+        # The loop's timer is set for `deadline`, but while it is being moved.
         self._moving = False
         self._scheduled = False
         self._wake_sent = False
@@ -84,8 +83,7 @@ class LoopDriver(Driver):
             self._schedule()
             return
         self.waiting = True
-        self._wanted = deadline
-        if deadline != self._deadline:
+        if deadline < self.deadline:
             self._set_timer(deadline)
 
     # At most one iteration of ours in each iteration of the loop.
@@ -109,17 +107,24 @@ class LoopDriver(Driver):
     def _set_timer(self, deadline: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._deadline = deadline
+        self.deadline = deadline
         self._timer = None if deadline == inf else self._loop.call_at(deadline, self._timer_due)
 
     def _timer_due(self) -> None:
-        if self.time() + RESOLUTION < self._deadline:
+        now = self.time() + RESOLUTION
+        if now < self.deadline:
             # uvloop rounds to milliseconds: a timer for the remainder would fire at once, again and again.
             self._timer = self._loop.call_later(ROUNDED_OFF, self._timer_due)
             return
-        self._deadline = inf
         self._timer = None
-        self._run_once()
+        self.deadline = inf
+        if self._scheduled or self._scheduler is None:
+            return  # The iteration that is about to come serves the timers, too.
+        deadline = self._scheduler.next_deadline()
+        if now < deadline:  # The timer was cancelled or moved.
+            self._set_timer(deadline)
+        else:
+            self._run_once()
 
     def _stop(self) -> None:
         if self._scheduler is not None:
@@ -129,7 +134,7 @@ class LoopDriver(Driver):
             self._set_timer(inf)
 
     def wait_until(self, deadline: float) -> None:
-        self._wanted = deadline
+        self.deadline = deadline
         # A task may set and cancel many timers in a row: the loop's own timer is moved once for all of them.
         if not self._moving:
             self._moving = True
@@ -137,8 +142,8 @@ class LoopDriver(Driver):
 
     def _move_timer(self) -> None:
         self._moving = False
-        if self.waiting and self._wanted != self._deadline:
-            self._set_timer(self._wanted)
+        if self._scheduler is not None:
+            self._set_timer(self.deadline)
 
     def wake(self) -> None:
         if self.waiting:

@@ -16,10 +16,10 @@ from threading import RLock, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._callbacks import CallbackContext, GivenContext, current
+from ._callbacks import CallbackContext, GivenContext, current, is_async_function
 from ._driver import RESOLUTION
 from ._errors import ExceptionContext, Group, NotOpenError, safe_repr, should_propagate
-from ._handles import Handle, TimerHandle, Timers
+from ._handles import ABSENT, TAKEN, Handle, TimerHandle, Timers
 
 if TYPE_CHECKING:
     from ._driver import Driver
@@ -56,12 +56,11 @@ class Scheduler:
     poller: Poller
     driver: Driver
     dispatch: Callable[[Failed], int]
-    time: Callable[[], float]
 
     def __init__(self, group: Group) -> None:
         self.group: Group = group
         self.ready: deque[Callable[[], object]] = deque()
-        self.timers: Timers = Timers(self._first_timer_cancelled)
+        self.timers: Timers = Timers()
         self.entered: bool = False  # The poller has been opened.
         self.alive: bool = False  # Callbacks can be scheduled.
         self.thread: int = 0  # The thread that runs the iterations. No thread has the number 0.
@@ -76,7 +75,7 @@ class Scheduler:
         self.poller = poller
         self.driver = poller.driver
         self.dispatch = poller.dispatch
-        self.time = poller.time
+        self.time: Callable[[], float] = poller.time
         self.receiving_tasks += poller.selector.needs_tasks
         poller.selector.as_backend = self.as_backend
         self.entered = True
@@ -102,7 +101,8 @@ class Scheduler:
     def run_once(self) -> float:
         """Run scheduled callbacks, then the callbacks of file descriptors that are ready, then the timers that are due.
 
-        That is asyncio's order. Return the deadline of the next iteration: minus infinity means at once.
+        That is asyncio's order. Return the deadline of the next iteration: minus infinity means at once. It may be too
+        early, if timers were cancelled or moved: `next_deadline` looks for the exact one.
         """
         dispatch = self.dispatch
         failed = self._fd_callback_failed
@@ -118,7 +118,7 @@ class Scheduler:
             # The time before `dispatch`: data that arrived while callbacks ran comes before timers that fell due then.
             now = time() + RESOLUTION if timers.heap else -inf
             count = dispatch(failed)
-            if timers.heap and timers.next_deadline() <= now:
+            if timers.heap and timers.heap[0][0] <= now and timers.next_deadline() <= now:
                 if self.receiving_tasks and self._rounds_for_tasks < ROUNDS_FOR_TASKS:
                     self._rounds_for_tasks += 1
                     return -inf
@@ -138,7 +138,7 @@ class Scheduler:
         self._rounds_for_tasks = 0
         if ready or self.tasks_started:
             return -inf
-        return timers.next_deadline() if timers.heap else inf
+        return timers.heap[0][0] if timers.heap else inf
 
     def _run_ready(self) -> None:
         """Run the callbacks scheduled so far. Those that they schedule run after I/O."""
@@ -155,7 +155,22 @@ class Scheduler:
     def _run_due(self, now: float) -> None:
         """Run the timers that are due at `now`; as in asyncio, before the callbacks that I/O has scheduled."""
         for handle in self.timers.take_due(now):
-            self._run_callback(handle)
+            if handle._entry == TAKEN:  # No callback before it has cancelled or moved it.
+                handle._entry = ABSENT
+                self._run_callback(handle)
+
+    def next_deadline(self) -> float:
+        """Return the deadline of the first timer, or infinity without one."""
+        return self.timers.next_deadline()
+
+    def wait_at_most_until(self, when: float) -> None:
+        """Let the driver not wait beyond the deadline of a new or moved timer.
+
+        A deadline that is not needed any more stays: that costs the driver one look, while each change costs more.
+        """
+        driver = self.driver
+        if driver.waiting and when < driver.deadline:
+            driver.wait_until(when)
 
     def _run_all_ready(self) -> None:
         """Run all callbacks scheduled so far, whatever they raise; raise the first exception that propagates."""
@@ -221,22 +236,22 @@ class Scheduler:
         if not -inf <= when <= inf:
             raise ValueError(f"a time was expected, got {when!r}")
         when = float(when)  # `OverflowError` for an integer that is too large.
-        timers = self.timers
-        handle = TimerHandle(when, callback, args, self.context_for(callback, context), timers)
+        handle = TimerHandle(when, callback, args, self.context_for(callback, context), self)
         driver = self.driver
-        if driver.waiting and timers.next_deadline() == when:
+        if driver.waiting and when < driver.deadline:  # `wait_at_most_until`, for speed.
             driver.wait_until(when)
         return handle
-
-    def _first_timer_cancelled(self) -> None:
-        if self.driver.waiting:
-            self.driver.wait_until(self.timers.next_deadline())
 
     def context_for(self, callback: object, given: Context | None) -> Context | GivenContext:
         """Return the context that `callback` runs in. Raises `TypeError` if it is not callable."""
         if not callable(callback):
             msg = f"a callable object was expected, got {callback!r}"
             raise TypeError(msg)
+        if is_async_function(callback):
+            raise TypeError(
+                f"{callback!r} is an async function, which a callback cannot await: call start_soon() of the group or "
+                "of a transport"
+            )
         if given is not None:
             return GivenContext(given, self.group)
         context = copy_context()

@@ -13,6 +13,7 @@ import socket
 from asyncio.trsock import TransportSocket
 from collections.abc import Callable
 from contextvars import copy_context
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
@@ -22,9 +23,9 @@ from ._channels._tls import TLSChannel
 from ._errors import log_debug, logger
 from ._selector import READ, Registration
 from ._sockets import address_error
-from ._statistics import describe_flow
+from ._statistics import ServerStatistics, describe_flow
 from ._transports._stream import StreamTransport
-from ._waiters import Waiters
+from ._waiters import Waiters, check_shutdown_timeout, wait_or_abort
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,6 +50,28 @@ CLIENT_LEFT = {
 }  # fmt: skip
 
 
+def check_limits(max_connections: int | None, max_handshakes: int | None, *, tls: bool) -> None:
+    """Raise `TypeError` and `ValueError` for limits of a server that are no positive numbers, or make no sense."""
+    limit: Any  # Whatever the user gave.
+    for name, limit in (("max_connections", max_connections), ("max_handshakes", max_handshakes)):
+        if limit is None:
+            continue
+        if not isinstance(limit, int) or isinstance(limit, bool):
+            raise TypeError(f"{name} should be a whole number or None, got {limit!r}")
+        if limit < 1:
+            raise ValueError(f"{name} should be at least 1, got {limit}")
+    if max_handshakes is not None and not tls:
+        raise ValueError("max_handshakes is only meaningful with ssl")
+
+
+def is_clients_failure(exc: Exception) -> bool:
+    """Return whether a TLS handshake failed because of what the client did, and not for lack of a resource here.
+
+    `UnicodeError` is for a certificate with a name that Python cannot read.
+    """
+    return isinstance(exc, UnicodeError) or (isinstance(exc, OSError) and exc.errno not in EXHAUSTED)
+
+
 def peername_of(channel: StreamChannel) -> Any:
     return channel.extra_info().get("peername")
 
@@ -71,6 +94,8 @@ class Server(asyncio.AbstractServer):
         tls: TLSOptions | None,
         *,
         start_serving: bool,
+        max_connections: int | None = None,
+        max_handshakes: int | None = None,
         on_close: Callable[[], object] | None = None,
     ) -> None:
         # The server owns the bound sockets from here on, and closes them on any error.
@@ -91,6 +116,12 @@ class Server(asyncio.AbstractServer):
         self._addresses: list[Any] = []  # Of a closed server.
         self._connections: set[StreamTransport] = set()
         self._handshakes: set[PendingHandshake] = set()
+        self._max_connections = inf if max_connections is None else max_connections
+        self._max_handshakes = inf if max_handshakes is None else max_handshakes
+        self._limited = max_connections is not None or max_handshakes is not None
+        self._held: set[socket.socket] = set()  # Listening sockets that are not watched while a limit is reached.
+        self._accepted = 0
+        self._failed_handshakes = 0
         self._changed = Waiters()
         try:
             for registration in self._registrations.values():
@@ -171,6 +202,7 @@ class Server(asyncio.AbstractServer):
         for sock in self._sockets:
             self._poller.unregister(self._registrations[sock])
             sock.close()
+        self._held.clear()
         self._core.servers.discard(self)
         self._changed.notify()
 
@@ -193,6 +225,40 @@ class Server(asyncio.AbstractServer):
         await anyio.lowlevel.checkpoint()
         while not self._closed or self._connections or self._handshakes:
             await self._changed.wait()
+
+    async def shutdown(self, timeout: float | None) -> None:
+        """Close the server, let its connections end, and abort those that are left after `timeout` seconds.
+
+        A protocol that has a method `shutdown_requested` is asked by it: it closes its transport at once or when it
+        has finished what it is doing. The transport of any other protocol is closed, which sends what is buffered. TLS
+        handshakes are aborted. With 0 seconds the connections are aborted at once; `None` is no limit.
+
+        This returns when all connections are lost; if it is cancelled, they go on ending.
+
+        Raises `ValueError` for a negative `timeout`.
+
+        Source: https://pkg.go.dev/net/http#Server.Shutdown
+        """
+        check_shutdown_timeout(timeout)
+        self.close()
+        for pending in tuple(self._handshakes):
+            pending.abort()
+        for transport in tuple(self._connections):
+            transport._request_shutdown()
+        await wait_or_abort(timeout, self.wait_closed, self.abort_clients)
+
+    def statistics(self) -> ServerStatistics:
+        """Return how many connections are open and were accepted, and whether a limit holds up further ones.
+
+        May be called from any thread.
+        """
+        return ServerStatistics(
+            open_connections=len(self._connections),
+            pending_handshakes=len(self._handshakes),
+            accepted_connections=self._accepted,
+            failed_handshakes=self._failed_handshakes,
+            at_limit=self._is_full(),
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -244,6 +310,10 @@ class Server(asyncio.AbstractServer):
         for _ in range(max(self._backlog, 0) + 1):
             if not self._serving:
                 return  # A callback of the previous connection closed the server.
+            if self._limited and self._is_full():
+                self._pause(listener)
+                self._held.add(listener)
+                return
             try:
                 sock, address = listener.accept()
             except (BlockingIOError, InterruptedError):
@@ -273,6 +343,18 @@ class Server(asyncio.AbstractServer):
             {"message": message, "exception": exc, "socket": TransportSocket(listener)}
         )
 
+    def _is_full(self) -> bool:
+        handshakes = len(self._handshakes)
+        return handshakes >= self._max_handshakes or len(self._connections) + handshakes >= self._max_connections
+
+    def _one_has_gone(self) -> None:
+        """Accept again if a limit was reached: a connection or a handshake has ended."""
+        self._changed.notify()
+        if self._held and not self._is_full():
+            held, self._held = self._held, set()
+            for listener in held:
+                self._try_again(listener)
+
     def _try_again(self, listener: socket.socket) -> None:
         try:
             self._resume(listener)
@@ -296,6 +378,7 @@ class Server(asyncio.AbstractServer):
                 raise
             self._report_lost_client(exc, peername)
             return
+        self._accepted += 1
         if self._tls is None:
             self._begin(channel)
         else:
@@ -315,8 +398,8 @@ class Server(asyncio.AbstractServer):
             if failure is None:
                 self._context.copy().run(self._begin, channel)
             elif not pending.aborted:
-                self._report_lost_client(failure, peername_of(inner))
-            self._changed.notify()
+                self._handshake_failed(failure, peername_of(inner))
+            self._one_has_gone()
 
         self._core.handshake(channel, done, self._handshakes)
 
@@ -334,6 +417,15 @@ class Server(asyncio.AbstractServer):
         except OSError as exc:
             self._report_lost_client(exc, peername_of(channel))
 
+    def _handshake_failed(self, exc: Exception, peername: Any) -> None:
+        self._failed_handshakes += 1
+        if is_clients_failure(exc):
+            self._core.report_handshake(
+                {"message": "TLS handshake failed", "exception": exc, "peername": peername, "handshake": True}
+            )
+        else:
+            self._report_lost_client(exc, peername)
+
     def _report_lost_client(self, exc: BaseException, peername: Any) -> None:
         self._core.group.call_exception_handler(
             {
@@ -346,7 +438,7 @@ class Server(asyncio.AbstractServer):
     def _lost(self, transport: StreamTransport) -> None:
         self._connections.discard(transport)
         self._core.remove_resource(transport)
-        self._changed.notify()
+        self._one_has_gone()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "serving" if self._serving else "not serving"

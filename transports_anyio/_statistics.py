@@ -1,6 +1,6 @@
-"""Statistics of a group.
+"""Statistics of a group and of a server.
 
-Holds: `GroupStatistics`, and the summary that the `repr` of groups and servers shows.
+Holds: `GroupStatistics`, `ServerStatistics`, and the summary that the `repr` of groups and servers shows.
 May know: `_resources`.
 """
 
@@ -34,6 +34,22 @@ class GroupStatistics:
     bytes_buffered: int
     #: How many timers have neither run nor been cancelled.
     pending_timers: int
+
+
+@dataclass(frozen=True)
+class ServerStatistics:
+    """The result of `Server.statistics`."""
+
+    #: How many accepted connections are open, without those in `pending_handshakes`.
+    open_connections: int
+    #: How many accepted connections have not finished their TLS handshake.
+    pending_handshakes: int
+    #: How many connections were accepted so far.
+    accepted_connections: int
+    #: How many TLS handshakes have failed so far, without those that this side has ended.
+    failed_handshakes: int
+    #: Whether `max_connections` or `max_handshakes` is reached: further connections wait in the backlog.
+    at_limit: bool
 
 
 def describe_flow(name: str, transports: Collection[Resource], handshakes: Collection[PendingHandshake]) -> str:

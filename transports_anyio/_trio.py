@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import trio
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled, disable_ki_protection, enable_ki_protection
 
-from ._driver import DrivenScheduler, TaskDriver
+from ._driver import RESOLUTION, DrivenScheduler, TaskDriver
 from ._selector import SystemSelector
 
 __all__ = [
@@ -63,7 +63,6 @@ class TrioDriver(TaskDriver):
         self._running = False  # One of the tasks runs iterations.
         self._failure: BaseException | None = None
         self._parked: trio.lowlevel.Task | None = None  # The alarm, while it waits.
-        self._wanted = inf  # The deadline of the next iteration.
         self._alarm_at = -inf  # The deadline of the alarm's scope; minus infinity if it does not wait.
         self._alarm_scope = trio.CancelScope()
 
@@ -77,11 +76,11 @@ class TrioDriver(TaskDriver):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(alarm, name="transports_anyio: alarm")
                 await self._run(self._watch, scheduler, nursery)
-            if self._failure is not None:
-                raise self._failure
         finally:
             self.waiting = False
-            self._failure = None
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure  # Also when the tasks were cancelled in the same iteration.
 
     async def _run(
         self,
@@ -109,15 +108,20 @@ class TrioDriver(TaskDriver):
         """Run iterations after a wake-up, and at the deadline."""
         task = trio.lowlevel.current_task()
         while True:
-            self._alarm_at = self._wanted
+            self._alarm_at = self.deadline
             with trio.CancelScope(deadline=self._alarm_at) as self._alarm_scope:
                 self._parked = task
-                if self._wanted >= self._alarm_at:  # If not, a finalizer has called `wake` between these lines.
+                if self.deadline >= self._alarm_at:  # If not, a finalizer has called `wake` between these lines.
                     await trio.lowlevel.wait_task_rescheduled(self._abort_alarm)
             self._parked = None
             self._alarm_at = -inf
-            if not (self.waiting and self._wanted > self.time()):
-                await self._run_iterations(scheduler)
+            if self.waiting:
+                now = self.time() + RESOLUTION
+                if self.deadline <= now:
+                    self.deadline = scheduler.next_deadline()
+                if self.deadline > now:
+                    continue  # A later time is wanted by now: the timer was cancelled or moved.
+            await self._run_iterations(scheduler)
 
     def _abort_alarm(self, _: object) -> trio.lowlevel.Abort:
         self._parked = None
@@ -129,7 +133,7 @@ class TrioDriver(TaskDriver):
             return
         self._running = True
         self.waiting = False
-        self._wanted = inf
+        self.deadline = inf
         try:
             while True:
                 if scheduler.tasks_started:
@@ -147,7 +151,7 @@ class TrioDriver(TaskDriver):
         self.wait_until(deadline)
 
     def wait_until(self, deadline: float) -> None:
-        self._wanted = deadline
+        self.deadline = deadline
         if deadline < self._alarm_at:
             self._alarm_at = self._alarm_scope.deadline = deadline
 
@@ -159,12 +163,12 @@ class TrioDriver(TaskDriver):
             if alarm is not None:
                 trio.lowlevel.reschedule(alarm)
             else:
-                self._wanted = -inf  # The alarm is about to run, or about to wait for the first time.
+                self.deadline = -inf  # The alarm is about to run, or about to wait for the first time.
 
 
 @enable_ki_protection
 async def wait_in(waiting: dict[Any, Callable[[Any], None]]) -> None:
-    """Put this task into `waiting`, with what wakes it, and wait. Whoever wakes it takes it out first."""
+    """Wait in `waiting`, under this task and with the function that wakes it. The waking code removes it first."""
     task = trio.lowlevel.current_task()
     waiting[task] = trio.lowlevel.reschedule
 

@@ -1,6 +1,7 @@
 """Tasks that wait for a change.
 
-Holds: a condition without a lock, an event, and the outcome of an operation that ends in a callback.
+Holds: a condition without a lock, an event, the outcome of an operation that ends in a callback, and the deadline of a
+shutdown.
 May know: `_trio`, which is imported when a task of trio's waits; `anyio`, `asyncio`.
 """
 
@@ -13,6 +14,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import anyio
 import anyio.lowlevel
 
 # Each waiting task makes what wakes it by itself, for the backend that runs this task, and removes it when it stops
@@ -130,3 +132,20 @@ class Outcome:
                 raise exc
         finally:
             del exc  # Break a cycle: its traceback has this frame.
+
+
+def check_shutdown_timeout(timeout: float | None) -> None:
+    """Raise `TypeError` or `ValueError` for a time-out of a shutdown that is not a number from 0 on, or `None`."""
+    if timeout is not None and not timeout >= 0:  # NaN is refused, too.
+        raise ValueError(f"timeout should be a number of seconds from 0 on, or None, got {timeout!r}")
+
+
+async def wait_or_abort(
+    timeout: float | None, wait_closed: Callable[[], Awaitable[None]], abort: Callable[[], object]
+) -> None:
+    """Wait for `wait_closed()`, and call `abort` first if that takes longer than `timeout` seconds."""
+    with anyio.move_on_after(timeout):
+        await wait_closed()
+        return
+    abort()
+    await wait_closed()

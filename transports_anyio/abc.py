@@ -12,19 +12,53 @@ The endpoint functions return them. A protocol gets the type, and with it the me
 A protocol that is not derived from asyncio's classes can annotate the parameter: `transport: abc.Transport`.
 
 Holds: the abstract classes of the transports.
-May know: `asyncio`.
+May know: `_types`, `asyncio`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Literal, overload
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-__all__ = ["DatagramTransport", "ReadTransport", "SubprocessTransport", "Transport", "WriteTransport"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._types import PosArgsT
+
+__all__ = ["BaseTransport", "DatagramTransport", "ReadTransport", "SubprocessTransport", "Transport", "WriteTransport"]
 
 
-class ReadTransport(asyncio.ReadTransport):
+class BaseTransport(asyncio.BaseTransport):
+    """What all transports have."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def start_soon(
+        self,
+        async_function: Callable[[Unpack[PosArgsT]], Coroutine[Any, Any, object]],
+        *args: Unpack[PosArgsT],
+        name: object = None,
+    ) -> None:
+        """Start a task that belongs to the connection and awaits `async_function(*args)`; callbacks may call this.
+
+        The task is cancelled after `connection_lost`. What it raises goes to the exception handler, ends this
+        connection and no other, and is what `connection_lost` gets; only a datagram endpoint stays open. The tasks
+        survive `start_tls`. `wait_closed` of the server and of the group waits until they have ended. What `drain` of
+        this transport raises is not reported. `name` is for debugging; it defaults to the function's name.
+
+        Raises `RuntimeError` if the group is not open and in another thread, `ConnectionError` if the connection is
+        lost, `TypeError` if `async_function` is not an async function or does not take these arguments.
+        """
+
+    @abstractmethod
+    async def wait_closed(self) -> None:
+        """Wait until `connection_lost` has been called. Any number of tasks may wait."""
+
+
+class ReadTransport(BaseTransport, asyncio.ReadTransport):
     """A transport that receives; returned by `connect_read_pipe`."""
 
     __slots__ = ()
@@ -34,7 +68,7 @@ class ReadTransport(asyncio.ReadTransport):
         """Return whether the peer has ended the stream: no `data_received` or `eof_received` follows."""
 
 
-class WriteTransport(asyncio.WriteTransport):
+class WriteTransport(BaseTransport, asyncio.WriteTransport):
     """A transport that sends; returned by `connect_write_pipe`."""
 
     __slots__ = ()
@@ -43,6 +77,14 @@ class WriteTransport(asyncio.WriteTransport):
     def is_writing_paused(self) -> bool:
         """Return whether writing is paused: between `pause_writing` and `resume_writing` of the protocol."""
 
+    @abstractmethod
+    async def drain(self) -> None:
+        """Wait until writing is not paused, so that more can be written.
+
+        Raises `ConnectionError` when the connection is lost; its cause is what `connection_lost` gets, where it gets an
+        exception and a task of the connection, or one that waits for it, has been there before.
+        """
+
 
 class Transport(ReadTransport, WriteTransport, asyncio.Transport):
     """A transport that receives and sends: a connection."""
@@ -50,7 +92,7 @@ class Transport(ReadTransport, WriteTransport, asyncio.Transport):
     __slots__ = ()
 
 
-class DatagramTransport(asyncio.DatagramTransport):
+class DatagramTransport(BaseTransport, asyncio.DatagramTransport):
     """A transport for datagrams; returned by `create_datagram_endpoint` and `connect_datagram_socket`."""
 
     __slots__ = ()
@@ -58,6 +100,14 @@ class DatagramTransport(asyncio.DatagramTransport):
     @abstractmethod
     def is_writing_paused(self) -> bool:
         """Return whether writing is paused: between `pause_writing` and `resume_writing` of the protocol."""
+
+    @abstractmethod
+    async def drain(self) -> None:
+        """Wait until writing is not paused, so that more can be written.
+
+        Raises `ConnectionError` when the connection is lost; its cause is what `connection_lost` gets, where it gets an
+        exception and a task of the connection, or one that waits for it, has been there before.
+        """
 
     @abstractmethod
     def get_write_buffer_size(self) -> int:
@@ -76,7 +126,7 @@ class DatagramTransport(asyncio.DatagramTransport):
         """
 
 
-class SubprocessTransport(asyncio.SubprocessTransport):
+class SubprocessTransport(BaseTransport, asyncio.SubprocessTransport):
     """A transport for a child process; returned by `subprocess_exec`, `subprocess_shell` and `connect_process`."""
 
     __slots__ = ()
@@ -84,6 +134,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     @abstractmethod
     def is_writing_paused(self) -> bool:
         """Return whether writing to standard input is paused."""
+
+    @abstractmethod
+    async def drain(self) -> None:
+        """Wait until writing to standard input is not paused. Raises `ConnectionError` when it is closed."""
 
     if TYPE_CHECKING:
         # The result depends on `fd`. At run time this is asyncio's method.

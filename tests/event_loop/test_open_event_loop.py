@@ -120,6 +120,30 @@ async def test_one_event_loop_inside_another(anyio_backend):
         assert await to_asyncio.run(asyncio.sleep, 0.001, 5) == 5
 
 
+async def test_transports_wait_in_asyncio_code_and_start_no_tasks(anyio_backend):
+    only_trio(anyio_backend)
+
+    async def never():
+        raise AssertionError
+
+    async def use(loop):
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+        transport, _ = await loop.create_connection(asyncio.Protocol, *server.sockets[0].getsockname())
+        await transport.drain()
+        with pytest.raises(RuntimeError, match=r"asyncio\.create_task\(\)"):
+            transport.start_soon(never)
+        waiting = asyncio.create_task(transport.wait_closed())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        transport.close()
+        await asyncio.wait_for(waiting, 30)
+        server.close()
+        await server.wait_closed()
+
+    async with open_event_loop() as loop:
+        await to_asyncio.run(use, loop)
+
+
 async def test_no_group_is_current_in_asyncio_code(anyio_backend):
     def look():
         with pytest.raises(RuntimeError, match="no transport group is current"):

@@ -499,3 +499,42 @@ def test_a_server_and_its_connections_at_the_end_of_the_event_loop(run):
 
     run(main)
     assert lost == [None, None]
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_failed_handshake_of_a_client_is_reported_in_debug_mode_only(run, contexts, debug):
+    if run.is_uvloop and debug:
+        pytest.skip("uvloop does not report it in debug mode either")
+    reports = []
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: reports.append(context))
+        async with serving(echo, ssl=contexts[0]) as address:
+            with contextlib.suppress(ConnectionError):
+                reader, writer = await asyncio.open_connection(*address)
+                writer.write(b"GET / HTTP/1.1\r\n\r\n")
+                await reader.read()
+                await closed(writer)
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+    run(main, debug=debug)
+    assert [type(report["exception"]) for report in reports] == ([ssl.SSLError] if debug else [])
+
+
+@pytest.mark.parametrize("timeout", [0.1, 3600])
+def test_a_server_of_ours_shuts_down_in_order(run, timeout):
+    """What asyncio's servers do not have."""
+    if run.name != "trio":
+        pytest.skip("the server is not ours")
+
+    async def main():
+        server = await asyncio.start_server(echo, HOST, 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b"hello")
+        assert await reader.readexactly(5) == b"hello"
+        await asyncio.wait_for(server.shutdown(timeout), 10)
+        assert await reader.read() == b""
+        await closed(writer)
+
+    run(main)

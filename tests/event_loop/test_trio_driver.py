@@ -176,13 +176,13 @@ def test_a_failure_of_either_task_comes_out_as_itself():
             await trio.testing.wait_all_tasks_blocked()
             core = group._core
             core.run_once = fail
-            provoke(core.driver)
+            provoke(group)
             await trio.sleep_forever()
 
     for provoke in (
-        lambda driver: driver.wake(),
-        lambda driver: driver.wake_threadsafe(),
-        lambda driver: driver.wait_until(-inf),
+        lambda group: group._core.driver.wake(),
+        lambda group: group._core.driver.wake_threadsafe(),
+        lambda group: group.call_later(0.001, int),
     ):
         with pytest.raises(BaseException) as caught:
             trio.run(main, provoke)
@@ -199,6 +199,9 @@ def test_a_wake_up_at_the_beginning(monkeypatch):
 
         def run_once(self):
             self.iterations += 1
+            return inf
+
+        def next_deadline(self):
             return inf
 
     async def wake(driver, scheduler):

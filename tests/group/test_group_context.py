@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextvars
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
@@ -42,20 +43,69 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_the_current_group(anyio_backend: Any) -> None:
-    """The innermost block has the current group; outside the current group is `None`."""
-    with pytest.raises(RuntimeError, match="no transport group is current"):
-        current_group()
-    async with TransportGroup() as outer:
+    """A group is current in its callbacks and tasks, and not in the block around it."""
+
+    def no_group() -> None:
+        with pytest.raises(RuntimeError, match="no transport group is current"):
+            current_group()
+
+    async def task() -> None:
         assert current_group() is outer
-        async with TransportGroup() as inner:
-            assert current_group() is inner
-        assert current_group() is outer
+        async with TransportGroup():
+            assert current_group() is outer
         with raises_inside(BoomError):
             async with TransportGroup():
                 raise BoomError
         assert current_group() is outer
-    with pytest.raises(RuntimeError, match="no transport group is current"):
-        current_group()
+        ran.set()
+
+    no_group()
+    ran = anyio.Event()
+    async with TransportGroup() as outer:
+        no_group()
+        outer.start_soon(task)
+        await ran.wait()
+        no_group()
+    no_group()
+
+
+async def test_a_hidden_group_does_not_become_its_users(anyio_backend: Any) -> None:
+    """A library opens a group in a task of its user's group: what the user starts there lands in the user's group."""
+    seen: list[Any] = []
+
+    @asynccontextmanager
+    async def client() -> AsyncIterator[TransportGroup]:
+        async with TransportGroup() as hidden:
+            yield hidden
+
+    async def failing() -> None:
+        await anyio.lowlevel.checkpoint()
+        raise BoomError
+
+    async def slow() -> None:
+        await left.wait()
+        seen.append("slow")
+
+    async def user() -> None:
+        async with client() as hidden:
+            assert current_group() is mine
+            hidden.call_soon(lambda: seen.append(current_group() is hidden))
+            await until(lambda: seen)
+            current_group().start_soon(slow)
+        left.set()  # Leaving the library's block has not waited for the task.
+        await until(lambda: "slow" in seen)
+        with pytest.raises(anyio.get_cancelled_exc_class()):
+            async with client():
+                current_group().start_soon(failing)
+                await anyio.sleep_forever()
+        seen.append("cancelled")
+        await anyio.sleep_forever()
+
+    left = anyio.Event()
+    with anyio.fail_after(GUARD), raises_inside(BoomError):
+        async with TransportGroup() as mine:
+            mine.start_soon(user)
+    assert seen == [True, "slow", "cancelled"]
 
 
 async def test_a_callback_belongs_to_the_group_of_its_connection(anyio_backend: Any, connect_peer: Any) -> None:
@@ -74,13 +124,11 @@ async def test_a_callback_belongs_to_the_group_of_its_connection(anyio_backend: 
             on_eof_received=note,
             on_connection_lost=note,
         )
-        async with TransportGroup() as inner:
-            assert current_group() is inner
+        async with TransportGroup():
             transport, _, peer = await connect_peer(outer, protocol, small=True)
             outer.call_soon(note)
             outer.call_later(0, note)
             transport.write(MUCH)
-            assert current_group() is inner
             await peer.receive_exactly(len(MUCH))
             await peer.send(b"x")
             await protocol.wait_for("data_received")
@@ -100,9 +148,7 @@ async def test_a_task_belongs_to_the_group_it_was_started_in(anyio_backend: Any)
         async with TransportGroup() as inner:
             outer.start_soon(note)
             inner.start_soon(note)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(note)
-    assert sorted(map(id, seen)) == sorted(map(id, [outer, inner, inner]))
+    assert sorted(map(id, seen)) == sorted(map(id, [outer, inner]))
 
 
 @pytest.mark.parametrize("inside_out", [False, True])
@@ -138,7 +184,6 @@ async def test_the_exception_handler_belongs_to_its_group(anyio_backend: Any, in
         server = await group.create_server(fail, HOST, 0)
         peers.enter_context(Peer.connect(server.sockets[0].getsockname()))
         await until(lambda: len(seen) == 8)
-        assert current_group() is inner
     assert seen == [(group, group)] * 8
 
 

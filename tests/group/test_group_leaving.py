@@ -23,6 +23,7 @@ from network import few_descriptors
 from support import (
     GUARD,
     HOST,
+    BaseExceptionGroup,
     Peer,
     Recorder,
     Stack,
@@ -435,3 +436,25 @@ async def test_wait_closed_ends_with_the_last_connection_lost(anyio_backend: Any
                 await group.wait_closed()
             assert protocol.lost
         assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("options", [{}, {"happy_eyeballs_delay": 1}, {"all_errors": True}], ids=str)
+@pytest.mark.ours_only("an event loop cancels no tasks")
+async def test_a_task_is_cancelled_whatever_the_end_of_the_group_does_to_its_connection(
+    stack: Stack, options: dict[str, Any]
+) -> None:
+    """The end closes the server too, which resets a connection that is about to be returned to the task."""
+
+    async def connect(group: Any, address: Any) -> None:
+        await group.create_connection(Recorder, *address, **options)
+
+    for checkpoints in range(12):  # In some of these rounds the task is ready to run, but has not run yet.
+        with listening() as listener:
+            with pytest.raises(BaseExceptionGroup) as caught:
+                async with stack.open() as group:
+                    group.start_soon(connect, group, listener.getsockname())
+                    for _ in range(checkpoints):
+                        await anyio.lowlevel.checkpoint()
+                    listener.close()
+                    raise BoomError
+            assert [type(error) for error in leaves(caught.value)] == [BoomError]

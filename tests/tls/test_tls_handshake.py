@@ -26,6 +26,7 @@ from support import (
     Peer,
     Recorder,
     Stack,
+    capture_log,
     collect_contexts,
     connected,
     listening,
@@ -293,11 +294,90 @@ async def test_server_survives_a_failing_handshake(stack: Stack, certificates: C
             await until(lambda: contexts)
             expected = {"garbage": ssl.SSLError, "slow": ConnectionAbortedError}.get(kind, ConnectionResetError)
             assert [type(context["exception"]) for context in contexts] == [expected]
-            assert "Error on transport creation for incoming connection" in contexts[0]["message"]
+            assert contexts[0]["message"] == "TLS handshake failed"
+            assert contexts[0]["handshake"]
             assert contexts[0]["peername"] == client
             assert serving.protocols == []
         assert await echoes(group, serving, certificates)
         serving.server.close()
+
+
+@pytest.mark.parametrize("kind", ["leaves", "plain HTTP", "unknown authority", "slow", "name that Python cannot read"])
+async def test_failed_handshake_is_one_line_at_level_info(
+    stack: Stack, certificates: Certificates, tmp_path: Path, kind: str
+) -> None:
+    """What a port on the internet sees all day. asyncio writes nothing, unless in debug mode."""
+    options = {"ssl_handshake_timeout": 0.1} if kind == "slow" else {}
+    context = certificates.server()
+    if kind == "name that Python cannot read":
+        context.verify_mode = ssl.CERT_REQUIRED
+        certificates.authority.configure_trust(context)
+    async with stack.open() as group:
+        with capture_log(stack) as records:
+            serving = await serve(group, context, **options)
+            if kind == "unknown authority":
+                with socket.socket() as sock:
+                    sock.bind((HOST, 0))
+                    client = sock.getsockname()
+                untrusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                error = await connect_to(group, serving.address, ssl=untrusting, local_addr=client)
+                assert isinstance(error, ssl.SSLCertVerificationError)
+            elif kind == "name that Python cannot read":
+                unreadable = with_unreadable_certificate(certificates, certificates.client(), tmp_path)
+                connecting = TLSPeer.connect_to(serving.address, unreadable)
+                assert await is_dropped(connecting)
+                client = None
+            else:
+                with Peer.connect(serving.address) as peer:
+                    client = peer.socket.getsockname()
+                    if kind == "plain HTTP":
+                        await peer.send(b"GET / HTTP/1.1\r\n\r\n")
+                    if kind != "leaves":
+                        assert await peer.gone()
+            if not stack.is_oracle:
+                await until(lambda: records)
+            serving.server.close()
+            await serving.server.wait_closed()
+        if stack.is_oracle:
+            return
+        (record,) = records
+        assert record.levelname == "INFO"
+        assert not record.exc_info
+        message = record.getMessage()
+        assert message.startswith("TLS handshake with " + (repr(client) if client else ""))
+        assert "\n" not in message
+
+
+@pytest.mark.ours_only("asyncio reports it in debug mode only")
+async def test_failing_factory_of_a_tls_server_stays_an_error(stack: Stack, certificates: Certificates) -> None:
+    def factory() -> Recorder:
+        raise ZeroDivisionError
+
+    async with stack.open() as group:
+        with capture_log(stack) as records:
+            server = await group.create_server(factory, HOST, 0, ssl=certificates.server())
+            assert await is_dropped(TLSPeer.connect_to(server.sockets[0].getsockname(), certificates.client()))
+            await until(lambda: records)
+            server.close()
+        (record,) = records
+        assert record.levelname == "ERROR"
+        assert record.exc_info
+        assert record.exc_info[0] is ZeroDivisionError
+        assert "handshake" not in record.getMessage()
+
+
+@pytest.mark.ours_only("asyncio reports nothing")
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="there are no UNIX sockets")
+async def test_failed_handshake_of_a_unix_connection(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        server = await group.create_unix_server(Recorder, path, ssl=certificates.server())
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(path)
+        await until(lambda: contexts)
+        assert [(context["message"], context["handshake"]) for context in contexts] == [("TLS handshake failed", True)]
+        server.close()
 
 
 def with_unreadable_certificate(certificates: Certificates, context: ssl.SSLContext, directory: Path) -> ssl.SSLContext:
@@ -347,7 +427,7 @@ async def test_client_with_a_certificate_that_python_cannot_read(
             await until(lambda: len(contexts) == 2)
             for context_ in contexts:
                 assert isinstance(context_["exception"], UnicodeDecodeError)
-                assert "Error on transport creation for incoming connection" in context_["message"]
+                assert context_["message"] == "TLS handshake failed"
             assert serving.protocols == []
         with await TLSPeer.connect_to(serving.address, readable) as peer:
             await peer.send(b"are you there?")

@@ -26,6 +26,7 @@ from transports_anyio import (
     Handle,
     Protocol,
     Server,
+    ServerStatistics,
     SubprocessProtocol,
     TimerHandle,
     Transport,
@@ -82,6 +83,13 @@ async def use(stream: ByteStream, udp: UDPSocket, sock: socket.socket) -> None:
         transport, filling = await group.connect_accepted_socket(Filling, sock, ssl=ssl.create_default_context())
         server = await group.create_server(Filling, ["localhost", "::1"], "http", reuse_port=True)
         server = await group.create_unix_server(Filling, b"\0name", cleanup_socket=False)
+        server = await group.create_server(Filling, "localhost", 0, max_connections=1, max_handshakes=None)
+        server = await group.create_unix_server(
+            Filling, "name", ssl=ssl.create_default_context(), max_connections=2, max_handshakes=1
+        )
+        assert_type(server.statistics(), ServerStatistics)
+        await server.shutdown(5)
+        await group.shutdown(None)
         with Path("file").open("rb") as file:
             count: int = await group.sendfile(transport, file, offset=5, count=None, fallback=False)
             print(count + 1)
@@ -129,6 +137,11 @@ async def types_of_what_comes_back(stream: ByteStream, udp: UDPSocket, process: 
     async with TransportGroup() as group:
         connection = await group.create_connection(partial(Counting, 3), "localhost", 80)
         assert_type(connection, tuple[abc.Transport, Counting])
+        transport, _ = connection
+        transport.start_soon(asyncio.sleep, 1, name="a task")
+        transport.start_soon(asyncio.sleep, "1")  # type: ignore[arg-type]
+        assert_type(await transport.drain(), None)
+        assert_type(await transport.wait_closed(), None)
         assert_type(await group.create_connection(Making().make, sock=sock), tuple[abc.Transport, Counting])
         assert_type(await group.create_unix_connection(Making(), "socket"), tuple[abc.Transport, Counting])
         assert_type(await group.connect_accepted_socket(Making, sock), tuple[abc.Transport, Making])

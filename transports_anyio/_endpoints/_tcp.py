@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import anyio.lowlevel
 
 from .._errors import logger
-from .._server import Server
+from .._server import Server, check_limits
 from .._sockets import bind, check_stream_socket, refuse_tls_socket, set_option
 from .._types import AnyProtocol, StreamProtocolT
 from ._addresses import AddressInfo, Host, Port, local_parts, resolve
-from ._base import Endpoints, check_open
+from ._base import Endpoints, check_cancelled, check_open
 from ._happy_eyeballs import connect_to_any, interleave as interleaved
 from ._tls import client_options, server_options
 
@@ -119,7 +119,11 @@ class TCPEndpoints(Endpoints):
             interleave = 0 if happy_eyeballs_delay is None else 1
         if interleave:
             addresses = interleaved(addresses, interleave)
-        sock = await connect_to_any(addresses, local_addresses, delay=happy_eyeballs_delay, all_errors=all_errors)
+        try:
+            sock = await connect_to_any(addresses, local_addresses, delay=happy_eyeballs_delay, all_errors=all_errors)
+        except Exception:
+            await check_cancelled(self._core)  # The group's end has closed the server, for example.
+            raise
         return await self._connect_socket(protocol_factory, sock, tls)
 
     async def create_server(
@@ -139,6 +143,8 @@ class TCPEndpoints(Endpoints):
         ssl_handshake_timeout: float | None = None,
         ssl_shutdown_timeout: float | None = None,
         start_serving: bool = True,
+        max_connections: int | None = None,
+        max_handshakes: int | None = None,
     ) -> Server:
         """Listen on `host` and `port` over TCP and return the `Server`.
 
@@ -157,6 +163,11 @@ class TCPEndpoints(Endpoints):
         - `ssl_handshake_timeout`, `ssl_shutdown_timeout`: seconds, 60 and 30 by default
         - `start_serving`: accept connections at once. If false, `Server.start_serving` or `Server.serve_forever` begins
           to accept.
+        - `max_connections`: how many accepted connections may be open, those in their TLS handshake included (not in
+          asyncio). When so many are, the server stops accepting until one has gone: further clients wait in the
+          backlog. No limit by default.
+        - `max_handshakes`: how many accepted connections may be in their TLS handshake, in the same way (not in
+          asyncio). A silent client takes such a place for `ssl_handshake_timeout`.
 
         Raises, and leaves no socket open:
 
@@ -171,6 +182,7 @@ class TCPEndpoints(Endpoints):
         """
         await check_open(self._core, "create_server", protocol_factory)
         tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
+        check_limits(max_connections, max_handshakes, tls=tls is not None)
         if sock is not None:
             refuse_tls_socket(sock)
             if host is not None or port is not None:
@@ -199,7 +211,16 @@ class TCPEndpoints(Endpoints):
                 if wanted
             ]
             sockets = bind_all(list(addresses), options)
-        return Server(self._core, protocol_factory, sockets, backlog, tls, start_serving=start_serving)
+        return Server(
+            self._core,
+            protocol_factory,
+            sockets,
+            backlog,
+            tls,
+            start_serving=start_serving,
+            max_connections=max_connections,
+            max_handshakes=max_handshakes,
+        )
 
     async def connect_accepted_socket(
         self,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import anyio.lowlevel
 
 from .._errors import logger
-from .._server import Server
+from .._server import Server, check_limits
 from .._sockets import bind, check_stream_socket, connect, is_file, refuse_tls_socket
 from .._types import AnyProtocol, StreamProtocolT
 from ._base import Endpoints, check_open
@@ -109,6 +109,8 @@ class UNIXEndpoints(Endpoints):
         ssl_handshake_timeout: float | None = None,
         ssl_shutdown_timeout: float | None = None,
         start_serving: bool = True,
+        max_connections: int | None = None,
+        max_handshakes: int | None = None,
         cleanup_socket: bool = True,
     ) -> Server:
         """Listen on the UNIX socket at `path` and return the `Server`.
@@ -123,6 +125,11 @@ class UNIXEndpoints(Endpoints):
         - `ssl_handshake_timeout`, `ssl_shutdown_timeout`: seconds, 60 and 30 by default
         - `start_serving`: accept connections at once. If false, `Server.start_serving` or `Server.serve_forever` begins
           to accept.
+        - `max_connections`: how many accepted connections may be open, those in their TLS handshake included (not in
+          asyncio). When so many are, the server stops accepting until one has gone: further clients wait in the
+          backlog. No limit by default.
+        - `max_handshakes`: how many accepted connections may be in their TLS handshake, in the same way (not in
+          asyncio). A silent client takes such a place for `ssl_handshake_timeout`.
         - `cleanup_socket`: remove the file when the server is closed, unless another socket has replaced it
 
         Raises, and leaves no socket open:
@@ -137,6 +144,7 @@ class UNIXEndpoints(Endpoints):
         await check_open(self._core, "create_unix_server", protocol_factory)
         family = unix_family()
         tls = server_options(ssl, handshake_timeout=ssl_handshake_timeout, shutdown_timeout=ssl_shutdown_timeout)
+        check_limits(max_connections, max_handshakes, tls=tls is not None)
         if sock is not None:
             if path is not None:
                 raise ValueError("path and sock can not be specified at the same time")
@@ -151,7 +159,17 @@ class UNIXEndpoints(Endpoints):
             await check_open(self._core)  # Before a socket file is replaced.
             sock = bound(path)
         cleanup = SocketFile(sock).remove if cleanup_socket else None
-        return Server(self._core, protocol_factory, [sock], backlog, tls, start_serving=start_serving, on_close=cleanup)
+        return Server(
+            self._core,
+            protocol_factory,
+            [sock],
+            backlog,
+            tls,
+            start_serving=start_serving,
+            max_connections=max_connections,
+            max_handshakes=max_handshakes,
+            on_close=cleanup,
+        )
 
 
 def unix_family() -> int:

@@ -91,6 +91,11 @@ class LoopCore(Core):
         finally:
             self._leave(before)
 
+    def start_task(self, *_: object, **__: object) -> None:
+        """Refuse a task of a connection: its code would not be asyncio's."""
+        msg = "a transport of an event loop has no tasks of its own: call asyncio.create_task()"
+        raise RuntimeError(msg)
+
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """Return `function(*args)`, run as asyncio code. Backend code calls this.
 
@@ -118,7 +123,7 @@ class LoopCore(Core):
                 if self.ready or self.poller.selector.always_ready:
                     driver.wake()
                 elif self.timers.heap:
-                    driver.wait_until(self.timers.next_deadline())
+                    self.wait_at_most_until(self.timers.heap[0][0])
 
     def _run_on(self) -> None:
         """Run the callbacks that are ready. If they schedule others, run an iteration, which includes I/O."""
@@ -203,6 +208,11 @@ class LoopCore(Core):
             self.leave_by(exc)
         else:
             super().report(exc, message, **details)
+
+    def report_handshake(self, context: dict[str, Any]) -> None:
+        # As asyncio, which reports an `OSError`, such as `ssl.SSLError`, in debug mode only.
+        if self._loop.get_debug() or not isinstance(context["exception"], OSError):
+            super().report_handshake(context)
 
     def not_open(self, name: str = "") -> NotOpenError:
         return NotOpenError("Event loop is closed", self.group)

@@ -91,7 +91,7 @@ class ThreadSafeHandle(Handle):
 class TimerHandle(asyncio.TimerHandle):
     """A callback at a time, in the core's timers. A call runs it."""
 
-    __slots__ = ("_entry", "_timers")
+    __slots__ = ("_entry", "_number", "_timers")
 
     # As for `Handle`.
     _repr = None
@@ -99,6 +99,10 @@ class TimerHandle(asyncio.TimerHandle):
     _scheduled = True
     _callback: Any
     _context: Context
+    # Of `Timer`.
+    _when: float
+    _number: int
+    _entry: int
 
     @property
     def _cancelled(self) -> bool:  # type: ignore[override]  # asyncio sets it, in what is overridden here
@@ -119,13 +123,13 @@ class TimerHandle(asyncio.TimerHandle):
         self._context = copy_context() if context is None else context
         self._when = when
         self._timers = timers
-        self._entry = timers.push(when, self)
+        timers.push(self)
 
     def cancel(self) -> None:
         """Do not run the callback. Does nothing if it has run, or was cancelled before."""
         self._callback = None
         self._args = ()
-        self._timers.cancel(self._entry)
+        self._timers.cancel(self)
 
     def __call__(self) -> None:
         """Run the callback, unless it was cancelled; the caller reports what it raises."""
@@ -197,11 +201,15 @@ class DebugHandle(asyncio.Handle):
 class DebugTimerHandle(asyncio.TimerHandle):
     """A timer of the debug mode. It records where it was made, and logs if it takes long."""
 
-    __slots__ = ("_entry", "_timers")
+    __slots__ = ("_entry", "_number", "_timers")
 
     _callback: Any
     _context: Context
     _loop: Any
+    # Of `Timer`.
+    _when: float
+    _number: int
+    _entry: int
 
     def __init__(
         self,
@@ -216,10 +224,10 @@ class DebugTimerHandle(asyncio.TimerHandle):
         leave_out_own_lines(self)
         self._scheduled = True
         self._timers = timers
-        self._entry = timers.push(when, self)
+        timers.push(self)
 
     def cancel(self) -> None:
-        self._timers.cancel(self._entry)
+        self._timers.cancel(self)
         super().cancel()
 
     def __call__(self) -> None:

@@ -187,10 +187,9 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     ) -> asyncio.TimerHandle:
         if self._checks:
             self._check(callback, "call_at")
-        timers = self._timers
-        handle = self._new_timer_handle(when, callback, args, self, context, timers)
+        handle = self._new_timer_handle(when, callback, args, self, context, self._timers)
         driver = self._driver
-        if driver.waiting and timers.next_deadline() == when:
+        if driver.waiting and when < driver.deadline:  # `wait_at_most_until`, for speed.
             driver.wait_until(when)
         return handle
 

@@ -1,7 +1,7 @@
 """What stream and datagram transports have in common: the protocol, flow control, and the end of the connection.
 
 Holds: the transport's state and its one way to change, `_advance`; the one call of `connection_lost`.
-May know: callbacks, errors, flow control, states and the interface of channels.
+May know: callbacks, errors, flow control, states, tasks and the interface of channels.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .._callbacks import check_given_protocol
-from .._errors import failed_callback, log_debug, logger
+from .._errors import failed_callback, has_callback, log_debug, logger
 from ._flow_control import DatagramBuffer, WriteBuffer, limits
 from ._state import TRANSITIONS, State, check_transition
+from ._tasks import ConnectionTasks, TaskOwner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,7 +44,7 @@ STATE_NAMES = {
 def noop(*_: object) -> None: ...
 
 
-class ChannelTransport(asyncio.BaseTransport):
+class ChannelTransport(TaskOwner, asyncio.BaseTransport):
     """A transport over one channel."""
 
     __slots__ = (
@@ -58,6 +60,7 @@ class ChannelTransport(asyncio.BaseTransport):
         "_paused_protocol",
         "_protocol",
         "_state",
+        "_tasks",
         "_write_blocked",
         "_write_error",
         "_writes_after_loss",
@@ -91,6 +94,7 @@ class ChannelTransport(asyncio.BaseTransport):
         self._bytes_received = 0
         self._bytes_sent = 0
         self._paused_protocol: Any = None  # The protocol whose `pause_writing` was called last, until it is resumed.
+        self._tasks: ConnectionTasks | None = None
         self._update_write_blocked()
         self._use_protocol(protocol)
         channel.set_callbacks(self._read_ready, self._write_ready)
@@ -128,6 +132,18 @@ class ChannelTransport(asyncio.BaseTransport):
     def _abort(self) -> None:
         """End the connection at once: the end of the group calls this."""
         self.abort()
+
+    def _request_shutdown(self) -> None:
+        """Have the protocol end the connection if it has `shutdown_requested`, close the transport if not."""
+        self._callback_context.call_soon(self._shutdown_requested)
+
+    def _shutdown_requested(self) -> None:
+        if self.is_closing():
+            return
+        if has_callback(self._protocol, "shutdown_requested"):
+            self._call_protocol("shutdown_requested", from_channel=True)
+        else:
+            self.close()
 
     def _traffic(self) -> tuple[int, int, int]:
         """Return how many bytes were received, were sent, and are buffered."""
@@ -240,6 +256,8 @@ class ChannelTransport(asyncio.BaseTransport):
     def _call_flow(self, name: str, *, from_channel: bool) -> None:
         self._paused_protocol = self._protocol if name == "pause_writing" else None
         log_debug(self._callback_context.group, "%r: %s()", self, name)
+        if self._tasks is not None:
+            self._tasks.changed.notify()
         self._call_protocol(name, from_channel=from_channel)
 
     @property
@@ -304,6 +322,14 @@ class ChannelTransport(asyncio.BaseTransport):
         self._lose(exc if isinstance(exc, Exception) else None, aborted=True)
         self._report_callback(exc, name)
 
+    def _task_failed(self, exc: BaseException, name: str) -> None:
+        self._lose(exc if isinstance(exc, Exception) else None, aborted=True)
+        self._report_task(exc, name)
+
+    def _report_task(self, exc: BaseException, name: str) -> None:
+        message = f"Fatal error: the task {name} of the connection failed."
+        self._callback_context.report(message, exc, self, self._protocol)
+
     def _report_callback(self, exc: BaseException, name: str) -> None:
         if self._callback_context.leaves(exc):
             raise exc
@@ -326,6 +352,8 @@ class ChannelTransport(asyncio.BaseTransport):
         except BaseException:  # At the recursion limit, for example: the next call tries again.
             self._state = before
             raise
+        if self._tasks is not None:
+            self._tasks.error = exc
         self._buffer.clear()
         self._channel.set_reading(False)
         self._channel.set_writing(False)
@@ -351,7 +379,13 @@ class ChannelTransport(asyncio.BaseTransport):
         try:
             self._advance(CLOSED, "closed")
         finally:
-            on_lost(self)
+            self._end_tasks(partial(on_lost, self))
+
+    def _is_lost(self) -> bool:
+        return self._state >= LOST
+
+    def _is_closed(self) -> bool:
+        return self._state is CLOSED
 
     def _describe(self) -> list[str]:
         info = self._extra_info()

@@ -67,6 +67,9 @@ class DatagramTransport(ChannelTransport, abc.DatagramTransport):
     def _callback_failed(self, exc: BaseException, name: str) -> None:
         self._report_callback(exc, name)
 
+    def _task_failed(self, exc: BaseException, name: str) -> None:
+        self._report_task(exc, name)
+
     def close(self) -> None:
         """Receive no more, send what is buffered, then end with `connection_lost(None)`."""
         self._end_failed_write()

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 DEFAULT_HIGH = 64 * 1024
+DEFAULT_LOW = DEFAULT_HIGH // 4
 
 
 def limits(high: int | None, low: int | None) -> tuple[int, int]:
@@ -35,9 +36,8 @@ class Watermarks:
 
     def __init__(self) -> None:
         self.size: int = 0
-        self.low: int
-        self.high: int
-        self.low, self.high = limits(None, None)
+        self.low: int = DEFAULT_LOW
+        self.high: int = DEFAULT_HIGH
         self.paused: bool = False
 
     def crossed(self) -> str | None:

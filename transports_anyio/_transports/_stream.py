@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .._callbacks import CallbackContext
     from .._channels._abc import StreamChannel
     from .._channels._tls import TLSChannel
+    from ._tasks import ConnectionTasks
 
 
 class StreamTransport(ChannelTransport, abc.Transport):
@@ -464,6 +465,9 @@ class StreamTransport(ChannelTransport, abc.Transport):
         """The transport that has the connection after `start_tls`."""
         return None if self._upgrade is None else self._upgrade.upgraded
 
+    def _get_tasks(self) -> ConnectionTasks:
+        return super()._get_tasks() if self._upgraded is None else self._upgraded._get_tasks()
+
     def _check_not_upgraded(self, name: str) -> None:
         """Raise `RuntimeError` if `name` has to be called for the new transport."""
         if self._upgraded is not None:
@@ -511,6 +515,10 @@ class StreamTransport(ChannelTransport, abc.Transport):
         self._channel.set_reading(False)  # `resume_reading` may have been called during the handshake.
         upgraded._buffer = self._buffer
         upgraded._paused_protocol = self._paused_protocol
+        tasks, self._tasks = self._tasks, None
+        if tasks is not None:
+            upgraded._tasks = tasks
+            tasks.transport = upgraded
         upgraded._use_protocol(self._protocol)  # It may have to be paused.
         self._advance(UPGRADED, "upgraded to TLS")
         return upgraded
@@ -531,6 +539,12 @@ class StreamTransport(ChannelTransport, abc.Transport):
         self.resume_reading()
 
     # For the group and `repr`
+
+    def _shutdown_requested(self) -> None:
+        if self._upgraded is None:
+            super()._shutdown_requested()
+        else:
+            self._upgraded._shutdown_requested()
 
     def _traffic(self) -> tuple[int, int, int]:
         received, sent, buffered = super()._traffic()

@@ -13,14 +13,16 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import abc
 from .._callbacks import check_given_protocol
-from .._errors import failed_callback, log_debug
+from .._errors import failed_callback, has_callback, log_debug
 from .._processes._child import KILLED
 from .._waiters import InterruptSafeEvent
 from ._pipe import WritePipeTransport
+from ._tasks import ConnectionTasks, TaskOwner
 
 if TYPE_CHECKING:
     from .._callbacks import CallbackContext
@@ -53,7 +55,7 @@ class PipeProtocol(asyncio.Protocol):
         self._child._call_nested("pipe_connection_lost", self._fd, exc)
 
 
-class SubprocessTransport(abc.SubprocessTransport):
+class SubprocessTransport(TaskOwner, abc.SubprocessTransport):
     """A child process, as asyncio's documentation describes `asyncio.SubprocessTransport`.
 
     `TransportGroup.subprocess_exec`, `subprocess_shell` and `connect_process` create it. Every method is synchronous.
@@ -69,12 +71,14 @@ class SubprocessTransport(abc.SubprocessTransport):
         "_closed",
         "_ended",
         "_failure",
+        "_lost",
         "_on_lost",
         "_open_pipes",
         "_paused_protocol",
         "_pipes",
         "_protocol",
         "_returncode",
+        "_tasks",
         "_writing_paused",
     )
 
@@ -87,7 +91,7 @@ class SubprocessTransport(abc.SubprocessTransport):
     ) -> None:
         self._callback_context = callback_context
         self._child = child
-        self._protocol = protocol
+        self._protocol: Any = protocol
         self._on_lost = on_lost
         self._pipes: dict[int, StreamTransport] = {}
         self._open_pipes = 0
@@ -96,6 +100,8 @@ class SubprocessTransport(abc.SubprocessTransport):
         self._closed = False
         self._writing_paused = False
         self._paused_protocol: Any = None  # As in the other transports.
+        self._lost = False  # `connection_lost` has been called.
+        self._tasks: ConnectionTasks | None = None
         self._failure: BaseException | None = None  # The first exception in a callback: `connection_lost` gets it.
 
     def _start(self, pipes: dict[int, StreamTransport]) -> None:
@@ -192,6 +198,21 @@ class SubprocessTransport(abc.SubprocessTransport):
             returncode = self._child.kill_and_reap()
             self._callback_context.call_soon(self._exited, KILLED if returncode is None else returncode)
 
+    def _request_shutdown(self) -> None:
+        """Have the protocol end the process if it has `shutdown_requested`, terminate the process if not."""
+        self._callback_context.call_soon(self._shutdown_requested)
+
+    def _shutdown_requested(self) -> None:
+        if self._closed:
+            return
+        if has_callback(self._protocol, "shutdown_requested"):
+            self._call_protocol("shutdown_requested")
+            return
+        try:
+            self.terminate()
+        except (ProcessLookupError, PermissionError):
+            pass  # As for `close`.
+
     def _traffic(self) -> tuple[int, int, int]:
         """Return how many bytes were received and were sent over the pipes, and are buffered."""
         received = sent = waiting = 0
@@ -246,12 +267,37 @@ class SubprocessTransport(abc.SubprocessTransport):
             self._call_protocol("pause_writing")
 
     def _callback_failed(self, name: str, exc: BaseException) -> None:
-        if self._failure is None and isinstance(exc, Exception):
-            self._failure = exc
-        self.close()
+        self._fail(exc)
         if self._callback_context.leaves(exc):
             raise exc
         self._callback_context.report(failed_callback(self._protocol, name), exc, self, self._protocol)
+
+    def _task_failed(self, exc: BaseException, name: str) -> None:
+        self._fail(exc)
+        message = f"Fatal error: the task {name} of the connection failed."
+        self._callback_context.report(message, exc, self, self._protocol)
+
+    def _fail(self, exc: BaseException) -> None:
+        """End the child because of `exc`, raised by user code."""
+        if self._failure is None and isinstance(exc, Exception):
+            self._failure = exc
+        self.close()
+
+    def _is_lost(self) -> bool:
+        return self._lost
+
+    _is_closed = _is_lost
+
+    async def drain(self) -> None:
+        """Wait until writing to standard input is not paused.
+
+        Raises `ConnectionError` when standard input is closed, or is not a pipe and the child is gone.
+        """
+        stdin = self._pipes.get(0)
+        if stdin is None:
+            await super().drain()
+        else:
+            await stdin.drain()
 
     def _pipe_closed(self, pipe: StreamTransport) -> None:
         """Note that `pipe` is closed. Its protocol need not be a `PipeProtocol` any more."""
@@ -288,14 +334,17 @@ class SubprocessTransport(abc.SubprocessTransport):
 
     def _connection_lost(self) -> None:
         self._closed = True
+        if self._tasks is not None:
+            self._tasks.error = self._failure
         log_debug(self._callback_context.group, "%r: lost", self)
         try:
             self._call_protocol("connection_lost", self._failure)
         finally:
             # No reference cycles: the protocol most likely refers to the transport.
             self._failure = self._protocol = self._paused_protocol = None
+            self._lost = True
             self._child.close()
-            self._on_lost(self)
+            self._end_tasks(partial(self._on_lost, self))
 
     def __repr__(self) -> str:
         state = "running" if self._returncode is None else f"returncode={self._returncode}"

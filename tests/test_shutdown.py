@@ -1,0 +1,359 @@
+"""`Server.shutdown` and `TransportGroup.shutdown`: in order, and within the deadline."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import trustme
+from network import Echo, needs_unix
+from support import GUARD, HOST, DatagramRecorder, Peer, Recorder, SubprocessRecorder, collect_contexts, fill, until
+from tls_support import NAME, Certificates, TLSPeer
+
+from transports_anyio import TransportGroup
+
+pytestmark = pytest.mark.anyio
+
+#: Short, for tests in which it passes.
+DEADLINE = 0.3
+
+
+@pytest.fixture(scope="module")
+def certificates() -> Certificates:
+    return Certificates(trustme.CA())
+
+
+class Asked(Recorder):
+    """Records in `order` when it is asked, and when its connection is lost; what it does is in its first line."""
+
+    order: list[tuple[str, str]]
+
+    def __init__(self, order: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self.order = order
+
+    @property
+    def kind(self) -> str:
+        return bytes(self.received).decode()
+
+    def shutdown_requested(self) -> None:
+        self.order.append(("asked", self.kind))
+        if self.kind == "idle":
+            self.transport.close()
+        elif self.kind == "busy":
+            self.group.call_later(DEADLINE / 3, self.answer)
+        elif self.kind == "broken":
+            raise ZeroDivisionError
+
+    def answer(self) -> None:
+        self.transport.write(b"the answer")
+        self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.order.append(("lost", self.kind))
+        super().connection_lost(exc)
+
+
+class Clients:
+    """A server of `Asked`, and clients of its group."""
+
+    def __init__(self, group: Any, kind: str, directory: Path, certificates: Certificates) -> None:
+        self.group = group
+        self.unix = kind == "unix"
+        self.tls = kind == "tls"
+        self.path = str(directory / "socket")
+        self.certificates = certificates
+        self.order: list[tuple[str, str]] = []
+        self.made: list[Any] = []
+        self.connected = 0
+        self.clients = group  # Of which the clients are.
+
+    def factory(self) -> Asked:
+        protocol = Asked(self.order)
+        protocol.group = self.group
+        self.made.append(protocol)
+        return protocol
+
+    async def start(self, factory: Any = None) -> Any:
+        options = {"ssl": self.certificates.server()} if self.tls else {}
+        factory = factory or self.factory
+        if self.unix:
+            self.server = await self.group.create_unix_server(factory, self.path)
+        else:
+            self.server = await self.group.create_server(factory, HOST, 0, **options)
+            self.address = self.server.sockets[0].getsockname()
+        return self.server
+
+    async def connect(self, kind: str) -> Recorder:
+        if self.unix:
+            transport, recorder = await self.clients.create_unix_connection(Recorder, self.path)
+        elif self.tls:
+            options = {"ssl": self.certificates.client(), "server_hostname": NAME}
+            transport, recorder = await self.clients.create_connection(Recorder, *self.address, **options)
+        else:
+            transport, recorder = await self.clients.create_connection(Recorder, *self.address)
+        transport.write(kind.encode())
+        self.connected += 1
+        await until(lambda: sum(bool(protocol.kind) for protocol in self.made) == self.connected)
+        return recorder
+
+
+@pytest.mark.parametrize("whose", ["server", "group"])
+@pytest.mark.parametrize("kind", ["tcp", "tls", pytest.param("unix", marks=needs_unix)])
+async def test_idle_busy_and_stuck_clients(
+    anyio_backend: Any, tmp_path: Path, certificates: Certificates, kind: str, whose: str
+) -> None:
+    async with TransportGroup() as clients, TransportGroup() as group:
+        service = Clients(group, kind, tmp_path, certificates)
+        service.clients = clients
+        server = await service.start()
+        idle, busy, stuck = [await service.connect(name) for name in ("idle", "busy", "stuck")]
+        begun = anyio.current_time()
+        with anyio.fail_after(GUARD):
+            await (server if whose == "server" else group).shutdown(DEADLINE)
+        assert anyio.current_time() - begun >= DEADLINE
+        assert sorted(service.order[:3]) == [("asked", "busy"), ("asked", "idle"), ("asked", "stuck")]
+        assert service.order[3:] == [("lost", "idle"), ("lost", "busy"), ("lost", "stuck")]
+        assert not server.is_serving()
+        with anyio.fail_after(GUARD):
+            for recorder in (idle, busy, stuck):
+                await recorder.wait_for("connection_lost")
+        assert (idle.received, busy.received, stuck.received) == (b"", b"the answer", b"")
+
+
+async def test_it_returns_as_soon_as_all_have_gone(
+    anyio_backend: Any, tmp_path: Path, certificates: Certificates
+) -> None:
+    async with TransportGroup() as group:
+        service = Clients(group, "tcp", tmp_path, certificates)
+        server = await service.start()
+        for _ in range(3):
+            await service.connect("idle")
+        with anyio.fail_after(GUARD):
+            await server.shutdown(3600)
+            await server.shutdown(3600)
+        assert [what for what, _ in service.order] == ["asked"] * 3 + ["lost"] * 3
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["reads", "does not read"])
+async def test_a_protocol_that_does_not_want_to_know_is_closed(
+    anyio_backend: Any, certificates: Certificates, reads: bool
+) -> None:
+    """What is buffered is sent if the peer reads it in time."""
+    made: list[Recorder] = []
+
+    def factory() -> Recorder:
+        made.append(Recorder())
+        return made[-1]
+
+    async with TransportGroup() as group:
+        server = await group.create_server(factory, HOST, 0)
+        with Peer.connect(server.sockets[0].getsockname()) as peer:
+            await until(lambda: made and made[0].transport)
+            written = fill(made[0].transport)
+            with anyio.fail_after(GUARD):
+                if not reads:
+                    await server.shutdown(0.05)
+                    assert made[0].calls[-1] == ("connection_lost", None)
+                else:
+                    async with anyio.create_task_group() as tasks:
+                        tasks.start_soon(server.shutdown, None)
+                        assert len(await peer.receive_all()) == written
+
+
+async def test_a_callback_that_raises_ends_its_connection_and_no_other(
+    anyio_backend: Any, tmp_path: Path, certificates: Certificates
+) -> None:
+    async with TransportGroup() as group:
+        contexts = collect_contexts(group)
+        service = Clients(group, "tcp", tmp_path, certificates)
+        server = await service.start()
+        await service.connect("broken")
+        busy = await service.connect("busy")
+        with anyio.fail_after(GUARD):
+            await server.shutdown(None)
+            await busy.wait_for("connection_lost")
+        assert busy.received == b"the answer"
+        (context,) = contexts
+        assert isinstance(context["exception"], ZeroDivisionError)
+        assert "shutdown_requested" in context["message"]
+
+
+async def test_pending_handshakes_end_at_once(anyio_backend: Any, tmp_path: Path, certificates: Certificates) -> None:
+    async with TransportGroup() as group:
+        contexts = collect_contexts(group)
+        server = await Clients(group, "tls", tmp_path, certificates).start()
+        with Peer.connect(server.sockets[0].getsockname()) as peer:
+            await until(lambda: server.statistics().pending_handshakes)
+            with anyio.fail_after(GUARD):
+                await server.shutdown(3600)
+            assert await peer.gone()
+        assert contexts == []
+
+
+async def test_an_upgraded_connection_is_asked(anyio_backend: Any, tmp_path: Path, certificates: Certificates) -> None:
+    async with TransportGroup() as group:
+        service = Clients(group, "tcp", tmp_path, certificates)
+        server = await service.start()
+        with Peer.connect(service.address) as plain:
+            await until(lambda: service.made and service.made[0].transport)
+            protocol = service.made[0]
+            protocol.transport.pause_reading()  # The client may be the first of the two to begin.
+
+            async def upgrade() -> None:
+                protocol.transport = await group.start_tls(
+                    protocol.transport, protocol, certificates.server(), server_side=True
+                )
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(upgrade)
+                peer = await TLSPeer.wrap(plain.socket, certificates.client(), server_hostname=NAME)
+            with peer:
+                await peer.send(b"busy")
+                await until(lambda: protocol.kind == "busy")
+                async with anyio.create_task_group() as tasks:
+                    with anyio.fail_after(GUARD):
+                        tasks.start_soon(server.shutdown, None)
+                        assert await peer.receive_exactly(10) == b"the answer"
+                        peer.send_close_notify_and_close()
+        assert service.order == [("asked", "busy"), ("lost", "busy")]
+
+
+async def test_no_time_at_all(anyio_backend: Any, tmp_path: Path, certificates: Certificates) -> None:
+    async with TransportGroup() as group:
+        service = Clients(group, "tcp", tmp_path, certificates)
+        server = await service.start()
+        stuck = await service.connect("stuck")
+        with anyio.fail_after(GUARD):
+            await server.shutdown(0)
+            await stuck.wait_for("connection_lost")
+        assert service.order[-1] == ("lost", "stuck")
+
+
+@pytest.mark.parametrize(("timeout", "error"), [(-1, ValueError), (nan, ValueError), ("5", TypeError)])
+async def test_a_timeout_that_is_refused_changes_nothing(anyio_backend: Any, timeout: Any, error: Any) -> None:
+    async with TransportGroup() as group:
+        server = await group.create_server(Echo, HOST, 0)
+        for each in (server, group):
+            with pytest.raises(error):
+                await each.shutdown(timeout)
+        assert server.is_serving()
+        assert not group.is_closing()
+
+
+async def test_a_shutdown_that_is_cancelled_goes_on(
+    anyio_backend: Any, tmp_path: Path, certificates: Certificates
+) -> None:
+    async with TransportGroup() as group:
+        service = Clients(group, "tcp", tmp_path, certificates)
+        server = await service.start()
+        busy = await service.connect("busy")
+        with anyio.move_on_after(0.01) as scope:
+            await server.shutdown(None)
+        assert scope.cancelled_caught
+        with anyio.fail_after(GUARD):
+            await server.wait_closed()
+            await busy.wait_for("connection_lost")
+        assert busy.received == b"the answer"
+
+
+# -- a group ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_group_that_has_shut_down(anyio_backend: Any) -> None:
+    """Every kind of transport has ended, no new one can be made, and tasks and callbacks go on."""
+    async with TransportGroup() as group:
+        server = await group.create_server(Echo, HOST, 0)
+        where = server.sockets[0].getsockname()
+        _, client = await group.create_connection(Recorder, *where)
+        _, endpoint = await group.create_datagram_endpoint(DatagramRecorder, (HOST, 0))
+        event = anyio.Event()
+        group.start_soon(event.wait)
+        with anyio.fail_after(GUARD):
+            await group.shutdown(3600)
+        assert client.lost
+        assert endpoint.lost
+        assert group.is_closing()
+        assert group.statistics().open_transports == {}
+        with pytest.raises(RuntimeError, match="not open any more"):
+            await group.create_connection(Recorder, *where)
+        assert group.statistics().running_tasks == 1
+        called = anyio.Event()
+        group.call_soon(called.set)
+        with anyio.fail_after(GUARD):
+            await called.wait()
+        event.set()
+    with pytest.raises(RuntimeError, match="not open any more"):
+        await group.shutdown(1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes")
+async def test_pipes_of_a_group_that_shuts_down(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        reading, writing = os.pipe()
+        _, reader = await group.connect_read_pipe(Recorder, os.fdopen(reading, "rb", 0))
+        transport, writer = await group.connect_write_pipe(Recorder, os.fdopen(writing, "wb", 0))
+        transport.write(b"the last words")
+        await until(lambda: reader.received)
+        with anyio.fail_after(GUARD):
+            await group.shutdown(3600)
+        assert reader.lost
+        assert writer.lost
+
+
+TERMINATES = "import sys; print('ready', flush=True); sys.stdin.read()"
+CLEANS_UP = (
+    "import signal, sys\n"
+    "signal.signal(signal.SIGTERM, lambda *_: (print('cleaned up', flush=True), sys.exit(3)))\n"
+    "print('ready', flush=True)\n"
+    "while True: signal.pause()\n"
+)
+IGNORES = (
+    "import signal\n"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "print('ready', flush=True)\n"
+    "while True: signal.pause()\n"
+)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("program", "timeout", "returncode", "output"),
+    [
+        (TERMINATES, 3600, -signal.SIGTERM, b"ready\n"),
+        (CLEANS_UP, 3600, 3, b"ready\ncleaned up\n"),
+        (IGNORES, 0.2, -9, b"ready\n"),
+    ],
+    ids=["terminates", "cleans up", "ignores it"],
+)
+async def test_a_child_is_terminated_and_killed_at_the_deadline(
+    anyio_backend: Any, program: str, timeout: float, returncode: int, output: bytes
+) -> None:
+    async with TransportGroup() as group:
+        transport, child = await group.subprocess_exec(SubprocessRecorder, sys.executable, "-c", program)
+        await until(lambda: child.received.get(1) == b"ready\n")
+        with anyio.fail_after(GUARD):
+            await group.shutdown(timeout)
+        assert transport.get_returncode() == returncode
+        assert child.received[1] == output
+        assert child.lost
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+async def test_a_child_whose_protocol_wants_to_know(anyio_backend: Any) -> None:
+    class Quitting(SubprocessRecorder):
+        def shutdown_requested(self) -> None:
+            self.transport.get_pipe_transport(0).close()
+
+    async with TransportGroup() as group:
+        transport, child = await group.subprocess_exec(Quitting, sys.executable, "-c", TERMINATES)
+        await until(lambda: child.received.get(1) == b"ready\n")
+        with anyio.fail_after(GUARD):
+            await group.shutdown(3600)
+        assert transport.get_returncode() == 0
