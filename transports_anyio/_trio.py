@@ -115,9 +115,11 @@ class TrioDriver(TaskDriver):
         task = trio.lowlevel.current_task()
         while True:
             self._alarm_at = self.deadline
-            with trio.CancelScope(deadline=self.deadline) as self._alarm_scope:
+            with trio.CancelScope(deadline=self._alarm_at) as self._alarm_scope:
                 self._parked = task
-                await trio.lowlevel.wait_task_rescheduled(self._abort_alarm)
+                if self.deadline >= self._alarm_at:  # If not, a finalizer has called `wake` between these lines.
+                    await trio.lowlevel.wait_task_rescheduled(self._abort_alarm)
+            self._parked = None
             self._alarm_at = -inf
             if self.waiting:
                 now = self.time() + RESOLUTION
@@ -172,7 +174,7 @@ class TrioDriver(TaskDriver):
 
 @enable_ki_protection
 async def wait_in(waiting: dict[Any, Callable[[Any], None]]) -> None:
-    """Put this task into `waiting`, with what wakes it, and wait. Whoever wakes it takes it out first."""
+    """Wait in `waiting`, under this task and with the function that wakes it. The waking code removes it first."""
     task = trio.lowlevel.current_task()
     waiting[task] = trio.lowlevel.reschedule
 
