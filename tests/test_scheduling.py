@@ -892,7 +892,7 @@ async def test_a_timer_that_is_not_pending_cannot_be_moved(anyio_backend: Any) -
         for wrong, error in (("soon", TypeError), (None, TypeError), (float("nan"), ValueError)):
             for wrong_move in (pending.reschedule, pending.reschedule_at):
                 with pytest.raises(error):
-                    wrong_move(wrong)
+                    wrong_move(wrong)  # type: ignore[arg-type]
                 assert pending.when() == when
         assert group.statistics().pending_timers == 1
     with pytest.raises(RuntimeError, match="group has ended"):

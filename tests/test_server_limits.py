@@ -97,6 +97,7 @@ async def test_no_more_connections_than_the_limit(
         assert await answers(first)
         for number, (leaving, next_one) in enumerate(zip([first, second], waiting[:2], strict=True), 3):
             leaving.close()
+            peer: Any
             if service.tls:
                 peer = await TLSPeer.wrap(next_one.socket, certificates.client(), server_hostname=NAME)
             else:

@@ -33,6 +33,7 @@ class Asked(Recorder):
     """Records in `order` when it is asked, and when its connection is lost; what it does is in its first line."""
 
     order: list[tuple[str, str]]
+    group: TransportGroup
 
     def __init__(self, order: list[tuple[str, str]]) -> None:
         super().__init__()
@@ -124,7 +125,7 @@ async def test_idle_busy_and_stuck_clients(
         with anyio.fail_after(GUARD):
             for recorder in (idle, busy, stuck):
                 await recorder.wait_for("connection_lost")
-        assert (idle.received, busy.received, stuck.received) == (b"", b"the answer", b"")
+        assert tuple(bytes(each.received) for each in (idle, busy, stuck)) == (b"", b"the answer", b"")
 
 
 async def test_it_returns_as_soon_as_all_have_gone(
@@ -337,7 +338,7 @@ async def test_a_child_is_terminated_and_killed_at_the_deadline(
 ) -> None:
     async with TransportGroup() as group:
         transport, child = await group.subprocess_exec(SubprocessRecorder, sys.executable, "-c", program)
-        await until(lambda: child.received.get(1) == b"ready\n")
+        await until(lambda: bytes(child.received.get(1, b"")) == b"ready\n")
         with anyio.fail_after(GUARD):
             await group.shutdown(timeout)
         assert transport.get_returncode() == returncode
@@ -353,7 +354,7 @@ async def test_a_child_whose_protocol_wants_to_know(anyio_backend: Any) -> None:
 
     async with TransportGroup() as group:
         transport, child = await group.subprocess_exec(Quitting, sys.executable, "-c", TERMINATES)
-        await until(lambda: child.received.get(1) == b"ready\n")
+        await until(lambda: bytes(child.received.get(1, b"")) == b"ready\n")
         with anyio.fail_after(GUARD):
             await group.shutdown(3600)
         assert transport.get_returncode() == 0

@@ -225,7 +225,7 @@ def test_a_protocol_factory_that_is_a_coroutine_function(run):
     async def main():
         loop = asyncio.get_running_loop()
         with pytest.raises(TypeError, match=re.escape("asyncio.create_task()")):
-            await loop.create_connection(factory, "127.0.0.1", 1)
+            await loop.create_connection(factory, "127.0.0.1", 1)  # type: ignore[type-var]
 
     if run.name == "trio":
         run(main)

@@ -307,7 +307,7 @@ async def test_failed_handshake_is_one_line_at_level_info(
     stack: Stack, certificates: Certificates, tmp_path: Path, kind: str
 ) -> None:
     """What a port on the internet sees all day. asyncio writes nothing, unless in debug mode."""
-    options = {"ssl_handshake_timeout": 0.1} if kind == "slow" else {}
+    options: dict[str, Any] = {"ssl_handshake_timeout": 0.1} if kind == "slow" else {}
     context = certificates.server()
     if kind == "name that Python cannot read":
         context.verify_mode = ssl.CERT_REQUIRED
