@@ -298,6 +298,28 @@ async def test_a_write_that_could_not_even_end_the_connection(stack: Stack, even
         assert len(got) < 8 << 20
 
 
+@pytest.mark.ours_only("asyncio's own call_soon wakes nothing")
+async def test_w17_callbacks_scheduled_at_the_recursion_limit(stack: Stack) -> None:
+    """A call that is refused runs nothing, and the iterations go on."""
+    async with stack.open() as group:
+        refused = 0
+        for spare in range(1, 25):
+            await turns(3)  # The group waits again, so that the call has to wake it.
+            ran: list[str] = []
+            raised = False
+            try:
+                at_depth(frames_left() - spare, lambda ran=ran: group.call_soon(ran.append, "refused"))
+            except RecursionError:
+                raised = True
+            refused += raised
+            with anyio.fail_after(GUARD):
+                await until(lambda ran=ran, raised=raised: raised or ran)
+            group.call_soon(ran.append, "next")
+            await until(lambda ran=ran: "next" in ran)
+            assert ran == (["next"] if raised else ["refused", "next"])
+        assert refused
+
+
 # -- datagrams --------------------------------------------------------------------------------------------------------
 
 

@@ -133,8 +133,8 @@ class TaskDriver(Driver):
 
     def wake(self) -> None:
         if self.waiting:
-            self.waiting = False
             self.wake_threadsafe()
+            self.waiting = False  # Not before: the call may raise, at the recursion limit for example.
 
     def wake_threadsafe(self) -> None:
         if self._wake_sent:

@@ -226,8 +226,8 @@ class TransportGroup(
         if not core.alive:
             raise core.not_open("call_soon")
         handle = Handle(callback, args, core.context_for(callback, context))
+        core.driver.wake()  # First, as in `Scheduler.call_internal`.
         core.ready.append(handle)
-        core.driver.wake()
         return handle
 
     def call_soon_threadsafe(

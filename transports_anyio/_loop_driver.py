@@ -90,8 +90,8 @@ class LoopDriver(Driver):
 
     def _schedule(self) -> None:
         if not self._scheduled:
-            self._scheduled = True
             self._loop.call_soon(self._scheduled_run)
+            self._scheduled = True  # Not before: the call may raise, at the recursion limit for example.
 
     def _scheduled_run(self) -> None:
         self._scheduled = False
@@ -137,8 +137,8 @@ class LoopDriver(Driver):
         self.deadline = deadline
         # A task may set and cancel many timers in a row: the loop's own timer is moved once for all of them.
         if not self._moving:
-            self._moving = True
             self._loop.call_soon(self._move_timer)
+            self._moving = True
 
     def _move_timer(self) -> None:
         self._moving = False
@@ -147,8 +147,8 @@ class LoopDriver(Driver):
 
     def wake(self) -> None:
         if self.waiting:
-            self.waiting = False
             self._schedule()
+            self.waiting = False
 
     def wake_threadsafe(self) -> None:
         if self._wake_sent:

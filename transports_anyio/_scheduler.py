@@ -220,8 +220,9 @@ class Scheduler:
 
     def call_internal(self, callback: Callable[..., object], *args: Any) -> None:
         """Run `callback` in the next iteration, without a context or a handle."""
-        self.ready.append(partial(callback, *args) if args else callback)
-        self.driver.wake()
+        scheduled = partial(callback, *args) if args else callback
+        self.driver.wake()  # First: if it raises, at the recursion limit for example, nothing has been scheduled.
+        self.ready.append(scheduled)
 
     def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> TimerHandle:
         """Call `callback(*args)` after `delay` seconds, in a copy of the caller's context."""

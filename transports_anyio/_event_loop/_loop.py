@@ -137,10 +137,10 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         if self._checks:
             self._check(callback, "call_soon")
         handle = self._new_handle(callback, args, self, context)
-        self._append(handle)
         driver = self._driver
         if driver.waiting:
-            driver.wake()
+            driver.wake()  # First, as in `Scheduler.call_internal`.
+        self._append(handle)
         return handle
 
     def call_soon_threadsafe(  # type: ignore[override]  # as `call_soon`
