@@ -210,7 +210,7 @@ async def test_a_client_that_does_not_read(stack: Stack, monkeypatch: pytest.Mon
             for _ in range(3):  # One of the others would be due as well.
                 assert await anna.hear() == "ping"
             assert transport.get_write_buffer_size() <= size
-            room.members["deaf"].expect_within(0, "you have been silent for too long")
+            group.call_soon(room.members["deaf"].expect_within, 0, "you have been silent for too long")
             await until(lambda: "deaf" not in room.members)
             await until(lambda: transport not in group._core.transports)
             await anna.say("who")

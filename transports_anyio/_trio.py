@@ -164,12 +164,12 @@ class TrioDriver(TaskDriver):
     @enable_ki_protection
     def wake(self) -> None:
         if self.waiting:
-            self.waiting = False
-            alarm, self._parked = self._parked, None
-            if alarm is not None:
-                trio.lowlevel.reschedule(alarm)
+            if self._parked is not None:
+                trio.lowlevel.reschedule(self._parked)  # First: at the recursion limit it raises, and nothing changes.
+                self._parked = None
             else:
                 self.deadline = -inf  # The alarm is about to run, or about to wait for the first time.
+            self.waiting = False
 
 
 @enable_ki_protection
