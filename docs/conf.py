@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT))
 project = "transports_anyio"
 author = "the transports_anyio authors"
 project_copyright = author
+# A `Transport` is one of asyncio's or of `transports_anyio.abc`, which derives from it: either target is right.
+suppress_warnings = ["ref.python"]
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 
@@ -68,6 +70,15 @@ def format_parameters(
             inside = False
 
 
+def separate_lists(_app: Sphinx, _what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
+    """Put an empty line before each list, in place: docutils needs one, readers of the source do not."""
+    for number in range(len(lines) - 1, 0, -1):
+        before = lines[number - 1]
+        if lines[number].startswith("- ") and before and not before.startswith(("- ", "  ")):
+            lines.insert(number, "")
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", list_examples)
     app.connect("autodoc-process-docstring", format_parameters)
+    app.connect("autodoc-process-docstring", separate_lists)

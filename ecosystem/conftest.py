@@ -11,6 +11,7 @@ import asyncio
 import functools
 import gc
 import inspect
+import signal
 import ssl
 import threading
 import time
@@ -96,6 +97,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Started in the background by a shell. The programs that tests end by Ctrl-C would inherit this.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in WARNINGS_OF_LIBRARIES:
         config.addinivalue_line("filterwarnings", line)
 
