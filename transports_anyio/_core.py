@@ -92,7 +92,7 @@ class Core(Scheduler):
 
     def opened(self) -> None:
         """Accept connections and callbacks from now on, in this thread."""
-        self.thread = get_ident()
+        self.thread: int = get_ident()
         self.open = self.alive = True
 
     async def _run_scheduler(self) -> None:

@@ -50,11 +50,8 @@ class EventLoop(OpenEventLoop):
         super().__init__(_trio)
         core = self._core
         poller = assemble(None, monotonic)
-        poller.loop = self
         core.open_poller(poller)
-        self._poller = poller
-        self._driver = core.driver
-        self.time = core.time  # type: ignore[method-assign]  # without the cost of a call
+        self._use_poller(poller)
         core.open = core.alive = True
         core.call(anyio.get_cancelled_exc_class)  # Loads AnyIO's asyncio backend, which takes long, not in a turn.
 

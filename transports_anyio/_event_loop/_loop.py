@@ -98,16 +98,20 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             bool(sys.flags.dev_mode or (not sys.flags.ignore_environment and os.environ.get("PYTHONASYNCIODEBUG")))
         )
 
+    def _use_poller(self, poller: Poller) -> None:
+        """Use the poller that the core has opened."""
+        poller.loop = self
+        self._poller = poller
+        self._driver = poller.driver
+        self.time = poller.time  # type: ignore[method-assign]  # without the cost of a call
+
     async def _open(self, stack: AsyncExitStack) -> None:
         """Begin to run iterations. They end when `stack` is left."""
         core = self._core
         await self._spawner.enter(stack)
         await core.enter(stack)
         core.opened()
-        self._poller = poller = core.poller
-        self._driver = core.driver
-        poller.loop = self
-        self.time = core.time  # type: ignore[method-assign]  # without the cost of a call
+        self._use_poller(core.poller)
         core.call(anyio.get_cancelled_exc_class)  # Loads AnyIO's asyncio backend now: an iteration would be slow.
 
     def _start_backend_task(
