@@ -154,7 +154,8 @@ async def tls_over_tcp(authority: trustme.CA) -> AsyncIterator[tuple[TLSStream, 
         yield a, b
     finally:
         for stream in made:
-            await anyio.aclose_forcefully(stream)
+            with contextlib.suppress(anyio.ClosedResourceError):  # AnyIO before 4.11, for one that the test has closed.
+                await anyio.aclose_forcefully(stream)
 
 
 async def test_a1_a_peer_that_has_reset_a_tls_connection(anyio_backend: Any, certificate_authority: Any) -> None:
@@ -216,7 +217,9 @@ async def test_a1_a_closed_stream(anyio_backend: Any, kind: str, certificate_aut
         if kind == "sending":
             transport.write(b"data")  # It cannot be noticed before.
         # To AnyIO's TLS stream its own close looks like the peer's.
-        assert isinstance(await lost(protocol), ConnectionResetError if kind == "tls" else ConnectionAbortedError)
+        # Newer releases of AnyIO call their TLS streams broken, older ones closed.
+        either = (ConnectionResetError, ConnectionAbortedError)
+        assert isinstance(await lost(protocol), either if kind == "tls" else ConnectionAbortedError)
         assert protocol.names[0] == "connection_made"
         assert protocol.received == b""
 
