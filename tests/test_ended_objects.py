@@ -169,7 +169,7 @@ async def test_a1_a_peer_that_has_reset_a_tls_connection(anyio_backend: Any, cer
         await turns(10)
         transport, protocol = await group.connect_stream(Recorder, ours)
         assert not transport.can_write_eof()
-        assert isinstance(await lost(protocol), ConnectionResetError)
+        assert isinstance(await lost(protocol), (ConnectionResetError, ssl.SSLEOFError))  # Older AnyIO
         assert protocol.received == b"request"
 
 
