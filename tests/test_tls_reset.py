@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import anyio
@@ -145,6 +146,8 @@ async def test_t15_client_that_resets_at_once(way: Any, stack: Stack, certificat
 async def test_t15_client_that_resets_at_once_over_other_channels(
     way: Any, stack: Stack, certificates: Certificates
 ) -> None:
+    if anyio_backend[1].get("use_uvloop") and tuple(map(int, version("anyio").split(".")[:2])) < (4, 14):
+        pytest.skip("on uvloop older releases of AnyIO lose how a connection has ended")
     await check_that_a_reset_is_reported(way, stack, certificates)
 
 
