@@ -144,7 +144,7 @@ async def test_t15_client_that_resets_at_once(way: Any, stack: Stack, certificat
 @pytest.mark.ours_only("asyncio has no AnyIO streams, and shuts TLS in TLS down in other ways")
 @pytest.mark.parametrize("way", OUR_WAYS)
 async def test_t15_client_that_resets_at_once_over_other_channels(
-    way: Any, stack: Stack, certificates: Certificates
+    way: Any, anyio_backend: Any, stack: Stack, certificates: Certificates
 ) -> None:
     if anyio_backend[1].get("use_uvloop") and tuple(map(int, version("anyio").split(".")[:2])) < (4, 14):
         pytest.skip("on uvloop older releases of AnyIO lose how a connection has ended")
