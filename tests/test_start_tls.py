@@ -827,8 +827,8 @@ async def test_unix_connection(stack: Stack, certificates: Certificates, tmp_pat
             protocol.transport = await group.start_tls(protocol.transport, protocol, context, **options)
 
         await together(
-            lambda: upgrade(client, certificates.client(), server_hostname=NAME),
             lambda: upgrade(server, certificates.server(), server_side=True),
+            lambda: upgrade(client, certificates.client(), server_hostname=NAME),
         )
         client.transport.write(b"hello")
         await client.wait_received(5)

@@ -92,7 +92,7 @@ async def after_start_tls(group: Any, certificates: Certificates, protocol: Reco
 async def in_tls(group: Any, certificates: Certificates, protocol: Recorder) -> None:
     async with connected(group, protocol) as (transport, _, peer):
         below = client_layer(certificates, peer)
-        _, outer = await together(below.shake_hands, lambda: upgraded(group, certificates, transport, protocol))
+        outer, _ = await together(lambda: upgraded(group, certificates, transport, protocol), below.shake_hands)
         await together(
             lambda: upgraded(group, certificates, outer, protocol),
             lambda: send_and_reset(client_layer(certificates, below), peer),

@@ -160,8 +160,8 @@ async def test_start_tls_in_mid_stream(anyio_backend: Any, certificates: Certifi
             protocol.transport = await group.start_tls(protocol.transport, protocol, context, **options)
 
         await together(
-            lambda: upgrade(client, certificates.client(), server_hostname=NAME),
             lambda: upgrade(server, certificates.server(), server_side=True),
+            lambda: upgrade(client, certificates.client(), server_hostname=NAME),
         )
         server.hooks["data_received"] = echo
         client.transport.write(clear)
@@ -372,8 +372,8 @@ async def test_stream_that_breaks_during_the_shutdown(
 
         for _ in range(layers):
             await together(
-                lambda: upgrade(client, certificates.client(), server_hostname=NAME),
                 lambda: upgrade(server, certificates.server(), server_side=True),
+                lambda: upgrade(client, certificates.client(), server_hostname=NAME),
             )
         server.transport.write(b"x")  # After the session tickets, so that nothing is in flight any more.
         await client.wait_received(1)

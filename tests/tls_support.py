@@ -148,11 +148,15 @@ class TLSPeer(Peer):
 
 
 async def together(*functions: Callable[[], Any]) -> list[Any]:
-    """Run async functions concurrently and return their results; raise a single failure without a group."""
+    """Run async functions concurrently and return their results; raise a single failure without a group.
+
+    Each has reached its first wait before the next one begins: a peer cannot answer what has not begun.
+    """
     results: list[Any] = [None] * len(functions)
     failures: list[BaseException] = []
 
-    async def run(index: int) -> None:
+    async def run(index: int, begun: anyio.Event) -> None:
+        begun.set()
         try:
             results[index] = await functions[index]()
         except Exception as exc:
@@ -161,7 +165,9 @@ async def together(*functions: Callable[[], Any]) -> list[Any]:
 
     async with anyio.create_task_group() as tasks:
         for index in range(len(functions)):
-            tasks.start_soon(run, index)
+            begun = anyio.Event()
+            tasks.start_soon(run, index, begun)
+            await begun.wait()
     try:
         if failures:
             raise failures[0]
