@@ -61,7 +61,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "ours_only(reason, before=None): not run on asyncio's own transports, because we differ on purpose or "
-        "because asyncio has no such thing; of Pythons before `before`, since when asyncio does as we do",
+        "because asyncio has no such thing; of Pythons before `before`, since when asyncio does as we do. "
+        "The reason may be left out beside `differs`",
+    )
+    config.addinivalue_line(
+        "markers",
+        "differs(what, asyncio, here, why): shows a deliberate difference from asyncio, a row of docs/differences.md; "
+        "differs(what): shows the same difference as another test",
     )
     config.addinivalue_line(
         "markers", "exhaustive: takes long; nox runs it on the newest Python only, unless it is given arguments"
@@ -74,6 +80,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "stack" in metafunc.fixturenames:
         names = [name for name in BACKENDS if name in backends]
         mark = metafunc.definition.get_closest_marker("ours_only")
+        if mark is not None and not mark.args:
+            assert metafunc.definition.get_closest_marker("differs"), "ours_only needs a reason"
         # Where Python versions differ, the newest behaviour is right, so older versions are no oracle.
         oracle_since = (3, 13) if mark is None else mark.kwargs.get("before")
         if "asyncio" in backends and oracle_since is not None and sys.version_info >= oracle_since:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import array
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from differential import CARRIERS, EVERYWHERE, HUGE, TWO_WAY, Scenario, Step
@@ -481,108 +482,251 @@ AS_TCP = {
     "memory_in_small_pieces": {"closing_in_resume_writing"},
 }
 
-#: Each difference of the section "Streams" of docs/differences.md, by name, with the carriers on which it is visible.
-DIFFERENCES: dict[str, dict[str, Sequence[str]]] = {
-    "an exception in a callback": {
-        "raising_in_connection_made": SOCKETS,
-        "raising_in_connection_lost": EVERYWHERE,
-        "raising_in_pause_writing": EVERYWHERE,
-        "raising_in_resume_writing": EVERYWHERE,
-        "raising_in_data_received": ("pipe",),
-    },
-    "`eof_received` twice": {
-        "resume_reading_after_the_end": HALF_CLOSING,
-        "pausing_in_eof_received": HALF_CLOSING,
-    },
-    "data after `close` or `abort` in `get_buffer`": {
-        "buffered_closing_in_get_buffer": ("tcp", "unix", "memory", "tls"),
-        "buffered_aborting_in_get_buffer": ("tcp", "unix", "memory", "tls"),
-    },
-    "`close` or `abort` inside `resume_writing`": {
-        "closing_in_resume_writing": ("unix", "pipe", "memory", "memory_in_small_pieces", "tls"),
-        "aborting_in_resume_writing": EVERYWHERE,
-    },
-    "`writelines`": {
-        "writelines_pauses": (*SOCKETS, "tls"),
-        "writelines_of_no_type": (*SOCKETS, "tls"),
-        "writelines_after_close": SOCKETS,
-    },
-    "`write` after a `close` that flushed": {
-        "write_after_a_close_that_flushed": SOCKETS,
-        "writing_in_connection_lost_after_a_close_that_flushed": SOCKETS,
-    },
-    "`set_protocol` while writing is paused": {"set_protocol_while_writing_is_paused": EVERYWHERE},
-    "`write_eof` after a reset": {"write_eof_after_a_reset": RESETTING},
-    "a buffer that its owner changes after `write`": {
-        "a_buffer_that_changes_after_write": (*SOCKETS, "tls"),
-    },
-    "pipes: `abort`": {
-        "close_twice": ("pipe",),
-        "abort_twice": ("pipe",),
-        "use_after_close": ("pipe",),
-        "aborting_in_data_received": ("pipe",),
-        "the_other_end_goes_while_something_waits": ("pipe",),
-    },
-    "pipes: `BufferedProtocol`": dict.fromkeys(
-        (
-            "set_protocol_to_a_buffered_one",
-            "buffered_receive",
-            "buffered_pause_reading",
-            "buffered_closing_in_get_buffer",
-            "buffered_aborting_in_get_buffer",
-            "buffered_raising_in_get_buffer",
-            "buffered_raising_in_buffer_updated",
-            "buffered_closing_in_buffer_updated",
-            "buffered_an_empty_buffer",
-            "buffered_something_that_is_no_buffer",
-            "buffered_set_protocol_in_a_callback",
+
+@dataclass
+class Difference:
+    """A row of docs/differences.md (see the marker `differs`), and the scenarios and carriers that show it."""
+
+    asyncio: str
+    here: str
+    why: str
+    shows: Mapping[str, Sequence[str]]
+
+
+#: By name. `docs/list_differences.py` puts these into the page.
+DIFFERENCES = {
+    "an exception in a callback": Difference(
+        asyncio=(
+            "an exception in `data_received`, `eof_received` or `get_buffer` ends the connection; in other callbacks, "
+            "and in every callback of a reading pipe, it is only reported"
         ),
-        ("pipe",),
+        here="it ends the connection, from every callback",
+        why="a protocol that failed half-way is in an unknown state",
+        shows={
+            "raising_in_connection_made": SOCKETS,
+            "raising_in_connection_lost": EVERYWHERE,
+            "raising_in_pause_writing": EVERYWHERE,
+            "raising_in_resume_writing": EVERYWHERE,
+            "raising_in_data_received": ("pipe",),
+        },
     ),
-    "pipes: data of a wrong type": {"write_of_no_type": ("pipe",)},
-    "pipes: the first warning of a write that is dropped": {"writing_to_a_lost_connection_warns": ("pipe",)},
-    "TLS: watermarks": dict.fromkeys(
-        (
-            "close_flushes",
-            "close_flushes_to_a_slow_reader",
-            "write_after_a_close_that_flushed",
-            "abort_loses_what_is_buffered",
-            "abort_ends_a_close",
-            "limits_after_an_abort",
-            "no_resume_writing_on_abort",
-            "filling_again_in_resume_writing",
-            "closing_in_pause_writing",
-            "aborting_in_pause_writing",
-            "closing_with_an_answer_in_data_received",
-            "raising_in_data_received_drops_the_buffer",
-            "the_other_end_goes_while_something_waits",
-            "writing_in_connection_lost_after_a_close_that_flushed",
-            "writing_in_pause_writing",
-            "buffered_receive",
+    "`eof_received` twice": Difference(
+        asyncio="after `eof_received` has returned true, `pause_reading` and `resume_reading` cause it again",
+        here="called once",
+        why="the documentation says so",
+        shows={
+            "resume_reading_after_the_end": HALF_CLOSING,
+            "pausing_in_eof_received": HALF_CLOSING,
+        },
+    ),
+    "data after `close` or `abort` in `get_buffer`": Difference(
+        asyncio="`buffer_updated` is called once more",
+        here="no more data",
+        why="the documentation of `close` says so",
+        shows={
+            "buffered_closing_in_get_buffer": ("tcp", "unix", "memory", "tls"),
+            "buffered_aborting_in_get_buffer": ("tcp", "unix", "memory", "tls"),
+        },
+    ),
+    "`close` or `abort` inside `resume_writing`": Difference(
+        asyncio=(
+            "`connection_lost` comes twice, or a callback raises (until 3.14 over TCP too); a pipe loses its buffer"
         ),
-        ("tls",),
+        here="`connection_lost` comes once, and `close` flushes",
+        why="nothing that was written is lost",
+        shows={
+            "closing_in_resume_writing": ("unix", "pipe", "memory", "memory_in_small_pieces", "tls"),
+            "aborting_in_resume_writing": EVERYWHERE,
+        },
     ),
-    "TLS: a transport that was closed": dict.fromkeys(
-        (
-            "use_for_reading_after_close",
-            "extra_info_of_sockets",
-            "pause_reading_holds_the_end_back",
+    "`writelines`": Difference(
+        asyncio=(
+            "until 3.14 never pauses the protocol, and raises after `close`; accepts `None` on a lost connection; with"
+            " TLS accepts chunks that are not bytes, which break the connection later"
         ),
-        ("tls",),
+        here="behaves as `write`",
+        why="one rule for both",
+        shows={
+            "writelines_pauses": (*SOCKETS, "tls"),
+            "writelines_of_no_type": (*SOCKETS, "tls"),
+            "writelines_after_close": SOCKETS,
+        },
     ),
-    "TLS: data that is under way at the close": {"close_with_data_under_way": ("tls",)},
-    "TLS: `close` while reading is paused and the other end has gone": {
-        "close_while_paused_and_the_other_end_is_gone": ("tls",)
-    },
-    "TLS: a reset while reading is paused": {"a_reset_of_an_end_that_is_paused": ("tls",)},
-    "TLS: callbacks after an exception in `data_received`": dict.fromkeys(
-        ("raising_in_data_received_with_the_end_behind_it", "buffered_raising_in_buffer_updated_with_more_behind_it"),
-        ("tls",),
+    "`write` after a `close` that flushed": Difference(
+        asyncio="until 3.14 `AttributeError` once the connection is lost; inside `connection_lost` the data is sent",
+        here="dropped",
+        why="as after any other `close`",
+        shows={
+            "write_after_a_close_that_flushed": SOCKETS,
+            "writing_in_connection_lost_after_a_close_that_flushed": SOCKETS,
+        },
     ),
-    "TLS: the end of the data for a `BufferedProtocol`": {"buffered_the_end_behind_more_than_the_buffer": ("tls",)},
-    "TLS: writing to an end that has gone": {"writing_to_an_end_that_closes": ("tls",)},
-    "TLS: `get_buffer`": dict.fromkeys(
-        ("buffered_raising_in_get_buffer", "buffered_an_empty_buffer", "buffered_something_that_is_no_buffer"), ("tls",)
+    "`set_protocol` while writing is paused": Difference(
+        asyncio="the new protocol gets `resume_writing` without a `pause_writing`",
+        here=(
+            "it gets `pause_writing` in the next iteration of the event loop, then `resume_writing`; "
+            "`is_writing_paused()` returns true at once"
+        ),
+        why="the two callbacks come in pairs",
+        shows={"set_protocol_while_writing_is_paused": EVERYWHERE},
+    ),
+    "`write_eof` after a reset": Difference(
+        asyncio="raises the system's `OSError`, and the transport stays open",
+        here="`connection_lost` gets that error",
+        why="as when `write` meets the error",
+        shows={"write_eof_after_a_reset": RESETTING},
+    ),
+    "a buffer that its owner changes after `write`": Difference(
+        asyncio="the changed bytes are sent, or the owner gets `BufferError` on resizing it",
+        here="the bytes that were written are sent",
+        why="the documentation promises it",
+        shows={
+            "a_buffer_that_changes_after_write": (*SOCKETS, "tls"),
+        },
+    ),
+    "pipes: `abort`": Difference(
+        asyncio="missing on reading pipes; on a writing pipe that is closed, a callback raises",
+        here="available on both, and harmless",
+        why="one interface for all transports",
+        shows={
+            "close_twice": ("pipe",),
+            "abort_twice": ("pipe",),
+            "use_after_close": ("pipe",),
+            "aborting_in_data_received": ("pipe",),
+            "the_other_end_goes_while_something_waits": ("pipe",),
+        },
+    ),
+    "pipes: `BufferedProtocol`": Difference(
+        asyncio="not supported: an error for each message",
+        here="supported",
+        why="one interface for all transports",
+        shows=dict.fromkeys(
+            (
+                "set_protocol_to_a_buffered_one",
+                "buffered_receive",
+                "buffered_pause_reading",
+                "buffered_closing_in_get_buffer",
+                "buffered_aborting_in_get_buffer",
+                "buffered_raising_in_get_buffer",
+                "buffered_raising_in_buffer_updated",
+                "buffered_closing_in_buffer_updated",
+                "buffered_an_empty_buffer",
+                "buffered_something_that_is_no_buffer",
+                "buffered_set_protocol_in_a_callback",
+            ),
+            ("pipe",),
+        ),
+    ),
+    "pipes: data of a wrong type": Difference(
+        asyncio="`AssertionError`, or no error with `python -O`",
+        here="`TypeError`",
+        why="as `write` elsewhere",
+        shows={"write_of_no_type": ("pipe",)},
+    ),
+    "pipes: the first warning of a write that is dropped": Difference(
+        asyncio="at the sixth dropped write",
+        here="at the fifth, as over sockets",
+        why="one rule",
+        shows={"writing_to_a_lost_connection_warns": ("pipe",)},
+    ),
+    "TLS: watermarks": Difference(
+        asyncio=(
+            "the limits are 128 and 512 KiB; the protocol is paused when the size reaches the high limit; data in the "
+            "TCP transport below does not count"
+        ),
+        here="16 and 64 KiB, paused above the high limit, and everything counts, as over TCP",
+        why="one rule",
+        shows=dict.fromkeys(
+            (
+                "close_flushes",
+                "close_flushes_to_a_slow_reader",
+                "write_after_a_close_that_flushed",
+                "abort_loses_what_is_buffered",
+                "abort_ends_a_close",
+                "limits_after_an_abort",
+                "no_resume_writing_on_abort",
+                "filling_again_in_resume_writing",
+                "closing_in_pause_writing",
+                "aborting_in_pause_writing",
+                "closing_with_an_answer_in_data_received",
+                "raising_in_data_received_drops_the_buffer",
+                "the_other_end_goes_while_something_waits",
+                "writing_in_connection_lost_after_a_close_that_flushed",
+                "writing_in_pause_writing",
+                "buffered_receive",
+            ),
+            ("tls",),
+        ),
+    ),
+    "TLS: a transport that was closed": Difference(
+        asyncio="`is_reading` stays true; extra info is gone, or `get_extra_info` raises",
+        here="`is_reading` is false; extra info stays available",
+        why="as over TCP",
+        shows=dict.fromkeys(
+            (
+                "use_for_reading_after_close",
+                "extra_info_of_sockets",
+                "pause_reading_holds_the_end_back",
+            ),
+            ("tls",),
+        ),
+    ),
+    "TLS: data that arrives after `close`": Difference(
+        asyncio="`connection_lost` gets an `SSLError`",
+        here="the data is dropped, 1 MiB at most, and `connection_lost` gets `None`",
+        why="an orderly close is not an error",
+        shows={"close_with_data_under_way": ("tls",)},
+    ),
+    "TLS: `close` while reading is paused and the other end has gone": Difference(
+        asyncio="waits for the whole `ssl_shutdown_timeout`",
+        here="ends at once",
+        why="an answer can no longer come",
+        shows={"close_while_paused_and_the_other_end_is_gone": ("tls",)},
+    ),
+    "TLS: a reset while reading is paused": Difference(
+        asyncio="`connection_lost(ConnectionResetError)` at once",
+        here="no callback until the protocol reads or writes, as over TCP",
+        why="one rule",
+        shows={"a_reset_of_an_end_that_is_paused": ("tls",)},
+    ),
+    "TLS: callbacks after an exception in `data_received`": Difference(
+        asyncio="data or the end of file that arrived with it is still delivered",
+        here="only `connection_lost` is called, as over TCP",
+        why="a protocol that has failed is in an unknown state",
+        shows=dict.fromkeys(
+            (
+                "raising_in_data_received_with_the_end_behind_it",
+                "buffered_raising_in_buffer_updated_with_more_behind_it",
+            ),
+            ("tls",),
+        ),
+    ),
+    "TLS: the end of the data for a `BufferedProtocol`": Difference(
+        asyncio=(
+            "data that arrived while reading was paused is lost if it is larger than the protocol's buffer and the end"
+            " of file came too"
+        ),
+        here="the data is delivered, as over TCP",
+        why="nothing that has arrived is lost",
+        shows={"buffered_the_end_behind_more_than_the_buffer": ("tls",)},
+    ),
+    "TLS: writing to an end that has gone": Difference(
+        asyncio="`connection_lost` comes even while reading is paused",
+        here="no callback until reading resumes, as over TCP",
+        why="one rule",
+        shows={"writing_to_an_end_that_closes": ("tls",)},
+    ),
+    "TLS: `get_buffer`": Difference(
+        asyncio=(
+            "called before any data has come, and again after `eof_received`; an empty buffer is an `SSLError` that is"
+            " not reported"
+        ),
+        here="as over TCP",
+        why="one rule",
+        shows=dict.fromkeys(
+            ("buffered_raising_in_get_buffer", "buffered_an_empty_buffer", "buffered_something_that_is_no_buffer"),
+            ("tls",),
+        ),
     ),
 }
 
@@ -610,8 +754,8 @@ def difference(scenario: str, carrier: str) -> str | None:
     """Return the difference that is visible here."""
     if is_mended(scenario, carrier):
         return None
-    for name, shows in DIFFERENCES.items():
-        if carrier in shows.get(scenario, ()):
+    for name, each in DIFFERENCES.items():
+        if carrier in each.shows.get(scenario, ()):
             return name
     return None
 

@@ -103,6 +103,12 @@ async def test_a_host_of_none_means_the_loopback(stack: Stack) -> None:
             assert info["peername"] == listener.getsockname()
 
 
+@pytest.mark.differs(
+    "`proto` of another type of socket, with a numeric host",
+    asyncio="ignored",
+    here="`gaierror`, as with a name",
+    why="such a socket does not exist",
+)
 @pytest.mark.parametrize("host", ["localhost", HOST])
 async def test_a_protocol_number(stack: Stack, host: str) -> None:
     """A protocol by its number. Other numbers than that of TCP depend on the system."""
@@ -200,7 +206,13 @@ async def test_hosts_and_ports_that_cannot_be_resolved(
             await group.create_connection(Recorder, host, port, **options)
 
 
-@pytest.mark.ours_only("asyncio has UnicodeError for a `str`, and for bytes what is right here")
+@pytest.mark.differs(
+    "a host name with a label that is empty or too long (`..localhost`)",
+    asyncio="`UnicodeError`",
+    here="`gaierror`, as for `bytes`",
+    why="such a name does not exist",
+)
+@pytest.mark.ours_only
 @pytest.mark.parametrize("host", [".", "..localhost", f"{'a' * 64}.localhost"])
 async def test_a_name_with_a_label_of_a_wrong_length(stack: Stack, host: str) -> None:
     async with stack.open() as group:
@@ -209,7 +221,13 @@ async def test_a_name_with_a_label_of_a_wrong_length(stack: Stack, host: str) ->
                 await group.create_connection(Recorder, form, 1)
 
 
-@pytest.mark.ours_only("asyncio has IDNA 2003")
+@pytest.mark.differs(
+    "a host name beyond ASCII",
+    asyncio="IDNA 2003: `straße` means `strasse`",
+    here="IDNA 2008: `straße` means itself, and `☃` is a `UnicodeError`",
+    why="AnyIO resolves names",
+)
+@pytest.mark.ours_only
 async def test_non_ascii_host_names(stack: Stack, anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """IDNA 2008, which has a sharp s, and no snowman."""
     async with stack.open() as group:
@@ -229,7 +247,13 @@ async def test_ports_out_of_range(stack: Stack, port: Any) -> None:
             await group.create_server(Recorder, HOST, port)
 
 
-@pytest.mark.ours_only("asyncio lets the C library take it modulo 65536")
+@pytest.mark.differs(
+    "a port out of range, with a host name",
+    asyncio="the C library takes it modulo 65536",
+    here="`OverflowError`, as with a numeric host",
+    why="70000 does not mean port 4464",
+)
+@pytest.mark.ours_only
 async def test_ports_out_of_range_with_a_name(stack: Stack) -> None:
     async with stack.open() as group:
         with pytest.raises(OverflowError, match="65536"):
@@ -260,7 +284,13 @@ async def test_a_nul_in_a_host(stack: Stack, host: Any) -> None:
                 await group.create_server(Recorder, [host], 0)
 
 
-@pytest.mark.ours_only("asyncio lets the C library stop at it")
+@pytest.mark.differs(
+    "a NUL character in a host or port",
+    asyncio="the C library stops at it",
+    here="`ValueError`, as with a numeric host",
+    why="it would be another host",
+)
+@pytest.mark.ours_only
 async def test_a_nul_in_a_name_or_a_port(stack: Stack) -> None:
     async with stack.open() as group:
         with bound(backlog=1) as listener:
@@ -272,7 +302,13 @@ async def test_a_nul_in_a_name_or_a_port(stack: Stack) -> None:
                     await group.create_datagram_endpoint(Recorder, remote_addr=address)
 
 
-@pytest.mark.ours_only("asyncio needs a thread for IPv6 with a scope")
+@pytest.mark.differs(
+    "an IPv6 address with a scope (`fe80::1%eth0`)",
+    asyncio="resolved in a thread",
+    here="needs no thread",
+    why="it is numeric",
+)
+@pytest.mark.ours_only
 async def test_numeric_addresses_need_no_thread(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
     original = socket.getaddrinfo
@@ -510,7 +546,13 @@ async def test_s4_cancelled_while_every_attempt_hangs(
             await until(lambda: open_descriptors() == before)
 
 
-@pytest.mark.ours_only("the oracle does not say which address")
+@pytest.mark.differs(
+    "a socket that cannot be made: too many open files, no route",
+    asyncio="the system's error alone",
+    here="the error names the address",
+    why="one error lists everything that was tried",
+)
+@pytest.mark.ours_only
 async def test_s5_a_socket_that_cannot_be_made_counts_as_a_failed_address(stack: Stack) -> None:
     async with stack.open() as group:
         with few_descriptors(), pytest.raises(OSError, match=r"127\.0\.0\.1.*too many open files") as caught:
@@ -530,8 +572,14 @@ async def test_s5_a_socket_that_cannot_be_made_among_others(stack: Stack) -> Non
             transport.close()
 
 
+@pytest.mark.differs(
+    "`happy_eyeballs_delay` that is not a number, with a single address",
+    asyncio="not checked",
+    here="`TypeError` or `OverflowError`, as with several addresses",
+    why="the traceback shows the line with the mistake",
+)
 @needs_ipv6
-@pytest.mark.ours_only("asyncio leaves a socket to the garbage collector, and with a single address does not look")
+@pytest.mark.ours_only
 @pytest.mark.parametrize(
     ("delay", "error"), [("soon", TypeError), ([1], TypeError), (10**400, OverflowError)], ids=["str", "list", "huge"]
 )
@@ -557,8 +605,14 @@ async def test_unusual_but_valid_happy_eyeballs_delay(stack: Stack, delay: float
                 await visit(group, listener, None, listener.getsockname()[1], happy_eyeballs_delay=delay)
 
 
+@pytest.mark.differs(
+    "an invalid `local_addr`, with `happy_eyeballs_delay`",
+    asyncio="another error is raised instead",
+    here="raised, as without a delay",
+    why="it is the caller's mistake",
+)
 @needs_ipv6
-@pytest.mark.ours_only("with a delay the oracle does not tell")
+@pytest.mark.ours_only
 @pytest.mark.parametrize("delay", [None, 0, 0.25])
 @pytest.mark.parametrize(
     ("scope", "error"), [((1 << 21, 0), OverflowError), ((0, "lo"), TypeError)], ids=["flow", "scope"]
@@ -745,7 +799,13 @@ async def test_sockets_that_cannot_be_adopted(stack: Stack) -> None:
             assert -1 not in (datagram.fileno(), stream.fileno(), tls.fileno())
 
 
-@pytest.mark.ours_only("asyncio leaves the socket open")
+@pytest.mark.differs(
+    "an adopted socket, when the call fails or is cancelled",
+    asyncio="left open; since 3.14 closed if no transport can be made",
+    here="closed, once the arguments have been checked",
+    why="a socket has one owner",
+)
+@pytest.mark.ours_only
 async def test_an_adopted_socket_is_closed_whatever_happens(stack: Stack) -> None:
     def fail() -> Any:
         raise ZeroDivisionError
@@ -762,8 +822,14 @@ async def test_an_adopted_socket_is_closed_whatever_happens(stack: Stack) -> Non
         assert ours.fileno() == -1
 
 
+@pytest.mark.differs(
+    "epoll cannot register one more file descriptor (`ENOSPC`), for a connection or datagram endpoint",
+    asyncio="reported, and the connection never receives anything",
+    here="raised by the call, and `connection_lost` gets it",
+    why="a connection that cannot receive is useless",
+)
 @linux_only
-@pytest.mark.ours_only("asyncio reports it, and leaves a connection that hears nothing")
+@pytest.mark.ours_only
 @pytest.mark.parametrize("adopted", [False, True])
 async def test_epoll_refuses_the_socket(stack: Stack, monkeypatch: pytest.MonkeyPatch, adopted: bool) -> None:
     """ENOSPC of epoll (`max_user_watches`) ends the connection, not the group."""

@@ -85,7 +85,13 @@ async def test_forms_of_host(stack: Stack, host: Any) -> None:
         server.close()
 
 
-@pytest.mark.ours_only("asyncio takes bytes for a sequence of numbers")
+@pytest.mark.differs(
+    "a server's host in `bytes`",
+    asyncio="taken for a sequence of numbers, so `TypeError`",
+    here="a host",
+    why="as for a client",
+)
+@pytest.mark.ours_only
 async def test_a_host_in_bytes(stack: Stack) -> None:
     async with stack.open() as group:
         server = await group.create_server(Echo, b"127.0.0.1", b"0")
@@ -107,8 +113,14 @@ async def test_all_interfaces(stack: Stack, host: Any) -> None:
         server.close()
 
 
+@pytest.mark.differs(
+    "`port=0` on several addresses",
+    asyncio="another port on each",
+    here='the same port on all; `OSError` where that is impossible (`["0.0.0.0", "127.0.0.1"]`)',
+    why="one service has one port",
+)
 @needs_ipv6
-@pytest.mark.ours_only("asyncio takes another port for each address")
+@pytest.mark.ours_only
 @pytest.mark.parametrize("host", [None, [HOST, HOST_6], ["localhost", HOST_6]], ids=str)
 async def test_s11_port_0_is_the_same_port_on_every_address(stack: Stack, host: Any) -> None:
     async with stack.open() as group:
@@ -145,8 +157,9 @@ async def test_port_0_chooses_again_if_taken_on_another_address(stack: Stack, mo
         server.close()
 
 
+@pytest.mark.differs("`port=0` on several addresses")
 @linux_only
-@pytest.mark.ours_only("asyncio gives them two ports")
+@pytest.mark.ours_only
 async def test_port_0_on_an_address_and_on_all_of_them(stack: Stack) -> None:
     """There is no common port, and different ports would be wrong."""
     async with stack.open() as group:
@@ -230,7 +243,13 @@ async def test_binding_to_an_address_of_another_machine(stack: Stack) -> None:
             await group.create_server(Echo, elsewhere, 0)
 
 
-@pytest.mark.ours_only("asyncio takes it for a family that is turned off")
+@pytest.mark.differs(
+    "too many open files, for a listening socket",
+    asyncio="that address is left out",
+    here="`OSError`",
+    why="the address exists",
+)
+@pytest.mark.ours_only
 async def test_no_descriptor_for_a_listener(stack: Stack) -> None:
     async with stack.open() as group:
         with few_descriptors(), pytest.raises(OSError) as caught:
@@ -238,8 +257,14 @@ async def test_no_descriptor_for_a_listener(stack: Stack) -> None:
         assert caught.value.errno == errno.EMFILE
 
 
+@pytest.mark.differs(
+    "an address that another program takes between `bind` and `listen`",
+    asyncio="the error names no address, and the sockets leak",
+    here="the error names the address, and the sockets are closed",
+    why="as for `bind`",
+)
 @linux_only
-@pytest.mark.ours_only("asyncio names no address, and leaves the socket to the garbage collector")
+@pytest.mark.ours_only
 async def test_an_address_that_is_taken_between_bind_and_listen(stack: Stack) -> None:
     """With SO_REUSEADDR, Linux reports it only in `listen`."""
     async with stack.open() as group:
@@ -356,7 +381,13 @@ async def test_an_adopted_listener_is_closed_by_a_cancellation(stack: Stack) -> 
             assert sock.fileno() == -1
 
 
-@pytest.mark.ours_only("the second server of asyncio's takes the place of the first, which never accepts again")
+@pytest.mark.differs(
+    "a listening socket that two servers adopt",
+    asyncio="the second server replaces the first",
+    here="`RuntimeError`, and the first server goes on",
+    why="a socket has one owner",
+)
+@pytest.mark.ours_only
 @pytest.mark.parametrize("start_serving", [False, True])
 async def test_a_listener_in_use_by_another_server(stack: Stack, start_serving: bool) -> None:
     """The first server goes on, and so does a connection: either may own the socket."""
@@ -466,7 +497,13 @@ async def test_a_client_that_left_before_it_was_accepted(stack: Stack) -> None:
         server.close()
 
 
-@pytest.mark.ours_only("asyncio reports it as often as the backlog is long")
+@pytest.mark.differs(
+    "`accept` when too many files are open",
+    asyncio="reported as often as the backlog is long",
+    here="reported once a second",
+    why="it must not fill the log",
+)
+@pytest.mark.ours_only
 async def test_s6_no_descriptor_for_a_connection(stack: Stack) -> None:
     made = Made(Echo)
     async with stack.open() as group:
@@ -496,8 +533,9 @@ async def test_s6_no_descriptor_for_a_connection(stack: Stack) -> None:
         server.close()
 
 
+@pytest.mark.differs("`accept` when too many files are open")
 @pytest.mark.parametrize("name", ["ENFILE", "ENOBUFS", "ENOMEM"])
-@pytest.mark.ours_only("asyncio reports it as often as the backlog is long")
+@pytest.mark.ours_only
 async def test_s6_accept_fails_for_lack_of_resources(stack: Stack, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transports_anyio._server.RETRY_DELAY", 0.01)
     failures = [OSError(getattr(errno, name), "as the system would")]
@@ -641,8 +679,14 @@ async def test_s6_a_server_that_is_closed_while_it_waits_for_descriptors(stack: 
                 await server.wait_closed()
 
 
+@pytest.mark.differs(
+    "a listening socket that is broken",
+    asyncio="reported in every iteration",
+    here="reported once, and no longer watched",
+    why="it stays broken",
+)
 @linux_only
-@pytest.mark.ours_only("asyncio reports it in every iteration, without end")
+@pytest.mark.ours_only
 async def test_a_listener_that_is_broken(stack: Stack) -> None:
     """The other one goes on."""
     async with stack.open() as group:
@@ -660,7 +704,13 @@ async def test_a_listener_that_is_broken(stack: Stack) -> None:
         server.close()
 
 
-@pytest.mark.ours_only("asyncio tells only in debug mode, and leaves the socket to the garbage collector")
+@pytest.mark.differs(
+    "a protocol factory that raises for an accepted connection",
+    asyncio="reported in debug mode only; the socket is left to the garbage collector",
+    here="reported, and the socket is closed",
+    why="a hidden error is never fixed",
+)
+@pytest.mark.ours_only
 async def test_s10_a_factory_that_raises_every_other_time(stack: Stack) -> None:
     made: list[Recorder] = []
     attempts: list[Any] = []
@@ -710,7 +760,13 @@ async def test_s10_connection_made_that_raises(stack: Stack) -> None:
         server.close()
 
 
-@pytest.mark.ours_only("asyncio fails an assertion of its own")
+@pytest.mark.differs(
+    "a protocol factory that closes the server",
+    asyncio="an assertion fails",
+    here="the connection stays",
+    why="a server may be for one client only",
+)
+@pytest.mark.ours_only
 async def test_a_factory_may_close_the_server(stack: Stack) -> None:
     """The first of the waiting clients is still served."""
     made = Made(Echo)

@@ -126,6 +126,12 @@ class Endpoints:
 # -- exchanging ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.differs(
+    "`connection_made` of a datagram protocol",
+    asyncio="after `create_datagram_endpoint` has returned",
+    here="before it returns",
+    why="as for streams",
+)
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, HOST), (socket.AF_INET6, "::1")])
 async def test_datagrams_both_ways(stack: Stack, family: int, host: str) -> None:
     with udp_peer(family, host) as peer:
@@ -142,7 +148,13 @@ async def test_datagrams_both_ways(stack: Stack, family: int, host: str) -> None
             assert transport.get_extra_info("socket").family == family
 
 
-@pytest.mark.ours_only("asyncio's datagram transports share a class with its streams")
+@pytest.mark.differs(
+    "`pause_reading`, `resume_reading`, `is_reading` of a datagram transport",
+    asyncio="there, because it shares a class with streams; `isinstance(transport, asyncio.Transport)` is true",
+    here="not there, and false",
+    why="they are not documented for datagrams",
+)
+@pytest.mark.ours_only
 async def test_a_datagram_transport_has_no_stream_methods(stack: Stack) -> None:
     async with stack.open() as group, Endpoints(group) as endpoints:
         transport, _ = await endpoints.make(local_addr=(HOST, 0))
@@ -233,6 +245,12 @@ async def test_the_second_address_is_used_when_the_first_is_taken(stack: Stack) 
                 assert transport.get_extra_info("sockname")[:2] == (other, port)
 
 
+@pytest.mark.differs(
+    "`create_datagram_endpoint` for a name with several addresses of one family",
+    asyncio="only the last address is tried",
+    here="all are tried, in order",
+    why="as for TCP",
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="a loopback network of more than one address")
 @pytest.mark.parametrize("free", [0, 1, 2])
 @pytest.mark.parametrize("connected", [False, True])
@@ -311,6 +329,12 @@ async def test_what_sendto_refuses(stack: Stack, data: Any) -> None:
             assert not transport.is_closing()
 
 
+@pytest.mark.differs(
+    "empty datagrams",
+    asyncio="until 3.13 dropped",
+    here="sent and received",
+    why="they are datagrams",
+)
 @pytest.mark.parametrize("remote", [False, True])
 async def test_d6_empty_datagrams(stack: Stack, remote: bool) -> None:
     with udp_peer() as peer:
@@ -368,7 +392,13 @@ async def test_d3_an_adopted_socket_that_is_connected(stack: Stack) -> None:
             assert protocol.errors == []
 
 
-@pytest.mark.ours_only("asyncio sends it to the peer, without a word")
+@pytest.mark.differs(
+    "`sendto` with another address on an adopted socket that is connected",
+    asyncio="sent to the socket's own peer",
+    here="`ValueError`, as with `remote_addr`",
+    why="no datagram goes to the wrong peer",
+)
+@pytest.mark.ours_only
 async def test_d9_sendto_another_address_on_an_adopted_connected_socket(stack: Stack) -> None:
     with udp_peer() as peer, udp_peer() as other:
         async with stack.open() as group, Endpoints(group) as endpoints:
@@ -442,8 +472,14 @@ async def test_d9_sendto_another_address_on_an_anyio_socket(anyio_backend: Any, 
         assert protocol.lost == [None]
 
 
+@pytest.mark.differs(
+    "`sendto` on a netlink socket",
+    asyncio="sent to the kernel, whatever the address",
+    here="sent to the address",
+    why="the kernel is only the default",
+)
 @pytest.mark.skipif(not hasattr(socket, "AF_NETLINK"), reason="there is no netlink")
-@pytest.mark.ours_only("asyncio sends everything to the kernel")
+@pytest.mark.ours_only
 async def test_d9_a_netlink_socket_sends_to_others_than_the_kernel(stack: Stack) -> None:
     """`getpeername` returns the kernel's address, connected or not."""
     user_to_user, flags = 2, 1  # NETLINK_USERSOCK; NLM_F_REQUEST
@@ -465,7 +501,13 @@ async def test_d9_a_netlink_socket_sends_to_others_than_the_kernel(stack: Stack)
             assert protocol.lost == []
 
 
-@pytest.mark.ours_only("asyncio takes a peer without a name for none")
+@pytest.mark.differs(
+    "an adopted datagram socket whose peer has no name (`socketpair`)",
+    asyncio="`sendto` without an address ends the endpoint",
+    here="the datagram is sent",
+    why="the socket is connected",
+)
+@pytest.mark.ours_only
 async def test_an_adopted_end_of_a_socketpair(stack: Stack) -> None:
     """Its peer has no name."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -480,7 +522,8 @@ async def test_an_adopted_end_of_a_socketpair(stack: Stack) -> None:
             assert protocol.data == [b"answer"]
 
 
-@pytest.mark.ours_only("asyncio leaves the socket open")
+@pytest.mark.differs("an adopted datagram socket, when the factory raises or the call is cancelled")
+@pytest.mark.ours_only
 async def test_an_adopted_socket_is_closed_by_a_cancellation(stack: Stack) -> None:
     async with stack.open() as group:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -560,7 +603,13 @@ async def test_nothing_is_received_after_close(stack: Stack, tmp_path: Path, end
             assert protocol.received == []
 
 
-@pytest.mark.ours_only("asyncio 3.13.0 never gets the header's size out of the buffer", before=(3, 14, 10))
+@pytest.mark.differs(
+    "the buffer size of a datagram transport",
+    asyncio="until 3.14 the header is added but never subtracted",
+    here="added and subtracted",
+    why="otherwise a paused protocol is never resumed",
+)
+@pytest.mark.ours_only(before=(3, 14, 10))
 async def test_d2_buffer_size_counts_headers_when_adding_and_removing(stack: Stack, tmp_path: Path) -> None:
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
@@ -666,7 +715,13 @@ async def test_sending_after_the_end_is_dropped_with_a_warning_from_the_fifth_on
                 peer.recv(1)
 
 
-@pytest.mark.ours_only("asyncio sends it in the turn of the close, and raises an AttributeError later on")
+@pytest.mark.differs(
+    "`sendto` with an address after `close`, without `remote_addr`",
+    asyncio="sent in the iteration of the `close`; later `AttributeError`",
+    here="dropped",
+    why="as with `remote_addr`",
+)
+@pytest.mark.ours_only
 async def test_sending_to_an_address_after_the_close_is_dropped(stack: Stack) -> None:
     with udp_peer() as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
@@ -838,6 +893,12 @@ async def test_the_peer_is_unreachable(stack: Stack) -> None:
                 assert (await receive(peer))[0] == b"alive"
 
 
+@pytest.mark.differs(
+    "a datagram protocol without `error_received`",
+    asyncio="`AttributeError` from `sendto`",
+    here="reported once",
+    why="a peer that has gone is not the sender's mistake",
+)
 async def test_d4_a_protocol_without_error_received(stack: Stack) -> None:
     class Minimal:
         def __init__(self) -> None:
@@ -867,6 +928,12 @@ async def test_d4_a_protocol_without_error_received(stack: Stack) -> None:
             await until(lambda: protocol.received == [b"alive", b"lost"])
 
 
+@pytest.mark.differs(
+    "a datagram protocol that raises in a callback",
+    asyncio="reported, or raised by `sendto`",
+    here="reported, and the endpoint stays open",
+    why="one peer's datagram must not end it for the others",
+)
 @pytest.mark.parametrize("callback", ["connection_made", "datagram_received", "error_received", "pause_writing"])
 async def test_a_callback_that_raises_is_reported_and_the_endpoint_lives_on(
     stack: Stack, callback: str, tmp_path: Path
@@ -971,7 +1038,8 @@ async def make_endpoint(endpoints: Endpoints, kind: str, directory: Path) -> tup
     return transport, protocol, transport.get_extra_info("sockname")
 
 
-@pytest.mark.ours_only("asyncio ends the endpoint")
+@pytest.mark.differs("`sendto` without an address, or with an invalid one")
+@pytest.mark.ours_only
 @pytest.mark.parametrize("kind", ["udp", "unix", "adopted unix", "anyio udp", "anyio unix"])
 @pytest.mark.parametrize("address", ["nonsense", ("one", "two", "three"), (HOST, 70000), (HOST, "http"), 5, b"\0", ()])
 async def test_an_invalid_address_is_reported_and_the_endpoint_stays_open(
@@ -1034,7 +1102,16 @@ async def test_a_netlink_send_error_loses_no_received_datagram(stack: Stack) -> 
             assert [type(error) for error in protocol.errors] == [ConnectionRefusedError]
 
 
-@pytest.mark.ours_only("asyncio ends the endpoint")
+@pytest.mark.differs(
+    "`sendto` without an address, or with an invalid one",
+    asyncio="ends the endpoint",
+    here=(
+        "only that datagram is dropped: `error_received` gets an `OSError` (`EDESTADDRREQ` if it was missing), "
+        "another exception is reported"
+    ),
+    why="the address may come from a peer, whose datagram must not end the endpoint for the others",
+)
+@pytest.mark.ours_only
 @pytest.mark.parametrize("kind", ["udp", "unix", "adopted unix", "anyio udp", "anyio unix"])
 async def test_sendto_without_an_address(stack: Stack, kind: str, tmp_path: Path) -> None:
     async with stack.open() as group, Endpoints(group) as endpoints:
@@ -1113,7 +1190,13 @@ async def test_invalid_arguments(stack: Stack, options: Any, error: type[Excepti
             await group.create_datagram_endpoint(Endpoint, **options)
 
 
-@pytest.mark.ours_only("asyncio names none")
+@pytest.mark.differs(
+    "errors of `bind` and `connect` for datagrams",
+    asyncio="do not name the address",
+    here="name the address",
+    why="as for TCP",
+)
+@pytest.mark.ours_only
 async def test_errors_name_the_address(stack: Stack) -> None:
     async with stack.open() as group:
         with udp_peer() as taken:
@@ -1143,6 +1226,12 @@ async def test_errors_leave_no_reference_cycle(stack: Stack) -> None:
                 gc.enable()
 
 
+@pytest.mark.differs(
+    "an adopted socket of type `SOCK_SEQPACKET`",
+    asyncio="accepted; its end is received as an empty datagram, in every iteration",
+    here="`ValueError`, as for a stream socket",
+    why="it is a connection",
+)
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
 async def test_an_adopted_socket_of_the_wrong_kind(stack: Stack, kind: int) -> None:
     if stack.is_oracle and kind == socket.SOCK_SEQPACKET:
@@ -1153,8 +1242,14 @@ async def test_an_adopted_socket_of_the_wrong_kind(stack: Stack, kind: int) -> N
             await group.create_datagram_endpoint(Endpoint, sock=ours)
 
 
+@pytest.mark.differs(
+    "a datagram that is larger than the receive buffer",
+    asyncio="its beginning is delivered",
+    here="`error_received` gets an `OSError` with `EMSGSIZE`, as on Windows",
+    why="a part is not the datagram",
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not let datagrams be as large")
-@pytest.mark.ours_only("asyncio delivers what it has received of it")
+@pytest.mark.ours_only
 @pytest.mark.parametrize("kind", ["socket", "AnyIO socket"])
 async def test_d12_a_datagram_that_is_not_received_whole(stack: Stack, tmp_path: Path, kind: str) -> None:
     most = 256 * 1024 if kind == "socket" else 65535
@@ -1192,6 +1287,12 @@ async def test_sock_excludes_other_parameters(stack: Stack, option: str) -> None
                 await group.create_datagram_endpoint(Endpoint, sock=sock, **{option: 1})
 
 
+@pytest.mark.differs(
+    "an adopted datagram socket, when the factory raises or the call is cancelled",
+    asyncio="left open",
+    here="closed",
+    why="nothing leaks",
+)
 async def test_a_factory_that_raises_leaves_nothing_open(stack: Stack) -> None:
     def factory() -> Any:
         raise LookupError

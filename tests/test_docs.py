@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
 from scenarios import DIFFERENCES, SCENARIOS
 
 TESTS = Path(__file__).parent
@@ -32,16 +31,18 @@ def exists(test: str, tests: set[str]) -> bool:
     return function in tests and (not parameter or parameter.removesuffix("]") in PARAMETERS[function])
 
 
-@pytest.mark.parametrize("name", ["proof.md", "differences.md"])
-def test_every_row_names_tests_that_exist(name: str) -> None:
+def test_every_row_names_tests_that_exist() -> None:
     tests = all_tests()
-    rows = [line for line in (DOCS / name).read_text().splitlines() if line.startswith("| ")]
+    rows = [line for line in (DOCS / "proof.md").read_text().splitlines() if line.startswith("| ")]
     rows = [row for row in rows if not row.startswith(("| what ", "| ---"))]
     assert rows
     assert [row for row in rows if not named_tests(row.rsplit(" | ", 1)[1])] == []
     assert [test for row in rows for test in named_tests(row) if not exists(test, tests)] == []
 
 
-def test_every_difference_of_the_scenarios_is_documented() -> None:
-    text = (DOCS / "differences.md").read_text()
-    assert [name for name in DIFFERENCES if f"\n| {name} |" not in text] == []
+def test_every_link_to_a_test_leads_to_its_file() -> None:
+    """`[words](../tests/test_x.py "test_y")`."""
+    links = re.findall(r'\(\.\./tests/(\S+) "([^"]+)"\)', (DOCS / "differences.md").read_text())
+    assert links
+    for file, test in links:
+        assert f"def {test.partition('[')[0]}(" in (TESTS / file).read_text(), test

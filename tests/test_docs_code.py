@@ -107,7 +107,8 @@ def test_every_block_is_of_a_known_kind(page: str) -> None:
     # No block and no marker was missed.
     assert len(re.findall(r"^\s*(?:`{3,}|~{3,})", text, re.MULTILINE)) == 2 * sum(not block.hidden for block in blocks)
     markers = [marker for block in blocks for marker in (block.hidden, block.file, block.needs) if marker]
-    assert text.count("<!--") == len(markers)
+    generated = re.findall(r"^<!-- (?:begin: python docs/\w+\.py|end) -->$", text, re.MULTILINE)
+    assert text.count("<!--") == len(markers) + len(generated)
 
 
 def normal(output: str) -> list[str]:
@@ -305,15 +306,26 @@ def test_every_attribute_is_in_the_reference(each: Any) -> None:
     assert attributes - described_names() == set()
 
 
-def test_the_list_of_names_is_up_to_date() -> None:
-    """If it is not: `python docs/list_names.py`."""
-    spec = importlib.util.spec_from_file_location("list_names", DOCS / "list_names.py")
+def script(name: str) -> Any:
+    """Import a script of the documentation."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    list_names = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(list_names)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Where its dataclasses look up their annotations.
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_list_of_differences_is_up_to_date() -> None:
+    """If it is not: `python docs/list_differences.py`."""
+    assert script("list_differences").page() == (DOCS / "differences.md").read_text(encoding="utf-8")
+
+
+def test_the_list_of_names_is_up_to_date() -> None:
+    """If it is not: `python docs/list_names.py`."""
     text = (DOCS / "names.md").read_text(encoding="utf-8")
-    assert text == list_names.page()
+    assert text == script("list_names").page()
     # A method without a docstring would be left out.
     methods = {name for each in (transports_anyio.TransportGroup, transports_anyio.Server) for name in dir(each)}
     named = {name for name in methods if not name.startswith("_")} | set(transports_anyio.__all__)

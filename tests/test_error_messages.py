@@ -131,6 +131,12 @@ def in_a_thread(function: Callable[[], object]) -> list[BaseException]:
     return errors
 
 
+@pytest.mark.differs(
+    "an endpoint function that is called in another thread",
+    asyncio="undefined",
+    here="`RuntimeError`, with the ways that work",
+    why="the alternative is a race",
+)
 @pytest.mark.parametrize("name", ENDPOINTS)
 async def test_from_another_thread(anyio_backend: Any, name: str) -> None:
     async with TransportGroup() as group:
@@ -220,6 +226,12 @@ async def make_protocol() -> Protocol:
 COROUTINE_FUNCTIONS: dict[str, Any] = {"plain": make_protocol, "partial": functools.partial(make_protocol)}
 
 
+@pytest.mark.differs(
+    "a coroutine function as a protocol factory",
+    asyncio="connects first, then `AttributeError` and a warning",
+    here="`TypeError` at the call",
+    why="no connection is made in vain",
+)
 @pytest.mark.parametrize("name", [name for name, takes_factory in ENDPOINTS.items() if takes_factory])
 @pytest.mark.parametrize("factory", COROUTINE_FUNCTIONS.values(), ids=COROUTINE_FUNCTIONS)
 async def test_a_coroutine_function_as_a_factory(anyio_backend: Any, name: str, factory: Any) -> None:
@@ -248,6 +260,12 @@ async def test_a_callback_that_is_not_callable(stack: Stack, factory: Any) -> No
             await group.connect_accepted_socket(factory, ours)
 
 
+@pytest.mark.differs(
+    "a server's protocol factory that cannot be called",
+    asyncio="an error when the first client connects",
+    here="`TypeError` at the call",
+    why="the traceback shows the line with the mistake",
+)
 async def test_a_protocol_instance_instead_of_a_factory(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         with pytest.raises(TypeError, match=r"create_server\(\) takes .* the protocol <.*> itself.*`lambda: protocol`"):
@@ -264,7 +282,19 @@ class Nothing:
     """Has no callbacks."""
 
 
-@pytest.mark.ours_only("asyncio leaves the socket to the garbage collector; the exceptions are the same")
+@pytest.mark.differs(
+    "a factory that returns something without `connection_made`",
+    asyncio="`AttributeError`; the socket is left to the garbage collector, and a child's pipes stay open",
+    here="`AttributeError` with an explanation; everything is closed",
+    why="nothing leaks",
+)
+@pytest.mark.differs(
+    "a factory that returns a class",
+    asyncio="`TypeError` in every callback",
+    here="`TypeError` from the call, unless the callbacks are class methods",
+    why="such a connection cannot work",
+)
+@pytest.mark.ours_only
 @pytest.mark.parametrize(
     ("factory", "error", "message"),
     [

@@ -151,7 +151,13 @@ async def test_lowering_the_limits_pauses_at_once(stack: Stack) -> None:
         transport.abort()
 
 
-@pytest.mark.ours_only("asyncio looks at the low limit only when something has been sent")
+@pytest.mark.differs(
+    "raising the write limits of a paused transport",
+    asyncio="has no effect until more data is sent",
+    here="takes effect at once",
+    why="the protocol may be waiting for it",
+)
+@pytest.mark.ours_only
 async def test_raising_the_limits_does_not_strand_a_paused_protocol(stack: Stack) -> None:
     """The moment of `resume_writing` may differ, but it must come once the buffer is at or below the low watermark."""
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
@@ -206,7 +212,13 @@ async def test_no_resume_writing_when_the_connection_is_aborted(stack: Stack) ->
 # -- what was reported of others ------------------------------------------------------------------------------
 
 
-@pytest.mark.ours_only("the oracle hangs: CPython 155888", before=(3, 14, 10))
+@pytest.mark.differs(
+    "`writelines` with an empty chunk while something is buffered",
+    asyncio="until 3.14 `close` hangs",
+    here="the empty chunk is skipped",
+    why="[CPython 155888](https://github.com/python/cpython/issues/155888)",
+)
+@pytest.mark.ours_only(before=(3, 14, 10))
 @pytest.mark.parametrize(
     "chunks", [[b"hello", b""], [b"", b"hello"], [b"", b""], [], [b"he", b"", b"llo"], [bytearray(), b"hello"]]
 )
@@ -321,7 +333,13 @@ async def test_w4_close_flushes_through_any_number_of_partial_sends(stack: Stack
         server.close()
 
 
-@pytest.mark.ours_only("asyncio adds the whole buffer up for each write: minutes of quadratic work", before=(3, 14, 10))
+@pytest.mark.differs(
+    "many small writes to a peer that does not read",
+    asyncio="until 3.14 each write adds up the whole buffer",
+    here="each write takes the same time",
+    why="[CPython 146507](https://github.com/python/cpython/issues/146507)",
+)
+@pytest.mark.ours_only(before=(3, 14, 10))
 async def test_w5_the_size_of_many_small_writes_is_exact(stack: Stack) -> None:
     count = 2000 if stack.is_oracle else 100_000  # asyncio looks at the whole buffer for each write
     async with stack.open() as group, connected(group) as (transport, _, peer):
@@ -366,10 +384,16 @@ async def test_w5_a_write_does_not_scan_the_buffer(stack: Stack, monkeypatch: py
         assert 0 < looked_at <= 10 * count
 
 
+@pytest.mark.differs(
+    "`close` or `abort` inside a flow-control callback",
+    asyncio="`connection_lost` is called twice",
+    here="`connection_lost` is called once",
+    why="[CPython 156512](https://github.com/python/cpython/issues/156512)",
+)
 @pytest.mark.parametrize("end", ["close", "abort"])
 @pytest.mark.parametrize("callback", ["pause_writing", "resume_writing"])
 @pytest.mark.parametrize("with_writelines", [False, True])
-@pytest.mark.ours_only("the oracle may deliver connection_lost twice: CPython 156512")
+@pytest.mark.ours_only
 async def test_w7_ending_inside_a_flow_control_callback(
     stack: Stack, end: str, callback: str, with_writelines: bool
 ) -> None:
@@ -406,7 +430,13 @@ async def test_w8_a_busy_writer_does_not_delay_connection_lost(stack: Stack) -> 
         assert protocol.count("connection_lost") == 1
 
 
-@pytest.mark.ours_only("the oracle notices only in a later turn")
+@pytest.mark.differs(
+    "`is_closing` after a write has failed",
+    asyncio="false until a later iteration",
+    here="true at once",
+    why="a protocol that writes in a loop can stop",
+)
+@pytest.mark.ours_only
 async def test_w8_is_closing_is_true_as_soon_as_a_write_has_failed(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         peer.reset()
@@ -423,7 +453,8 @@ async def test_w8_is_closing_is_true_as_soon_as_a_write_has_failed(stack: Stack)
         assert isinstance(protocol.exception, ConnectionError)
 
 
-@pytest.mark.ours_only("asyncio keeps a view of the array, which it must not")
+@pytest.mark.differs("a buffer that its owner changes after `write`")
+@pytest.mark.ours_only
 @pytest.mark.parametrize("clogged", [False, True])
 @pytest.mark.parametrize("method", ["write", "writelines"])
 async def test_w9_a_bytearray_may_be_changed_after_write(stack: Stack, clogged: bool, method: str) -> None:
@@ -458,7 +489,13 @@ async def test_w9_writelines_releases_its_chunks(stack: Stack) -> None:
         assert (await peer.receive_all())[written:] == b"abcdefg"
 
 
-@pytest.mark.ours_only("the oracle never ends such a close by itself")
+@pytest.mark.differs(
+    "`close` with a peer that never reads",
+    asyncio="waits without end",
+    here="waits too, until `abort` or until the group is cancelled",
+    why="only the program knows how long is too long",
+)
+@pytest.mark.ours_only
 async def test_w10_a_flush_that_hangs_ends_with_the_group(stack: Stack) -> None:
     with anyio.fail_after(10):
         with anyio.CancelScope() as scope:
@@ -472,9 +509,15 @@ async def test_w10_a_flush_that_hangs_ends_with_the_group(stack: Stack) -> None:
         assert protocol.count("connection_lost") == 1
 
 
+@pytest.mark.differs(
+    "`memoryview`s with items wider than a byte",
+    asyncio="the buffer size is counted in items",
+    here="the buffer size is counted in bytes",
+    why="the limits are in bytes",
+)
 @pytest.mark.parametrize("method", ["write", "writelines"])
 @pytest.mark.parametrize("clogged", [False, True])
-@pytest.mark.ours_only("the oracle counts items, not bytes")
+@pytest.mark.ours_only
 async def test_w11_views_of_wide_items_are_counted_in_bytes(stack: Stack, method: str, clogged: bool) -> None:
     numbers = array.array("I", range(500_000))
     raw = numbers.tobytes()
@@ -542,7 +585,13 @@ async def test_w13_leaving_the_block_flushes(stack: Stack) -> None:
     assert bytes(received) == data
 
 
-@pytest.mark.ours_only("the oracle raises AttributeError", before=(3, 14, 10))
+@pytest.mark.differs(
+    "`abort` while `close` flushes",
+    asyncio="until 3.14 `AttributeError`",
+    here="ends the flush",
+    why="it is the only way to end it",
+)
+@pytest.mark.ours_only(before=(3, 14, 10))
 async def test_w16_abort_ends_a_flushing_close(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, _peer):
         fill(transport, 65537)

@@ -122,7 +122,13 @@ async def test_cancel(stack: Stack) -> None:
         assert caught.value.args == ("too late",)
 
 
-@pytest.mark.ours_only("asyncio raises its own CancelledError")
+@pytest.mark.differs(
+    "awaiting a future that was cancelled",
+    asyncio="raises `asyncio.CancelledError`, as if the task were cancelled",
+    here="raises `concurrent.futures.CancelledError`, an `Exception`",
+    why="on trio only the backend may raise its cancellation",
+)
+@pytest.mark.ours_only
 async def test_a_cancelled_future_raises_an_exception_in_the_waiting_task(stack: Stack) -> None:
     async with stack.open() as group:
         future = group.create_future()
@@ -215,7 +221,13 @@ async def test_a_callback_that_fails_is_reported(stack: Stack) -> None:
         assert later == [future]
 
 
-@pytest.mark.ours_only("asyncio fails in the callback's turn")
+@pytest.mark.differs(
+    "`add_done_callback` with something that cannot be called",
+    asyncio="an error in the event loop, later",
+    here="`TypeError` at the call",
+    why="the traceback shows the line with the mistake",
+)
+@pytest.mark.ours_only
 async def test_a_done_callback_that_cannot_be_called_is_refused(stack: Stack) -> None:
     async with stack.open() as group:
         future = group.create_future()
@@ -318,7 +330,13 @@ async def test_each_waiting_task_raises_the_exception_with_its_own_traceback(sta
         assert len(set(depths)) == 1, depths
 
 
-@pytest.mark.ours_only("in asyncio a cancelled task cancels the future that it awaits")
+@pytest.mark.differs(
+    "a task is cancelled while it awaits a future",
+    asyncio="the future is cancelled too",
+    here="the future stays as it is",
+    why="other tasks may await the same future",
+)
+@pytest.mark.ours_only
 async def test_a_cancelled_waiting_task_does_not_cancel_the_future(stack: Stack) -> None:
     async with stack.open() as group:
         future = group.create_future()

@@ -91,6 +91,7 @@ async def drain(reader: Any, size: int | None = None) -> bytes:
 # -- reading -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.differs("pipes: `BufferedProtocol`")
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
 async def test_reading(stack: Stack, kind: Any) -> None:
     if stack.is_oracle and kind is BufferedRecorder:
@@ -216,7 +217,13 @@ async def test_a_reading_end_sends_no_file(stack: Stack, kind: str, tmp_path: Pa
             await protocol.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio's have neither method")
+@pytest.mark.differs(
+    "`write` and `writelines` of a reading pipe",
+    asyncio="no such methods",
+    here="`NotImplementedError`",
+    why="one class for all streams",
+)
+@pytest.mark.ours_only
 async def test_a_reading_end_does_not_write(stack: Stack) -> None:
     with connection() as (near, far):
         far.setblocking(False)
@@ -339,8 +346,14 @@ async def test_a_writer_with_a_full_buffer_notices_that_its_reader_has_gone(stac
             assert isinstance(protocol.exception, BrokenPipeError)
 
 
+@pytest.mark.differs(
+    "input on a writing socket, whose reader then closes",
+    asyncio="the input is taken for a hang-up",
+    here="stays open until the reader closes, which is noticed (on Linux)",
+    why="input is not a hang-up",
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a hang-up cannot be told from input")
-@pytest.mark.ours_only("asyncio takes input for a hang-up")
+@pytest.mark.ours_only
 @pytest.mark.parametrize("how", [how for how in GOING if how != "FIFO"])
 async def test_p6_a_writer_notices_a_close_after_unread_input(stack: Stack, how: str) -> None:
     connect, go = GOING[how]
@@ -425,7 +438,13 @@ async def test_sockets(stack: Stack) -> None:
         await receiver.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio takes input for a hang-up")
+@pytest.mark.differs(
+    "input on a writing pipe that can also be read",
+    asyncio="taken for a hang-up",
+    here="ignored",
+    why="only a hang-up is a hang-up",
+)
+@pytest.mark.ours_only
 async def test_p6_input_does_not_end_a_writer_on_a_two_way_file(stack: Stack) -> None:
     a, b = socket.socketpair()
     with b:
@@ -467,6 +486,7 @@ async def test_p6_terminals_in_both_directions(stack: Stack) -> None:
             await receiver.wait_for("connection_lost")
 
 
+@pytest.mark.differs("standard input, output and error, when their transport ends")
 @pytest.mark.parametrize("first", ["reader", "writer"])
 @pytest.mark.parametrize("closed", ["reader", "writer"])
 async def test_a_terminal_for_both_blocks_again_after_its_last_transport(
@@ -514,6 +534,12 @@ async def test_one_file_for_both_directions(stack: Stack) -> None:
         assert all(file.closed for file in files)
 
 
+@pytest.mark.differs(
+    "one file for both directions, one of which is closed",
+    asyncio="the file is closed for the other direction too",
+    here="the other direction stays open; the last one closes the file",
+    why="each transport ends by itself",
+)
 @pytest.mark.parametrize("opened", ["reader", "writer"])
 @pytest.mark.parametrize("closed", ["reader", "writer"])
 async def test_either_direction_of_one_file_may_be_closed_first(anyio_backend: Any, opened: str, closed: str) -> None:
@@ -545,7 +571,13 @@ async def test_either_direction_of_one_file_may_be_closed_first(anyio_backend: A
             assert len(open_descriptors()) == len(before) - 1
 
 
-@pytest.mark.ours_only("asyncio cannot watch what is always ready")
+@pytest.mark.differs(
+    "devices that are always ready (`/dev/null`)",
+    asyncio="`PermissionError` in a callback",
+    here="work",
+    why="standard input is often one",
+)
+@pytest.mark.ours_only
 async def test_character_devices_that_are_always_ready(stack: Stack) -> None:
     async with stack.open() as group:
         _, nothing = await connect_reader(group, open("/dev/null", "rb", 0))
@@ -676,7 +708,13 @@ async def test_one_file_for_both_directions_in_two_groups(anyio_backend: Any) ->
         assert near.fileno() == -1
 
 
-@pytest.mark.ours_only("asyncio stops to watch the second one with the first")
+@pytest.mark.differs(
+    "a file descriptor that was closed and now belongs to another pipe",
+    asyncio="closing the first transport stops reading from the second pipe",
+    here="the second pipe is not affected",
+    why="they are two files",
+)
+@pytest.mark.ours_only
 async def test_an_fd_reused_by_another_pipe_is_left_alone(stack: Stack) -> None:
     with anyio.fail_after(GUARD), pipe() as (first, _), pipe() as (second, writer):
         async with stack.open() as group:
@@ -696,7 +734,13 @@ async def test_an_fd_reused_by_another_pipe_is_left_alone(stack: Stack) -> None:
             assert number not in open_descriptors()
 
 
-@pytest.mark.ours_only("asyncio's transport then never lets go of the file, and warns of it")
+@pytest.mark.differs(
+    "a file whose `close` raises",
+    asyncio="reported; the transport never ends, and warns",
+    here="reported, and the transport ends",
+    why="nothing leaks",
+)
+@pytest.mark.ours_only
 async def test_a_file_whose_close_fails(stack: Stack) -> None:
     """Its own buffer is then flushed, although the reader has gone."""
     with anyio.fail_after(GUARD):
@@ -797,6 +841,12 @@ async def main():
 """
 
 
+@pytest.mark.differs(
+    "standard input, output and error, when their transport ends",
+    asyncio="closed",
+    here="left open, and blocking again if they were",
+    why="other code, and other processes, share them",
+)
 async def test_standard_streams_work_and_are_left_usable(anyio_backend: Any) -> None:
     result = await run_main(FILTER, anyio_backend, input=b"hello\n", stderr=None)
     assert result.stdout == b"HELLO\nusable\n"

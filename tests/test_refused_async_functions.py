@@ -53,6 +53,13 @@ async def connect(group: TransportGroup, base: type[Any], factory: Any) -> None:
         await memory_connection(group, factory, factory)
 
 
+@pytest.mark.differs(
+    "a protocol with an async callback; an async function for `call_soon`, `call_later`, `call_at` or "
+    "`call_soon_threadsafe`",
+    asyncio="called, but never awaited, with a warning at most; `TypeError` in debug mode for `call_soon`",
+    here="`TypeError` at the call, or when the protocol is set",
+    why="it can never work",
+)
 @pytest.mark.parametrize(("base", "name"), [(base, name) for base, names in CALLBACKS.items() for name in names])
 @pytest.mark.parametrize(
     "function", [never, never_yields, functools.partial(never, 1)], ids=["def", "yield", "partial"]

@@ -466,7 +466,13 @@ async def test_timers_run_by_time(stack: Stack) -> None:
     assert order == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.ours_only("asyncio's heap keeps no order among timers of the same time")
+@pytest.mark.differs(
+    "timers that are due at the same time",
+    asyncio="in any order",
+    here="in the order in which they were made",
+    why="the order that one expects",
+)
+@pytest.mark.ours_only
 async def test_timers_of_the_same_time_run_in_the_order_in_which_they_were_made(stack: Stack) -> None:
     order: list[int] = []
     async with stack.open() as group:
@@ -965,7 +971,13 @@ async def test_a_moved_timer_is_compared_by_its_new_time(anyio_backend: Any) -> 
 # -- bad calls --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.ours_only("asyncio checks this in debug mode only")
+@pytest.mark.differs(
+    "a callback that cannot be called, given to `call_soon` or a timer",
+    asyncio="an error in debug mode only",
+    here="`TypeError` at the call",
+    why="the traceback shows the line with the mistake",
+)
+@pytest.mark.ours_only
 @every_scheduler
 async def test_something_that_cannot_be_called_is_refused_at_the_call(stack: Stack, name: str) -> None:
     async with stack.open() as group:
@@ -997,7 +1009,13 @@ async def test_missing_time_is_refused_at_the_call(stack: Stack, name: str) -> N
             getattr(group, name)(None, print)
 
 
-@pytest.mark.ours_only("asyncio takes them, and its loop fails or spins later on")
+@pytest.mark.differs(
+    'an invalid time (`"soon"`, `nan`), given to a timer',
+    asyncio="the event loop fails, or spins, later",
+    here="`TypeError` or `ValueError` at the call",
+    why="the traceback shows the line with the mistake",
+)
+@pytest.mark.ours_only
 @pytest.mark.parametrize(
     ("when", "error"),
     [
@@ -1039,6 +1057,7 @@ async def test_start_soon_refuses_what_is_not_an_async_function(anyio_backend: A
         assert group.statistics().running_tasks == 0
 
 
+@pytest.mark.differs("a task that is ready to run, for example because a callback has set its event")
 @pytest.mark.parametrize("in_a_scheduled_turn", [False, True])
 async def test_a_new_task_has_its_first_turn_before_more_data_is_received(
     stack: Stack, in_a_scheduled_turn: bool
@@ -1067,6 +1086,15 @@ async def test_a_new_task_has_its_first_turn_before_more_data_is_received(
     assert order == ["data", "task"] * 50
 
 
+@pytest.mark.differs(
+    "a task that is ready to run, for example because a callback has set its event",
+    asyncio="runs before anything more is received",
+    here=(
+        "may run some 100 messages, or two milliseconds, later; a task that `start_soon` starts makes its first "
+        "step before that"
+    ),
+    why="one pass through the backend for each message would cost more than the message",
+)
 async def test_a_task_that_a_callback_wakes_has_its_turn_soon(stack: Stack) -> None:
     """On asyncio before anything more is received; here an iteration may receive more, within limits."""
     received = 0
@@ -1198,7 +1226,13 @@ async def test_call_soon_threadsafe_in_a_row_causes_one_iteration(anyio_backend:
     assert calls == list(range(1000))
 
 
-@pytest.mark.ours_only("asyncio's handle cannot be cancelled safely by another thread", before=(3, 14))
+@pytest.mark.differs(
+    "`cancel` of a handle of `call_soon_threadsafe`, in another thread",
+    asyncio="until 3.14 returns at once, while the callback may still run",
+    here="waits until the callback has ended, as 3.14 does",
+    why="after `cancel`, the caller may free what the callback uses",
+)
+@pytest.mark.ours_only(before=(3, 14))
 async def test_cancel_in_another_thread_waits_for_a_callback_that_runs(stack: Stack) -> None:
     begun = threading.Event()
     order: list[str] = []
@@ -1246,6 +1280,12 @@ async def test_many_threads_at_once(stack: Stack) -> None:
         assert [number for who, number in calls if who == me] == list(range(500))
 
 
+@pytest.mark.differs(
+    "`call_soon_threadsafe` just before the group ends",
+    asyncio="may never run",
+    here="either runs before the block is left, or raises `RuntimeError` and never runs",
+    why="nothing that was scheduled is lost, or runs twice",
+)
 async def test_what_a_thread_has_handed_over_runs_however_close_to_the_end(anyio_backend: Any) -> None:
     """If the call returns a handle, the callback runs; if it raises, the callback does not."""
     for _ in range(50):
@@ -1480,7 +1520,13 @@ class Unavailable:
         return "a stand-in"
 
 
-@pytest.mark.ours_only("asyncio's loop ends with it")
+@pytest.mark.differs(
+    "a callback that raises and whose `repr` raises too",
+    asyncio="ends the event loop",
+    here="reported",
+    why="one callback's failure does not affect the others",
+)
+@pytest.mark.ours_only
 @every_scheduler
 async def test_a_callback_that_has_no_name_and_cannot_say_so(stack: Stack, name: str) -> None:
     calls: list[str] = []
@@ -1643,6 +1689,12 @@ async def test_a_timer_that_was_pending_at_the_end_can_be_cancelled(anyio_backen
     assert "timers=0" in repr(group)
 
 
+@pytest.mark.differs(
+    "`call_soon` just before the group ends",
+    asyncio="may never run",
+    here="runs before the block is left",
+    why="nothing that was scheduled is lost",
+)
 async def test_what_call_soon_was_given_runs_before_the_block_is_left(anyio_backend: Any) -> None:
     calls: list[str] = []
     async with TransportGroup() as group:

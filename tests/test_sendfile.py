@@ -207,7 +207,13 @@ async def test_a_large_file(stack: Stack, make_file: Any, buffering: int, tmp_pa
         assert "pause_writing" not in protocol.names
 
 
-@pytest.mark.ours_only("the file's own buffer misleads the oracle")
+@pytest.mark.differs(
+    "a file that the program has read from before",
+    asyncio="its buffer and its position disagree",
+    here="they agree",
+    why="the position says how much was sent",
+)
+@pytest.mark.ours_only
 async def test_a_file_that_was_read_before(stack: Stack) -> None:
     """The position of a buffered file differs from that of its file descriptor, because it has read ahead."""
     async with stack.open() as group, connected(group) as (transport, _, peer):
@@ -222,7 +228,13 @@ async def test_a_file_that_was_read_before(stack: Stack) -> None:
         assert await peer.receive_exactly(20) == SMALL_CONTENT[10:30]
 
 
-@pytest.mark.ours_only("the oracle begins where the file stands: CPython 150107", before=(3, 14, 10))
+@pytest.mark.differs(
+    "`offset=0`, with a file that has to be read",
+    asyncio="until 3.14 starts at the file's current position",
+    here="starts at the beginning",
+    why="as `os.sendfile` ([CPython 150107](https://github.com/python/cpython/issues/150107))",
+)
+@pytest.mark.ours_only(before=(3, 14, 10))
 async def test_f1_offset_0_is_the_beginning_for_the_fallback(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, _, peer):
         with in_memory(SMALL_CONTENT) as file:
@@ -262,7 +274,13 @@ async def test_a_file_that_is_only_a_descriptor(stack: Stack) -> None:
         assert await peer.receive_exactly(100) == SMALL_CONTENT[10:110]
 
 
-@pytest.mark.ours_only("the oracle tries to seek in it")
+@pytest.mark.differs(
+    "`sendfile` of a file without positions (a pipe)",
+    asyncio="sent, then an error",
+    here="sent",
+    why="there is no position to restore",
+)
+@pytest.mark.ours_only
 async def test_a_pipe(stack: Stack) -> None:
     """`os.sendfile` refuses a pipe, and a pipe has no position."""
     async with stack.open() as group, connected(group) as (transport, _, peer):
@@ -278,7 +296,13 @@ async def test_a_pipe(stack: Stack) -> None:
         assert await peer.receive_exactly(1000) == SMALL_CONTENT
 
 
-@pytest.mark.ours_only("the oracle goes by the size that the file claims to have")
+@pytest.mark.differs(
+    "a file that reports a size of 0 (`/proc`)",
+    asyncio="nothing is sent",
+    here="its content is sent",
+    why="a file ends where reading ends",
+)
+@pytest.mark.ours_only
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
 async def test_a_file_with_more_data_than_its_size(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, _, peer):
@@ -309,8 +333,14 @@ async def test_the_file_is_sent_in_order_with_writes(stack: Stack, make_file: An
         assert protocol.names == ["connection_made", "pause_writing", "resume_writing"]
 
 
+@pytest.mark.differs(
+    "`resume_writing` during `sendfile`",
+    asyncio="on plain sockets as soon as the buffer is empty",
+    here="after the file",
+    why="`write` is refused until then",
+)
 @files
-@pytest.mark.ours_only("the oracle resumes the writer as soon as the buffer is empty, and refuses what it writes")
+@pytest.mark.ours_only
 async def test_resume_writing_waits(stack: Stack, make_file: Any) -> None:
     """A protocol that goes on writing as soon as it may."""
     async with stack.open() as group:
@@ -329,8 +359,14 @@ async def test_resume_writing_waits(stack: Stack, make_file: Any) -> None:
             assert sending.result == 300_000
 
 
+@pytest.mark.differs(
+    "`write` while a file is read block by block",
+    asyncio="written in between",
+    here="`RuntimeError`, as on plain sockets",
+    why="nothing is reordered",
+)
 @files
-@pytest.mark.ours_only("the fallback of the oracle lets others write in between")
+@pytest.mark.ours_only
 async def test_writing_is_refused_during_sendfile(stack: Stack, make_file: Any) -> None:
     async with clogged(stack, make_file) as (group, transport, _, peer, file, sending):
         for write in (lambda: transport.write(b"x"), lambda: transport.writelines([b"x"])):
@@ -347,8 +383,14 @@ async def test_writing_is_refused_during_sendfile(stack: Stack, make_file: Any) 
         assert await peer.receive_exactly(7) == b"the end"
 
 
+@pytest.mark.differs(
+    "`write_eof` during `sendfile`",
+    asyncio="breaks the `sendfile`",
+    here="takes effect after the file",
+    why="it means: after everything",
+)
 @files
-@pytest.mark.ours_only("the oracle shuts down at once, and breaks its own sendfile")
+@pytest.mark.ours_only
 async def test_write_eof_waits(stack: Stack, make_file: Any) -> None:
     async with clogged(stack, make_file) as (_, transport, protocol, peer, _, sending):
         transport.write_eof()
@@ -428,6 +470,12 @@ async def test_bad_arguments(stack: Stack, options: dict[str, Any], expected: ty
         assert await peer.receive_exactly(5) == b"alive"
 
 
+@pytest.mark.differs(
+    "`sendfile` of a text file without a `mode` (`StringIO`)",
+    asyncio="`AttributeError`",
+    here="`ValueError`",
+    why="as for text files with one",
+)
 async def test_text_mode(stack: Stack, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     async with stack.open() as group, connected(group) as (transport, _, _):
@@ -548,7 +596,13 @@ async def test_a_closing_transport(stack: Stack) -> None:
                 await group.sendfile(transport, file)
 
 
-@pytest.mark.ours_only("the oracle says that the file cannot be sent")
+@pytest.mark.differs(
+    "`sendfile` after `write_eof`",
+    asyncio="`SendfileNotAvailableError` or `RuntimeError`",
+    here="`RuntimeError`",
+    why="as `write`",
+)
+@pytest.mark.ours_only
 async def test_after_write_eof(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, _, _):
         transport.write_eof()
@@ -678,9 +732,15 @@ async def connect_tls(group: Any, sock: socket.socket, context: Any, protocol: A
     await group.connect_accepted_socket(lambda: protocol, sock, ssl=context)
 
 
+@pytest.mark.differs(
+    "a file that decompresses (`gzip`, `bz2`, `lzma`)",
+    asyncio="sends the compressed bytes on plain sockets, the decompressed ones over TLS",
+    here="sends what reading the file returns, and what was written to it but not flushed",
+    why="the peer gets the same over every transport",
+)
 @pytest.mark.parametrize("over", [over_tcp, over_tls])
 @pytest.mark.parametrize("kind", OTHER_FILES)
-@pytest.mark.ours_only("asyncio sends what the descriptor holds over plain sockets, and what is read over TLS")
+@pytest.mark.ours_only
 async def test_f4_the_peer_gets_what_the_file_reads(
     stack: Stack, server_context: ssl.SSLContext, tmp_path: Path, kind: str, over: Any
 ) -> None:
@@ -696,8 +756,9 @@ async def test_f4_the_peer_gets_what_the_file_reads(
             assert await receive() == expected + expected[10:30]
 
 
+@pytest.mark.differs("a file that decompresses (`gzip`, `bz2`, `lzma`)")
 @pytest.mark.parametrize("over", [over_tcp, over_tls])
-@pytest.mark.ours_only("asyncio sends nothing of it over plain sockets")
+@pytest.mark.ours_only
 async def test_f4_unflushed_data_of_the_file(stack: Stack, server_context: ssl.SSLContext, over: Any) -> None:
     with tempfile.TemporaryFile() as file:
         file.write(b"content")
@@ -734,7 +795,13 @@ async def test_a_named_temporary_file_is_sent_by_the_system(stack: Stack) -> Non
         assert await peer.receive_exactly(len(SMALL_CONTENT)) == SMALL_CONTENT
 
 
-@pytest.mark.ours_only("asyncio raises a bare RuntimeError before CPython 152099, and cannot send over pipes")
+@pytest.mark.differs(
+    "`fallback=False` where the system cannot send the file",
+    asyncio="`RuntimeError` on older Pythons",
+    here="`SendfileNotAvailableError`, a `RuntimeError`",
+    why="[CPython 152099](https://github.com/python/cpython/issues/152099)",
+)
+@pytest.mark.ours_only
 @pytest.mark.parametrize("over", ["tls", "pipe", "memory"])
 async def test_f4_no_system_call_and_no_fallback(stack: Stack, server_context: ssl.SSLContext, over: str) -> None:
     async with stack.open() as group:
@@ -760,8 +827,9 @@ async def test_f4_no_system_call_and_no_fallback(stack: Stack, server_context: s
 # -- ways to end ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.differs("`close`, `abort` or a reset during `sendfile`")
 @files
-@pytest.mark.ours_only("the oracle reports it from a callback, or never ends")
+@pytest.mark.ours_only
 async def test_f3_the_peer_resets_in_the_middle(stack: Stack, make_file: Any) -> None:
     async with clogged(stack, make_file) as (group, transport, protocol, peer, _, sending):
         contexts = collect_contexts(group)
@@ -808,8 +876,14 @@ async def test_f3_an_unnoticed_reset_before_sendfile(stack: Stack, make_file: An
         assert protocol.exception is caught.value
 
 
+@pytest.mark.differs(
+    "`close`, `abort` or a reset during `sendfile`",
+    asyncio="an error in a callback, or the caller waits without end",
+    here="the caller gets a `ConnectionError`",
+    why="an awaited call must end",
+)
 @files
-@pytest.mark.ours_only("the oracle never ends")
+@pytest.mark.ours_only
 @pytest.mark.parametrize("how", ["close", "abort"])
 async def test_ending_the_transport_in_the_middle(stack: Stack, make_file: Any, how: str) -> None:
     async with clogged(stack, make_file) as (group, transport, protocol, peer, file, sending):
@@ -1012,8 +1086,14 @@ async def test_over_a_unix_socket(stack: Stack) -> None:
         await protocol.wait_for("connection_lost")
 
 
+@pytest.mark.differs(
+    "`sendfile` over a pipe or a child's standard input",
+    asyncio="`RuntimeError`",
+    here="sent, block by block",
+    why="as over any other stream",
+)
 @files
-@pytest.mark.ours_only("asyncio: not supported for such a transport")
+@pytest.mark.ours_only
 async def test_over_a_pipe(stack: Stack, make_file: Any) -> None:
     read, write = os.pipe()
     async with stack.open() as group:

@@ -60,7 +60,13 @@ def check_refusals(name: str, transport: Any) -> None:
     assert transport.get_protocol() is before
 
 
-@pytest.mark.ours_only("asyncio takes anything, and every callback fails")
+@pytest.mark.differs(
+    "`set_protocol` or `start_tls` with a class, or an object without `connection_lost`",
+    asyncio="accepted; every callback fails",
+    here="`TypeError`",
+    why="the traceback shows the line with the mistake",
+)
+@pytest.mark.ours_only
 async def test_r8_set_protocol_refuses_a_non_protocol(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group:
         async with connected(group) as (transport, protocol, peer):
@@ -82,7 +88,8 @@ async def test_r8_set_protocol_refuses_a_non_protocol(stack: Stack, certificates
         child.close()
 
 
-@pytest.mark.ours_only("asyncio takes anything, and every callback fails")
+@pytest.mark.differs("`set_protocol` or `start_tls` with a class, or an object without `connection_lost`")
+@pytest.mark.ours_only
 async def test_r8_start_tls_refuses_a_non_protocol(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         for wrong in NO_PROTOCOLS:
@@ -115,7 +122,8 @@ async def test_set_protocol_accepts_duck_types(stack: Stack) -> None:
 # -- pauses -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.ours_only("asyncio calls resume_writing only")
+@pytest.mark.differs("`set_protocol` while writing is paused")
+@pytest.mark.ours_only
 @pytest.mark.parametrize("drained", ["later", "at once"])
 async def test_r8_a_protocol_that_is_set_while_writing_is_paused(stack: Stack, drained: str) -> None:
     async with stack.open() as group, connected(group, PublicRecorder(), small=True) as (transport, first, peer):

@@ -173,6 +173,12 @@ async def test_buffered_data_is_sent_in_plaintext_first(stack: Stack, certificat
             await protocol.wait_for("connection_lost")
 
 
+@pytest.mark.differs(
+    "`start_tls`: the first data",
+    asyncio="may reach the protocol before the call returns",
+    here="reaches the protocol after the call has returned",
+    why="otherwise the protocol would answer without TLS",
+)
 async def test_data_that_comes_at_once_after_the_handshake(stack: Stack, certificates: Certificates) -> None:
     # The protocol must have the new transport by then.
     seen: list[Any] = []
@@ -277,7 +283,13 @@ async def test_t2_plaintext_in_the_same_segment(stack: Stack, certificates: Cert
             await protocol.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio has no way to hand bytes back")
+@pytest.mark.differs(
+    "`start_tls`: the beginning of the handshake, if the old protocol received it",
+    asyncio="lost",
+    here="passed back as `received`",
+    why="[CPython 142352](https://github.com/python/cpython/issues/142352)",
+)
+@pytest.mark.ours_only
 @pytest.mark.parametrize("cut", [1, 5, 100, None])
 async def test_t1_start_of_the_handshake_came_with_the_last_plaintext(
     stack: Stack, certificates: Certificates, cut: int | None
@@ -318,7 +330,13 @@ async def test_t1_start_of_the_handshake_came_with_the_last_plaintext(
         await protocol.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio sends it in the clear, in the middle of the handshake")
+@pytest.mark.differs(
+    "`start_tls`: `write` on the old transport",
+    asyncio="sent unencrypted, in the middle of the TLS data",
+    here="encrypted if written during the handshake; afterwards `RuntimeError`",
+    why="no secret is sent unencrypted",
+)
+@pytest.mark.ours_only
 async def test_writing_to_the_old_transport(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
 
@@ -358,7 +376,13 @@ async def test_writing_to_the_old_transport(stack: Stack, certificates: Certific
         assert protocol.count("connection_lost") == 1
 
 
-@pytest.mark.ours_only("asyncio's says that it is open, and goes on reading")
+@pytest.mark.differs(
+    "`start_tls`: the old transport afterwards",
+    asyncio="`is_closing` is false, `is_reading` true",
+    here="`is_closing` is true, `is_reading` false",
+    why="it can only end the connection",
+)
+@pytest.mark.ours_only
 async def test_state_of_the_old_transport(stack: Stack, certificates: Certificates) -> None:
     # It can only be used to end the connection.
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
@@ -407,6 +431,12 @@ async def test_certificate_that_is_refused(stack: Stack, certificates: Certifica
         assert contexts == []
 
 
+@pytest.mark.differs(
+    "`start_tls`: a time-out or a cancellation",
+    asyncio="no `connection_lost`",
+    here="`connection_lost` is called",
+    why="exactly one for every `connection_made`",
+)
 async def test_handshake_that_takes_too_long(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         with pytest.raises(ConnectionAbortedError, match=r"0\.05 seconds"):
@@ -484,6 +514,7 @@ async def failed_upgrade(*arguments: Any, **options: Any) -> Exception | None:
     return None
 
 
+@pytest.mark.differs("`start_tls`: `close` during the handshake")
 async def test_buffered_plaintext_is_sent_when_closed_during_the_handshake(
     stack: Stack, certificates: Certificates
 ) -> None:
@@ -512,7 +543,16 @@ async def test_buffered_plaintext_is_sent_when_closed_during_the_handshake(
         assert protocol.received == b""
 
 
-@pytest.mark.ours_only("asyncio sends it in the clear, in the middle of the handshake")
+@pytest.mark.differs(
+    "`start_tls`: `close` during the handshake",
+    asyncio="`connection_lost` may never come, or gets an error; the caller may get a transport that does not work",
+    here=(
+        "the buffer is flushed, encrypted or not; the caller gets `ConnectionAbortedError`, and the protocol "
+        "`connection_lost(None)`"
+    ),
+    why="exactly one `connection_lost`, and nothing that was written is lost",
+)
+@pytest.mark.ours_only
 @pytest.mark.parametrize("peer_does", ["complete", "nothing", "leave"])
 async def test_what_is_written_during_the_handshake_and_closed(
     stack: Stack, certificates: Certificates, peer_does: str
@@ -689,7 +729,13 @@ async def test_end_between_the_handshake_and_the_return(stack: Stack, certificat
             assert protocol.names == ["connection_made", "pause_writing", "connection_lost"]
 
 
-@pytest.mark.ours_only("asyncio goes on with a dead transport")
+@pytest.mark.differs(
+    "`start_tls` on a transport that is closing",
+    asyncio="returns a transport that does not work",
+    here="`RuntimeError`",
+    why="as `sendfile`",
+)
+@pytest.mark.ours_only
 async def test_t13_transport_that_is_closing(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, _):
         transport.close()
@@ -701,7 +747,13 @@ async def test_t13_transport_that_is_closing(stack: Stack, certificates: Certifi
         assert protocol.exception is None
 
 
-@pytest.mark.ours_only("asyncio does not look")
+@pytest.mark.differs(
+    "`start_tls` or `sendfile` during another `start_tls`",
+    asyncio="a handshake inside the handshake, or the file in its middle",
+    here="`RuntimeError`",
+    why="one at a time, as with `sendfile`",
+)
+@pytest.mark.ours_only
 async def test_calls_that_are_refused_during_the_handshake(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
 
@@ -848,7 +900,13 @@ async def test_group_that_is_closed(stack: Stack, certificates: Certificates) ->
         await protocol.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio has one loop for all of them")
+@pytest.mark.differs(
+    "`start_tls` through another group than the transport's",
+    asyncio="there is one event loop for all",
+    here="`RuntimeError`",
+    why="its timers would end with the other group",
+)
+@pytest.mark.ours_only
 async def test_transport_of_another_group(stack: Stack, certificates: Certificates) -> None:
     # Otherwise its timers and callbacks would end with the other group.
     async with stack.open() as group, connected(group) as (transport, protocol, peer):

@@ -215,7 +215,13 @@ async def test_renegotiation_under_a_writer(stack: Stack, certificates: Certific
             await client.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio never ends")
+@pytest.mark.differs(
+    "a peer that leaves during a renegotiation, with data to be written",
+    asyncio="waits without end",
+    here="`connection_lost(ConnectionResetError)`",
+    why="the answer can no longer come",
+)
+@pytest.mark.ours_only
 @pytest.mark.parametrize("paused", [False, True], ids=["reading", "paused"])
 @pytest.mark.parametrize("over", ["socket", "stream"])
 async def test_peer_that_disconnects_in_a_renegotiation_under_a_writer(

@@ -101,8 +101,14 @@ async def test_abstract_names(stack: Stack, form: Callable[[str], Any]) -> None:
             await group.create_unix_connection(Recorder, name)
 
 
+@pytest.mark.differs(
+    "an empty path for a UNIX server",
+    asyncio="`IndexError`",
+    here="passed to the system: Linux chooses an abstract name",
+    why="it is valid on Linux",
+)
 @linux_only
-@pytest.mark.ours_only("an IndexError of asyncio's own")
+@pytest.mark.ours_only
 async def test_the_system_chooses_a_name_for_an_empty_path(stack: Stack) -> None:
     async with stack.open() as group:
         server = await group.create_unix_server(Echo, "")
@@ -120,7 +126,13 @@ async def test_a_path_of_the_wrong_kind(stack: Stack) -> None:
             await group.create_unix_connection(Echo, 5)
 
 
-@pytest.mark.ours_only("asyncio names no path")
+@pytest.mark.differs(
+    "errors of `bind` and `connect` for UNIX sockets",
+    asyncio="do not name the path",
+    here="name the path",
+    why="one needs the name to find the cause",
+)
+@pytest.mark.ours_only
 async def test_paths_that_cannot_be_bound(stack: Stack, folder: Path) -> None:
     async with stack.open() as group:
         before = open_descriptors()
@@ -284,7 +296,13 @@ async def test_s8_a_file_that_replaced_the_socket_is_not_removed(stack: Stack, f
         server.close()  # No file, no report.
 
 
-@pytest.mark.ours_only("asyncio looks for the file where it is not")
+@pytest.mark.differs(
+    "a relative path for a UNIX server, when the working directory changes later",
+    asyncio="another file is looked at",
+    here="the server's own file is removed",
+    why="the server knows its file",
+)
+@pytest.mark.ours_only
 async def test_a_relative_path_and_another_working_directory(
     stack: Stack, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,7 +385,13 @@ async def test_sockets_that_cannot_be_adopted(stack: Stack, folder: Path) -> Non
             assert stream.fileno() != -1
 
 
-@pytest.mark.ours_only("asyncio forgot to look")
+@pytest.mark.differs(
+    "a TLS socket as `sock` of a UNIX connection",
+    asyncio="accepted",
+    here="`TypeError`",
+    why="as for TCP",
+)
+@pytest.mark.ours_only
 async def test_a_tls_socket_cannot_be_adopted(stack: Stack) -> None:
     context = ssl.create_default_context()
     ours, theirs = socket.socketpair()
@@ -408,8 +432,14 @@ async def test_a_path_without_a_listener(stack: Stack, folder: Path) -> None:
             assert str(folder / "missing") in str(caught.value)
 
 
+@pytest.mark.differs(
+    "connecting when the backlog of a UNIX server is full",
+    asyncio="returns a transport that is not connected",
+    here="`BlockingIOError`",
+    why="Linux does not retry by itself (`connect(2)`, `EAGAIN`)",
+)
 @linux_only
-@pytest.mark.ours_only("asyncio reports a connection that does not exist")
+@pytest.mark.ours_only
 async def test_a_full_backlog_is_an_error(stack: Stack, folder: Path) -> None:
     """There is nothing to wait for: the system does not retry."""
     path = folder / "socket"

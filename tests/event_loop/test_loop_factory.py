@@ -246,6 +246,12 @@ def test_after_close(make: Callable[[], asyncio.AbstractEventLoop]) -> None:
 # What leaves
 
 
+@pytest.mark.differs(
+    "`EventLoop`: a callback that raises `KeyboardInterrupt` or `SystemExit`",
+    asyncio="raised at once",
+    here="raised after the other callbacks of the iteration",
+    why="everything that ends a call does so at the same place",
+)
 @pytest.mark.parametrize("wait", [0, 0.001])
 @pytest.mark.parametrize("leaving", [KeyboardInterrupt, SystemExit])
 def test_what_leaves_ends_the_call_and_not_the_loop(
@@ -459,6 +465,12 @@ print(raised > 20, seen > 20)
 """
 
 
+@pytest.mark.differs(
+    "`EventLoop`: Ctrl-C while the event loop's own code runs",
+    asyncio="raises there",
+    here="the signal handler runs as the next callback",
+    why="an event loop that is interrupted half-way is broken",
+)
 @pytest.mark.skipif(sys.platform == "win32", reason="it cannot send Ctrl-C to itself")
 def test_a_storm_of_ctrl_c_leaves_the_event_loop_whole() -> None:
     """Raised between any two lines of ours, it would break it sooner or later."""
@@ -482,6 +494,12 @@ class Recorder(asyncio.Protocol):
         self.calls.append("connection_lost")
 
 
+@pytest.mark.differs(
+    "`EventLoop`: transports that are open at `close`",
+    asyncio="stay open until they are collected, with a `ResourceWarning`",
+    here="aborted, with the same `ResourceWarning`; no callback is called",
+    why="otherwise their file descriptors stay open",
+)
 def test_close_from_another_thread_warns_and_calls_nothing(make: Any) -> None:
     """As asyncio's: it ran in a thread that has ended, with transports, timers and tasks that are left."""
     loop = make()
@@ -707,6 +725,12 @@ def test_a_fork_in_a_running_event_loop(loop: asyncio.AbstractEventLoop) -> None
     assert loop.run_until_complete(main()) == 0
 
 
+@pytest.mark.differs(
+    "`EventLoop`: a child that is forked inside a call",
+    asyncio="may run a new event loop",
+    here="may run asyncio's own; another `EventLoop` raises `RuntimeError`",
+    why="its thread still counts as running trio",
+)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_of_a_fork_inside_a_call_cannot_run_trio(ours: EventLoop) -> None:
@@ -822,6 +846,15 @@ def test_close_cancels_trio_tasks_and_calls_nothing_of_asyncios() -> None:
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # as asyncio, which says so
 
 
+@pytest.mark.differs(
+    "`EventLoop`: between two calls, while its trio tasks are under way",
+    asyncio="any event loop may run",
+    here=(
+        "in the same thread no other `EventLoop` and no `trio.run`, and in another thread neither running nor "
+        "closing it: `RuntimeError`"
+    ),
+    why="trio runs once at a time in a thread",
+)
 def test_what_trio_tasks_under_way_forbid() -> None:
     loop, other = EventLoop(), EventLoop()
     task = loop.create_task(from_asyncio.run(trio.sleep_forever))

@@ -134,6 +134,12 @@ def test_shut_the_default_executor_down_that_was_never_used(run):
     run(main)
 
 
+@pytest.mark.differs(
+    "`shutdown_default_executor(timeout)`",
+    asyncio="since Python 3.12",
+    here="on every Python",
+    why="one interface",
+)
 def test_the_shutdown_of_the_default_executor_has_a_time_out(run):
     if sys.version_info < (3, 13) and not run.is_ours:
         pytest.skip("of Python 3.12, where asyncio joins the thread in spite of it")

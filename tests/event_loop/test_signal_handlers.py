@@ -51,6 +51,12 @@ def test_a_handler_is_a_callback_of_the_event_loop(run):
     run(main)
 
 
+@pytest.mark.differs(
+    "`signal.set_wakeup_fd`",
+    asyncio="set by `add_signal_handler`",
+    here="not changed",
+    why="it is trio's, which wakes up for signals by itself",
+)
 def test_a_signal_wakes_an_idle_event_loop(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -138,6 +144,12 @@ def test_handlers_are_removed_at_the_end(run):
     run(main)
 
 
+@pytest.mark.differs(
+    "`remove_signal_handler`, and the end of the event loop",
+    asyncio="set the default handler",
+    here="restore the previous handler, unless another was set since",
+    why="trio has a handler for Ctrl-C, and other libraries have theirs",
+)
 @pytest.mark.parametrize("previous", [signal.SIG_IGN, lambda *_: None], ids=["ignored", "function"])
 def test_the_handler_before_is_put_back(run, previous):
     if not run.is_ours:
@@ -157,6 +169,7 @@ def test_the_handler_before_is_put_back(run, previous):
         signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.differs("`remove_signal_handler`, and the end of the event loop")
 def test_a_handler_that_something_else_has_set_stays(run):
     if not run.is_ours:
         pytest.skip("asyncio's own set the default handler")

@@ -223,6 +223,12 @@ CALLS: dict[str, Callable[[TransportGroup, Any, socket.socket], Awaitable[object
 }
 
 
+@pytest.mark.differs(
+    "a task that calls an endpoint function while the group is left",
+    asyncio="the call goes on",
+    here="cancelled if the group is cancelled; otherwise `RuntimeError`, which ends the task but not the block",
+    why="a normal exit is not a failure",
+)
 @either_way
 @pytest.mark.parametrize("name", CALLS)
 async def test_g2_a_task_sees_its_cancellation_and_no_error(anyio_backend: Any, how: str, name: str) -> None:

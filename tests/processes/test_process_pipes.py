@@ -60,6 +60,7 @@ class Feeder(Child):
         self.feed()
 
 
+@pytest.mark.differs("`close` or `abort` inside `resume_writing`")
 async def test_w15_bulk_data_through_cat(stack: Stack) -> None:
     if stack.is_oracle:
         pytest.skip("asyncio loses what is buffered when resume_writing closes")

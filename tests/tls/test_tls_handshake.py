@@ -250,6 +250,12 @@ def refused(name: str, certificates: Certificates) -> tuple[ssl.SSLContext, dict
     return context, {"server_hostname": "other.example"} if name == "name" else {}
 
 
+@pytest.mark.differs(
+    "the peer's view of a handshake that fails",
+    asyncio="the connection is cut",
+    here="it gets the TLS alert",
+    why="TLS specifies it",
+)
 @pytest.mark.parametrize("what", ["authority", "name"])
 async def test_certificate_that_is_refused(stack: Stack, certificates: Certificates, version: str, what: str) -> None:
     context, options = refused(what, certificates)
@@ -271,6 +277,21 @@ async def test_certificate_that_is_refused(stack: Stack, certificates: Certifica
         serving.server.close()
 
 
+@pytest.mark.differs(
+    "the protocol factory of a TLS server",
+    asyncio="called before the handshake",
+    here="called after the handshake",
+    why="a peer that sends nothing costs no protocol",
+)
+@pytest.mark.differs(
+    "a handshake that fails on a server",
+    asyncio="reported in debug mode only",
+    here=(
+        "reported to the exception handler with `handshake` and the client's `peername`, by default as one line at"
+        " level INFO"
+    ),
+    why="an operator wants to see who failed, but not a traceback for each port scan",
+)
 @pytest.mark.parametrize("kind", ["garbage", "leaves", "half", "resets", "slow"])
 async def test_server_survives_a_failing_handshake(stack: Stack, certificates: Certificates, kind: str) -> None:
     async with stack.open() as group:
@@ -302,6 +323,7 @@ async def test_server_survives_a_failing_handshake(stack: Stack, certificates: C
         serving.server.close()
 
 
+@pytest.mark.differs("a handshake that fails on a server")
 @pytest.mark.parametrize("kind", ["leaves", "plain HTTP", "unknown authority", "slow", "name that Python cannot read"])
 async def test_failed_handshake_is_one_line_at_level_info(
     stack: Stack, certificates: Certificates, tmp_path: Path, kind: str
@@ -587,7 +609,13 @@ async def test_parameters_that_are_refused(
             await group.create_server(Recorder, HOST, 0, ssl=True)
 
 
-@pytest.mark.ours_only("asyncio refuses these after it has connected, and leaks the socket")
+@pytest.mark.differs(
+    "NaN as a TLS time-out",
+    asyncio="accepted",
+    here="`ValueError`",
+    why="it is not a time",
+)
+@pytest.mark.ours_only
 @pytest.mark.parametrize("name", ["ssl_handshake_timeout", "ssl_shutdown_timeout"])
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
 async def test_timeouts_that_are_not_positive(
@@ -610,7 +638,13 @@ async def test_timeouts_that_are_not_positive(
                     await call()
 
 
-@pytest.mark.ours_only("asyncio refuses it since Python 3.14, once it has connected")
+@pytest.mark.differs(
+    "a context that checks host names, without a name to check",
+    asyncio="until 3.14 not checked; since then `ValueError`, once connected",
+    here="`ValueError` at the call",
+    why="it is the caller's mistake",
+)
+@pytest.mark.ours_only
 async def test_check_hostname_without_a_name(stack: Stack, certificates: Certificates) -> None:
     context = certificates.client()
     ours, theirs = socket.socketpair()

@@ -58,6 +58,12 @@ async def test_close_sends_close_notify_and_waits_for_the_peers(
         assert protocol.exception is None
 
 
+@pytest.mark.differs(
+    "TLS: `close` inside a callback",
+    asyncio="`data_received` or `get_buffer` may be called again, even after `eof_received`",
+    here="never called again",
+    why="the documentation of `close` says so",
+)
 async def test_peer_closes(stack: Stack, certificates: Certificates, version: str, recorder: type[Any]) -> None:
     legal(stack, recorder)
     data = pattern(400_000)
@@ -232,7 +238,8 @@ async def test_writing_during_the_shutdown(stack: Stack, certificates: Certifica
         await protocol.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio's ends with SSLError: application data after close notify")
+@pytest.mark.differs("TLS: data that arrives after `close`")
+@pytest.mark.ours_only
 async def test_t8_peer_that_goes_on_sending_after_our_close(
     stack: Stack, certificates: Certificates, version: str
 ) -> None:
@@ -253,7 +260,8 @@ async def test_t8_peer_that_goes_on_sending_after_our_close(
         assert contexts == []
 
 
-@pytest.mark.ours_only("asyncio's ends with SSLError: application data after close notify")
+@pytest.mark.differs("TLS: data that arrives after `close`")
+@pytest.mark.ours_only
 async def test_r3_close_in_the_middle_of_an_endless_download(stack: Stack, certificates: Certificates) -> None:
     sent = 0
     closed_at = 0
@@ -319,6 +327,12 @@ async def test_t9_eof_without_close_notify_over_a_unix_socket(stack: Stack, cert
         assert protocol.exception is None
 
 
+@pytest.mark.differs(
+    "the answer to an end of file without `close_notify`",
+    asyncio="the connection is cut",
+    here="`close_notify` is sent, as with every close",
+    why="a peer that ended only its sending side sees that our data is complete",
+)
 async def test_an_end_of_file_without_close_notify_is_answered(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (_, protocol, peer):
         peer.cut()
@@ -331,6 +345,12 @@ async def test_an_end_of_file_without_close_notify_is_answered(stack: Stack, cer
         assert await peer.receive_raw() == b""
 
 
+@pytest.mark.differs(
+    "a TLS client that sends `close_notify` and leaves before it gets the session tickets",
+    asyncio="`connection_lost` gets a `BrokenPipeError` or `ConnectionResetError`",
+    here="`connection_lost` gets `None`",
+    why="no data of the protocol is lost",
+)
 @pytest.mark.parametrize("size", [5, 100_000])
 async def test_client_that_sends_and_disconnects_at_once(
     stack: Stack, certificates: Certificates, recorder: type[Any], size: int
@@ -371,7 +391,13 @@ async def test_client_that_sends_and_disconnects_at_once(
             assert protocol.transport.get_extra_info("close_notify") is True
 
 
-@pytest.mark.ours_only("asyncio has no way to tell")
+@pytest.mark.differs(
+    "an end of file without `close_notify`",
+    asyncio="looks like one with it",
+    here="extra info `close_notify` is true after an orderly end only",
+    why="it reveals a truncation attack",
+)
+@pytest.mark.ours_only
 async def test_t9_truncation_can_be_detected(stack: Stack, certificates: Certificates) -> None:
     seen: list[object] = []
     protocol = Recorder(
@@ -407,7 +433,13 @@ async def test_damaged_record(stack: Stack, certificates: Certificates) -> None:
                 await peer.receive()
 
 
-@pytest.mark.ours_only("asyncio loses the data")
+@pytest.mark.differs(
+    "data that arrives together with a damaged TLS record",
+    asyncio="lost",
+    here="delivered, then the error",
+    why="nothing that has arrived is lost",
+)
+@pytest.mark.ours_only
 async def test_data_before_a_damaged_record(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, peer):
         transport.pause_reading()  # Both must be received together.
