@@ -27,10 +27,11 @@ CALLBACKS = {
         "resume_writing",
         "data_received",
         "eof_received",
+        "shutdown_requested",
     ),
     BufferedProtocol: ("get_buffer", "buffer_updated"),
-    DatagramProtocol: ("datagram_received", "error_received"),
-    SubprocessProtocol: ("pipe_data_received", "pipe_connection_lost", "process_exited"),
+    DatagramProtocol: ("datagram_received", "error_received", "shutdown_requested"),
+    SubprocessProtocol: ("pipe_data_received", "pipe_connection_lost", "process_exited", "shutdown_requested"),
 }
 
 

@@ -49,7 +49,7 @@ def call_with_current(group: Group, callback: Callable[P, T], /, *args: P.args, 
         current.reset(token)
 
 
-#: The callbacks of asyncio's protocols.
+#: The callbacks of asyncio's protocols, and `shutdown_requested`, which asyncio does not have.
 CALLBACKS = frozenset(
     {
         "buffer_updated",
@@ -65,6 +65,7 @@ CALLBACKS = frozenset(
         "pipe_data_received",
         "process_exited",
         "resume_writing",
+        "shutdown_requested",
     }
 )
 
