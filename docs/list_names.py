@@ -47,8 +47,9 @@ ATTRIBUTES = ["`protocol`", "`transport`", "`hooks`", "`calls`", "`received`", "
 
 
 def methods(abstract: type) -> set[str]:
-    """The names that asyncio's abstract class has, and the one that all our transports have beside them."""
-    return {name for name in dir(abstract) if name[0] != "_"} | {"is_writing_paused"}
+    """The names that asyncio's abstract class has, and those that all our transports have beside them."""
+    ours = {"drain", "is_writing_paused", "start_soon", "wait_closed"}
+    return {name for name in dir(abstract) if name[0] != "_"} | ours
 
 
 def definition(function: Any) -> ast.FunctionDef | ast.AsyncFunctionDef:
@@ -138,7 +139,7 @@ def page() -> str:
             table("Server", members(package.Server)),
             table(
                 "Handle and TimerHandle",
-                [*members(package.Handle), *(each for each in members(package.TimerHandle) if "`when" in each)],
+                [*members(package.Handle), *(each for each in members(package.TimerHandle) if "`when" in each or "`reschedule" in each)],
                 "What `call_soon`, `call_later` and `call_at` return.",
             ),
             table("to_asyncio", [row(name, getattr(to_asyncio, name)) for name in to_asyncio.__all__]),
@@ -150,7 +151,7 @@ def page() -> str:
             ),
             table(
                 "Transports of child processes",
-                members(SubprocessTransport, methods(asyncio.SubprocessTransport)),
+                members(SubprocessTransport, methods(asyncio.SubprocessTransport) | {"shutdown"}),
             ),
             table(
                 "transports_anyio.testing",

@@ -1,9 +1,11 @@
-"""`Server.shutdown` and `TransportGroup.shutdown`: in order, and within the deadline."""
+"""`shutdown` of a server, a group and a child: in order, and within the deadline."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import socket
 import sys
 from math import nan
 from pathlib import Path
@@ -16,7 +18,8 @@ from network import Echo, needs_unix
 from support import GUARD, HOST, DatagramRecorder, Peer, Recorder, SubprocessRecorder, collect_contexts, fill, until
 from tls_support import NAME, Certificates, TLSPeer
 
-from transports_anyio import TransportGroup
+from transports_anyio import TransportGroup, TransportStream
+from transports_anyio.testing import memory_connection
 
 pytestmark = pytest.mark.anyio
 
@@ -310,6 +313,7 @@ async def test_pipes_of_a_group_that_shuts_down(anyio_backend: Any) -> None:
         assert writer.lost
 
 
+FOREVER = "import time; time.sleep(3600)"
 TERMINATES = "import sys; print('ready', flush=True); sys.stdin.read()"
 CLEANS_UP = (
     "import signal, sys\n"
@@ -325,38 +329,247 @@ IGNORES = (
 )
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+
+
+async def start_exec(group: TransportGroup, factory: Any, program: str) -> Any:
+    return await group.subprocess_exec(factory, sys.executable, "-c", program)
+
+
+async def start_shell(group: TransportGroup, factory: Any, program: str) -> Any:
+    return await group.subprocess_shell(factory, f"exec {shlex.join([sys.executable, '-c', program])}")
+
+
+async def start_anyio(group: TransportGroup, factory: Any, program: str) -> Any:
+    return await group.connect_process(factory, await anyio.open_process([sys.executable, "-c", program]))
+
+
+#: The ways to start a child.
+every_child = pytest.mark.parametrize("start", [start_exec, start_shell, start_anyio])
+
+
+async def ready(child: SubprocessRecorder) -> None:
+    """Wait until the program runs and has set its signal handler."""
+    await child.wait_until(lambda: child.received.get(1) == b"ready\n", timeout=GUARD)
+
+
+@needs_signals
+@pytest.mark.parametrize("whose", ["group", "transport"])
+@every_child
 @pytest.mark.parametrize(
     ("program", "timeout", "returncode", "output"),
     [
         (TERMINATES, 3600, -signal.SIGTERM, b"ready\n"),
         (CLEANS_UP, 3600, 3, b"ready\ncleaned up\n"),
-        (IGNORES, 0.2, -9, b"ready\n"),
+        (IGNORES, DEADLINE, -9, b"ready\n"),
     ],
     ids=["terminates", "cleans up", "ignores it"],
 )
 async def test_a_child_is_terminated_and_killed_at_the_deadline(
-    anyio_backend: Any, program: str, timeout: float, returncode: int, output: bytes
+    anyio_backend: Any, start: Any, whose: str, program: str, timeout: float, returncode: int, output: bytes
 ) -> None:
     async with TransportGroup() as group:
-        transport, child = await group.subprocess_exec(SubprocessRecorder, sys.executable, "-c", program)
-        await until(lambda: bytes(child.received.get(1, b"")) == b"ready\n")
+        transport, child = await start(group, SubprocessRecorder, program)
+        await ready(child)
+        begun = anyio.current_time()
         with anyio.fail_after(GUARD):
-            await group.shutdown(timeout)
+            await (group if whose == "group" else transport).shutdown(timeout)
         assert transport.get_returncode() == returncode
         assert child.received[1] == output
+        assert child.exception is None
+        if timeout == DEADLINE:
+            assert anyio.current_time() - begun >= DEADLINE - CLOCK_STEP
+
+
+class Quitting(SubprocessRecorder):
+    """Ends its program by an end of file."""
+
+    def shutdown_requested(self) -> None:
+        self.transport.get_pipe_transport(0).close()
+
+
+class Stuck(SubprocessRecorder):
+    asked = 0
+
+    def shutdown_requested(self) -> None:
+        self.asked += 1
+
+
+@needs_signals
+@pytest.mark.parametrize("whose", ["group", "transport"])
+@every_child
+async def test_a_child_whose_protocol_wants_to_know(anyio_backend: Any, start: Any, whose: str) -> None:
+    async with TransportGroup() as group:
+        transport, child = await start(group, Quitting, TERMINATES)
+        await ready(child)
+        with anyio.fail_after(GUARD):
+            await (group if whose == "group" else transport).shutdown(3600)
+        assert transport.get_returncode() == 0
         assert child.lost
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-async def test_a_child_whose_protocol_wants_to_know(anyio_backend: Any) -> None:
-    class Quitting(SubprocessRecorder):
+@needs_signals
+@every_child
+async def test_one_child_of_several(anyio_backend: Any, start: Any) -> None:
+    """The others run on, and the group makes more connections."""
+    async with TransportGroup() as group:
+        transport, child = await start(group, Stuck, TERMINATES)
+        other, runs_on = await start(group, Stuck, TERMINATES)
+        await ready(child)
+        await ready(runs_on)
+        begun = anyio.current_time()
+        with anyio.fail_after(GUARD):
+            await transport.shutdown(DEADLINE)
+        assert anyio.current_time() - begun >= DEADLINE - CLOCK_STEP
+        assert transport.get_returncode() == -signal.SIGKILL
+        assert (child.asked, runs_on.asked) == (1, 0)
+        assert other.get_returncode() is None
+        assert not group.is_closing()
+        _, third = await start(group, SubprocessRecorder, TERMINATES)
+        await ready(third)
+
+
+@needs_signals
+@every_child
+async def test_a_child_that_has_no_time_at_all(anyio_backend: Any, start: Any) -> None:
+    async with TransportGroup() as group:
+        transport, child = await start(group, Quitting, TERMINATES)
+        await ready(child)
+        with anyio.fail_after(GUARD):
+            await transport.shutdown(0)
+        assert transport.get_returncode() == -signal.SIGKILL
+        assert child.lost
+
+
+@needs_signals
+@every_child
+async def test_a_child_that_has_ended(anyio_backend: Any, start: Any) -> None:
+    """In its group, after it, and while its end is under way."""
+    async with TransportGroup() as group:
+        transport, child = await start(group, Stuck, "")
+        await child.wait_for("connection_lost", timeout=GUARD)
+        with anyio.fail_after(GUARD):
+            await transport.shutdown(None)
+        closing, closed = await start(group, Stuck, TERMINATES)
+        closing.close()
+        with anyio.fail_after(GUARD):
+            await closing.shutdown(None)
+        assert closed.lost
+        assert child.asked == closed.asked == 0
+    with anyio.fail_after(GUARD):
+        await transport.shutdown(None)
+
+
+@needs_signals
+@every_child
+async def test_a_grandchild_that_holds_the_output(anyio_backend: Any, start: Any) -> None:
+    """The child has ended, and its pipe has not: it is closed at the deadline."""
+    program = f"import os, sys\nprint('ready', flush=True)\nif os.fork() == 0: {FOREVER}\n"
+    async with TransportGroup() as group:
+        transport, child = await start(group, SubprocessRecorder, program)
+        await child.wait_for("process_exited", timeout=GUARD)
+        assert transport.get_returncode() == 0
+        with anyio.fail_after(GUARD):
+            await transport.shutdown(DEADLINE)
+        assert transport.get_returncode() == 0
+        assert child.exception is None
+
+
+@needs_signals
+@every_child
+async def test_the_shutdown_of_a_child_that_is_cancelled_goes_on(anyio_backend: Any, start: Any) -> None:
+    async with TransportGroup() as group:
+        transport, child = await start(group, SubprocessRecorder, TERMINATES)
+        await ready(child)
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await transport.shutdown(3600)
+        assert scope.cancelled_caught
+        with anyio.fail_after(GUARD):
+            await transport.wait_closed()
+        assert transport.get_returncode() == -signal.SIGTERM
+
+
+@needs_signals
+async def test_a_task_of_the_child_shuts_it_down(anyio_backend: Any) -> None:
+    """The task is cancelled when `connection_lost` has been called, as every task of a connection."""
+    async with TransportGroup() as group:
+        transport, child = await start_exec(group, SubprocessRecorder, TERMINATES)
+        await ready(child)
+        transport.start_soon(transport.shutdown, 3600)
+        with anyio.fail_after(GUARD):
+            await group.wait_closed()
+        assert transport.get_returncode() == -signal.SIGTERM
+        assert child.exception is None
+
+
+@needs_signals
+async def test_a_callback_of_a_child_that_raises_ends_it(anyio_backend: Any) -> None:
+    class Broken(SubprocessRecorder):
         def shutdown_requested(self) -> None:
-            self.transport.get_pipe_transport(0).close()
+            raise ZeroDivisionError
 
     async with TransportGroup() as group:
-        transport, child = await group.subprocess_exec(Quitting, sys.executable, "-c", TERMINATES)
-        await until(lambda: bytes(child.received.get(1, b"")) == b"ready\n")
+        contexts = collect_contexts(group)
+        transport, child = await start_exec(group, Broken, TERMINATES)
+        await ready(child)
+        with anyio.fail_after(GUARD):
+            await transport.shutdown(3600)
+        assert isinstance(child.exception, ZeroDivisionError)
+        (context,) = contexts
+        assert "shutdown_requested" in context["message"]
+        assert transport.get_returncode() == -signal.SIGKILL
+
+
+# -- protocols without `shutdown_requested` ---------------------------------------------------------------------------
+
+
+async def test_a_stream_without_shutdown_requested_sends_what_is_buffered(
+    anyio_backend: Any, certificates: Certificates
+) -> None:
+    """In memory, over TLS, and with a `TransportStream` on top."""
+
+    class Reading(Recorder):
+        def shutdown_requested(self) -> None:
+            """Go on: the connection ends when all has come."""
+
+    async with TransportGroup() as group:
+        tls = {"ssl": certificates.client(), "server_ssl": certificates.server(), "server_hostname": NAME}
+        plain, encrypted, used = [
+            await memory_connection(group, Recorder, Reading, buffer_size=16, **options) for options in ({}, tls, {})
+        ]
+        stream = TransportStream(used[0][0])
+        for (transport, _), _ in (plain, encrypted):
+            transport.write(bytes(100_000))
+        await stream.send(b"from a stream")
         with anyio.fail_after(GUARD):
             await group.shutdown(3600)
-        assert transport.get_returncode() == 0
+        for (_, first), (_, second) in (plain, encrypted):
+            assert first.exception is None
+            assert second.exception is None
+            assert second.received == bytes(100_000)
+        assert used[1][1].received == b"from a stream"
+        with pytest.raises(anyio.BrokenResourceError):
+            await stream.send(b"more")
+
+
+@needs_unix
+async def test_datagrams_without_shutdown_requested_are_sent(anyio_backend: Any) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with theirs:
+        theirs.setblocking(False)
+        async with TransportGroup() as group:
+            transport, endpoint = await group.create_datagram_endpoint(DatagramRecorder, sock=ours)
+            sent = 0
+            while not transport.get_write_buffer_size():
+                transport.sendto(b"one")
+                sent += 1
+            got = 0
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(group.shutdown, None)
+                with anyio.fail_after(GUARD):
+                    while got < sent:
+                        await anyio.wait_readable(theirs)
+                        assert theirs.recv(10) == b"one"
+                        got += 1
+            assert endpoint.exception is None

@@ -139,6 +139,14 @@ class SubprocessTransport(BaseTransport, asyncio.SubprocessTransport):
     async def drain(self) -> None:
         """Wait until writing to standard input is not paused. Raises `ConnectionError` when it is closed."""
 
+    @abstractmethod
+    async def shutdown(self, timeout: float | None) -> None:
+        """Terminate the process, let it end, and kill it if it has not ended after `timeout` seconds.
+
+        If the protocol has a method `shutdown_requested`, that is called instead of `terminate`. `None` is no limit.
+        Returns when `connection_lost` has been called. Raises `ValueError` for a negative `timeout`.
+        """
+
     if TYPE_CHECKING:
         # The result depends on `fd`. At run time this is asyncio's method.
         @overload

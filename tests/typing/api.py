@@ -151,6 +151,8 @@ async def types_of_what_comes_back(stream: ByteStream, udp: UDPSocket, process: 
         assert_type(await group.connect_datagram_socket(Replying, udp), tuple[abc.DatagramTransport, Replying])
         children = [await group.subprocess_exec(Child, "cat"), await group.subprocess_shell(Child, "cat")]
         assert_type(children, list[tuple[abc.SubprocessTransport, Child]])
+        assert_type(await children[0][0].shutdown(5), None)
+        await children[0][0].shutdown("5")  # type: ignore[arg-type]
         assert_type(await group.connect_process(Child, process), tuple[abc.SubprocessTransport, Child])
         with Path("file").open("rb") as file:
             assert_type(await group.connect_read_pipe(Filling, file), tuple[abc.ReadTransport, Filling])

@@ -20,7 +20,7 @@ from .. import abc
 from .._callbacks import check_given_protocol
 from .._errors import failed_callback, has_callback, log_debug
 from .._processes._child import KILLED
-from .._waiters import InterruptSafeEvent
+from .._waiters import InterruptSafeEvent, check_shutdown_timeout, wait_or_abort
 from ._pipe import WritePipeTransport
 from ._tasks import ConnectionTasks, TaskOwner
 
@@ -188,6 +188,24 @@ class SubprocessTransport(TaskOwner, abc.SubprocessTransport):
         except (ProcessLookupError, PermissionError):
             pass  # It has ended already, or runs as another user.
         self._drop_input()
+
+    async def shutdown(self, timeout: float | None) -> None:
+        """Terminate the process, let it end, and kill it if it has not ended after `timeout` seconds.
+
+        If the protocol has a method `shutdown_requested`, that is called instead of `terminate`: it ends the process in
+        another way, by closing standard input for example. Output is received until the end. What is left after
+        `timeout` seconds is aborted: the process is killed, and its pipes are closed. With 0 seconds that is done at
+        once; `None` is no limit.
+
+        This returns when `connection_lost` has been called; if it is cancelled, the process goes on ending.
+
+        Raises `ValueError` for a negative `timeout`.
+        """
+        check_shutdown_timeout(timeout)
+        if not self._lost:
+            log_debug(self._callback_context.group, "%r: shutting down", self)
+            self._request_shutdown()
+        await wait_or_abort(timeout, self.wait_closed, self._abort)
 
     def _abort(self) -> None:
         """Kill the process, wait for its end, and drop what is buffered. The end of the group calls this."""
