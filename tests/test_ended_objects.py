@@ -307,8 +307,8 @@ class Child(asyncio.SubprocessProtocol):
 
 @pytest.mark.parametrize("how", ["ended", "waited for", "closed", "killed and closed", "a pipe closed"])
 async def test_a1_an_ended_process(anyio_backend: Any, how: str) -> None:
-    # Writing to a pipe without a reader would end it by a signal.
-    program = {"killed and closed": "sleep 1000", "closed": "exit 3", "a pipe closed": "exit 3"}.get(
+    # Writing to a pipe without a reader would end it by a signal. A child of the shell's own would survive the shell.
+    program = {"killed and closed": "exec sleep 1000", "closed": "exit 3", "a pipe closed": "exit 3"}.get(
         how, "echo output; exit 3"
     )
     async with TransportGroup() as group:
