@@ -26,7 +26,10 @@ SECTIONS = {
         "group", "test_error_messages.py", "test_refused_async_functions.py", "test_scheduling.py", "test_futures.py",
         "test_unexpected_errors.py",
     ],
-    "Streams": ["scenarios.py", "test_flow_control.py", "test_set_protocol.py"],
+    "Streams": [
+        "scenarios.py", "test_flow_control.py", "test_set_protocol.py", "test_stream_transport.py",
+        "test_write_failures.py",
+    ],
     "Connecting and listening": [
         "test_create_connection.py", "test_create_server.py", "test_server.py", "test_plain_event_loop.py",
         "test_adopted_sockets.py", "test_unix.py",

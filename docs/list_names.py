@@ -139,7 +139,10 @@ def page() -> str:
             table("Server", members(package.Server)),
             table(
                 "Handle and TimerHandle",
-                [*members(package.Handle), *(each for each in members(package.TimerHandle) if "`when" in each or "`reschedule" in each)],
+                [
+                    *members(package.Handle),
+                    *(each for each in members(package.TimerHandle) if "`when" in each or "`reschedule" in each),
+                ],
                 "What `call_soon`, `call_later` and `call_at` return.",
             ),
             table("to_asyncio", [row(name, getattr(to_asyncio, name)) for name in to_asyncio.__all__]),

@@ -56,7 +56,7 @@ class Pusher(Recorder):
         return True  # the rest is still sent
 
 
-@pytest.mark.ours_only("the buffer of the oracle is measured elsewhere")
+@pytest.mark.ours_only("asyncio's buffers are measured in other tests")
 async def test_64_mib_each_way_at_once_against_a_slow_reader(stack: Stack) -> None:
     pushers: list[Pusher] = []
 

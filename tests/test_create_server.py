@@ -647,7 +647,7 @@ async def test_s6_epoll_refuses_the_listener_after_a_pause(stack: Stack, monkeyp
 
 
 @linux_only
-@pytest.mark.ours_only("about our poller")
+@pytest.mark.ours_only("asyncio has no poller")
 async def test_epoll_refuses_the_listener(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "as the system would")
@@ -923,7 +923,7 @@ async def test_nc(stack: Stack) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.ours_only("asyncio's own business")
+@pytest.mark.ours_only("the test looks for leaks of ours")
 async def test_ten_thousand_connections_leave_no_descriptor(stack: Stack) -> None:
     """A hundred at a time; most end by a reset, so that they do not stay in TIME_WAIT."""
     made: list[Any] = []

@@ -427,7 +427,7 @@ async def test_sendto_the_peer_of_an_adopted_ipv6_socket_without_scope(stack: St
             assert [(await receive(peer))[0] for _ in range(2)] == [b"one", b"two"]
 
 
-@pytest.mark.ours_only("asyncio sends it to the peer, without a word")
+@pytest.mark.ours_only("asyncio sends it to the socket's own peer")
 @pytest.mark.parametrize("named", [False, True])
 async def test_d9_sendto_another_address_on_an_adopted_unix_socket(stack: Stack, tmp_path: Path, named: bool) -> None:
     with clogged_unix_peer(tmp_path) as other:
@@ -545,7 +545,7 @@ def clogged_unix_peer(directory: Path) -> Iterator[socket.socket]:
         yield sock
 
 
-@pytest.mark.ours_only("asyncio 3.13.0 never gets the header's size out of the buffer", before=(3, 14, 10))
+@pytest.mark.ours_only("asyncio 3.13.0 never subtracts the size of the header", before=(3, 14, 10))
 async def test_unsent_datagrams_wait_in_order(stack: Stack, tmp_path: Path) -> None:
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
@@ -649,7 +649,13 @@ async def test_w13_close_sends_waiting_datagrams(stack: Stack, tmp_path: Path) -
             assert protocol.lost == [None]
 
 
-@pytest.mark.ours_only("asyncio forgets to count what it drops", before=(3, 15))
+@pytest.mark.differs(
+    "`get_write_buffer_size` of a datagram transport after `abort`",
+    asyncio="until 3.15 still counts the datagrams that were dropped",
+    here="0",
+    why="nothing is buffered any more",
+)
+@pytest.mark.ours_only(before=(3, 15))
 async def test_abort_drops_waiting_datagrams(stack: Stack, tmp_path: Path) -> None:
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
@@ -848,8 +854,11 @@ async def test_a_waiting_datagram_without_buffer_space(stack: Stack, tmp_path: P
             assert protocol.lost == []
 
 
+@pytest.mark.differs(
+    "epoll cannot register one more file descriptor (`ENOSPC`), for a connection or datagram endpoint",
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no epoll")
-@pytest.mark.ours_only("asyncio reports it, and leaves an endpoint that hears nothing")
+@pytest.mark.ours_only
 async def test_epoll_refuses_the_endpoint(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOSPC of epoll (`max_user_watches`) ends the endpoint, not the group."""
     failure = OSError(errno.ENOSPC, "as the system would")
@@ -1068,7 +1077,7 @@ async def test_an_invalid_address_is_reported_and_the_endpoint_stays_open(
         assert protocol.lost == []
 
 
-@pytest.mark.ours_only("it has no such sockets")
+@pytest.mark.ours_only("asyncio cannot adopt AnyIO's sockets")
 @pytest.mark.parametrize("kind", ["udp", "unix", "adopted unix", "anyio udp", "anyio unix"])
 async def test_a_send_error_loses_no_received_datagram(stack: Stack, kind: str, tmp_path: Path) -> None:
     """Reading the error queue must not take a datagram: UNIX and netlink sockets have no error queue."""
@@ -1208,7 +1217,7 @@ async def test_errors_name_the_address(stack: Stack) -> None:
             await group.create_datagram_endpoint(Endpoint, remote_addr=("127.255.255.255", 9))
 
 
-@pytest.mark.ours_only("asyncio keeps them until the collector runs")
+@pytest.mark.ours_only("asyncio's errors are freed by the garbage collector only")
 async def test_errors_leave_no_reference_cycle(stack: Stack) -> None:
     def errors() -> int:
         return sum(issubclass(type(thing), OSError) for thing in gc.get_objects())

@@ -233,7 +233,8 @@ async def test_w1_empty_chunks_are_skipped_by_writelines(stack: Stack, chunks: l
         assert protocol.exception is None
 
 
-@pytest.mark.ours_only("older oracles lack it: CPython 127655", before=(3, 14, 10))
+@pytest.mark.differs("`writelines`")
+@pytest.mark.ours_only(before=(3, 14, 10))
 async def test_w2_writelines_pauses_the_protocol(stack: Stack) -> None:
     async with stack.open() as group, connected(group, small=True) as (transport, protocol, peer):
         data = pattern(10 << 20)
@@ -244,7 +245,8 @@ async def test_w2_writelines_pauses_the_protocol(stack: Stack) -> None:
         await protocol.wait_for("resume_writing")
 
 
-@pytest.mark.ours_only("asyncio keeps views of the arrays, which it must not")
+@pytest.mark.differs("a buffer that its owner changes after `write`")
+@pytest.mark.ours_only
 @pytest.mark.parametrize("clogged", [False, True])
 @pytest.mark.parametrize(("count", "size"), [(200, 5000), (40_000, 50)])
 async def test_writelines_of_chunks_of_every_kind(stack: Stack, count: int, size: int, clogged: bool) -> None:
@@ -289,7 +291,7 @@ async def test_w3_writelines_larger_than_one_system_call(stack: Stack, count: in
         server.close()
 
 
-@pytest.mark.ours_only("asyncio looks once for all sockets, when it is imported")
+@pytest.mark.ours_only("asyncio looks for sendmsg once, when it is imported")
 async def test_writelines_without_sendmsg(stack: Stack) -> None:
     """Windows has no `sendmsg`."""
 
@@ -354,7 +356,7 @@ async def test_w5_the_size_of_many_small_writes_is_exact(stack: Stack) -> None:
         assert received.endswith(b"x" * count)
 
 
-@pytest.mark.ours_only("asyncio looks at the whole buffer for each write")
+@pytest.mark.ours_only("asyncio adds up the whole buffer for each write")
 async def test_w5_a_write_does_not_scan_the_buffer(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost is time; the test counts the chunks that are visited, which must be linear."""
     count = 2000
@@ -416,7 +418,7 @@ async def test_w7_ending_inside_a_flow_control_callback(
         assert protocol.exception is None
 
 
-@pytest.mark.ours_only("the oracle's connection_lost may starve: python/asyncio 301")
+@pytest.mark.ours_only("asyncio may delay connection_lost without end: python/asyncio 301")
 async def test_w8_a_busy_writer_does_not_delay_connection_lost(stack: Stack) -> None:
     """A writer that yields and writes again without end does not delay `connection_lost`."""
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
@@ -603,7 +605,8 @@ async def test_w16_abort_ends_a_flushing_close(stack: Stack) -> None:
         assert transport.get_write_buffer_size() == 0
 
 
-@pytest.mark.ours_only("the oracle may raise in writelines", before=(3, 14, 10))
+@pytest.mark.differs("`writelines`")
+@pytest.mark.ours_only(before=(3, 14, 10))
 @pytest.mark.parametrize("clogged", [False, True])
 @pytest.mark.parametrize("chunks", [[b"too", b"late"], [bytes(9000), bytes(9000)]])
 async def test_w16_writelines_after_close_drops_as_write_does(stack: Stack, clogged: bool, chunks: list[bytes]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from network import run_program
 from support import Stack
 
-pytestmark = [pytest.mark.anyio, pytest.mark.ours_only("a process of ours")]
+pytestmark = [pytest.mark.anyio, pytest.mark.ours_only("the other process uses a group")]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_every_test_named_after_a_row_is_in_the_table() -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.ours_only("asyncio joins or copies, which its users cannot see")
+@pytest.mark.ours_only("asyncio may copy the data")
 @pytest.mark.parametrize("limit", [1000, 30_000])
 async def test_w12_writes_do_not_copy_the_data(stack: Stack, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """However many partial sends there are, the system is given the written object or a view of it."""
@@ -203,7 +203,7 @@ async def test_r7_a_buffered_protocol_over_tls_takes_many_records_at_once(
 
 
 @pytest.mark.anyio
-@pytest.mark.ours_only("asyncio's server would wait for them for a minute")
+@pytest.mark.ours_only("asyncio would wait a minute for the silent clients")
 async def test_t3_a_thousand_silent_clients_do_not_delay_the_next_one(stack: Stack, certificates: Certificates) -> None:
     resource = pytest.importorskip("resource", reason="no limits of descriptors here")
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -303,7 +303,7 @@ GOING: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
 }
 
 
-@pytest.mark.ours_only("asyncio's have no such methods")
+@pytest.mark.ours_only("asyncio's writing pipes have no methods for reading")
 async def test_a_writer_notices_it_despite_reading_methods(stack: Stack) -> None:
     with anyio.fail_after(GUARD), pipe() as (reader, writer):
         async with stack.open() as group:

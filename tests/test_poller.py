@@ -343,7 +343,7 @@ def test_g1_one_batch_has_all_that_is_ready(make: Callable[[], SystemSelector]) 
     assert sorted(called) == list(range(BATCH_SIZE + 50))
 
 
-@pytest.mark.ours_only("about our pollers")
+@pytest.mark.ours_only("asyncio has no pollers")
 @pytest.mark.parametrize("poller", [name for name in POLLERS if name != "made here"])
 @pytest.mark.parametrize("where", ["a task", "a callback"])
 async def test_g1_data_comes_before_a_timer_over_every_poller(
@@ -400,7 +400,7 @@ async def test_g5_what_a_callback_raises_is_passed_on_and_the_others_are_called(
     assert {(registration, type(exc)) for registration, exc in owner.failures} == {(failing, error)}
 
 
-@pytest.mark.ours_only("about our pollers")
+@pytest.mark.ours_only("asyncio has no pollers")
 @pytest.mark.parametrize("poller", [name for name in POLLERS if name != "made here"])
 @pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
 async def test_the_transports_work_over_every_poller(

@@ -71,7 +71,7 @@ async def test_r2_a_bad_buffer_ends_the_connection_with_a_report(stack: Stack, g
             assert await peer.gone()
 
 
-@pytest.mark.ours_only("fairness is left to the loop there")
+@pytest.mark.ours_only("asyncio leaves fairness to its event loop")
 async def test_r5_a_flood_does_not_starve_the_others(stack: Stack) -> None:
     """While one peer sends without end, each of many others gets its echo; counted in callbacks of the flood."""
     flood = Recorder()

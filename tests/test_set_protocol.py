@@ -156,7 +156,8 @@ async def test_r8_a_protocol_that_is_set_while_writing_is_paused(stack: Stack, d
         first.check()
 
 
-@pytest.mark.ours_only("asyncio calls resume_writing only")
+@pytest.mark.differs("`set_protocol` while writing is paused")
+@pytest.mark.ours_only
 async def test_setting_a_protocol_back_within_an_iteration_pauses_it_once(stack: Stack) -> None:
     async with stack.open() as group, connected(group, PublicRecorder(), small=True) as (transport, first, peer):
         size = fill(transport, 65537)
@@ -175,7 +176,8 @@ async def test_setting_a_protocol_back_within_an_iteration_pauses_it_once(stack:
         first.check()
 
 
-@pytest.mark.ours_only("asyncio calls resume_writing only")
+@pytest.mark.differs("`set_protocol` while writing is paused")
+@pytest.mark.ours_only
 async def test_a_protocol_that_calls_set_protocol_in_pause_writing(stack: Stack) -> None:
     class PassingOn(PublicRecorder):
         def pause_writing(self) -> None:
@@ -200,7 +202,8 @@ async def test_a_protocol_that_calls_set_protocol_in_pause_writing(stack: Stack)
         middle.check()
 
 
-@pytest.mark.ours_only("asyncio calls resume_writing only")
+@pytest.mark.differs("`set_protocol` while writing is paused")
+@pytest.mark.ours_only
 async def test_datagrams_that_wait_while_a_protocol_is_set(stack: Stack) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with theirs:
@@ -253,7 +256,8 @@ async def test_r8_a_protocol_of_a_child_that_is_set_while_writing_is_paused(anyi
         assert first.names == ["connection_made", "pause_writing"]
 
 
-@pytest.mark.ours_only("asyncio calls resume_writing only")
+@pytest.mark.differs("`set_protocol` while writing is paused")
+@pytest.mark.ours_only
 async def test_r8_start_tls_while_writing_is_paused(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group, PublicRecorder(), small=True) as (transport, first, peer):
         size = fill(transport, 65537)
@@ -283,7 +287,7 @@ async def test_r8_start_tls_while_writing_is_paused(stack: Stack, certificates: 
 # -- the end of file --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.ours_only("asyncio has no way to ask")
+@pytest.mark.ours_only("asyncio has no is_writing_paused() and is_eof_received()")
 @pytest.mark.parametrize("over", ["tcp", "unix", "stream"])
 async def test_r8_a_new_protocol_can_ask_for_the_state(stack: Stack, over: str) -> None:
     class KeepOpen(Protocol):

@@ -217,7 +217,7 @@ async def test_data_that_comes_at_once_after_the_handshake(stack: Stack, certifi
         await protocol.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio's delivers what comes before `start_tls` has returned")
+@pytest.mark.ours_only("asyncio delivers data before `start_tls` has returned")
 async def test_reading_that_is_resumed_during_the_handshake(stack: Stack, certificates: Certificates) -> None:
     # This counts for the old transport: the new one receives nothing before `start_tls` has returned.
     returned_before: list[bool] = []
@@ -395,7 +395,8 @@ async def test_state_of_the_old_transport(stack: Stack, certificates: Certificat
             assert (transport.is_closing(), transport.is_reading()) == (True, False)
 
 
-@pytest.mark.ours_only("asyncio goes on with the old transport, in the midst of the new one's TLS")
+@pytest.mark.differs("`start_tls`: the old transport afterwards")
+@pytest.mark.ours_only
 async def test_the_old_transport_names_its_successor(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         new, tls = await upgrade_client(group, transport, protocol, peer, certificates)
@@ -451,7 +452,7 @@ async def test_handshake_that_takes_too_long(stack: Stack, certificates: Certifi
         assert await peer.gone()
 
 
-@pytest.mark.ours_only("asyncio's protocol never hears of connection_lost")
+@pytest.mark.ours_only("asyncio never calls connection_lost")
 async def test_handshake_that_is_cancelled(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
         with anyio.CancelScope() as scope:
@@ -468,7 +469,7 @@ async def test_handshake_that_is_cancelled(stack: Stack, certificates: Certifica
         assert await peer.gone()
 
 
-@pytest.mark.ours_only("asyncio returns a dead transport, or raises from inside a callback")
+@pytest.mark.ours_only("asyncio returns a transport that is lost, or raises in a callback")
 @pytest.mark.parametrize("how", ["close", "abort", "peer closes", "peer resets"])
 async def test_t13_connection_ends_during_the_handshake(stack: Stack, certificates: Certificates, how: str) -> None:
     async with stack.open() as group, connected(group) as (transport, protocol, peer):
@@ -683,7 +684,7 @@ async def test_group_that_is_left_during_the_handshake(stack: Stack, certificate
     assert [type(error) for error in errors] == [ConnectionAbortedError]
 
 
-@pytest.mark.ours_only("asyncio lets the handshake go on, and returns a dead transport")
+@pytest.mark.ours_only("asyncio goes on with the handshake, and returns a transport that is lost")
 @pytest.mark.parametrize("how", ["abort", "close"])
 async def test_end_between_the_handshake_and_the_return(stack: Stack, certificates: Certificates, how: str) -> None:
     # `start_tls` returns when its task runs. The callback here may come before or after that.
@@ -777,7 +778,7 @@ async def test_calls_that_are_refused_during_the_handshake(stack: Stack, certifi
             await protocol.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio does not look")
+@pytest.mark.ours_only("asyncio does not check this")
 async def test_start_tls_while_a_file_is_sent(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
     path = tmp_path / "file"
     data = pattern(1_000_000)
@@ -800,7 +801,7 @@ async def test_start_tls_while_a_file_is_sent(stack: Stack, certificates: Certif
             await protocol.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio does not look")
+@pytest.mark.ours_only("asyncio does not check this")
 async def test_transport_that_cannot_be_upgraded(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group:
         async with connected(group) as (transport, protocol, peer):
@@ -1001,7 +1002,13 @@ async def test_tls_in_tls(stack: Stack, certificates: Certificates) -> None:
         assert protocol.exception is None
 
 
-@pytest.mark.ours_only("asyncio's start_tls() never returns")
+@pytest.mark.differs(
+    "`start_tls`: a server name callback that closes the connection",
+    asyncio="`start_tls` never returns",
+    here="`ConnectionAbortedError`",
+    why="an awaited call must end",
+)
+@pytest.mark.ours_only
 async def test_connection_that_is_closed_by_its_server_name_callback(stack: Stack, certificates: Certificates) -> None:
     # OpenSSL has an answer to send when the callback returns, but the connection is closed by then.
     context = certificates.server()
@@ -1169,7 +1176,7 @@ async def test_tls_in_tls_whose_outer_object_fails(stack: Stack, certificates: C
 # -- other makes ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.ours_only("asyncio is the peer")
+@pytest.mark.ours_only("asyncio is the other end")
 async def test_asyncio_upgrades_the_other_end(stack: Stack, certificates: Certificates) -> None:
     async def upgrade(protocol: Recorder) -> None:
         transport = protocol.transport

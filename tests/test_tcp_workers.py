@@ -21,7 +21,7 @@ from support import GUARD, Peer, Stack
 
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.ours_only("an example of ours"),
+    pytest.mark.ours_only("the example uses a group"),
     pytest.mark.skipif(sys.platform != "linux", reason="only Linux spreads the connections"),
 ]
 

@@ -141,7 +141,7 @@ async def test_t15_client_that_resets_at_once(way: Any, stack: Stack, certificat
     await check_that_a_reset_is_reported(way, stack, certificates)
 
 
-@pytest.mark.ours_only("asyncio has no AnyIO streams, and shuts TLS in TLS down in other ways")
+@pytest.mark.ours_only("asyncio has no AnyIO streams, and ends TLS in TLS in other ways")
 @pytest.mark.parametrize("way", OUR_WAYS)
 async def test_t15_client_that_resets_at_once_over_other_channels(
     way: Any, anyio_backend: Any, stack: Stack, certificates: Certificates

@@ -127,7 +127,7 @@ async def test_g5_accept_fails(
         server.close()
 
 
-@pytest.mark.ours_only("asyncio drops it without a word")
+@pytest.mark.ours_only("asyncio drops it and does not report it")
 @every_error
 @pytest.mark.parametrize("encrypted", [False, True])
 async def test_g5_an_accepted_connection_cannot_be_set_up(
@@ -269,7 +269,7 @@ class FailingStream(ByteStream):
     async def aclose(self) -> None: ...
 
 
-@pytest.mark.ours_only("asyncio has no such thing")
+@pytest.mark.ours_only("asyncio has no AnyIO streams")
 @every_error
 @pytest.mark.parametrize("doing", ["receiving", "sending"])
 async def test_g5_an_anyio_stream_fails(stack: Stack, doing: str, error: Any) -> None:
@@ -338,7 +338,7 @@ class Unprintable:
         return getattr(self.file, name)
 
 
-@pytest.mark.ours_only("asyncio's transports do not show their pipes")
+@pytest.mark.ours_only("the repr of asyncio's transports does not include the pipe")
 @every_error
 async def test_g5_the_repr_of_a_logged_object_fails(stack: Stack, error: Any) -> None:
     """Every callback comes all the same, and the transport is closed."""
@@ -369,7 +369,7 @@ async def test_g5_the_repr_of_a_logged_object_fails(stack: Stack, error: Any) ->
 
 
 @every_error
-@pytest.mark.ours_only("asyncio's transports do not show their pipes")
+@pytest.mark.ours_only("the repr of asyncio's transports does not include the pipe")
 async def test_g5_a_failing_callback_with_a_failing_repr(stack: Stack, error: Any) -> None:
     class Callback:
         def __call__(self) -> None:
@@ -391,7 +391,7 @@ async def test_g5_a_failing_callback_with_a_failing_repr(stack: Stack, error: An
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-@pytest.mark.ours_only("asyncio's loop would end")
+@pytest.mark.ours_only("asyncio's event loop would stop")
 async def test_g5_system_exit_still_propagates(stack: Stack, faults: Faults, error: Any) -> None:
     if stack.name != "trio":
         pytest.skip("such an error ends the event loop of asyncio")

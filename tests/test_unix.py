@@ -317,7 +317,7 @@ async def test_a_relative_path_and_another_working_directory(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root is kept out by nothing but this")
-@pytest.mark.ours_only("about our log")
+@pytest.mark.ours_only("asyncio logs this in other words")
 async def test_a_file_that_cannot_be_removed(stack: Stack, folder: Path) -> None:
     """The folder turns into a file: the removal fails, and that is reported."""
     path = folder / "within" / "socket"
@@ -449,7 +449,7 @@ async def test_a_full_backlog_is_an_error(stack: Stack, folder: Path) -> None:
                 await group.create_unix_connection(Recorder, path)
 
 
-@pytest.mark.ours_only("older oracles leak")
+@pytest.mark.ours_only("asyncio of older Pythons leaks sockets")
 async def test_cancelled_at_every_checkpoint(stack: Stack, folder: Path) -> None:
     path = folder / "socket"
     connection: Any = None
@@ -563,7 +563,7 @@ async def test_nc_as_the_server(stack: Stack, folder: Path) -> None:
                 await process.aclose()
 
 
-@pytest.mark.ours_only("asyncio's own business")
+@pytest.mark.ours_only("the test looks for leaks of ours")
 async def test_thousands_of_connections_leave_no_descriptor(stack: Stack, folder: Path) -> None:
     lost = []
 

@@ -318,7 +318,8 @@ async def test_the_exception_handler_runs_in_the_connections_context(stack: Stac
     assert variable.get() == "changed since"
 
 
-@pytest.mark.ours_only("asyncio makes a copy anew for each kind of event, and none for these callbacks")
+@pytest.mark.differs("the context variables of a connection's callbacks")
+@pytest.mark.ours_only
 @pytest.mark.parametrize("callback", [name for name in TRIGGERS if name != "pause_writing"])
 async def test_the_exception_handler_shares_the_context_of_the_connection(stack: Stack, callback: str) -> None:
     """It also sees variables set in an earlier callback, unless the callback runs in the writer's context."""

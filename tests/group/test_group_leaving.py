@@ -440,7 +440,7 @@ async def test_wait_closed_ends_with_the_last_connection_lost(anyio_backend: Any
 
 
 @pytest.mark.parametrize("options", [{}, {"happy_eyeballs_delay": 1}, {"all_errors": True}], ids=str)
-@pytest.mark.ours_only("an event loop cancels no tasks")
+@pytest.mark.ours_only("asyncio's event loop cancels no tasks")
 async def test_a_task_is_cancelled_whatever_the_end_of_the_group_does_to_its_connection(
     stack: Stack, options: dict[str, Any]
 ) -> None:

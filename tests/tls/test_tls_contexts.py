@@ -83,7 +83,7 @@ async def test_a_tls_transport_has_only_documented_methods(stack: Stack, certifi
         await protocol.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio does not count them")
+@pytest.mark.ours_only("asyncio has no statistics")
 async def test_the_handshake_time_out_ends_with_the_handshake(stack: Stack, certificates: Certificates) -> None:
     """Or else it would end the connection later on."""
     async with stack.open() as group, tls_client(group, certificates) as (transport, protocol, _):

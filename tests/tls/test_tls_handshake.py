@@ -220,7 +220,7 @@ def count_of_openssls_objects() -> int:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.ours_only("about our own objects")
+@pytest.mark.ours_only("the test counts objects of this package")
 async def test_t6_failed_handshakes_keep_no_memory(stack: Stack, certificates: Certificates) -> None:
     # Counted without the garbage collector: a cycle for each failure would pile up until it runs.
     context = certificates.client()
@@ -370,7 +370,8 @@ async def test_failed_handshake_is_one_line_at_level_info(
         assert "\n" not in message
 
 
-@pytest.mark.ours_only("asyncio reports it in debug mode only")
+@pytest.mark.differs("a protocol factory that raises for an accepted connection")
+@pytest.mark.ours_only
 async def test_failing_factory_of_a_tls_server_stays_an_error(stack: Stack, certificates: Certificates) -> None:
     def factory() -> Recorder:
         raise ZeroDivisionError
@@ -504,7 +505,7 @@ async def test_server_with_a_certificate_that_python_cannot_read(
             await living.wait_for("connection_lost")
 
 
-@pytest.mark.ours_only("asyncio gives each of them 256 KiB and takes far too long")
+@pytest.mark.ours_only("asyncio allocates 256 KiB for each of them, and takes too long")
 async def test_a_thousand_silent_connections(stack: Stack, certificates: Certificates) -> None:
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -554,7 +555,8 @@ async def test_server_ends_pending_handshakes_with_its_clients(stack: Stack, cer
         assert contexts == []
 
 
-@pytest.mark.ours_only("asyncio makes the protocol before the handshake")
+@pytest.mark.differs("the protocol factory of a TLS server")
+@pytest.mark.ours_only
 async def test_factory_that_raises(stack: Stack, certificates: Certificates) -> None:
     def fail() -> Any:
         raise ZeroDivisionError
@@ -570,7 +572,8 @@ async def test_factory_that_raises(stack: Stack, certificates: Certificates) -> 
         serving.server.close()
 
 
-@pytest.mark.ours_only("asyncio leaks the socket")
+@pytest.mark.differs("a client's protocol factory that raises")
+@pytest.mark.ours_only
 async def test_factory_of_a_client_that_raises(stack: Stack, certificates: Certificates) -> None:
     def fail() -> Any:
         raise ZeroDivisionError
@@ -666,7 +669,13 @@ async def test_check_hostname_without_a_name(stack: Stack, certificates: Certifi
         transport.abort()
 
 
-@pytest.mark.ours_only("asyncio fails in a callback, and the client never ends")
+@pytest.mark.differs(
+    "a TLS time-out of another number type (`Decimal`)",
+    asyncio="an error in a callback, and the client waits without end",
+    here="accepted",
+    why="timers accept it too",
+)
+@pytest.mark.ours_only
 async def test_timeouts_of_other_number_types(stack: Stack, certificates: Certificates) -> None:
     timeouts: Any = {"ssl_handshake_timeout": Decimal(60), "ssl_shutdown_timeout": Decimal(30)}
     async with stack.open() as group:
@@ -682,7 +691,13 @@ async def test_timeouts_of_other_number_types(stack: Stack, certificates: Certif
         serving.server.close()
 
 
-@pytest.mark.ours_only("asyncio leaks the socket")
+@pytest.mark.differs(
+    "`ssl` of a wrong type (a path)",
+    asyncio="`AttributeError` after the connection was made, and the socket leaks",
+    here="`AttributeError`; the socket is closed",
+    why="nothing leaks",
+)
+@pytest.mark.ours_only
 async def test_ssl_of_a_wrong_type(stack: Stack, certificates: Certificates) -> None:
     # It must not count as `True`: the caller wanted something else than the default.
     async with stack.open() as group:

@@ -132,7 +132,7 @@ async def test_true_value_from_eof_received_still_closes(stack: Stack, certifica
         assert [record.levelname for record in records] == ["WARNING"]
 
 
-@pytest.mark.ours_only("asyncio warns whatever the callback has done")
+@pytest.mark.ours_only("asyncio warns even if the callback has aborted the transport")
 @pytest.mark.parametrize("end", ["close", "abort"])
 async def test_eof_received_that_aborts_and_returns_true(stack: Stack, certificates: Certificates, end: str) -> None:
     def eof_received(protocol: Any) -> bool:
