@@ -33,12 +33,12 @@ FROM_ASYNCIO = {
     "DatagramProtocol": "For datagrams: also `datagram_received` and `error_received`.",
     "SubprocessProtocol": "For child processes: `pipe_data_received`, `pipe_connection_lost`, `process_exited`.",
     "BaseTransport": "What all transports have.",
-    "ReadTransport": "What all transports have that read a stream.",
-    "WriteTransport": "What all transports have that write a stream.",
-    "Transport": "A connection: both.",
+    "ReadTransport": "What every transport has that reads a stream.",
+    "WriteTransport": "What every transport has that writes a stream.",
+    "Transport": "A connection, which reads and writes a stream.",
     "DatagramTransport": "A datagram endpoint.",
     "SubprocessTransport": "A child process.",
-    "TransportSocket": "A socket to look at and to set options on.",
+    "TransportSocket": "A socket for reading its state and setting options.",
 }
 
 
