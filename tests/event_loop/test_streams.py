@@ -270,6 +270,60 @@ def test_streams_over_tls(run, contexts):
     run(main)
 
 
+async def last_words(address: Any, context: ssl.SSLContext, data: bytes) -> None:
+    """Connect over TLS, receive a line, and send `data` and `close_notify` in one piece. Wait for the other end's."""
+    loop = asyncio.get_running_loop()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        await loop.sock_connect(sock, address)
+
+        async def attempt(call: Any, *args: Any) -> Any:
+            while True:
+                try:
+                    return call(*args)
+                except ssl.SSLWantReadError:
+                    await loop.sock_sendall(sock, outgoing.read())
+                    received = await loop.sock_recv(sock, 65536)
+                    incoming.write(received)
+                    if not received:
+                        incoming.write_eof()
+
+        await attempt(tls.do_handshake)
+        assert await attempt(tls.read, 100) == b"ready\n"
+        tls.write(data)
+        await attempt(tls.unwrap)
+
+
+@pytest.mark.parametrize("size", [-1, 4096], ids=["read to the end", "read once"])
+def test_drain_after_the_last_words_of_a_tls_peer(run, contexts, size):
+    """The connection is closing, so the answer is dropped, but `drain` does not raise before `connection_lost`."""
+    server, client = contexts
+
+    async def main() -> None:
+        outcome = asyncio.get_running_loop().create_future()
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                writer.write(b"ready\n")
+                data = await reader.read(size)
+                writer.write(b"answer")
+                await writer.drain()
+                data += await reader.read()
+                writer.close()
+                await writer.wait_closed()
+                outcome.set_result(data)
+            except BaseException as exc:
+                outcome.set_exception(exc)
+
+        async with serving(handle, ssl=server) as address:
+            await last_words(address, client, b"last words")
+            assert await outcome == b"last words"
+
+    run(main)
+
+
 def test_a_certificate_that_is_not_trusted(run, contexts):
     server, _ = contexts
 

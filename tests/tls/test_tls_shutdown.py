@@ -79,6 +79,32 @@ async def test_peer_closes(stack: Stack, certificates: Certificates, version: st
         assert protocol.exception is None
 
 
+@pytest.mark.parametrize("end", ["close_notify", "cut"])
+async def test_connection_lost_comes_some_iterations_after_the_end_of_file(
+    stack: Stack, certificates: Certificates, end: str
+) -> None:
+    """So a task that has read to the end can still call `drain` of asyncio's `StreamWriter`, which raises after it."""
+    events: list[str] = []
+
+    def count(number: int) -> None:
+        events.append(f"iteration {number}")
+        if number < 2:
+            group.call_soon(count, number + 1)
+
+    def eof_received(_: Any) -> None:
+        group.call_soon(count, 1)
+
+    protocol = Recorder(on_eof_received=eof_received, on_connection_lost=lambda *_: events.append("lost"))
+    async with stack.open() as group, tls_client(group, certificates, protocol) as (_, _, peer):
+        await peer.send(b"data")
+        if end == "cut":
+            peer.cut()
+        else:
+            peer.send_close_notify_and_close()
+        await protocol.wait_for("connection_lost")
+        assert events == ["iteration 1", "iteration 2", "lost"]
+
+
 @pytest.mark.parametrize("leaves", [True, False], ids=["peer has left", "peer stays"])
 async def test_close_in_a_callback_while_more_is_in_memory(
     stack: Stack, certificates: Certificates, version: str, recorder: type[Any], leaves: bool

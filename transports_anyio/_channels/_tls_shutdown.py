@@ -105,16 +105,16 @@ class TLSShutdown(PlainShutdown):
         self._discarded = 0
 
     def begin(self) -> bool:
-        transport_knows = self._eof
         engine = self._engine
         engine.inner.set_callbacks(self._readable, self._writable)
         if not self._advance():
             engine.start_timeout(engine.options.shutdown_timeout, self._timed_out)
             return False
-        if transport_knows:
-            return self._shut_inner_down()
         engine.stop_io()
-        engine.scheduler.call_internal(self._shut_inner_down_or_fail)  # `done` is not called before this returns.
+        # Not at once: a task that has read to the end may call asyncio's `StreamWriter.drain`, which raises after
+        # `connection_lost`. asyncio's transports take as many iterations.
+        call_internal = engine.scheduler.call_internal
+        call_internal(call_internal, self._shut_inner_down_or_fail)
         return False
 
     def _readable(self) -> None:
