@@ -1,8 +1,8 @@
 """The server, which listens and accepts connections.
 
 Holds: listening sockets, and the connections accepted from them.
-May know: `_channels`, `_core`, `_errors`, `_resources`, `_selector`, `_sockets`, `_statistics`, `_transports`,
-`_types`, `_waiters`, `anyio`, `asyncio`, `socket`.
+May know: `_channels`, `_core`, `_errors`, `_handles`, `_resources`, `_selector`, `_sockets`, `_statistics`,
+`_transports`, `_types`, `_waiters`, `anyio`, `asyncio`, `socket`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ._channels._abc import StreamChannel
     from ._channels._tls_engine import TLSOptions
     from ._core import Core
+    from ._handles import TimerHandle
     from ._resources import PendingHandshake
     from ._types import AnyProtocol
 
@@ -120,6 +121,7 @@ class Server(asyncio.AbstractServer):
         self._max_handshakes = inf if max_handshakes is None else max_handshakes
         self._limited = max_connections is not None or max_handshakes is not None
         self._held: set[socket.socket] = set()  # Listening sockets that are not watched while a limit is reached.
+        self._retries: dict[socket.socket, TimerHandle] = {}  # The last timer of each that could not accept.
         self._accepted = 0
         self._failed_handshakes = 0
         self._changed = Waiters()
@@ -203,6 +205,9 @@ class Server(asyncio.AbstractServer):
             self._poller.unregister(self._registrations[sock])
             sock.close()
         self._held.clear()
+        for timer in self._retries.values():
+            timer.cancel()
+        self._retries.clear()
         self._core.servers.discard(self)
         self._changed.notify()
 
@@ -336,7 +341,7 @@ class Server(asyncio.AbstractServer):
         if not isinstance(exc, OSError) or exc.errno in EXHAUSTED:
             why = "out of system resource" if isinstance(exc, (OSError, MemoryError)) else "failed"
             message = f"socket.accept() {why}: trying again in {RETRY_DELAY:g} s"
-            self._core.call_later(RETRY_DELAY, self._try_again, listener)
+            self._retries[listener] = self._core.call_later(RETRY_DELAY, self._try_again, listener)
         else:
             message = "socket.accept() failed: this socket accepts no more connections"
         self._core.group.call_exception_handler(
