@@ -69,7 +69,9 @@ CALLBACKS = frozenset(
     }
 )
 
-#: The classes of protocols without async callbacks. Weak, so that a class can be collected.
+#: The classes of protocols without async callbacks. Weak, so that a class can be collected. Groups in several threads
+#: share it without a lock: it is never iterated, so each of its methods is one operation of a set, which is atomic. Two
+#: threads may check the same class, with the same result.
 checked_classes: WeakSet[type] = WeakSet()
 
 
