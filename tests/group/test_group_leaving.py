@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -24,6 +26,7 @@ from support import (
     GUARD,
     HOST,
     BaseExceptionGroup,
+    DatagramRecorder,
     Peer,
     Recorder,
     Stack,
@@ -459,3 +462,87 @@ async def test_a_task_is_cancelled_whatever_the_end_of_the_group_does_to_its_con
                     listener.close()
                     raise BoomError
             assert [type(error) for error in leaves(caught.value)] == [BoomError]
+
+
+@pytest.mark.parametrize("kind", ["stream", "datagram"])
+@pytest.mark.ours_only("an event loop cancels no tasks")
+async def test_a_task_that_connects_to_a_unix_socket_is_cancelled(
+    stack: Stack, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    async def connect(group: Any) -> None:
+        if kind == "stream":
+            await group.create_unix_connection(Recorder, "socket")
+        else:
+            await group.create_datagram_endpoint(DatagramRecorder, remote_addr="socket", family=socket.AF_UNIX)
+
+    before = open_descriptors()
+    for checkpoints in range(12):
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if kind == "stream" else socket.SOCK_DGRAM)
+        with listener:
+            listener.bind("socket")
+            if kind == "stream":
+                listener.listen()
+            with pytest.raises(BaseExceptionGroup) as caught:
+                async with stack.open() as group:
+                    group.start_soon(connect, group)
+                    for _ in range(checkpoints):
+                        await anyio.lowlevel.checkpoint()
+                    listener.close()
+                    raise BoomError
+            assert [type(error) for error in leaves(caught.value)] == [BoomError]
+        os.remove("socket")
+        caught = None  # type: ignore[assignment]  # its traceback has the listener
+        gc.collect()
+        assert open_descriptors() == before
+
+
+RESOLVING: dict[str, Callable[[Any], Any]] = {
+    "create_connection": lambda group: group.create_connection(Recorder, "name.test", 80),
+    "create_connection from": lambda group: group.create_connection(Recorder, HOST, 80, local_addr=("name.test", 0)),
+    "create_server": lambda group: group.create_server(Recorder, "name.test", 80),
+    "create_datagram_endpoint to": lambda group: group.create_datagram_endpoint(
+        DatagramRecorder, remote_addr=("name.test", 80)
+    ),
+    "create_datagram_endpoint": lambda group: group.create_datagram_endpoint(
+        DatagramRecorder, local_addr=("name.test", 80)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESOLVING)
+@pytest.mark.parametrize("found", [True, False], ids=["found", "not found"])
+@pytest.mark.ours_only("an event loop cancels no tasks")
+async def test_a_task_whose_name_resolution_ends_after_the_group_is_cancelled(
+    stack: Stack, name: str, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resolver in a thread cannot be interrupted, and may end at the same time."""
+    asked = anyio.Event()
+    over = anyio.Event()
+
+    async def getaddrinfo(*_: Any, **__: Any) -> Any:
+        with anyio.CancelScope(shield=True):
+            asked.set()
+            await over.wait()
+        if not found:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, 0, 0, "", ("127.0.0.1", 1))]
+
+    monkeypatch.setattr(anyio, "getaddrinfo", getaddrinfo)
+
+    async def end() -> None:
+        with anyio.CancelScope(shield=True):
+            await turns()
+            over.set()
+
+    before = open_descriptors()
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with stack.open() as group:
+            group.start_soon(RESOLVING[name], group)
+            await asked.wait()
+            group.start_soon(end)
+            await turns()
+            raise BoomError
+    assert [type(error) for error in leaves(caught.value)] == [BoomError]
+    assert open_descriptors() == before

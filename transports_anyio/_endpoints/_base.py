@@ -62,6 +62,25 @@ async def check_cancelled(core: Core) -> None:
         await anyio.lowlevel.checkpoint_if_cancelled()
 
 
+class CancellationFirst:
+    """Around a wait of an endpoint function: a caller that is cancelled because the group is being left gets no error.
+
+    The end of the group may itself cause the error: it has closed the server that a connection was made to, for
+    example. And a thread that resolves a name may fail when the caller is cancelled already.
+    """
+
+    __slots__ = ("_core",)
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
+        if isinstance(exc, Exception):
+            await check_cancelled(self._core)
+
+
 class Endpoints:
     """The base class of each family of endpoint functions.
 

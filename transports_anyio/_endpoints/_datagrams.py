@@ -20,7 +20,7 @@ from .._sockets import bind, connect, set_option
 from .._transports._datagram import DatagramTransport
 from .._types import DatagramProtocolT
 from ._addresses import resolve
-from ._base import Endpoints, check_open
+from ._base import CancellationFirst, Endpoints, check_open
 
 #: Family and protocol of a socket, and its local and remote address.
 AddressPair = tuple[int, int, Any, Any]
@@ -74,7 +74,8 @@ class DatagramEndpoints(Endpoints):
         await check_open(self._core, "create_datagram_endpoint", protocol_factory)
         remote: Any = None
         if sock is None:
-            pairs = await address_pairs(local_addr, remote_addr, family, proto, flags)
+            async with CancellationFirst(self._core):
+                pairs = await address_pairs(local_addr, remote_addr, family, proto, flags)
             await check_open(self._core)  # Before a socket file is replaced.
             sock, remote = await first_that_works(pairs, bool(reuse_port), bool(allow_broadcast))
         else:

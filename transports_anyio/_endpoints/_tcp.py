@@ -22,7 +22,7 @@ from .._server import Server, check_limits
 from .._sockets import bind, check_stream_socket, refuse_tls_socket, set_option
 from .._types import AnyProtocol, StreamProtocolT
 from ._addresses import AddressInfo, Host, Port, local_parts, resolve
-from ._base import Endpoints, check_cancelled, check_open
+from ._base import CancellationFirst, Endpoints, check_open
 from ._happy_eyeballs import connect_to_any, interleave as interleaved
 from ._tls import client_options, server_options
 
@@ -111,19 +111,16 @@ class TCPEndpoints(Endpoints):
         if host is None and port is None:
             raise ValueError("host and port was not specified and no sock specified")
         await anyio.lowlevel.checkpoint_if_cancelled()  # `connect` is the other half of the checkpoint.
-        addresses = await resolve(host, port, family=family, proto=proto, flags=flags)
-        local_addresses = None
-        if local_addr is not None:
-            local_addresses = await resolve(*local_parts(local_addr), family=family, proto=proto, flags=flags)
-        if interleave is None:
-            interleave = 0 if happy_eyeballs_delay is None else 1
-        if interleave:
-            addresses = interleaved(addresses, interleave)
-        try:
+        async with CancellationFirst(self._core):
+            addresses = await resolve(host, port, family=family, proto=proto, flags=flags)
+            local_addresses = None
+            if local_addr is not None:
+                local_addresses = await resolve(*local_parts(local_addr), family=family, proto=proto, flags=flags)
+            if interleave is None:
+                interleave = 0 if happy_eyeballs_delay is None else 1
+            if interleave:
+                addresses = interleaved(addresses, interleave)
             sock = await connect_to_any(addresses, local_addresses, delay=happy_eyeballs_delay, all_errors=all_errors)
-        except Exception:
-            await check_cancelled(self._core)  # The group's end has closed the server, for example.
-            raise
         return await self._connect_socket(protocol_factory, sock, tls)
 
     async def create_server(
@@ -196,8 +193,9 @@ class TCPEndpoints(Endpoints):
             await anyio.lowlevel.checkpoint()
             hosts = [host or None] if host is None or isinstance(host, (str, bytes)) else host
             addresses: dict[AddressInfo, None] = {}  # Without duplicates, in order.
-            for name in hosts:
-                addresses.update(dict.fromkeys(await resolve(name, port, family=family, flags=flags)))
+            async with CancellationFirst(self._core):
+                for name in hosts:
+                    addresses.update(dict.fromkeys(await resolve(name, port, family=family, flags=flags)))
             await check_open(self._core)
             if reuse_address is None:
                 reuse_address = os.name == "posix" and sys.platform != "cygwin"
