@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
+import subprocess
 import sys
 import threading
 from contextlib import asynccontextmanager
@@ -93,6 +95,70 @@ async def test_inside_backend_code_of_asyncio_code_it_is_another_one(anyio_backe
     async with open_event_loop() as loop:
         assert await to_asyncio.run(ask, loop) == (5, anyio_backend[0] == "trio")
         assert await to_asyncio.run(asyncio.sleep, 0, 6) == 6
+
+
+LOADING = """
+import asyncio, sys
+import anyio, sniffio
+from transports_anyio import EventLoop, from_asyncio, open_event_loop, to_asyncio
+
+loading = []
+
+
+class Watch:
+    def find_spec(self, name, *_):
+        loading.append(name)
+
+
+async def asyncio_code():
+    assert "anyio._backends._asyncio" in sys.modules
+    sys.meta_path.insert(0, Watch())
+    assert sniffio.current_async_library() == "asyncio"
+    assert anyio.get_cancelled_exc_class() is asyncio.CancelledError
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(anyio.sleep, 0)
+    with anyio.move_on_after(0) as scope:
+        await anyio.Event().wait()
+    assert scope.cancelled_caught
+    assert await anyio.to_thread.run_sync(anyio.from_thread.run_sync, sniffio.current_async_library) == "asyncio"
+    assert from_asyncio.run_sync(sniffio.current_async_library) == library
+    assert await from_asyncio.run(name_of_library) == library
+    assert "anyio._backends._asyncio" not in loading
+
+
+async def name_of_library():
+    await anyio.sleep(0)
+    return sniffio.current_async_library()
+
+
+async def backend_code():
+    assert sniffio.current_async_library() == library
+    async with open_event_loop():
+        assert "anyio._backends._asyncio" in sys.modules
+        assert sniffio.current_async_library() == library
+        await to_asyncio.run(asyncio_code)
+        assert sniffio.current_async_library() == library
+
+
+library = "trio" if "trio" in sys.argv else "asyncio"
+assert "anyio._backends._asyncio" not in sys.modules
+if "factory" in sys.argv:
+    loop = EventLoop()
+    loop.run_until_complete(asyncio_code())
+    loop.close()
+else:
+    anyio.run(backend_code, backend=library, backend_options={"use_uvloop": True} if "uvloop" in sys.argv else {})
+"""
+
+
+@pytest.mark.parametrize("words", [["asyncio"], ["uvloop"], ["trio"], ["trio", "factory"]], ids=" ".join)
+def test_anyios_asyncio_backend_is_loaded_when_the_event_loop_is_opened(request, words):
+    """AnyIO loads a backend when it is used first, in an iteration of the event loop, which would stand still."""
+    if words[0] not in (request.config.getoption("--backend") or words):
+        pytest.skip("another backend was asked for")
+    for name in ("sniffio", words[0]):
+        pytest.importorskip(name)
+    subprocess.run([sys.executable, "-c", LOADING, *words], timeout=60, check=True)
 
 
 async def test_two_event_loops_in_one_run(anyio_backend):
@@ -675,10 +741,12 @@ def test_run_asyncio_uses_trio_unless_told_otherwise():
     assert run_asyncio(look)
 
 
-def test_run_asyncio_with_a_mock_clock():
+@pytest.mark.parametrize("by", ["run_asyncio", "trio.run"])
+def test_a_mock_clock(by):
+    trio = pytest.importorskip("trio")
     trio_testing = pytest.importorskip("trio.testing")
-    if tuple(map(int, version("anyio").split(".")[:2])) < (4, 14):
-        pytest.skip("the clock does not jump with an older AnyIO; the cause is not known")
+    if by == "run_asyncio" and tuple(map(int, version("anyio").split(".")[:2])) < (4, 14):
+        pytest.skip("an older AnyIO passes no options to trio.run()")
 
     async def sleep():
         loop = asyncio.get_running_loop()
@@ -688,8 +756,16 @@ def test_run_asyncio_with_a_mock_clock():
             await asyncio.wait_for(asyncio.Event().wait(), 3600)
         return loop.time() - start
 
+    async def main():
+        async with open_event_loop():
+            return await to_asyncio.run(sleep)
+
     clock = trio_testing.MockClock(autojump_threshold=0)
-    assert 7200 <= run_asyncio(sleep, backend_options={"clock": clock}) < 7201
+    if by == "run_asyncio":
+        duration = run_asyncio(sleep, backend_options={"clock": clock})
+    else:
+        duration = trio.run(main, clock=clock)
+    assert 7200 <= duration < 7201
 
 
 def test_in_guest_mode_the_event_loop_of_the_host_is_not_ours():

@@ -67,7 +67,7 @@ def run_asyncio(
     It is `asyncio.run(async_function(*args))` on any backend of AnyIO. Ctrl-C cancels the task of the function.
 
     `async_function` is called in an asyncio task, and returns an awaitable. `backend` and `backend_options` are those
-    of `anyio.run`.
+    of `anyio.run`, which passes options to trio since AnyIO 4.14.
 
     Raises whatever the function raises; `asyncio.CancelledError` if its task is cancelled; `KeyboardInterrupt` after
     Ctrl-C, when the task has ended; `RuntimeError` if an event loop is running in this thread; `LookupError` if the
