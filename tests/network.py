@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import select
 import socket
@@ -100,6 +101,29 @@ def few_descriptors(more: int = 0) -> Iterator[Callable[[], None]]:
         for sock in opened[len(opened) - more :]:
             opened.remove(sock)
             sock.close()
+        yield lift
+    finally:
+        lift()
+
+
+@contextmanager
+def no_descriptors_below(number: int) -> Iterator[Callable[[], None]]:
+    """Allow only file descriptors below `number`, all of which are in use; yield a function that lifts the limit."""
+    resource = pytest.importorskip("resource", reason="no limits of descriptors here")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    filling: list[int] = []
+
+    def lift() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in filling:
+            os.close(fd)
+        filling.clear()
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                filling.append(os.dup(0))
         yield lift
     finally:
         lift()

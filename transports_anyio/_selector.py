@@ -129,7 +129,10 @@ class Selector(ABC):
         return nullcontext()
 
     def reopen(self) -> None:  # noqa: B027  # a selector of tasks cannot fail
-        """Replace what the system has for this selector, after an error. It watches the same file descriptors."""
+        """Replace what the system has for this selector, after an error. It watches the same file descriptors.
+
+        Raises `OSError` when there is no file descriptor for it. It watches nothing then, until another call succeeds.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -143,6 +146,9 @@ class SystemSelector(Selector):
     removed from it.
     """
 
+    #: Whether `reopen` has failed, for lack of file descriptors for example.
+    is_lost = False
+
     def __init__(self) -> None:
         super().__init__()
         self.open()
@@ -152,9 +158,11 @@ class SystemSelector(Selector):
         """Make an empty selector in the system."""
 
     def reopen(self) -> None:
+        self.is_lost = True
         with suppress(OSError):  # Before `open`: if the user has closed it, the new one may get its number.
             self.close()
         self.open()
+        self.is_lost = False
         for registration in self.registrations.values():
             interest, registration.interest = registration.interest, 0
             with suppress(OSError):  # The user has closed the file descriptor, too.
@@ -184,6 +192,8 @@ class SystemSelector(Selector):
         elif self.registrations.get(fd) is not registration:
             if interest:
                 self.always_ready.add(registration)  # The number was reused: its next call will raise.
+        elif self.is_lost:
+            pass  # `reopen` will watch the file descriptor.
         elif not interest:
             self.remove(fd)
         else:

@@ -21,6 +21,7 @@ from types import FunctionType
 from typing import Any, NoReturn
 
 import trio
+from trio import sleep
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled, disable_ki_protection, enable_ki_protection
 
 from ._driver import RESOLUTION, DrivenScheduler, TaskDriver
@@ -35,6 +36,7 @@ __all__ = [
     "checkpoint_if_cancelled",
     "clock",
     "protect",
+    "sleep",
     "wait_for",
     "wait_in",
 ]

@@ -606,6 +606,32 @@ def test_the_default_executor_takes_no_more_after_close(make: Any) -> None:
         assert not thread.is_alive()
 
 
+def test_a_selector_that_is_lost_ends_the_call_and_the_clean_ups_run() -> None:
+    """The user has closed its file descriptor."""
+    loop = new_event_loop()
+
+    async def main() -> None:
+        await asyncio.sleep(0.01)
+        os.close(loop._core.poller.selector.fileno())  # type: ignore[attr-defined]
+        try:
+            await asyncio.sleep(10 * GUARD)
+        finally:
+            await asyncio.sleep(0.001)
+            await loop.run_in_executor(None, events.append, "thread")
+            events.append("cleaned up")
+
+    events: list[str] = []
+    asyncio.set_event_loop(None)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        loop.run_until_complete(main())
+    (task,) = asyncio.all_tasks(loop)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        loop.run_until_complete(task)
+    loop.close()
+    assert events == ["thread", "cleaned up"]
+
+
 def test_no_descriptor_is_left() -> None:
     if not Path("/proc/self/fd").exists():
         pytest.skip("nothing tells which descriptors are open")

@@ -16,6 +16,7 @@ from importlib.metadata import version
 import anyio
 import anyio.lowlevel
 import pytest
+from network import no_descriptors_below
 from support import BaseExceptionGroup, Recorder, turns, until
 
 from transports_anyio import TransportGroup, current_group, from_asyncio, open_event_loop, run_asyncio, to_asyncio
@@ -861,6 +862,46 @@ async def test_a_selector_that_is_lost_ends_the_block_in_order(anyio_backend):
     with pytest.raises((OSError, ValueError)):
         async with open_event_loop() as loop:
             await to_asyncio.run(work, loop)
+    assert events == ["thread", "cleaned up", "lost"]
+
+
+@pytest.mark.parametrize("lifted", [False, True], ids=["no descriptor", "a descriptor later"])
+async def test_a_selector_that_cannot_be_reopened_ends_the_block_in_order(anyio_backend, lifted):
+    """There is no file descriptor for another one, or only when a clean-up has released one."""
+    only_trio(anyio_backend)
+    events = []
+
+    async def work(loop):
+        server = await loop.create_server(Recorder, "127.0.0.1", 0)
+        await loop.create_connection(
+            lambda: Recorder(on_connection_lost=lambda *_: events.append("lost")),
+            *server.sockets[0].getsockname()[:2],
+        )
+        number = loop._core.poller.selector.fileno()
+        sender, receiver = socket.socketpair()
+        receiver.setblocking(False)
+        with sender, receiver, no_descriptors_below(number) as lift:
+            os.close(number)
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                await asyncio.sleep(0.001)
+                await loop.run_in_executor(None, events.append, "thread")
+                receiving = asyncio.ensure_future(loop.sock_recv(receiver, 100))
+                await asyncio.sleep(0.001)
+                sender.send(b"data")
+                await asyncio.sleep(0.1)
+                assert not receiving.done()
+                if lifted:
+                    lift()
+                    assert await receiving == b"data"
+                receiving.cancel()
+                events.append("cleaned up")
+
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        async with open_event_loop() as loop:
+            await to_asyncio.run(work, loop)
+    assert caught.value.errno == errno.EBADF
     assert events == ["thread", "cleaned up", "lost"]
 
 

@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from typing import Any
 
 import anyio
@@ -29,6 +29,7 @@ from group_helpers import (
     recorder,
     run,
 )
+from network import no_descriptors_below
 from support import (
     GUARD,
     HOST,
@@ -402,6 +403,34 @@ def test_a_cancellation_that_a_callback_raises_ends_the_group(anyio_backend: Any
             assert contexts == []
 
     run(anyio_backend, main)
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["a descriptor", "no descriptor"])
+async def test_a_selector_that_is_lost_ends_the_group(anyio_backend: Any, left: bool) -> None:
+    """The user has closed its file descriptor, and there may be none for another one."""
+    cleaned_up = []
+
+    async def clean_up() -> None:
+        try:
+            await anyio.sleep(10 * GUARD)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.001)
+                cleaned_up.append(True)
+
+    with raises_inside(OSError) as caught, anyio.fail_after(GUARD), ExitStack() as stack:
+        async with TransportGroup() as group, connected(group) as (_, protocol, _):
+            group.start_soon(clean_up)
+            await anyio.lowlevel.checkpoint()
+            number = group._core.poller.selector.fileno()  # type: ignore[attr-defined]
+            if not left:
+                stack.enter_context(no_descriptors_below(number))
+            os.close(number)
+            group.call_soon(int)
+            await anyio.sleep(10 * GUARD)
+    assert [exc.errno for exc in caught] == [errno.EBADF]  # type: ignore[attr-defined]
+    assert cleaned_up
+    assert protocol.lost
 
 
 # -- epoll refuses a file descriptor ------------------------------------------------------------------------

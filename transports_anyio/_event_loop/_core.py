@@ -3,7 +3,7 @@
 Holds: how each call gets the right environment. There are two kinds of code. *Asyncio code* runs while the event loop
 is set as running, which is in iterations and in `LoopCore.call`. *Backend code* runs in the tasks of the backend, and
 in `LoopCore.as_backend`.
-May know: `asyncio`, `_callbacks`, `_core`, `_errors`, `_handles`, `_loop`, `_poller`, `_sides`.
+May know: `asyncio`, `_callbacks`, `_core`, `_errors`, `_handles`, `_loop`, `_poller`, `_selector`, `_sides`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,18 @@ from ._sides import library
 
 if TYPE_CHECKING:
     from .._poller import Poller
+    from .._selector import Failed
     from ._loop import EventLoop
 
 T = TypeVar("T")
+
+# How long to wait, in seconds, before a selector that could not be reopened is reopened again.
+REOPEN_INTERVAL = 0.01
+
+
+def nothing_is_ready(_: Failed) -> int:
+    """Stand in for `Selector.dispatch` while the selector has failed."""
+    return 0
 
 
 class LoopCallbackContext(CallbackContext):
@@ -174,11 +183,29 @@ class LoopCore(Core):
     async def _run_scheduler(self) -> None:
         with self.scheduler_scope:
             while True:
+                if self.dispatch is nothing_is_ready:
+                    await self._reopen_selector()
                 try:
                     await self.driver.run(self)
                 except Exception as exc:  # The selector has failed. The iterations continue, for the clean-ups.
                     self.leave_by(exc)
-                    self.poller.selector.reopen()
+                    self.dispatch = nothing_is_ready
+
+    async def _reopen_selector(self) -> None:
+        """Reopen the selector. While there is no file descriptor for it, run iterations without I/O.
+
+        What ends in them may release one.
+        """
+        selector = self.poller.selector
+        while True:
+            try:
+                selector.reopen()
+            except OSError:
+                self.run_once()
+                await self._loop._trio.sleep(REOPEN_INTERVAL)
+            else:
+                self.dispatch = selector.dispatch
+                return
 
     def run_once(self) -> float:
         before = self._outside = self._enter()
