@@ -465,7 +465,7 @@ async def test_a_task_is_cancelled_whatever_the_end_of_the_group_does_to_its_con
 
 
 @pytest.mark.parametrize("kind", ["stream", "datagram"])
-@pytest.mark.ours_only("an event loop cancels no tasks")
+@pytest.mark.ours_only("asyncio's event loop cancels no tasks")
 async def test_a_task_that_connects_to_a_unix_socket_is_cancelled(
     stack: Stack, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -513,7 +513,7 @@ RESOLVING: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", RESOLVING)
 @pytest.mark.parametrize("found", [True, False], ids=["found", "not found"])
-@pytest.mark.ours_only("an event loop cancels no tasks")
+@pytest.mark.ours_only("asyncio's event loop cancels no tasks")
 async def test_a_task_whose_name_resolution_ends_after_the_group_is_cancelled(
     stack: Stack, name: str, found: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
