@@ -11,7 +11,7 @@ from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, iscoroutine, iscoroutinefunction, signature
 from types import FunctionType, MethodType
-from typing import Any, ParamSpec, TypeGuard, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeGuard, TypeVar
 from weakref import WeakSet
 
 from ._errors import Group, safe_repr
@@ -188,30 +188,46 @@ def is_class_of_protocols(protocol: object, callback: str) -> TypeGuard[type]:
     return False
 
 
+class CallbackScheduler(Protocol):
+    """What the callbacks of a connection need of the scheduler."""
+
+    group: Group
+
+    def call_internal(self, callback: Callable[..., object], *args: Any) -> None: ...
+
+    def leaves(self, exc: BaseException) -> bool: ...
+
+
 class CallbackContext:
     """Calls the callbacks of one connection.
 
-    `run` calls a function in the connection's own copy of the `contextvars` context, in which the group is current.
-    Callers pass what it raises to `report`.
+    They run in `context`, the connection's own copy of the `contextvars` context. The group is current in it. Callers
+    pass what they raise to `report`.
     """
 
-    __slots__ = ("call_soon", "context", "group", "leaves", "run")
+    __slots__ = ("_scheduler", "context", "group")
 
-    def __init__(self, group: Group, call_soon: Callable[..., None], leaves: Callable[[BaseException], bool]) -> None:
-        self.group: Group = group
-        self.call_soon: Callable[..., None] = call_soon
-        self.leaves: Callable[[BaseException], bool] = leaves
+    def __init__(self, scheduler: CallbackScheduler) -> None:
+        self._scheduler = scheduler
+        self.group: Group = scheduler.group
         self.context: Context = copy_context()
-        self.run: Callable[..., Any] = self.context.run
-        if self.context.get(current) is not group:
-            self.run(current.set, group)
+        if self.context.get(current) is not self.group:
+            self.context.run(current.set, self.group)
+
+    def call_soon(self, callback: Callable[..., object], *args: object) -> None:
+        """Run `callback` in the next iteration, without a context or a handle."""
+        self._scheduler.call_internal(callback, *args)
+
+    def leaves(self, exc: BaseException) -> bool:
+        """Whether `exc`, raised by user code, ends the group instead of being reported."""
+        return self._scheduler.leaves(exc)
 
     def make_protocol(self, factory: Callable[[], ProtocolT]) -> ProtocolT:
         """Return the protocol that `factory` makes in the connection's context.
 
         Raises what the factory raises, and `AttributeError` or `TypeError` if it returns no protocol.
         """
-        protocol: ProtocolT = self.run(factory)
+        protocol = self.context.run(factory)
         check_made_protocol(protocol, factory)
         return protocol
 

@@ -262,11 +262,11 @@ class Scheduler:
 
     def callback_context(self) -> CallbackContext:
         """Return a new callback context, for one connection."""
-        return CallbackContext(self.group, self.call_internal, self.leaves)
+        return CallbackContext(self)
 
     def new_user_call(self) -> Callable[..., Any]:
         """Return a function that calls user code which belongs to no transport yet."""
-        return self.callback_context().run
+        return self.callback_context().context.run
 
     # Life-cycle checks
 

@@ -12,7 +12,6 @@ import errno
 import socket
 from asyncio.trsock import TransportSocket
 from collections.abc import Callable
-from contextvars import copy_context
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +103,9 @@ class Server(asyncio.AbstractServer):
         self._poller = core.poller
         self._tls = tls
         self._on_close = on_close
-        # Connections see the context variables of the code that created the server, as in asyncio.
-        self._context = copy_context()
+        # Connections see the context variables of the code that created the server, as in asyncio. The group is current
+        # in it already, and not only in the copy of each connection, which would cost that much more memory.
+        self._context = core.callback_context().context
         self._sockets = sockets
         self._protocol_factory = protocol_factory
         self._backlog = backlog
@@ -116,6 +116,7 @@ class Server(asyncio.AbstractServer):
         self._closed = False
         self._addresses: list[Any] = []  # Of a closed server.
         self._connections: set[StreamTransport] = set()
+        self._on_lost = self._lost  # One bound method for all connections.
         self._handshakes: set[PendingHandshake] = set()
         self._max_connections = inf if max_connections is None else max_connections
         self._max_handshakes = inf if max_handshakes is None else max_handshakes
@@ -410,7 +411,7 @@ class Server(asyncio.AbstractServer):
 
     def _begin(self, channel: StreamChannel) -> None:
         try:
-            transport, _ = self._core.make_transport(StreamTransport, self._protocol_factory, channel, self._lost)
+            transport, _ = self._core.make_transport(StreamTransport, self._protocol_factory, channel, self._on_lost)
         except BaseException as exc:
             if self._core.leaves(exc):
                 raise

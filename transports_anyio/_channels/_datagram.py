@@ -18,7 +18,7 @@ from .._selector import READ, WRITE
 from ._abc import LONGEST_PAUSE, DatagramChannel
 from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE, buffers
-from ._socket import describe_socket, take_error_queue
+from ._socket import describe_socket, names_of, take_error_queue
 
 if TYPE_CHECKING:
     from .._handles import TimerHandle
@@ -60,7 +60,7 @@ class DatagramSocketChannel(Polled, DatagramChannel):
         self._socket = sock
         self._call_later = call_later
         self._pauses: dict[int, TimerHandle] = {}
-        self._info = describe_socket(sock)
+        self._info = describe_socket(sock, names_of(sock))
         # Looked up once, not for each datagram. It is this thread's, and the group stays in this thread.
         self._buffer = buffers.received
         self._receive_into: Callable[..., Any] = sock.recvfrom_into

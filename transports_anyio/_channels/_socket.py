@@ -79,13 +79,15 @@ def transport_socket(sock: Any) -> TransportSocket:
     return sock if isinstance(sock, TransportSocket) else TransportSocket(sock)
 
 
-def describe_socket(sock: socket.socket, peername: Any = None) -> dict[str, Any]:
-    """Return the extra info of a transport over `sock`. `peername` is the peer's address, if that is known already."""
-    return {
-        "socket": TransportSocket(sock),
-        "sockname": name_or_none(sock.getsockname),
-        "peername": name_or_none(sock.getpeername) if peername is None else peername,
-    }
+def names_of(sock: socket.socket, peername: Any = None) -> tuple[Any, Any]:
+    """Return the addresses of `sock` and of its peer. `peername` is the latter, if it is known already."""
+    return name_or_none(sock.getsockname), name_or_none(sock.getpeername) if peername is None else peername
+
+
+def describe_socket(sock: socket.socket, names: tuple[Any, Any]) -> dict[str, Any]:
+    """Return the extra info of a transport over `sock`, whose addresses are `names`."""
+    sockname, peername = names
+    return {"socket": TransportSocket(sock), "sockname": sockname, "peername": peername}
 
 
 def name_or_none(look_up: Callable[[], Any]) -> Any:
@@ -173,7 +175,7 @@ def send_from_file(to: int, fd: int, offset: int, count: int) -> int:
 class SocketChannel(Polled, StreamChannel):
     """Moves the bytes of a connected, non-blocking stream socket that the channel owns."""
 
-    __slots__ = ("_buffer", "_bulk", "_info", "_receive", "_socket", "receive_into", "send")
+    __slots__ = ("_buffer", "_bulk", "_info", "_names", "_socket", "receive_into", "send")
 
     can_send_file = True
     # The socket's own methods, which save a call for each message.
@@ -185,11 +187,11 @@ class SocketChannel(Polled, StreamChannel):
         super().__init__(poller, sock.fileno())
         self._socket = sock
         # Looked up now: after a TLS handshake the peer may have left.
-        self._info = describe_socket(sock, peername)
+        self._names = names_of(sock, peername)
+        self._info: dict[str, Any] | None = None  # Made when it is asked for: it is as large as the transport.
         # Looked up once, not for each message. It is this thread's, and the group stays in this thread.
         self._buffer = buffers.received
         self._bulk = False  # Whether more than `DIRECT_SIZE` is expected.
-        self._receive = sock.recv
         self.receive_into = sock.recv_into
         self.send = sock.send
 
@@ -199,7 +201,7 @@ class SocketChannel(Polled, StreamChannel):
             count = self.receive_into(buffer)
             self._bulk = count > BULK_ENDS
             return buffer[:count].tobytes()
-        data = self._receive(DIRECT_SIZE)
+        data = self._socket.recv(DIRECT_SIZE)
         return data if len(data) < DIRECT_SIZE else self._with_rest(data)
 
     def _with_rest(self, data: bytes) -> bytes:
@@ -211,8 +213,8 @@ class SocketChannel(Polled, StreamChannel):
             return data
         except OSError as exc:
             # The system reports an error once, and `data` comes first: the next receive raises it.
-            self._receive = self.receive_into = failing_as(exc)
-            return data
+            self.receive_into = failing_as(exc)
+            count = 0
         self._bulk = True
         return b"".join((data, rest[:count]))
 
@@ -239,4 +241,6 @@ class SocketChannel(Polled, StreamChannel):
         self._socket.close()
 
     def extra_info(self) -> Mapping[str, Any]:
+        if self._info is None:
+            self._info = describe_socket(self._socket, self._names)
         return self._info

@@ -41,21 +41,20 @@ def nothing_is_ready(_: Failed) -> int:
 class LoopCallbackContext(CallbackContext):
     """The callback context of a connection in an event loop: no group is current in it."""
 
-    __slots__ = ("_core",)
+    __slots__ = ()
+
+    _scheduler: LoopCore  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, core: LoopCore) -> None:
-        self._core = core
+        self._scheduler = core
         self.group = core.group
-        self.call_soon = core.call_internal
-        self.leaves = core.leaves
         self.context = copy_context()
-        self.run = self.context.run
 
     def run_nested(self, callback: Callable[..., object], *args: object) -> None:
         if _get_running_loop() is self.group:
             callback(*args)
         else:  # Backend code has called a method of the transport.
-            self._core.call(callback, *args)
+            self._scheduler.call(callback, *args)
 
 
 class LoopCore(Core):

@@ -53,9 +53,9 @@ class ChannelTransport(TaskOwner, asyncio.BaseTransport):
         "_buffer",
         "_bytes_received",
         "_bytes_sent",
-        "_call",
         "_callback_context",
         "_channel",
+        "_context",
         "_on_lost",
         "_paused_protocol",
         "_protocol",
@@ -83,7 +83,7 @@ class ChannelTransport(TaskOwner, asyncio.BaseTransport):
     ) -> None:
         # asyncio's `__init__` would only create a dictionary for extra info, which is the channel's.
         self._callback_context = callback_context
-        self._call = callback_context.run
+        self._context = callback_context.context
         self._channel: Any = channel
         self._on_lost = on_lost
         self._buffer = buffer
@@ -107,7 +107,7 @@ class ChannelTransport(TaskOwner, asyncio.BaseTransport):
             self._callback_context.group, "%r: connection made, with a %s", self, type(self._protocol).__qualname__
         )
         try:
-            self._call(self._protocol.connection_made, self)
+            self._context.run(self._protocol.connection_made, self)
         except BaseException as exc:
             if self._callback_context.leaves(exc):
                 self._lose(None, aborted=True)  # The caller gets the exception, and no transport.
@@ -274,7 +274,7 @@ class ChannelTransport(TaskOwner, asyncio.BaseTransport):
     def _call_protocol(self, name: str, *args: Any, from_channel: bool) -> None:
         """Call the callback `name`, from inside a method of the transport or from its channel."""
         # A method may be called in the connection's context, and a context cannot be entered twice.
-        call = self._call if from_channel else self._callback_context.run_nested
+        call = self._context.run if from_channel else self._callback_context.run_nested
         try:
             call(getattr(self._protocol, name), *args)
         except BaseException as exc:
@@ -362,7 +362,7 @@ class ChannelTransport(TaskOwner, asyncio.BaseTransport):
         try:
             if self._write_error is not None:
                 self._end_failed_write()
-            self._call(self._protocol.connection_lost, exc)
+            self._context.run(self._protocol.connection_lost, exc)
         except BaseException as error:
             self._report_callback(error, "connection_lost")
         finally:

@@ -105,7 +105,7 @@ class DatagramTransport(ChannelTransport, abc.DatagramTransport):
                 return
             self._bytes_received += len(data)
             try:
-                self._call(self._protocol.datagram_received, data, address)
+                self._context.run(self._protocol.datagram_received, data, address)
             except BaseException as exc:
                 self._report_callback(exc, "datagram_received")
             if self._state is not OPEN:

@@ -139,7 +139,7 @@ class StreamTransport(ChannelTransport, abc.Transport):
         if eof and not self._eof_received and self._state < LOST:
             self._eof_received = True
             try:
-                self._call(self._protocol.eof_received)
+                self._context.run(self._protocol.eof_received)
             except BaseException as error:
                 self._callback_failed(error, "eof_received")
                 return
@@ -181,7 +181,7 @@ class StreamTransport(ChannelTransport, abc.Transport):
 
     def _read_ready(self) -> None:
         if self._buffered_protocol:
-            if self._call(self._read_into_protocol):
+            if self._context.run(self._read_into_protocol):
                 self._end_of_file()
             return
         try:
@@ -196,7 +196,7 @@ class StreamTransport(ChannelTransport, abc.Transport):
             return
         self._bytes_received += len(data)
         try:
-            self._call(self._protocol.data_received, data)
+            self._context.run(self._protocol.data_received, data)
         except BaseException as exc:
             self._callback_failed(exc, "data_received")
 
@@ -240,7 +240,7 @@ class StreamTransport(ChannelTransport, abc.Transport):
         # At its end a stream stays readable, so it leaves the poller whether or not the protocol keeps it open.
         self._channel.set_reading(False)
         try:
-            keep_open = self._call(self._protocol.eof_received)
+            keep_open = self._context.run(self._protocol.eof_received)
         except BaseException as exc:
             self._callback_failed(exc, "eof_received")
             return

@@ -256,7 +256,7 @@ class SubprocessTransport(TaskOwner, abc.SubprocessTransport):
     def _call_protocol(self, name: str, *args: Any) -> None:
         """Call one of the protocol's callbacks. An exception in it is reported and ends the child."""
         try:
-            self._callback_context.run(getattr(self._protocol, name), *args)
+            self._callback_context.context.run(getattr(self._protocol, name), *args)
         except BaseException as exc:
             self._callback_failed(name, exc)
 
