@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench_transports import HERE, Bench, Load, Results, Task, Workload, circumstances, reported
+from bench_transports import HERE, Bench, Results, Task, Workload, circumstances, reported
 from report import ratio
 
 PEERS = ("asyncio", "uvloop", "ours/trio", "factory/trio", "trio-asyncio")
 #: `run_asyncio`, and beside it `EventLoop`, whose trio waits in a thread.
 OURS = "ours/trio"
 CONNECTIONS = 16
-#: Seconds without a byte after which an answer is over.
-QUIET = 0.5
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 UPGRADE = (
@@ -88,58 +85,17 @@ class EventLoopBench(Bench):
     servers = HERE / "event_loop_servers.py"
     tasks = HERE / "event_loop_tasks.py"
 
-    def __init__(self, folder: Path, seconds: float) -> None:
-        super().__init__(folder, seconds)
-        self.folder = folder
-        self.talk: dict[str, str] = {}
-        #: How many bytes the server at a port answers: to the opening, and to a request.
-        self.answers: dict[int, tuple[int, int]] = {}
-
     def measure_row(self, row: Row, peers: list[str], bursts: int) -> None:
-        self.row = row
-        self.answers.clear()
-        self.talk = {"LOAD_REQUEST": str(self.write("request", row.request))}
-        if row.opening:
-            self.talk["LOAD_OPENING"] = str(self.write("opening", row.opening))
         if row.request:
-            self.measure(Workload(row.name, row.kind, "talk", CONNECTIONS, 0, tuple(peers)), peers, bursts)
+            workload = Workload(
+                row.name, row.kind, "talk", CONNECTIONS, 0, tuple(peers), request=row.request, opening=row.opening
+            )
+            self.measure(workload, peers, bursts)
             return
         for _ in range(bursts):
             for peer in peers:
                 with reported(f"{row.name}: {peer}"):
                     self.measure_task(Task(row.name, row.kind), peer)
-
-    def write(self, name: str, content: bytes) -> Path:
-        path = self.folder / name
-        path.write_bytes(content)
-        return path
-
-    def load_environment(self, workload: Workload) -> dict[str, str]:
-        return self.talk
-
-    def run_load(self, workload: Workload, port: int, pid: int) -> Load:
-        if port not in self.answers:
-            self.answers[port] = answer_sizes(port, self.row)
-        opening_size, size = self.answers[port]
-        self.talk["LOAD_OPENING_SIZE"] = str(opening_size)
-        return super().run_load(replace(workload, size=size), port, pid)
-
-
-def answer_sizes(port: int, row: Row) -> tuple[int, int]:
-    """Return the sizes of the answers of a server, whose headers are its own."""
-
-    def ask(message: bytes) -> int:
-        sock.sendall(message)
-        size = 0
-        while True:
-            try:
-                size += len(sock.recv(1 << 16))
-            except TimeoutError:
-                return size
-
-    with socket.create_connection(("127.0.0.1", port)) as sock:
-        sock.settimeout(QUIET)
-        return ask(row.opening) if row.opening else 0, ask(row.request)
 
 
 def report(rows: list[Row], results: Results) -> None:

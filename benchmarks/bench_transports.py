@@ -15,6 +15,9 @@ alike: the result is the median of the bursts and their spread, and of ratios th
 What part of it the server spent in its own code, and not in the kernel, is noted beside it, as the kernel's clock
 samples it.
 
+Latency is measured with one server at a time, whose processor is busy with bulk: the round trips of small messages, as
+the load generator sees them, and how late the server's timers are. Here one burst gives each percentile.
+
 Writes each burst's figure to `results.json`, which is not kept in the repository, and a line for each workload to
 `summary.json`, which is. report.py makes the table and the chart of docs/performance.md from the summary.
 """
@@ -26,6 +29,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -63,6 +67,11 @@ class Workload:
     peers: tuple[str, ...]
     one_cpu: bool = False
     idle: int = 0
+    #: What a client sends, for the mode "talk": once, and as each request.
+    opening: bytes = b""
+    request: bytes = b""
+    #: Whether the figure is how many requests a second of processor time serves.
+    per_second: bool = False
 
 
 def echo(size: int, connections: int, **options: Any) -> Workload:
@@ -114,7 +123,14 @@ WORKLOADS = [
         for connections in (1, 16)
     ),
     Workload("an AnyIO stream", "stream", "tcp", 16, KIB, ("ours/asyncio", "ours/uvloop", "ours/trio")),
-]
+    Workload(
+        "http, requests for each second of processor time", "http", "talk", 16, 0, tuple(LOOPS),
+        request=b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", per_second=True,
+    ),
+]  # fmt: skip
+
+#: Seconds without a byte after which an answer is over.
+QUIET = 0.5
 
 
 @dataclass(frozen=True)
@@ -139,6 +155,12 @@ TASKS = [
     Task("timer, moved", "moved"),
 ]
 SLOW_READER = "64 MiB, slow reader"
+
+#: Half of the streams are TCP, half TLS. Each sends 256 KiB at a time, and receives them back.
+MIXED = Workload("8 bulk streams", "mixed", "mixed", 8, 256 * KIB, (*LOOPS, *STREAMS))
+#: Seconds of a burst of it: some thousand round trips, and as many timers.
+MIXED_SECONDS = 2.0
+PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 
 Results = dict[str, dict[str, list[float]]]
 
@@ -196,6 +218,9 @@ class Bench:
         self.environment = {**os.environ, "BENCHMARK_CERTIFICATE": str(certificate)}
         self.results: Results = {}
         self.own: Results = {}
+        self.folder = folder
+        #: How many bytes the server at a port answers: to the opening, and to a request.
+        self.answers: dict[int, tuple[int, int]] = {}
         self.compile()
 
     def compile(self) -> None:
@@ -234,18 +259,33 @@ class Bench:
             finally:
                 process.kill()
 
-    def load_environment(self, workload: Workload) -> dict[str, str]:
-        return {"LOAD_IDLE": str(workload.idle)}
+    def load_command(self, workload: Workload, port: int, seconds: float) -> tuple[list[str], dict[str, str]]:
+        """Return the command of the load generator, and its environment."""
+        command = self.command
+        if workload.mode in {"tls", "mixed"} and not self.with_tls:
+            command = [sys.executable, str(HERE / "load.py")]
+        environment = {**self.environment, "LOAD_IDLE": str(workload.idle)}
+        size = workload.size
+        if workload.request:
+            if port not in self.answers:
+                self.answers[port] = answer_sizes(port, workload)
+            opening_size, size = self.answers[port]
+            environment["LOAD_REQUEST"] = str(self.write("request", workload.request))
+            if workload.opening:
+                environment["LOAD_OPENING"] = str(self.write("opening", workload.opening))
+                environment["LOAD_OPENING_SIZE"] = str(opening_size)
+        return [*command, workload.mode, str(port), str(workload.connections), str(size), str(seconds)], environment
+
+    def write(self, name: str, content: bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(content)
+        return path
 
     def run_load(self, workload: Workload, port: int, pid: int) -> Load:
-        command = self.command
-        if workload.mode == "tls" and not self.with_tls:
-            command = [sys.executable, str(HERE / "load.py")]
-        arguments = [workload.mode, str(port), str(workload.connections), str(workload.size), str(self.seconds)]
-        environment = {**self.environment, **self.load_environment(workload)}
+        command, environment = self.load_command(workload, port, self.seconds)
         memory = resident(pid)
         with subprocess.Popen(
-            [*command, *arguments],
+            command,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
             preexec_fn=pin(SERVER_CPU if workload.one_cpu else LOAD_CPU),
         ) as load:  # fmt: skip
@@ -268,6 +308,7 @@ class Bench:
 
     def measure(self, workload: Workload, peers: list[str], bursts: int) -> None:
         """One round: every peer fresh, then bursts to each in turn, there and back."""
+        self.answers.clear()
         with ExitStack() as stack:
             servers: dict[str, tuple[int, int]] = {}
             for peer in peers:
@@ -285,7 +326,7 @@ class Bench:
     def burst(self, workload: Workload, peer: str, state: str, port: int, pid: int) -> None:
         load = self.run_load(workload, port, pid)
         name = f"{workload.name} ({state})"
-        self.note(name, peer, load.cost)
+        self.note(name, peer, 1e6 / load.cost if workload.per_second else load.cost)
         self.own.setdefault(name, {}).setdefault(peer, []).append(load.own)
         if workload.idle and state == "fresh":
             self.note("memory of an idle connection, KiB", peer, load.idle / KIB)
@@ -328,6 +369,61 @@ class Bench:
             wait_until_quiet(process.pid)
             self.note(f"{SLOW_READER}: us for each MiB", peer, (processor_time(process.pid) - before) * 1e6 / 64)
             self.note(f"{SLOW_READER}: growth of the peak memory, KiB", peer, (peak_memory(process.pid) - memory) / KIB)
+
+    def measure_latency(self, workload: Workload, peer: str) -> None:
+        """Measure round trips and timers beside bulk, once asyncio has freed its first large block."""
+        with self.server(peer, workload.server) as (process, port):
+            self.run_mixed(workload, port, process, self.seconds)
+            before = processor_time(process.pid)
+            answers, _, *round_trips = self.run_mixed(workload, port, process, MIXED_SECONDS)
+            spent = processor_time(process.pid) - before
+            lateness = sorted(ask(process)["lateness"])
+        for (name, share), round_trip in zip(PERCENTILES.items(), round_trips, strict=True):
+            self.note(f"1 KiB echo beside {workload.name}, {name}", peer, round_trip)
+            late = lateness[round(share * (len(lateness) - 1))]
+            self.note(f"5 ms timer beside {workload.name}, late by, {name}", peer, late * 1e6)
+        self.note(f"{workload.name}: us for each MiB", peer, spent * 1e6 / (answers * workload.size / KIB**2))
+
+    def run_mixed(self, workload: Workload, port: int, process: subprocess.Popen[str], seconds: float) -> list[float]:
+        """Send bulk and small messages; return what the load generator prints. The server's report begins with it."""
+        command, environment = self.load_command(workload, port, seconds)
+        environment["LOAD_TLS_PORT"] = str(ask(process)["tls_port"])
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=pin(LOAD_CPU)
+        ) as load:
+            assert load.stdout is not None
+            assert load.stdin is not None
+            assert load.stdout.readline() == "open\n"
+            ask(process)  # What was late while the connections were made is not wanted.
+            load.stdin.write("\n")
+            load.stdin.flush()
+            return [float(number) for number in load.stdout.readline().split()]
+
+
+def ask(process: subprocess.Popen[str]) -> Any:
+    """Return the report of a server: what it has to say since the last one."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+def answer_sizes(port: int, workload: Workload) -> tuple[int, int]:
+    """Return the sizes of the answers of a server, whose headers are its own."""
+
+    def ask(message: bytes) -> int:
+        sock.sendall(message)
+        size = 0
+        while True:
+            try:
+                size += len(sock.recv(1 << 16))
+            except TimeoutError:
+                return size
+
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.settimeout(QUIET)
+        return ask(workload.opening) if workload.opening else 0, ask(workload.request)
 
 
 @contextmanager
@@ -392,6 +488,10 @@ def main() -> None:
                 if peer != "trio" or task.kind not in {"timers", "pending", "moved"}
             ]
             jobs += [(SLOW_READER, bench.measure_slow_reader, peer) for peer in LOOPS]
+            jobs += [
+                (f"latency beside {MIXED.name}", partial(bench.measure_latency, MIXED), peer)
+                for peer in (*MIXED.peers, *reversed(MIXED.peers))
+            ]
             for name, measure, peer in jobs:
                 if wanted(name, options.only) and wanted(peer, options.peers):
                     with reported(f"{name}: {peer}"):

@@ -10,25 +10,23 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
 from typing import Any
 
-from servers import HOST, Echo, announce, bound, end_with_standard_input
+from servers import (
+    BODY,
+    HOST,
+    Echo,
+    announce,
+    bound,
+    end_with_standard_input,
+    hello,
+    serve_hypercorn,
+    serve_uvicorn,
+)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 TRIO_APPLICATION = "uvicorn, application on trio"
-BODY = b"Hello, world!"
-HEADERS = [(b"content-type", b"text/plain"), (b"content-length", str(len(BODY)).encode())]
-
-
-async def hello(scope: Any, receive: Receive, send: Send) -> None:
-    """An ASGI application that needs no library."""
-    if scope["type"] == "lifespan":
-        while True:
-            message = await receive()
-            await send({"type": f"{message['type']}.complete"})
-    await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-    await send({"type": "http.response.body", "body": BODY})
 
 
 async def hello_from_trio(scope: Any, receive: Receive, send: Send) -> None:
@@ -49,15 +47,6 @@ async def trio_application(scope: Any, receive: Receive, send: Send) -> None:
 
 
 # -- asyncio programs ------------------------------------------------------------------------------------------------
-
-
-async def serve_uvicorn(http: str, application: Any) -> None:
-    import uvicorn
-
-    sock = bound()
-    config = uvicorn.Config(application, http=http, ws="none", lifespan="off", log_level="error", access_log=False)  # type: ignore[arg-type]
-    announce(sock.getsockname()[1])
-    await uvicorn.Server(config).serve(sockets=[sock])
 
 
 async def serve_aiohttp() -> None:
@@ -188,16 +177,8 @@ def in_a_group(name: str) -> None:
 
 def hypercorn(name: str) -> None:
     import trio
-    from hypercorn.config import Config
-    from hypercorn.trio import serve
 
-    sock = bound()
-    config = Config()
-    config.keep_alive_max_requests = 1 << 60
-    config.bind = [f"fd://{sock.fileno()}"]
-    announce(sock.getsockname()[1])
-    application: Any = hello_from_trio if name == TRIO_APPLICATION else hello
-    trio.run(partial(serve, application, config))
+    trio.run(serve_hypercorn, hello_from_trio if name == TRIO_APPLICATION else hello)
 
 
 def anycorn(name: str) -> None:

@@ -10,9 +10,12 @@
  *   load conn  PORT CONNECTIONS SIZE SECONDS     connect, one echo, close
  *   load talk  PORT CONNECTIONS SIZE SECONDS     send the file LOAD_REQUEST, receive SIZE bytes; on each connection the
  *                                                file LOAD_OPENING first, if given, answered by LOAD_OPENING_SIZE bytes
+ *   load mixed PORT CONNECTIONS SIZE SECONDS     echo of bulk, half over TCP and half over TLS at LOAD_TLS_PORT, and
+ *                                                beside it small messages over TCP, each a millisecond after the last
  *   load serve 0    0           SIZE SECONDS     accept and close what comes; prints its port first
  *
- * Prints the number of answers and the seconds it took. Has to be faster than any server that it measures: a slower
+ * Prints the number of answers and the seconds it took; then, for "mixed", which counts the bulk only, the round trips
+ * of the small messages in microseconds: p50, p99 and p99.9. Has to be faster than any server that it measures: a slower
  * generator makes the server's batches, and so its cost for each request, bistable.
  */
 #define _GNU_SOURCE
@@ -35,24 +38,36 @@
 #include <openssl/ssl.h>
 #endif
 
-enum { BATCH = 256 };
+enum { BATCH = 256, PROBES = 4, PROBE_SIZE = 1024, MOST_ROUND_TRIPS = 1 << 20 };
+static const double PROBE_PAUSE = 0.001;
 
 struct connection {
     int fd;
-    size_t to_send;    /* of the request under way */
-    size_t to_receive; /* of its answer */
+    size_t size, answer_size; /* of each request and its answer */
+    size_t to_send;           /* of the request under way */
+    size_t to_receive;        /* of its answer */
     int waits_to_write;
+    int is_probe;
 #ifdef WITH_TLS
     SSL *ssl;
 #endif
 };
 
+/* A connection with small messages, whose round trips are measured. */
+struct probe {
+    struct connection connection;
+    double since; /* When the request under way began, or the last answer came. */
+};
+
 static char *payload, *answer, *opening;
-static size_t size; /* of a request */
-static size_t answer_size, opening_size, opening_answer_size;
+static size_t size, answer_size, opening_size, opening_answer_size;
 static int mode_udp, mode_conn, poller;
 static struct sockaddr_in server;
 static unsigned long answers;
+static struct probe probes[PROBES];
+static int probe_count;
+static double *round_trips;
+static size_t round_trip_count;
 static int stopping; /* No more requests. */
 #ifdef WITH_TLS
 static SSL_CTX *context;
@@ -94,6 +109,8 @@ static void watch(struct connection *c, int write, int operation) {
 
 static void open_connection(struct connection *c) {
     int one = 1;
+    c->size = size;
+    c->answer_size = answer_size;
     c->fd = socket(AF_INET, mode_udp ? SOCK_DGRAM : SOCK_STREAM, 0);
     if (c->fd < 0) fail("socket");
     if (!mode_udp) setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
@@ -145,7 +162,7 @@ static long get(struct connection *c) {
 
 static void request(struct connection *c) {
     while (c->to_send) {
-        long sent = put(c, payload + size - c->to_send, c->to_send);
+        long sent = put(c, payload + c->size - c->to_send, c->to_send);
         if (sent < 0) {
             if (errno != EAGAIN) fail("send");
             break;
@@ -156,8 +173,8 @@ static void request(struct connection *c) {
 }
 
 static void start(struct connection *c) {
-    c->to_send = size;
-    c->to_receive = answer_size;
+    c->to_send = c->size;
+    c->to_receive = c->answer_size;
     request(c);
 }
 
@@ -183,6 +200,49 @@ static void ready(struct connection *c, int events) {
             return; /* Everybody in turn. */
         }
     }
+}
+
+static void probe_all(void) {
+    for (int i = 0; i < probe_count; i++) {
+        struct probe *p = &probes[i];
+        struct connection *c = &p->connection;
+        if (!c->to_receive) {
+            if (!stopping && now() - p->since >= PROBE_PAUSE) {
+                p->since = now();
+                start(c);
+            }
+            continue;
+        }
+        if (c->to_send) request(c);
+        long received = get(c);
+        if (received < 0 && errno == EAGAIN) continue;
+        if (received <= 0) fail("recv");
+        c->to_receive -= received;
+        if (c->to_receive) continue;
+        double then = p->since;
+        p->since = now();
+        if (round_trip_count < MOST_ROUND_TRIPS) round_trips[round_trip_count++] = p->since - then;
+    }
+}
+
+static void open_probes(void) {
+    round_trips = malloc(MOST_ROUND_TRIPS * sizeof *round_trips);
+    size_t bulk = size;
+    size = answer_size = PROBE_SIZE;
+    for (; probe_count < PROBES; probe_count++) {
+        probes[probe_count].connection.is_probe = 1;
+        open_connection(&probes[probe_count].connection);
+    }
+    size = answer_size = bulk;
+}
+
+static int ascending(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double percentile(double share) {
+    return round_trip_count ? round_trips[(size_t)(share * (round_trip_count - 1) + 0.5)] * 1e6 : 0;
 }
 
 static void serve(double seconds) {
@@ -240,22 +300,28 @@ int main(int argc, char **argv) {
         printf("%lu\n", answers);
         return 0;
     }
+    poller = epoll_create1(0);
+    struct connection *connections = calloc(count, sizeof *connections);
+    int mixed = !strcmp(argv[1], "mixed"), opened = 0;
+    if (mixed) {
+        open_probes();
+        while (opened < count / 2) open_connection(&connections[opened++]);
+        server.sin_port = htons(atoi(getenv("LOAD_TLS_PORT")));
+    }
 #ifdef WITH_TLS
-    if (!strcmp(argv[1], "tls")) {
+    if (!strcmp(argv[1], "tls") || mixed) {
         context = SSL_CTX_new(TLS_client_method());
         SSL_CTX_set_verify(context, SSL_VERIFY_NONE, NULL);
         SSL_CTX_set_mode(context, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
         signal(SIGPIPE, SIG_IGN);
     }
 #else
-    if (!strcmp(argv[1], "tls")) {
+    if (!strcmp(argv[1], "tls") || mixed) {
         fprintf(stderr, "compiled without OpenSSL\n");
         return 3;
     }
 #endif
-    poller = epoll_create1(0);
-    struct connection *connections = calloc(count, sizeof *connections);
-    for (int i = 0; i < count; i++) open_connection(&connections[i]);
+    while (opened < count) open_connection(&connections[opened++]);
     /* Connections that do nothing, beside those that do. */
     const char *idle = getenv("LOAD_IDLE");
     int idle_count = idle ? atoi(idle) : 0;
@@ -268,9 +334,14 @@ int main(int argc, char **argv) {
     for (int i = 0; i < count; i++) start(&connections[i]);
     unsigned long all = 0;
     while (!stopping || (answers < all && now() - last < 0.2)) {
-        int n = epoll_wait(poller, events, BATCH, stopping ? 10 : 100);
+        int n = epoll_wait(poller, events, BATCH, mixed ? 1 : stopping ? 10 : 100);
         if (n > 0) last = now();
-        for (int i = 0; i < n; i++) ready(events[i].data.ptr, events[i].events);
+        probe_all();
+        for (int i = 0; i < n; i++) {
+            struct connection *c = events[i].data.ptr;
+            if (!c->is_probe) ready(c, events[i].events);
+            probe_all(); /* Between the bulk, too: it must not delay what is measured. */
+        }
         if (!stopping && now() >= end) {
             stopping = 1;
             all = answers + count;
@@ -279,7 +350,12 @@ int main(int argc, char **argv) {
             /* A datagram was dropped: ask again. */
             for (int i = 0; i < count; i++) start(&connections[i]);
     }
-    printf("%lu %.6f\n", answers, now() - begin);
+    printf("%lu %.6f", answers, now() - begin);
+    if (mixed) {
+        qsort(round_trips, round_trip_count, sizeof *round_trips, ascending);
+        printf(" %.1f %.1f %.1f", percentile(0.5), percentile(0.99), percentile(0.999));
+    }
+    printf("\n");
     fflush(stdout);
     while (getchar() != EOF) continue;
     return 0;

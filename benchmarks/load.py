@@ -16,11 +16,20 @@ HOST = "127.0.0.1"
 RESET = struct.pack("ii", 1, 0)
 
 
+PROBES = 4
+PROBE_SIZE = 1024
+PROBE_PAUSE = 0.001
+
+
 class Connection:
     """One request under way at a time."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, port: int = 0, context: ssl.SSLContext | None = None) -> None:
         self.load = load
+        self.port = port or load.port
+        self.context = context
+        self.payload, self.size = load.payload, load.size
+        self.to_receive = 0
         self.open()
 
     def open(self) -> None:
@@ -30,22 +39,22 @@ class Connection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if load.mode == "conn":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        sock.connect((HOST, load.port))
+        sock.connect((HOST, self.port))
         if load.opening:
             sock.sendall(load.opening)
             sock.recv(load.opening_size, socket.MSG_WAITALL)
-        self.sock = load.context.wrap_socket(sock) if load.context else sock
+        self.sock = self.context.wrap_socket(sock) if self.context else sock
         self.sock.setblocking(False)
         load.selector.register(self.sock, selectors.EVENT_READ, self)
 
     def start(self) -> None:
-        self.to_send, self.to_receive = len(self.load.payload), self.load.size
+        self.to_send, self.to_receive = len(self.payload), self.size
         self.request()
 
     def request(self) -> None:
         while self.to_send:
             try:
-                self.to_send -= self.sock.send(self.load.payload[len(self.load.payload) - self.to_send :])
+                self.to_send -= self.sock.send(self.payload[len(self.payload) - self.to_send :])
             except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 break
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.to_send else 0)
@@ -76,6 +85,33 @@ class Connection:
         self.start()
 
 
+class Probe(Connection):
+    """A connection with small messages, whose round trips are measured."""
+
+    def __init__(self, load: Load) -> None:
+        super().__init__(load)
+        self.payload, self.size = bytes(PROBE_SIZE), PROBE_SIZE
+        self.since = 0.0  # When the request under way began, or the last answer came.
+
+    def poll(self) -> None:
+        if not self.to_receive:
+            if not self.load.stopping and time.monotonic() - self.since >= PROBE_PAUSE:
+                self.since = time.monotonic()
+                self.start()
+            return
+        try:
+            self.to_receive -= len(self.sock.recv(self.to_receive))
+        except BlockingIOError:
+            return
+        if not self.to_receive:
+            now = time.monotonic()
+            self.load.round_trips.append(now - self.since)
+            self.since = now
+
+    def ready(self, events: int) -> None:
+        """Do nothing: `poll` is called all the time."""
+
+
 class Load:
     def __init__(self, mode: str, port: int, connections: int, size: int, seconds: float) -> None:
         self.mode, self.port, self.size, self.seconds = mode, port, size, seconds
@@ -88,14 +124,22 @@ class Load:
                 self.opening_size = int(os.environ["LOAD_OPENING_SIZE"])
         self.answers = 0
         self.stopping = False
-        self.context: ssl.SSLContext | None = None
-        if mode == "tls":
-            self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            self.context.check_hostname = False
-            self.context.verify_mode = ssl.CERT_NONE
+        context: ssl.SSLContext | None = None
+        if mode in {"tls", "mixed"}:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
         self.selector = selectors.DefaultSelector()
-        self.connections = [Connection(self) for _ in range(connections)]
-        self.idle = [Connection(self) for _ in range(int(os.environ.get("LOAD_IDLE", "0")))]
+        self.probes: list[Probe] = []
+        self.round_trips: list[float] = []
+        if mode == "mixed":
+            tls_port = int(os.environ["LOAD_TLS_PORT"])
+            self.probes = [Probe(self) for _ in range(PROBES)]
+            self.connections = [Connection(self) for _ in range(connections // 2)]
+            self.connections += [Connection(self, tls_port, context) for _ in range(connections - connections // 2)]
+        else:
+            self.connections = [Connection(self, context=context) for _ in range(connections)]
+        self.idle = [Connection(self, context=context) for _ in range(int(os.environ.get("LOAD_IDLE", "0")))]
 
     def run(self) -> None:
         print("open", flush=True)
@@ -105,9 +149,11 @@ class Load:
             connection.start()
         expected = 0
         while not self.stopping or (self.answers < expected and time.monotonic() - last < 0.2):
-            batch = self.selector.select(0.1)
+            batch = self.selector.select(PROBE_PAUSE if self.probes else 0.1)
+            self.probe()
             for key, events in batch:
                 key.data.ready(events)
+                self.probe()  # Between the bulk, too: it must not delay what is measured.
             now = time.monotonic()
             if batch:
                 last = now
@@ -117,8 +163,17 @@ class Load:
             elif self.mode == "udp" and now - last > 0.2:
                 for connection in self.connections:  # A datagram was dropped: ask again.
                     connection.start()
-        print(self.answers, time.monotonic() - begin, flush=True)
+        print(self.answers, time.monotonic() - begin, *self.percentiles(), flush=True)
         sys.stdin.read()
+
+    def probe(self) -> None:
+        for probe in self.probes:
+            probe.poll()
+
+    def percentiles(self) -> list[float]:
+        """Return the round trips of the probes in microseconds: p50, p99 and p99.9."""
+        found = sorted(self.round_trips)
+        return [found[round(share * (len(found) - 1))] * 1e6 for share in (0.5, 0.99, 0.999) if found]
 
 
 def serve(seconds: float) -> None:

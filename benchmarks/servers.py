@@ -2,13 +2,17 @@
 
 A peer is a way to serve: asyncio's or uvloop's own transports, trio's streams, AnyIO's streams, trio-asyncio, ours on
 each backend, and a bare epoll loop, which is the physical limit. A server prints its port and serves until its standard
-input ends.
+input ends. For each line of it, it prints `REPORT` and forgets what was in it.
+
+The workload "http" is served by libraries: uvicorn with h11 on asyncio's transports, hypercorn on trio, and on ours by
+`examples/http_server.py`, which uses h11 too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import mmap
 import os
 import resource
@@ -18,12 +22,25 @@ import ssl
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 HOST = "127.0.0.1"
 HERE = Path(__file__).parent
 
-Announce = Callable[[int], None]
+# The timers of the workload "mixed": how many, how many seconds each waits before it starts anew.
+TIMERS = 8
+TIMER_DELAY = 0.005
+
+
+class Report(TypedDict):
+    """What the load generator and the benchmark ask a server for."""
+
+    tls_port: int
+    lateness: list[float]
+    """By how many seconds the timers of the workload "mixed" were late."""
+
+
+REPORT: Report = {"tls_port": 0, "lateness": []}
 
 
 def pages(size: int) -> memoryview:
@@ -128,6 +145,7 @@ PROTOCOLS: dict[str, type[asyncio.BaseProtocol]] = {
     "lines": Lines,
     "push": Push,
     "stream": Echo,
+    "mixed": Echo,
 }
 
 
@@ -135,6 +153,30 @@ def tls_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(os.environ["BENCHMARK_CERTIFICATE"])
     return context
+
+
+class Ticker:
+    """A timer that starts anew each time, and notes how late it was."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        self.start()
+
+    def start(self) -> None:
+        self.due = self.owner.time() + TIMER_DELAY
+        self.owner.call_later(TIMER_DELAY, self.fired)
+
+    def fired(self) -> None:
+        REPORT["lateness"].append(self.owner.time() - self.due)
+        self.start()
+
+
+async def tick(time: Callable[[], float], sleep: Callable[[float], Awaitable[None]]) -> None:
+    """As `Ticker`, in a task."""
+    while True:
+        due = time() + TIMER_DELAY
+        await sleep(TIMER_DELAY)
+        REPORT["lateness"].append(time() - due)
 
 
 def announce(port: int) -> None:
@@ -158,12 +200,20 @@ async def serve_with_transports(owner: Any, workload: str) -> None:
         transport, _ = await owner.create_datagram_endpoint(UDPEcho, local_addr=(HOST, 0))
         announce(transport.get_extra_info("sockname")[1])
         return
+    if workload == "mixed":
+        tls_server = await owner.create_server(Echo, HOST, 0, backlog=1024, ssl=tls_context())
+        REPORT["tls_port"] = tls_server.sockets[0].getsockname()[1]
+        for number in range(TIMERS):
+            owner.call_later(TIMER_DELAY * number / TIMERS, Ticker, owner)
     options = {"ssl": tls_context()} if workload.startswith("tls") else {}
     server = await owner.create_server(PROTOCOLS[workload], HOST, 0, backlog=1024, **options)
     announce(server.sockets[0].getsockname()[1])
 
 
 async def run_loop(workload: str) -> None:
+    if workload == "http":
+        await serve_uvicorn()
+        return
     await serve_with_transports(asyncio.get_running_loop(), workload)
     await asyncio.Event().wait()
 
@@ -185,6 +235,8 @@ async def run_group(workload: str) -> None:
             await listener.serve(handle)
         elif workload == "async":
             await serve_async_code(group)
+        elif workload == "http":
+            await serve_example(group)
         else:
             await serve_with_transports(group, workload)
         await anyio.sleep_forever()
@@ -210,12 +262,65 @@ async def serve_async_code(group: Any) -> None:
     announce(server.sockets[0].getsockname()[1])
 
 
+# -- HTTP --------------------------------------------------------------------------------------------------
+
+BODY = b"Hello, world!"
+HEADERS = [(b"content-type", b"text/plain"), (b"content-length", str(len(BODY)).encode())]
+
+
+async def hello(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+    """An ASGI application that needs no library."""
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            await send({"type": f"{message['type']}.complete"})
+    await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+    await send({"type": "http.response.body", "body": BODY})
+
+
+async def serve_uvicorn(http: str = "h11", application: Any = hello) -> None:
+    import uvicorn
+
+    sock = bound()
+    config = uvicorn.Config(application, http=http, ws="none", lifespan="off", log_level="error", access_log=False)  # type: ignore[arg-type]
+    announce(sock.getsockname()[1])
+    await uvicorn.Server(config).serve(sockets=[sock])
+
+
+async def serve_hypercorn(application: Any = hello) -> None:
+    from hypercorn.config import Config
+    from hypercorn.trio import serve
+
+    sock = bound()
+    config = Config()
+    config.keep_alive_max_requests = 1 << 60
+    config.loglevel = "ERROR"
+    config.bind = [f"fd://{sock.fileno()}"]
+    announce(sock.getsockname()[1])
+    await serve(application, config)
+
+
+async def serve_example(group: Any) -> None:
+    sys.path.append(str(HERE.parent / "examples"))
+    import http_server
+
+    def application(_: object) -> http_server.Response:
+        headers = [(name.decode(), value.decode()) for name, value in HEADERS]
+        return http_server.Response(200, headers, [BODY])
+
+    server = await group.create_server(lambda: http_server.HTTP(application), HOST, 0, backlog=1024)
+    announce(server.sockets[0].getsockname()[1])
+
+
 # -- streams -----------------------------------------------------------------------------------------------
 
 
 async def run_trio(workload: str) -> None:
     import trio
 
+    if workload == "http":
+        await serve_hypercorn()
+        return
     if workload == "udp":
         udp = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         await udp.bind((HOST, 0))
@@ -247,8 +352,15 @@ async def run_trio(workload: str) -> None:
     listeners: list[Any] = [listener]
     if workload == "tls":
         listeners = [trio.SSLListener(listener, tls_context(), https_compatible=True)]
-    announce(listener.socket.getsockname()[1])
-    await trio.serve_listeners(handle, listeners)
+    async with trio.open_nursery() as nursery:
+        if workload == "mixed":
+            (tls_listener,) = await trio.open_tcp_listeners(0, host=HOST, backlog=1024)
+            REPORT["tls_port"] = tls_listener.socket.getsockname()[1]
+            listeners.append(trio.SSLListener(tls_listener, tls_context(), https_compatible=True))
+            for _ in range(TIMERS):
+                nursery.start_soon(tick, trio.current_time, trio.sleep)
+        announce(listener.socket.getsockname()[1])
+        await trio.serve_listeners(handle, listeners)
 
 
 async def run_anyio_streams(workload: str) -> None:
@@ -275,8 +387,16 @@ async def run_anyio_streams(workload: str) -> None:
     listener: Any = await anyio.abc.SocketListener.from_socket(sock)
     if workload == "tls":
         listener = TLSListener(listener, tls_context(), standard_compatible=False)
-    announce(sock.getsockname()[1])
-    await listener.serve(handle)
+    async with anyio.create_task_group() as tasks:
+        if workload == "mixed":
+            tls_sock = bound()
+            REPORT["tls_port"] = tls_sock.getsockname()[1]
+            plain: Any = await anyio.abc.SocketListener.from_socket(tls_sock)
+            tasks.start_soon(TLSListener(plain, tls_context(), standard_compatible=False).serve, handle)
+            for _ in range(TIMERS):
+                tasks.start_soon(tick, anyio.current_time, anyio.sleep)
+        announce(sock.getsockname()[1])
+        await listener.serve(handle)
 
 
 # -- the limit ---------------------------------------------------------------------------------------------
@@ -377,10 +497,14 @@ PEERS: dict[str, Callable[[str], object]] = {
 
 
 def end_with_standard_input() -> None:
+    """Answer each line of the standard input with the report, and end when the input ends."""
     import threading
 
     def wait() -> None:
-        sys.stdin.read()
+        for _ in sys.stdin:
+            report = Report(tls_port=REPORT["tls_port"], lateness=REPORT["lateness"][:])
+            del REPORT["lateness"][: len(report["lateness"])]
+            print(json.dumps(report), flush=True)
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
