@@ -425,7 +425,8 @@ def press():
 def handler(*_):
     global handled
     handled += 1
-    if loop.is_running():
+    # The event loop may call it for the last signal after the storm.
+    if loop.is_running() and not stop.is_set():
         raise KeyboardInterrupt
 
 seen = 0
