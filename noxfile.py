@@ -141,14 +141,18 @@ def install_with_backends(session: nox.Session, *requirements: str) -> list[str]
 
 def run_tests(session: nox.Session, backends: list[str], *pytest: str) -> None:
     """Run the tests, each backend in processes of its own; a failing one does not stop the others."""
+    # Keep bytecode even where the environment forbids it, as images of containers often do. Otherwise each program that a
+    # test starts is compiled again, and so are the tests for each backend.
+    bytecode = Path(session.virtualenv.location).resolve() / "bytecode"
+    env = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPYCACHEPREFIX": str(bytecode)}
     if any(argument.startswith("--backend") for argument in session.posargs):
-        session.run("pytest", *pytest, *session.posargs)
+        session.run("pytest", *pytest, *session.posargs, env=env)
         return
     failed = []
     for backend in backends:
         session.log(f"tests on {backend}")
         try:
-            session.run("pytest", "--numprocesses=auto", "--backend", backend, *pytest, *session.posargs)
+            session.run("pytest", "--numprocesses=auto", "--backend", backend, *pytest, *session.posargs, env=env)
         except CommandFailed:
             failed.append(backend)
     if failed:
