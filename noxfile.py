@@ -141,8 +141,8 @@ def install_with_backends(session: nox.Session, *requirements: str) -> list[str]
 
 def run_tests(session: nox.Session, backends: list[str], *pytest: str) -> None:
     """Run the tests, each backend in processes of its own; a failing one does not stop the others."""
-    # Keep bytecode even where the environment forbids it, as images of containers often do. Otherwise each program that a
-    # test starts is compiled again, and so are the tests for each backend.
+    # Keep bytecode even where the environment forbids it, as images of containers often do. Otherwise each program that
+    # a test starts is compiled again, and so are the tests for each backend.
     bytecode = Path(session.virtualenv.location).resolve() / "bytecode"
     env = {"PYTHONDONTWRITEBYTECODE": None, "PYTHONPYCACHEPREFIX": str(bytecode)}
     if any(argument.startswith("--backend") for argument in session.posargs):
