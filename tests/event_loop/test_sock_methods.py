@@ -174,6 +174,67 @@ def test_datagrams(run):
     run(main)
 
 
+class Replaceable(socket.socket):
+    """A socket whose methods can be replaced: it has a `__dict__`."""
+
+
+@pytest.mark.parametrize("method", ["recv", "recv_into", "recvfrom", "recvfrom_into", "send", "sendto", "accept"])
+def test_the_method_of_a_socket_is_looked_up_for_each_try(run, method):
+    """Code that wraps sockets, or a test, replaces it while a task waits."""
+
+    def blocks(*args: Any) -> Any:
+        raise BlockingIOError
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            if method == "accept":
+                server = stack.enter_context(listener())
+                other = stack.enter_context(client())
+                other.connect_ex(server.getsockname())
+                sock = stack.enter_context(Replaceable(fileno=server.detach()))
+            else:
+                kind = socket.SOCK_STREAM if method == "send" else socket.SOCK_DGRAM
+                sock = stack.enter_context(Replaceable(socket.AF_INET, kind))
+                sock.setblocking(False)
+                if method == "send":
+                    server = stack.enter_context(listener())
+                    await loop.sock_connect(sock, server.getsockname())
+                else:
+                    sock.bind(("127.0.0.1", 0))
+                    sock.sendto(b"data", sock.getsockname())  # To itself: what there is to receive.
+            address = sock.getsockname()
+            call = {
+                "recv": lambda: loop.sock_recv(sock, 10),
+                "recv_into": lambda: loop.sock_recv_into(sock, bytearray(10)),
+                "recvfrom": lambda: loop.sock_recvfrom(sock, 10),
+                "recvfrom_into": lambda: loop.sock_recvfrom_into(sock, bytearray(10)),
+                "send": lambda: loop.sock_sendall(sock, b"data"),
+                "sendto": lambda: loop.sock_sendto(sock, b"data", address),
+                "accept": lambda: loop.sock_accept(sock),
+            }[method]
+            if method.startswith(("recvfrom", "sendto")) and not hasattr(loop, "sock_sendto"):
+                pytest.skip("of Python 3.11")
+            setattr(sock, method, blocks)
+            task = await waiting(call())
+            delattr(sock, method)
+            result = await task
+            if method == "accept":
+                stack.enter_context(result[0])
+            expected = {
+                "recv": b"data",
+                "recv_into": 4,
+                "recvfrom": (b"data", address),
+                "recvfrom_into": (4, address),
+                "send": None,
+                "sendto": 4,
+                "accept": (result[0], other.getsockname()) if method == "accept" else None,
+            }
+            assert result == expected[method]
+
+    run(main)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_connect_and_accept(run, host):
     async def main() -> None:

@@ -127,13 +127,14 @@ class SockMethods(asyncio.AbstractEventLoop):
         if self.get_debug() and sock.gettimeout() != 0:
             raise ValueError("the socket must be non-blocking")
 
-    async def _when_ready(
-        self, direction: Direction, sock: socket.socket, operation: Callable[..., ResultT], *args: Any
-    ) -> ResultT:
-        """Wait until `operation(*args)` does not block, and return its result."""
+    async def _when_ready(self, direction: Direction, sock: socket.socket, operation: Callable[[], ResultT]) -> ResultT:
+        """Wait until `operation` does not block, and return its result.
+
+        It looks the method of the socket up each time, as asyncio does: the method may be replaced during the wait.
+        """
         while True:
             try:
-                return operation(*args)
+                return operation()
             except (BlockingIOError, InterruptedError):
                 await direction.wait(sock)
 
@@ -143,7 +144,7 @@ class SockMethods(asyncio.AbstractEventLoop):
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_recv
         """
         self._check_socket(sock)
-        return await self._when_ready(self._readable, sock, sock.recv, nbytes)
+        return await self._when_ready(self._readable, sock, lambda: sock.recv(nbytes))
 
     async def sock_recv_into(self, sock: socket.socket, buf: Buffer) -> int:
         """Receive into `buf`, and return the number of bytes.
@@ -151,7 +152,7 @@ class SockMethods(asyncio.AbstractEventLoop):
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_recv_into
         """
         self._check_socket(sock)
-        return await self._when_ready(self._readable, sock, sock.recv_into, buf)
+        return await self._when_ready(self._readable, sock, lambda: sock.recv_into(buf))
 
     async def sock_recvfrom(self, sock: socket.socket, bufsize: int) -> tuple[bytes, Any]:
         """Receive a datagram of up to `bufsize` bytes, and return it with the sender's address.
@@ -159,7 +160,7 @@ class SockMethods(asyncio.AbstractEventLoop):
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_recvfrom
         """
         self._check_socket(sock)
-        return await self._when_ready(self._readable, sock, sock.recvfrom, bufsize)
+        return await self._when_ready(self._readable, sock, lambda: sock.recvfrom(bufsize))
 
     async def sock_recvfrom_into(self, sock: socket.socket, buf: Buffer, nbytes: int = 0) -> tuple[int, Any]:
         """Receive a datagram of up to `nbytes` bytes into `buf` (0: its size). Return its size and its sender.
@@ -167,7 +168,7 @@ class SockMethods(asyncio.AbstractEventLoop):
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_recvfrom_into
         """
         self._check_socket(sock)
-        return await self._when_ready(self._readable, sock, sock.recvfrom_into, buf, nbytes)
+        return await self._when_ready(self._readable, sock, lambda: sock.recvfrom_into(buf, nbytes))
 
     async def sock_sendall(self, sock: socket.socket, data: Buffer) -> None:
         """Send all of `data`. After an error or a cancellation it is unknown how much was sent.
@@ -176,9 +177,12 @@ class SockMethods(asyncio.AbstractEventLoop):
         """
         self._check_socket(sock)
         with memoryview(data) as view, view.cast("B") as rest:
-            sent = await self._when_ready(self._writable, sock, sock.send, rest)
+            sent = await self._send(sock, rest)
             while sent < len(rest):
-                sent += await self._when_ready(self._writable, sock, sock.send, rest[sent:])
+                sent += await self._send(sock, rest[sent:])
+
+    async def _send(self, sock: socket.socket, data: memoryview) -> int:
+        return await self._when_ready(self._writable, sock, lambda: sock.send(data))
 
     async def sock_sendto(self, sock: socket.socket, data: Buffer, address: Any) -> int:
         """Send a datagram to `address`, and return its size.
@@ -186,7 +190,7 @@ class SockMethods(asyncio.AbstractEventLoop):
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_sendto
         """
         self._check_socket(sock)
-        return await self._when_ready(self._writable, sock, sock.sendto, data, address)
+        return await self._when_ready(self._writable, sock, lambda: sock.sendto(data, 0, address))
 
     async def sock_connect(self, sock: socket.socket, address: Any) -> None:
         """Connect to `address`. For internet sockets it may have the names of a host and a service.
@@ -223,7 +227,7 @@ class SockMethods(asyncio.AbstractEventLoop):
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.sock_accept
         """
         self._check_socket(sock)
-        accepted, address = await self._when_ready(self._readable, sock, sock.accept)
+        accepted, address = await self._when_ready(self._readable, sock, lambda: sock.accept())  # noqa: PLW0108  # see there
         accepted.setblocking(False)
         return accepted, address
 
@@ -271,7 +275,7 @@ class SockMethods(asyncio.AbstractEventLoop):
                 if not block:
                     break
                 while block:
-                    size = await self._when_ready(self._writable, sock, sock.send, block)
+                    size = await self._send(sock, block)
                     sent += size
                     block = block[size:]
             return sent
