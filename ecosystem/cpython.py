@@ -1,10 +1,10 @@
 """Run test modules of `test.test_asyncio`, the running Python's own, with our event loop in place of asyncio's.
 
-    python cpython.py [--asyncio] [--not-run NAMES] test_tasks test_streams …
+    python cpython.py [--asyncio] [--only NAMES] [--without NAMES] [--guard SECONDS] test_tasks test_streams …
 
 Nothing of them is copied or changed: before they are imported, `asyncio.SelectorEventLoop` becomes the loop under test,
 and the default policy makes it, which is what `asyncio.new_event_loop` asks. With `--asyncio` they are left alone.
-NAMES, `Class.test` separated by commas, are left out; in them `*` stands for anything.
+NAMES are `Class.test`, separated by commas; in them `*` stands for anything.
 
 For each test there is a line of JSON when it begins, and one when it has ended.
 """
@@ -24,9 +24,6 @@ import warnings
 from typing import Any
 
 from transports_anyio import EventLoop
-
-#: In seconds; a test that takes longer hangs, and the process ends with every thread's stack.
-GUARD_OF_A_TEST = 20
 
 
 class LoopUnderTest(EventLoop):
@@ -53,12 +50,18 @@ def say(**what: object) -> None:
 class Result(unittest.TestResult):
     """Says how each test has ended: the worst of the test and its subtests."""
 
+    def __init__(self, guard: float) -> None:
+        super().__init__()
+        self.guard = guard
+
     def startTest(self, test: unittest.TestCase) -> None:  # noqa: N802  # unittest's name
         super().startTest(test)
         self.outcome, self.details = "passed", ""
         # trio's thread stays for a while. It is there before the test, or the test waits for its end.
-        asyncio.run(asyncio.sleep(0.0001), loop_factory=EventLoop)
-        faulthandler.dump_traceback_later(GUARD_OF_A_TEST, exit=True)
+        loop = EventLoop()
+        loop.run_until_complete(asyncio.sleep(0.0001))
+        loop.close()
+        faulthandler.dump_traceback_later(self.guard, exit=True)
         say(began=test.id())
 
     def stopTest(self, test: unittest.TestCase) -> None:  # noqa: N802  # unittest's name
@@ -90,28 +93,41 @@ class Result(unittest.TestResult):
         self.outcome = "skipped"
 
 
-def without(tests: unittest.TestSuite, names: set[str]) -> unittest.TestSuite:
+def chosen(tests: unittest.TestSuite, only: list[str], without: list[str]) -> unittest.TestSuite:
+    """The tests that one of `only` names, if it names any, and none of `without`."""
     kept = unittest.TestSuite()
     for test in tests:
         if isinstance(test, unittest.TestSuite):
-            kept.addTest(without(test, names))
-        elif not any(fnmatch.fnmatchcase(".".join(test.id().split(".")[-2:]), name) for name in names):
-            kept.addTest(test)
+            kept.addTest(chosen(test, only, without))
+        else:
+            name = ".".join(test.id().split(".")[-2:])
+            if matches(name, only or ["*"]) and not matches(name, without):
+                kept.addTest(test)
     return kept
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def names(given: str) -> list[str]:
+    return given.split(",")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--asyncio", action="store_true")
-    parser.add_argument("--not-run", default="")
+    parser.add_argument("--only", type=names, default=[])
+    parser.add_argument("--without", type=names, default=[])
+    parser.add_argument("--guard", type=float, default=20, help="seconds; a test that takes longer ends the process")
     parser.add_argument("modules", nargs="+")
     options = parser.parse_args()
     if not options.asyncio:
         replace_event_loop()
     for name in options.modules:
         module = importlib.import_module(f"test.test_asyncio.{name}")
-        tests = without(unittest.defaultTestLoader.loadTestsFromModule(module), set(options.not_run.split(",")))
-        tests.run(Result())
+        tests = unittest.defaultTestLoader.loadTestsFromModule(module)
+        chosen(tests, options.only, options.without).run(Result(options.guard))
 
 
 if __name__ == "__main__":
