@@ -130,6 +130,39 @@ def test_tasks_cancelled_during_a_pause(loop: asyncio.AbstractEventLoop) -> None
         loop.run_until_complete(task)
 
 
+def test_what_is_done_during_a_pause_shows_in_the_next_call(loop: asyncio.AbstractEventLoop) -> None:
+    """Data that is written, a reader that is added or removed, a transport and a server that are closed."""
+    left, right = socket.socketpair()
+    left.setblocking(False)
+    got: list[Any] = []
+
+    async def open_all() -> Any:
+        server = await asyncio.start_server(echo_line, HOST, 0)
+        return server, *(await asyncio.open_connection(*server.sockets[0].getsockname()))
+
+    async def until(condition: Callable[[], object]) -> None:
+        while not condition():
+            await asyncio.sleep(0.001)
+
+    server, reader, writer = loop.run_until_complete(open_all())
+    writer.write(b"written\n" * 100_000)
+    loop.add_reader(left, lambda: got.append(left.recv(10)))
+    right.send(b"x")
+    assert loop.run_until_complete(reader.readexactly(800_000)) == b"WRITTEN\n" * 100_000
+    loop.run_until_complete(until(lambda: got))
+    assert loop.remove_reader(left)
+    right.send(b"y")
+    writer.close()
+    server.close()
+    loop.run_until_complete(writer.wait_closed())
+    loop.run_until_complete(server.wait_closed())
+    assert got == [b"x"]
+    with pytest.raises(ConnectionError):
+        loop.run_until_complete(asyncio.open_connection(HOST, writer.get_extra_info("peername")[1]))
+    left.close()
+    right.close()
+
+
 def test_a_thread_wakes_an_idle_event_loop(loop: asyncio.AbstractEventLoop) -> None:
     future = loop.create_future()
     timer = threading.Timer(0.01, loop.call_soon_threadsafe, [future.set_result, "woken"])
@@ -189,6 +222,14 @@ def test_stop_before_the_call_runs_one_round(loop: asyncio.AbstractEventLoop) ->
     assert ran == ["first", "second"]
 
 
+def test_a_thread_stops_an_idle_event_loop(loop: asyncio.AbstractEventLoop) -> None:
+    timer = threading.Timer(0.01, loop.call_soon_threadsafe, [loop.stop])
+    timer.start()
+    loop.run_forever()
+    assert not loop.is_running()
+    timer.join()
+
+
 def test_stopped_before_the_future_is_done(loop: asyncio.AbstractEventLoop) -> None:
     loop.call_later(0.001, loop.stop)
     future = loop.create_future()
@@ -229,6 +270,32 @@ def test_what_may_not_be_done_while_running(loop: asyncio.AbstractEventLoop, mak
     loop.run_until_complete(main())
     assert not loop.is_running()
     other.close()
+
+
+def test_one_event_loop_in_two_threads_at_once(ours: EventLoop) -> None:
+    """It is refused in the second one, and goes on in the first. asyncio 3.13.0 forgets then that it runs."""
+    loop = ours
+    failures: list[str] = []
+
+    def elsewhere() -> None:
+        future = loop.create_future()
+        for call in (loop.run_forever, lambda: loop.run_until_complete(future), loop.close):
+            try:
+                call()
+            except RuntimeError as exc:
+                failures.append(str(exc))
+
+    async def main() -> str:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        while thread.is_alive():
+            await asyncio.sleep(0.001)
+        thread.join()
+        return "goes on"
+
+    assert loop.run_until_complete(main()) == "goes on"
+    running = "This event loop is already running"
+    assert failures == [running, running, "Cannot close a running event loop"]
 
 
 def test_after_close(make: Callable[[], asyncio.AbstractEventLoop]) -> None:
@@ -279,6 +346,66 @@ def test_what_leaves_ends_the_call_and_not_the_loop(
             loop.run_until_complete(task)
     assert loop.run_until_complete(asyncio.sleep(0.001, "goes on")) == "goes on"
     loop.run_until_complete(loop.shutdown_default_executor())
+
+
+@pytest.mark.parametrize("leaving", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("kind", ["soon", "thread", "reader", "signal", "done", "protocol"])
+def test_what_leaves_a_callback_of_each_kind(
+    loop: asyncio.AbstractEventLoop, kind: str, leaving: type[BaseException]
+) -> None:
+    """It leaves the call once, as itself, and the event loop goes on."""
+    left, right = socket.socketpair()
+    left.setblocking(False)
+    transports: list[Any] = []
+
+    def leave(*_: object) -> None:
+        raise leaving(kind)
+
+    class Leaves(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            transports.append(transport)
+
+        def data_received(self, data: bytes) -> None:
+            raise leaving(kind)
+
+    async def main() -> None:
+        if kind == "soon":
+            loop.call_soon(leave)
+        elif kind == "thread":
+            loop.call_soon_threadsafe(leave)
+        elif kind == "reader":
+            loop.add_reader(left, lambda: leave(left.recv(1)))
+            right.send(b"x")
+        elif kind == "signal":
+            loop.add_signal_handler(signal.SIGUSR1, leave)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        elif kind == "done":
+            future = loop.create_future()
+            future.add_done_callback(leave)
+            future.set_result(None)
+        else:
+            await loop.create_connection(Leaves, sock=left)
+            right.send(b"x")
+        await asyncio.sleep(GUARD)
+
+    if kind == "signal" and sys.platform == "win32":
+        pytest.skip("there is no SIGUSR1")
+    task = loop.create_task(main())
+    with pytest.raises(leaving, match=kind):
+        loop.run_until_complete(task)
+    assert not loop.is_running()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        loop.run_until_complete(task)
+    if kind == "reader":
+        loop.remove_reader(left)
+    if kind == "protocol":
+        transports[0].abort()
+    if kind == "signal":
+        loop.remove_signal_handler(signal.SIGUSR1)
+    assert loop.run_until_complete(asyncio.sleep(0.001, "goes on")) == "goes on"
+    left.close()
+    right.close()
 
 
 def test_an_error_that_is_never_retrieved_is_reported_at_once(loop: asyncio.AbstractEventLoop) -> None:
@@ -409,6 +536,24 @@ def test_ctrl_c(make: Any, program: str, expected: str) -> None:
     )
     assert done.stdout.splitlines() == expected.split(", "), done.stderr
     assert done.returncode == 0
+
+
+def test_ctrl_c_when_something_leaves_already(ours: EventLoop) -> None:
+    """One of the two is raised, with the other one as its context, and nothing is left for the next call."""
+
+    def leave() -> None:
+        raise SystemExit("before")
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        ours.call_soon(leave)
+        ours.call_soon(signal.raise_signal, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            ours.run_forever()
+        assert isinstance(caught.value.__context__, SystemExit)
+        assert ours.run_until_complete(asyncio.sleep(0.001, "goes on")) == "goes on"
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 STORM = """
@@ -840,6 +985,97 @@ def test_trio_tasks_live_between_the_calls(ours: EventLoop) -> None:
     assert not trio.lowlevel.in_trio_run()
 
 
+def test_a_pause_with_trio_tasks_under_way(ours: EventLoop) -> None:
+    """Callbacks, timers, wake-ups of a thread and cancellations are remembered until the next call."""
+    steps: list[str] = []
+    task = ours.create_task(from_asyncio.run(trio.sleep_forever))
+    far = ours.call_later(GUARD, steps.append, "far")
+    ours.run_until_complete(asyncio.sleep(0.001))
+    assert trio.lowlevel.in_trio_run()
+    ours.call_later(0.001, steps.append, "timer")
+    ours.call_soon(steps.append, "callback")
+    thread = threading.Thread(target=ours.call_soon_threadsafe, args=[steps.append, "thread"])
+    thread.start()
+    thread.join()
+    time.sleep(0.01)
+    assert steps == []
+    ours.run_until_complete(asyncio.sleep(0))
+    ours.run_until_complete(asyncio.sleep(0.002))
+    assert steps == ["callback", "thread", "timer"]
+    far.cancel()
+    timer = threading.Timer(0.01, ours.call_soon_threadsafe, [task.cancel])
+    timer.start()
+    with pytest.raises(asyncio.CancelledError):
+        ours.run_until_complete(task)
+    timer.join()
+    assert not trio.lowlevel.in_trio_run()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.Runner is new in Python 3.11")
+def test_a_runner_that_is_closed_cancels_tasks_that_wait_for_trio() -> None:
+    ended: list[str] = []
+
+    async def on_trio() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.001)
+            ended.append("trio")
+
+    async def wait() -> None:
+        try:
+            await from_asyncio.run(on_trio)
+        finally:
+            await asyncio.sleep(0.001)
+            ended.append("asyncio")
+
+    async def start() -> Any:
+        task = asyncio.create_task(wait())
+        await asyncio.sleep(0.001)
+        return task
+
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
+        runner.run(start())
+        assert trio.lowlevel.in_trio_run()
+    assert ended == ["trio", "asyncio"]
+    assert not trio.lowlevel.in_trio_run()
+
+
+def test_asynchronous_generators_of_trio_tasks_belong_to_trio(ours: EventLoop) -> None:
+    """trio ends one that was dropped, in a trio task; and the event loop one that asyncio code has dropped."""
+    ended: list[str] = []
+
+    async def numbers(sleep: Callable[[float], Any], name: str) -> Any:
+        try:
+            while True:
+                yield 1
+        finally:
+            if name == "trio":
+                ended.append(f"trio {trio.lowlevel.in_trio_task()}")
+            else:
+                await sleep(0)
+                ended.append(name)
+
+    async def on_trio() -> None:
+        async for _ in numbers(trio.sleep, "trio"):
+            break
+        gc.collect()
+        await trio.sleep(0.001)
+
+    async def main() -> None:
+        await from_asyncio.run(on_trio)
+        async for _ in numbers(asyncio.sleep, "asyncio"):
+            break
+        gc.collect()
+        await asyncio.sleep(0.001)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # trio's, for a generator that was dropped.
+        ours.run_until_complete(main())
+    assert ended == ["trio True", "asyncio"]
+
+
 def test_a_task_that_waits_for_trio_is_cancelled_during_a_pause(ours: EventLoop) -> None:
     task = ours.create_task(from_asyncio.run(trio.sleep_forever))
     ours.run_until_complete(asyncio.sleep(0.001))
@@ -871,6 +1107,48 @@ def test_close_cancels_trio_tasks_and_calls_nothing_of_asyncios() -> None:
     assert ended == ["trio"]
     assert not trio.lowlevel.in_trio_run()
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # as asyncio, which says so
+
+
+def test_close_inside_another_event_loop() -> None:
+    """The clean-up of trio tasks is backend code: no event loop is running there."""
+    loop = EventLoop()
+    running: list[Any] = []
+
+    async def on_trio() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            running.extend((asyncio._get_running_loop(), library.name))
+
+    async def close() -> Any:
+        loop.close()
+        return asyncio._get_running_loop(), library.name
+
+    task = loop.create_task(from_asyncio.run(on_trio))
+    loop.run_until_complete(asyncio.sleep(0.001))
+    other = asyncio.SelectorEventLoop()
+    assert other.run_until_complete(close()) == (other, None)
+    other.close()
+    assert running == [None, "trio"]
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # as asyncio, which says so
+
+
+UNCLOSED = """
+import asyncio, trio
+from transports_anyio import EventLoop, from_asyncio
+
+loop = EventLoop()
+task = loop.create_task(from_asyncio.run(trio.sleep_forever))
+loop.run_until_complete(asyncio.sleep(0.001))
+assert trio.lowlevel.in_trio_run()
+print("end")
+"""
+
+
+def test_an_unclosed_event_loop_with_trio_tasks_does_not_keep_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", UNCLOSED], check=False, capture_output=True, text=True, timeout=GUARD)
+    assert done.stdout == "end\n"
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.differs(

@@ -54,12 +54,13 @@ class Interrupts:
     def __enter__(self) -> None:
         self._main_thread = threading.current_thread() is threading.main_thread()
         if self._main_thread:
-            self._fd_before = signal.set_wakeup_fd(self._fd, warn_on_full_buffer=False)
             handler = signal.getsignal(signal.SIGINT)
             if callable(handler):  # Neither the system's action nor one that was not set by Python.
                 self._handler = handler
                 self._active = True
                 signal.signal(signal.SIGINT, self._received)
+            # After it, because the handler before may raise: then `__exit__` would not restore this.
+            self._fd_before = signal.set_wakeup_fd(self._fd, warn_on_full_buffer=False)
 
     def __exit__(self, *_: object) -> None:
         if self._main_thread:

@@ -101,14 +101,11 @@ class PausingCore(LoopCore):
         try:
             with self.calls.interrupts:
                 self._run()
+                if self.leaving is not None:
+                    raise self.leaving
         finally:
             self.thread = 0
-        leaving, self.leaving = self.leaving, None
-        if leaving is not None:
-            try:
-                raise leaving
-            finally:
-                del leaving  # Its traceback has this frame: no cycle.
+            self.leaving = None  # Also if something else leaves: Ctrl-C, when `interrupts` ends.
 
     def _run(self) -> None:
         calls = self.calls
@@ -205,11 +202,10 @@ class PausingCore(LoopCore):
 
     def end_trio(self) -> None:
         """Cancel the tasks of the trio run, if there is one, and wait for their end. No callback of asyncio's runs."""
-        guest = self.calls.guest
-        guest.check()
-        if guest.thread:
+        self.calls.guest.check()
+        if self.calls.guest.thread:
             self.calls.spawner.end()
-            guest.run(never)
+            self._inside_trio(never)
 
     def need_trio(self) -> None:
         """Let trio take tasks: it may not run yet."""
@@ -217,6 +213,7 @@ class PausingCore(LoopCore):
             self._inside_trio(lambda: self.calls.serving)
 
     def _inside_trio(self, until: Callable[[], object]) -> None:
+        """Let trio run, with no event loop set as running, until `until` is true or the run has ended."""
         guest = self.calls.guest
         guest.check()
         before = (_get_running_loop(), library.name, sys.get_asyncgen_hooks())
