@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import functools
 import logging
 import os
 import socket
@@ -119,9 +120,14 @@ async def settle(group: Any) -> None:
         await sentinel.wait_for("connection_lost")
 
 
+@functools.cache
+def _numbers(count: int) -> bytes:
+    return array.array("I", range(count)).tobytes()
+
+
 def pattern(size: int) -> bytes:
     """Return bytes in which a lost, doubled or exchanged block is visible."""
-    return array.array("I", range(size // 4 + 1)).tobytes()[:size]
+    return _numbers(1 << (size // 4).bit_length())[:size]
 
 
 def leaves(error: BaseException) -> list[BaseException]:
