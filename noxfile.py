@@ -365,7 +365,7 @@ def benchmarks_event_loop(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Let connections come and go, half of them rude, and see whether memory stays flat; two minutes a backend."""
+    """Let connections come and go, half of them end badly, and see whether memory stays flat; two minutes a backend."""
     backends = install_with_backends(session, *group("benchmarks"))
     given = any(argument.startswith("--backend") for argument in session.posargs)
     chosen = [] if given else [argument for backend in backends for argument in ("--backend", backend)]
