@@ -17,7 +17,19 @@ from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketAttri
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSStream
-from support import GUARD, BufferedRecorder, Peer, Recorder, collect_contexts, leaves, listening, pattern, turns, until
+from support import (
+    GUARD,
+    BufferedRecorder,
+    Peer,
+    Recorder,
+    collect_contexts,
+    leaves,
+    listening,
+    pattern,
+    settle,
+    turns,
+    until,
+)
 
 from transports_anyio import TransportGroup, TransportSocket
 
@@ -913,10 +925,10 @@ async def test_reading_that_is_resumed_and_paused_at_once(anyio_backend: Any) ->
             with Peer(listener.accept()[0]) as peer:
                 transport.pause_reading()
                 await peer.send(b"x")
-                await turns()  # The task has received it, and waits.
+                await settle(group)  # The task has received it, and waits.
                 transport.resume_reading()
                 transport.pause_reading()
-                await turns()
+                await settle(group)
                 assert protocol.received == b""
                 transport.resume_reading()
                 assert await protocol.wait_received(1) == b"x"

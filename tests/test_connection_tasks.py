@@ -27,6 +27,7 @@ from support import (
     connected,
     fill,
     raises_inside,
+    settle,
     turns,
     until,
 )
@@ -376,7 +377,7 @@ async def test_tasks_survive_start_tls(anyio_backend: Any, certificates: Certifi
             stack.enter_context(encrypted)
             transport.start_soon(wait, "old")
             new.start_soon(wait, "new")
-            await turns()
+            await settle(group)
             assert not ended
             new.write(b"x")
             await new.drain()
@@ -428,7 +429,7 @@ async def test_drain_waits_until_writing_resumes(anyio_backend: Any) -> None:
             with anyio.move_on_after(0) as scope:
                 await transport.drain()
             assert scope.cancelled_caught
-            await turns()
+            await settle(group)
             assert not drained
             await peer.receive_exactly(written)
             await until(lambda: len(drained) == 3)
@@ -544,7 +545,7 @@ async def test_waits_end_with_the_group(anyio_backend: Any, kind: Any, end: str)
                         tasks.start_soon(wait)
                         if not end == "normal":
                             tasks.start_soon(drain)
-                        await turns()
+                        await settle(group)
                         assert not ended
                         if end == "error":
                             raise BoomError

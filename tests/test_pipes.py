@@ -669,7 +669,7 @@ async def test_an_fd_reused_by_another_file_is_left_alone(stack: Stack) -> None:
             with socket.socket(fileno=number) as stranger:
                 transport.close()
                 await protocol.wait_for("connection_lost")
-                await turns()
+                await settle(group)
                 assert not os.get_blocking(number)
                 far.send(b"still open")
                 assert stranger.recv(100) == b"still open"
@@ -781,7 +781,7 @@ async def test_epoll_refuses_the_pipe(anyio_backend: Any, connect: Any, monkeypa
                 patch.setattr(EpollSelector, "add", limited)
                 await connect(group, end, protocol)
             await protocol.wait_for("connection_lost")
-            await turns()
+            await settle(group)
             assert end.closed
             assert contexts == []
 

@@ -17,7 +17,7 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import pytest
-from support import GUARD, HOST, Peer, Recorder, collect_contexts, connected, raises_inside, turns, until
+from support import GUARD, HOST, Peer, Recorder, collect_contexts, connected, raises_inside, settle, turns, until
 
 from transports_anyio import TransportGroup, current_group
 
@@ -338,7 +338,7 @@ def test_a_cancelled_serve_forever_does_not_wait_for_its_clients(run: Run) -> No
                 assert not server.is_serving()
                 (protocol,) = made
                 assert protocol.transport.is_closing()
-                await turns()
+                await settle(group)
                 assert not protocol.lost
                 protocol.transport.abort()
         assert [protocol.exception for protocol in made] == [None]

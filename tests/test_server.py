@@ -467,7 +467,7 @@ async def test_s1_wait_closed_in_every_order(stack: Stack, order: tuple[str, ...
                     peer.close()
                     await by_name[name].wait_for("connection_lost")
                 left.discard(step)
-                await turns()
+                await settle(group)
                 if waiter is not None and left:
                     assert not waiter.done
             assert waiter is not None

@@ -23,7 +23,7 @@ from support import (
     fill,
     listening,
     pattern,
-    turns,
+    settle,
 )
 from tls_support import (
     NAME,
@@ -193,7 +193,7 @@ async def test_paused_reading(stack: Stack, certificates: Certificates, recorder
             tasks.start_soon(peer.send, data)
             await protocol.wait_for(name)
             assert not transport.is_reading()
-            await turns()
+            await settle(group)
             assert protocol.count(name) == 1
             transport.resume_reading()
             assert protocol.count(name) == 1, "no callback before resume_reading() returns"
