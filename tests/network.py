@@ -34,6 +34,8 @@ def has_ipv6() -> bool:
 #: The family of UNIX sockets. On systems without them it is a number that no family has; tests are skipped there.
 AF_UNIX = getattr(socket, "AF_UNIX", socket.AF_UNSPEC)
 needs_unix = pytest.mark.skipif(AF_UNIX == socket.AF_UNSPEC, reason="no UNIX sockets here")
+#: For tests that need asyncio's transports of pipes or children; AnyIO's work everywhere.
+needs_pipes = pytest.mark.skipif(sys.platform == "win32", reason="this system cannot wait for pipes")
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="IPv6 is not configured")
 
 

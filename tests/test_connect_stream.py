@@ -17,6 +17,7 @@ from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketAttri
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSStream
+from network import needs_unix
 from support import (
     GUARD,
     BufferedRecorder,
@@ -115,7 +116,10 @@ async def tls_pair(authority: trustme.CA) -> AsyncIterator[tuple[ByteStream, Byt
         yield a, wrapped[0]
 
 
-@pytest.fixture(params=["memory", "tcp", "unix", "tls"])
+unix = pytest.param("unix", marks=needs_unix)
+
+
+@pytest.fixture(params=["memory", "tcp", unix, "tls"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -277,7 +281,7 @@ async def test_the_end_of_the_stream(anyio_backend: Any, pair: Any) -> None:
         assert protocol.exception is None
 
 
-@pytest.mark.parametrize("kind", ["memory", "tcp", "unix"])
+@pytest.mark.parametrize("kind", ["memory", "tcp", unix])
 async def test_half_close(anyio_backend: Any, pair: Any) -> None:
     protocol = Recorder(on_eof_received=lambda _: True)
     async with pair as (ours, theirs), TransportGroup() as group:

@@ -16,6 +16,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from group_helpers import MUCH, BoomError, answers, echo, run
+from network import needs_pipes
 from support import (
     GUARD,
     HOST,
@@ -91,12 +92,18 @@ async def pipe_of_child(group: TransportGroup, stack: AsyncExitStack) -> tuple[A
     return transport.get_pipe_transport(0), protocol
 
 
-KINDS: dict[str, Callable[..., Any]] = {
-    each.__name__: each for each in (tcp, memory, anyio_stream, read_pipe, write_pipe, datagrams, child, pipe_of_child)
-}
+EVERYWHERE = (tcp, memory, anyio_stream, datagrams)
+ON_POSIX = (read_pipe, write_pipe, child, pipe_of_child)
+KINDS: dict[str, Callable[..., Any]] = {each.__name__: each for each in (*EVERYWHERE, *ON_POSIX)}
 
 
-@pytest.fixture(params=[*KINDS, "tls"])
+@pytest.fixture(
+    params=[
+        *(each.__name__ for each in EVERYWHERE),
+        *(pytest.param(each.__name__, marks=needs_pipes) for each in ON_POSIX),
+        "tls",
+    ]
+)
 def kind(request: Any, certificates: Certificates) -> Callable[..., Any]:
     """Make a transport of each kind, with its protocol."""
     return partial(tls, certificates=certificates) if request.param == "tls" else KINDS[request.param]
@@ -500,6 +507,7 @@ async def test_draining_another_connection_that_is_lost_fails(anyio_backend: Any
             assert len(contexts) == 1
 
 
+@needs_pipes
 async def test_drain_of_a_child(anyio_backend: Any) -> None:
     """It waits for standard input, and ends when that is closed."""
     with anyio.fail_after(GUARD):

@@ -427,6 +427,7 @@ async def test_sendto_the_peer_of_an_adopted_ipv6_socket_without_scope(stack: St
             assert [(await receive(peer))[0] for _ in range(2)] == [b"one", b"two"]
 
 
+@needs_unix
 @pytest.mark.ours_only("asyncio sends it to the socket's own peer")
 @pytest.mark.parametrize("named", [False, True])
 async def test_d9_sendto_another_address_on_an_adopted_unix_socket(stack: Stack, tmp_path: Path, named: bool) -> None:
@@ -447,10 +448,10 @@ async def test_d9_sendto_another_address_on_an_adopted_unix_socket(stack: Stack,
 
 
 @pytest.mark.skipif(not hasattr(UDPSocket, "from_socket"), reason="this AnyIO makes its sockets itself")
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+@pytest.mark.parametrize("family", [socket.AF_INET, pytest.param(AF_UNIX, marks=needs_unix)])
 async def test_d9_sendto_another_address_on_an_anyio_socket(anyio_backend: Any, tmp_path: Path, family: int) -> None:
     """AnyIO's object is the unconnected one, but was made from a connected socket."""
-    unix = family == socket.AF_UNIX
+    unix = family == AF_UNIX
     with clogged_unix_peer(tmp_path) if unix else udp_peer() as peer, udp_peer() as other:
         sock = socket.socket(family, socket.SOCK_DGRAM)
         sock.bind(str(tmp_path / "ours") if unix else (HOST, 0))
@@ -501,6 +502,7 @@ async def test_d9_a_netlink_socket_sends_to_others_than_the_kernel(stack: Stack)
             assert protocol.lost == []
 
 
+@needs_unix
 @pytest.mark.differs(
     "an adopted datagram socket whose peer has no name (`socketpair`)",
     asyncio="`sendto` without an address ends the endpoint",
@@ -545,6 +547,7 @@ def clogged_unix_peer(directory: Path) -> Iterator[socket.socket]:
         yield sock
 
 
+@needs_unix
 @pytest.mark.ours_only("asyncio 3.13.0 never subtracts the size of the header", before=(3, 14, 10))
 async def test_unsent_datagrams_wait_in_order(stack: Stack, tmp_path: Path) -> None:
     with clogged_unix_peer(tmp_path) as peer:
@@ -563,6 +566,7 @@ async def test_unsent_datagrams_wait_in_order(stack: Stack, tmp_path: Path) -> N
             assert transport.get_write_buffer_size() == 0
 
 
+@needs_unix
 async def test_new_datagrams_queue_after_waiting_ones(stack: Stack, tmp_path: Path) -> None:
     """The receiver has space again, and the transport has not run yet."""
     with clogged_unix_peer(tmp_path) as peer:
@@ -578,6 +582,7 @@ async def test_new_datagrams_queue_after_waiting_ones(stack: Stack, tmp_path: Pa
             assert received == [struct.pack("<I", number) for number in range(numbers + 1)]
 
 
+@needs_unix
 @pytest.mark.parametrize("end", ["close", "abort"])
 async def test_nothing_is_received_after_close(stack: Stack, tmp_path: Path, end: str) -> None:
     """Neither a datagram that has already arrived, nor one that arrives while `close` flushes."""
@@ -603,6 +608,7 @@ async def test_nothing_is_received_after_close(stack: Stack, tmp_path: Path, end
             assert protocol.received == []
 
 
+@needs_unix
 @pytest.mark.differs(
     "the buffer size of a datagram transport",
     asyncio="until 3.14 the header is added but never subtracted",
@@ -634,6 +640,7 @@ async def test_d2_buffer_size_counts_headers_when_adding_and_removing(stack: Sta
             assert transport.get_write_buffer_size() == 0
 
 
+@needs_unix
 async def test_w13_close_sends_waiting_datagrams(stack: Stack, tmp_path: Path) -> None:
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
@@ -649,6 +656,7 @@ async def test_w13_close_sends_waiting_datagrams(stack: Stack, tmp_path: Path) -
             assert protocol.lost == [None]
 
 
+@needs_unix
 @pytest.mark.differs(
     "`get_write_buffer_size` of a datagram transport after `abort`",
     asyncio="until 3.15 still counts the datagrams that were dropped",
@@ -669,6 +677,7 @@ async def test_abort_drops_waiting_datagrams(stack: Stack, tmp_path: Path) -> No
             assert transport.get_write_buffer_size() == 0
 
 
+@needs_unix
 @pytest.mark.ours_only("asyncio has no group")
 async def test_leaving_the_block_by_an_exception_drops_waiting_datagrams(stack: Stack, tmp_path: Path) -> None:
     protocol = Endpoint()
@@ -828,6 +837,7 @@ async def test_sendto_without_buffer_space(stack: Stack, connected: bool) -> Non
             assert protocol.lost == []
 
 
+@needs_unix
 async def test_a_waiting_datagram_without_buffer_space(stack: Stack, tmp_path: Path) -> None:
     """Only the datagram at the head is lost: the others are sent, in order."""
     with clogged_unix_peer(tmp_path) as peer:
@@ -937,6 +947,7 @@ async def test_d4_a_protocol_without_error_received(stack: Stack) -> None:
             await until(lambda: protocol.received == [b"alive", b"lost"])
 
 
+@needs_unix
 @pytest.mark.differs(
     "a datagram protocol that raises in a callback",
     asyncio="reported, or raised by `sendto`",
@@ -1047,9 +1058,21 @@ async def make_endpoint(endpoints: Endpoints, kind: str, directory: Path) -> tup
     return transport, protocol, transport.get_extra_info("sockname")
 
 
+every_kind = pytest.mark.parametrize(
+    "kind",
+    [
+        "udp",
+        pytest.param("unix", marks=needs_unix),
+        pytest.param("adopted unix", marks=needs_unix),
+        "anyio udp",
+        pytest.param("anyio unix", marks=needs_unix),
+    ],
+)
+
+
 @pytest.mark.differs("`sendto` without an address, or with an invalid one")
 @pytest.mark.ours_only
-@pytest.mark.parametrize("kind", ["udp", "unix", "adopted unix", "anyio udp", "anyio unix"])
+@every_kind
 @pytest.mark.parametrize("address", ["nonsense", ("one", "two", "three"), (HOST, 70000), (HOST, "http"), 5, b"\0", ()])
 async def test_an_invalid_address_is_reported_and_the_endpoint_stays_open(
     stack: Stack, kind: str, address: Any, tmp_path: Path
@@ -1078,7 +1101,7 @@ async def test_an_invalid_address_is_reported_and_the_endpoint_stays_open(
 
 
 @pytest.mark.ours_only("asyncio cannot adopt AnyIO's sockets")
-@pytest.mark.parametrize("kind", ["udp", "unix", "adopted unix", "anyio udp", "anyio unix"])
+@every_kind
 async def test_a_send_error_loses_no_received_datagram(stack: Stack, kind: str, tmp_path: Path) -> None:
     """Reading the error queue must not take a datagram: UNIX and netlink sockets have no error queue."""
     async with stack.open() as group, Endpoints(group) as endpoints:
@@ -1121,7 +1144,7 @@ async def test_a_netlink_send_error_loses_no_received_datagram(stack: Stack) -> 
     why="the address may come from a peer, whose datagram must not end the endpoint for the others",
 )
 @pytest.mark.ours_only
-@pytest.mark.parametrize("kind", ["udp", "unix", "adopted unix", "anyio udp", "anyio unix"])
+@every_kind
 async def test_sendto_without_an_address(stack: Stack, kind: str, tmp_path: Path) -> None:
     async with stack.open() as group, Endpoints(group) as endpoints:
         contexts = collect_contexts(group)
@@ -1134,6 +1157,7 @@ async def test_sendto_without_an_address(stack: Stack, kind: str, tmp_path: Path
         assert protocol.lost == []
 
 
+@needs_unix
 @pytest.mark.ours_only("asyncio ends the endpoint")
 @pytest.mark.parametrize("kind", ["unix", "adopted unix", "anyio unix"])
 async def test_d8_a_reply_to_an_unnamed_sender(stack: Stack, kind: str, tmp_path: Path) -> None:
@@ -1153,6 +1177,7 @@ async def test_d8_a_reply_to_an_unnamed_sender(stack: Stack, kind: str, tmp_path
         assert protocol.lost == []
 
 
+@needs_unix
 @pytest.mark.ours_only("asyncio ends the endpoint")
 async def test_an_invalid_address_after_waiting_datagrams(stack: Stack, tmp_path: Path) -> None:
     """Only its own datagram is lost, and the others keep their order."""
@@ -1235,6 +1260,7 @@ async def test_errors_leave_no_reference_cycle(stack: Stack) -> None:
                 gc.enable()
 
 
+@needs_unix
 @pytest.mark.differs(
     "an adopted socket of type `SOCK_SEQPACKET`",
     asyncio="accepted; its end is received as an empty datagram, in every iteration",
@@ -1364,6 +1390,7 @@ async def test_multicast_on_loopback(stack: Stack) -> None:
 # -- UNIX ---------------------------------------------------------------------------------------------------
 
 
+@needs_unix
 @pytest.mark.parametrize("abstract", [False, True])
 async def test_unix_datagrams(stack: Stack, tmp_path: Path, abstract: bool) -> None:
     path = f"\0transports_anyio-{os.getpid()}-{id(tmp_path)}" if abstract else str(tmp_path / "socket")
@@ -1378,6 +1405,7 @@ async def test_unix_datagrams(stack: Stack, tmp_path: Path, abstract: bool) -> N
         assert server.received == [(b"hello", str(tmp_path / "client"))]
 
 
+@needs_unix
 async def test_an_empty_remote_address_means_no_address(stack: Stack, tmp_path: Path) -> None:
     with clogged_unix_peer(tmp_path) as peer:
         async with stack.open() as group, Endpoints(group) as endpoints:
@@ -1390,6 +1418,7 @@ async def test_an_empty_remote_address_means_no_address(stack: Stack, tmp_path: 
             assert protocol.received == [(b"answer", peer.getsockname())]
 
 
+@needs_unix
 async def test_a_stale_unix_socket_is_replaced_and_another_file_is_not(stack: Stack, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -1405,6 +1434,7 @@ async def test_a_stale_unix_socket_is_replaced_and_another_file_is_not(stack: St
 # -- many ---------------------------------------------------------------------------------------------------
 
 
+@needs_unix
 async def test_d7_ten_thousand_datagrams_in_a_burst(stack: Stack, tmp_path: Path) -> None:
     """Over UNIX, where nothing is dropped: all arrive, in order."""
     count = 10_000
@@ -1599,6 +1629,7 @@ async def test_a_connected_anyio_udp_socket(anyio_backend: Any) -> None:
         assert protocol.lost == [None]
 
 
+@needs_unix
 @pytest.mark.parametrize("connected", [False, True])
 async def test_anyio_unix_datagram_sockets(anyio_backend: Any, tmp_path: Path, connected: bool) -> None:
     with clogged_unix_peer(tmp_path) as peer:
@@ -1623,6 +1654,7 @@ async def test_anyio_unix_datagram_sockets(anyio_backend: Any, tmp_path: Path, c
             await until(lambda: protocol.flow == ["pause", "resume"])
 
 
+@needs_unix
 async def test_an_anyio_socket_that_fails_to_send(anyio_backend: Any, tmp_path: Path) -> None:
     async with TransportGroup() as group:
         contexts = collect_contexts(group)
@@ -1718,6 +1750,7 @@ async def test_an_anyio_socket_that_another_task_reads(anyio_backend: Any) -> No
         assert protocol.errors == []
 
 
+@needs_unix
 async def test_an_anyio_socket_with_a_closed_fd(anyio_backend: Any, tmp_path: Path) -> None:
     """Every datagram fails, but not every failure is reported."""
     async with TransportGroup() as group:

@@ -20,9 +20,8 @@ from support import HOST, BufferedRecorder, Peer, Recorder, Stack, collect_conte
 from test_datagrams import Endpoint, receive, udp_peer
 from tls_support import Certificates, tls_client
 
-from transports_anyio import TransportGroup
+from transports_anyio import TransportGroup, _selector
 from transports_anyio._channels._socket import take_error_queue
-from transports_anyio._selector import EpollSelector, Failed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.skipif(sys.platform != "linux", reason="states that Linux has")]
 
@@ -42,16 +41,16 @@ MOST = 12
 def reports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Yield the numbers of file descriptors that the selector has reported, without zeros."""
     counts: list[int] = []
-    original = EpollSelector.dispatch
+    original = _selector.EpollSelector.dispatch
 
-    def dispatch(self: EpollSelector, failed: Failed) -> int:
+    def dispatch(self: _selector.EpollSelector, failed: _selector.Failed) -> int:
         count = original(self, failed)
         if count:
             counts.append(count)
         return count
 
     with monkeypatch.context() as patch:
-        patch.setattr(EpollSelector, "dispatch", dispatch)
+        patch.setattr(_selector.EpollSelector, "dispatch", dispatch)
         yield counts
 
 

@@ -350,7 +350,7 @@ every_child = pytest.mark.parametrize("start", [start_exec, start_shell, start_a
 
 async def ready(child: SubprocessRecorder) -> None:
     """Wait until the program runs and has set its signal handler."""
-    await child.wait_until(lambda: child.received.get(1) == b"ready\n", timeout=GUARD)
+    await child.wait_until(lambda: child.received.get(1, b"") == b"ready\n", timeout=GUARD)
 
 
 @needs_signals
@@ -534,7 +534,11 @@ async def test_a_stream_without_shutdown_requested_sends_what_is_buffered(
             """Go on: the connection ends when all has come."""
 
     async with TransportGroup() as group:
-        tls = {"ssl": certificates.client(), "server_ssl": certificates.server(), "server_hostname": NAME}
+        tls: dict[str, Any] = {
+            "ssl": certificates.client(),
+            "server_ssl": certificates.server(),
+            "server_hostname": NAME,
+        }
         plain, encrypted, used = [
             await memory_connection(group, Recorder, Reading, buffer_size=16, **options) for options in ({}, tls, {})
         ]

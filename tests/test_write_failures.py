@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import socket
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio.abc import SocketStream
+from network import needs_pipes, needs_unix
 from support import GUARD, Peer, Recorder, Stack, collect_contexts, connected, fill, listening, turns, until
 from tls_support import NAME, Certificates, TLSPeer, together
 
@@ -34,6 +34,7 @@ HUGE = 400 << 20
 @contextmanager
 def no_memory(room: int = 100 << 20) -> Iterator[None]:
     """Limit the process to `room` more bytes of address space."""
+    resource = pytest.importorskip("resource", reason="no limits of memory here")
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("needs /proc and RLIMIT_AS")
     with open("/proc/self/statm") as file:
@@ -110,7 +111,16 @@ async def received_from(peer: Peer) -> bytes:
     return bytes(data)
 
 
-WAYS = pytest.mark.parametrize("connect", [tcp, unix, tls, pipe, stream])
+WAYS = pytest.mark.parametrize(
+    "connect",
+    [
+        tcp,
+        pytest.param(unix, marks=needs_unix),
+        tls,
+        pytest.param(pipe, marks=needs_pipes),
+        stream,
+    ],
+)
 
 WRITES = pytest.mark.parametrize(
     "write",

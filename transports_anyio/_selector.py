@@ -252,6 +252,10 @@ class PlatformSelector(SystemSelector):
         self._platform_selector.close()
 
 
+# How many file descriptors one call of epoll asks for. The call allocates memory for all of them, so it asks for more
+# only if as many are ready.
+BATCH_SIZE = 256
+
 if sys.platform == "linux":
     # epoll's events for each interest.
     EVENTS = tuple(
@@ -266,10 +270,6 @@ if sys.platform == "linux":
     WRITABLE = ~select.EPOLLIN
 
     ERROR: int = select.EPOLLERR
-
-    # How many file descriptors one call asks for. The call allocates memory for all of them, so it asks for more only
-    # if as many are ready.
-    BATCH_SIZE = 256
 
     class EpollSelector(SystemSelector):
         """epoll without Python's `selectors`, which makes dispatching a third and adding a quarter dearer."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from network import needs_pipes
 
 #: There these methods are uvloop's own, which differ in details.
 LEFT_OUT = ["uvloop"]
@@ -277,7 +278,7 @@ def test_a_file_descriptor_of_a_transport(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
         with pair() as (ours, _):
-            transport, _ = await loop.create_unix_connection(asyncio.Protocol, sock=ours)
+            transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
             number = transport.get_extra_info("socket").fileno()
             for add, remove in [(loop.add_reader, loop.remove_reader), (loop.add_writer, loop.remove_writer)]:
                 with pytest.raises(RuntimeError, match="is used by transport"):
@@ -333,7 +334,7 @@ def test_a_transport_takes_a_socket_over_that_has_a_reader(run, removed):
             loop.add_reader(ours, calls.append, 1)
             if removed:
                 loop.remove_reader(ours)
-            transport, protocol = await loop.create_unix_connection(Received, sock=ours)
+            transport, protocol = await loop.create_connection(Received, sock=ours)
             theirs.send(b"data")
             assert await protocol.data == b"data"
             assert calls == []
@@ -343,6 +344,7 @@ def test_a_transport_takes_a_socket_over_that_has_a_reader(run, removed):
     run(main)
 
 
+@needs_pipes
 def test_a_transport_takes_a_pipe_over_that_has_a_reader(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()

@@ -9,6 +9,7 @@ import ssl
 from typing import Any
 
 import pytest
+from network import needs_unix
 from support import SMALL, pattern
 
 #: There these methods are uvloop's own, which differ in details.
@@ -317,6 +318,7 @@ def test_connecting_to_a_name_that_is_none(run):
     run(main)
 
 
+@needs_unix
 def test_unix_sockets(run, tmp_path):
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -335,6 +337,7 @@ def test_unix_sockets(run, tmp_path):
     run(main)
 
 
+@needs_unix
 @pytest.mark.differs(
     "`sock_connect` when the backlog of a UNIX server is full",
     asyncio="returns as if connected",
@@ -678,6 +681,7 @@ def test_a_file_begins_at_its_beginning_wherever_it_stands(run, file):
     run(main)
 
 
+@pytest.mark.skipif(not hasattr(os, "sendfile"), reason="the system does not send files")
 def test_without_a_fallback_only_the_system_sends(run, tmp_path):
     async def main() -> None:
         loop = asyncio.get_running_loop()

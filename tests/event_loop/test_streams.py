@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from network import needs_pipes, needs_unix
 from support import pattern
 
 HOST = "127.0.0.1"
@@ -394,6 +395,7 @@ def test_many_upgrades_to_tls_at_once(run, contexts):
     run(main)
 
 
+@needs_unix
 def test_unix_streams(run, tmp_path):
     async def main() -> None:
         path = str(tmp_path / "socket")
@@ -410,6 +412,7 @@ def test_unix_streams(run, tmp_path):
     run(main)
 
 
+@needs_unix
 def test_unix_streams_over_tls(run, contexts, tmp_path):
     server_context, client = contexts
 
@@ -424,6 +427,7 @@ def test_unix_streams_over_tls(run, contexts, tmp_path):
     run(main)
 
 
+@needs_pipes
 def test_pipes(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -457,6 +461,7 @@ def test_pipes(run):
     run(main)
 
 
+@needs_pipes
 def test_a_pipe_whose_reader_goes_away(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()

@@ -23,7 +23,7 @@ from group_helpers import (
     echo,
     run,
 )
-from network import cancelled_after
+from network import cancelled_after, needs_unix
 from support import (
     GUARD,
     HOST,
@@ -230,7 +230,7 @@ CALLS: dict[str, Callable[[TransportGroup, Any, socket.socket], Awaitable[object
     why="a normal exit is not a failure",
 )
 @either_way
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_unix) if "unix" in name else name for name in CALLS])
 async def test_g2_a_task_sees_its_cancellation_and_no_error(anyio_backend: Any, how: str, name: str) -> None:
     """The task is about to run when the block is left, and its call needs an open group."""
     outcomes: list[type[BaseException] | None] = []

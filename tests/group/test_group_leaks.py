@@ -21,6 +21,7 @@ from group_helpers import (
     BoomError,
     LeavingError,
 )
+from network import needs_pipes
 from support import (
     HOST,
     Peer,
@@ -156,8 +157,8 @@ async def live_in_memory(group: Any) -> None:
 
 
 LIVES = [
-    live_over_tcp, live_and_fail, live_over_tls, live_through_an_upgrade, live_as_an_endpoint, live_on_pipes,
-    live_with_a_child,
+    live_over_tcp, live_and_fail, live_over_tls, live_through_an_upgrade, live_as_an_endpoint,
+    pytest.param(live_on_pipes, marks=needs_pipes), pytest.param(live_with_a_child, marks=needs_pipes),
 ]  # fmt: skip
 
 
