@@ -470,6 +470,18 @@ async def connected(group: Any, protocol: Any = None, *, small: bool = False) ->
         yield transport, protocol, peer
 
 
+@contextmanager
+def socket_pair(*, small: bool = False) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Open two connected non-blocking sockets; `small` asks for a small send buffer of the first."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        if small:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+        yield ours, theirs
+
+
 def fill(transport: Any, at_least: int = 1) -> int:
     """Write until at least that many bytes wait in the transport's own buffer; return the number of bytes written.
 

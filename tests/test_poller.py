@@ -9,8 +9,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from math import inf
 from typing import Any
@@ -30,6 +30,7 @@ from support import (
     listening,
     pattern,
     raises_inside,
+    socket_pair,
     turns,
     until,
 )
@@ -141,15 +142,6 @@ async def running(make: Callable[[], Poller]) -> AsyncIterator[tuple[Poller, Dis
         poller.close()
 
 
-@contextmanager
-def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    a, b = socket.socketpair()
-    with a, b:
-        a.setblocking(False)
-        b.setblocking(False)
-        yield a, b
-
-
 async def test_the_best_poller_is_chosen(anyio_backend: Any) -> None:
     poller = make_poller()
     assert type(poller.driver).__name__ == ("TrioDriver" if anyio_backend[0] == "trio" else "LoopDriver")
@@ -158,7 +150,7 @@ async def test_the_best_poller_is_chosen(anyio_backend: Any) -> None:
 
 async def test_readiness_is_reported_in_every_batch_while_it_lasts(anyio_backend: Any, make: Any) -> None:
     reported: list[int] = []
-    with pair() as (a, b):
+    with socket_pair() as (a, b):
         async with running(make) as (poller, _):
             registration = register(poller, a, lambda: reported.append(READ))
             poller.set_interest(registration, READ)
@@ -181,7 +173,7 @@ class MustBeWatched(Registration):
 @pytest.mark.parametrize("kind", ["made here", "waiting", "selector"])
 async def test_a_descriptor_that_must_be_watched_but_cannot_be(anyio_backend: Any, kind: str) -> None:
     async with running(POLLERS[kind]) as (poller, _):
-        with pair() as (a, _b):
+        with socket_pair() as (a, _b):
             registration = MustBeWatched(a.fileno())
             registration.read_ready = registration.write_ready = lambda: None
             poller.register(registration)
@@ -200,7 +192,7 @@ async def test_a_descriptor_that_must_be_watched_but_cannot_be(anyio_backend: An
 
 async def test_both_directions_and_changes_of_the_interest(anyio_backend: Any, make: Any) -> None:
     reported: list[int] = []
-    with pair() as (a, b):
+    with socket_pair() as (a, b):
         async with running(make) as (poller, _):
             registration = register(poller, a, lambda: reported.append(READ), lambda: reported.append(WRITE))
             poller.set_interest(registration, READ | WRITE)
@@ -225,7 +217,7 @@ async def test_both_directions_and_changes_of_the_interest(anyio_backend: Any, m
 async def test_a_hang_up_is_reported_in_both_directions(anyio_backend: Any, make: Any) -> None:
     for interest in (READ, WRITE):
         reported: list[int] = []
-        with pair() as (a, b):
+        with socket_pair() as (a, b):
             async with running(make) as (poller, _):
                 registration = register(
                     poller,
@@ -245,7 +237,7 @@ async def test_a_descriptor_number_that_is_used_again(anyio_backend: Any, make: 
     async with running(make) as (poller, _):
         for number in range(20):
             name = f"owner {number}"
-            with pair() as (a, b):
+            with socket_pair() as (a, b):
                 registration = register(poller, a, lambda name=name: reported.append(name))
                 poller.set_interest(registration, READ)
                 b.send(b"x")
@@ -259,7 +251,7 @@ async def test_a_descriptor_number_that_is_used_again(anyio_backend: Any, make: 
 
 async def test_a_callback_may_unregister_others_of_its_batch(anyio_backend: Any, make: Any) -> None:
     reported: list[int] = []
-    with pair() as (a, b), pair() as (c, d):
+    with socket_pair() as (a, b), socket_pair() as (c, d):
         async with running(make) as (poller, _):
 
             def ready(number: int) -> None:
@@ -342,7 +334,7 @@ def test_g1_one_batch_has_all_that_is_ready(make: Callable[[], SystemSelector]) 
     with ExitStack() as exits:
         exits.callback(selector.close)
         for number in range(BATCH_SIZE + 50):
-            ours, theirs = exits.enter_context(pair())
+            ours, theirs = exits.enter_context(socket_pair())
             registration = Registration(ours.fileno())
             registration.read_ready = partial(called.append, number)
             selector.registrations[registration.fd] = registration
@@ -395,7 +387,7 @@ async def test_g5_what_a_callback_raises_is_passed_on_and_the_others_are_called(
         raise error
 
     called: list[int] = []
-    with pair() as (a, b), pair() as (c, d):
+    with socket_pair() as (a, b), socket_pair() as (c, d):
         async with running(make) as (poller, owner):
             failing = register(poller, a, fail)
             other = register(poller, c, lambda: called.append(1))
@@ -449,7 +441,7 @@ async def test_p6_input_does_not_end_a_writer_over_any_poller(
 ) -> None:
     """Most systems report a hang-up as input, so another call has to distinguish them."""
     monkeypatch.setattr(transports_anyio._core, "make_poller", POLLERS[poller])
-    with pair() as (a, b):
+    with socket_pair() as (a, b):
         async with TransportGroup() as group:
             transport, protocol = await group.connect_write_pipe(Recorder, a)
             b.send(b"input that nobody wants")
@@ -468,7 +460,7 @@ async def test_p6_input_does_not_end_a_writer_over_any_poller(
 async def test_a_reused_descriptor_number(make: Callable[[], Poller], anyio_backend: Any) -> None:
     """The user has closed a registered file descriptor, and the system has reused its number."""
     reported: list[int] = []
-    with pair() as (a, b):
+    with socket_pair() as (a, b):
         async with running(make) as (poller, _):
             first = register(poller, a, lambda: reported.append(1), lambda: reported.append(1))
             poller.set_interest(first, READ)
@@ -486,7 +478,7 @@ async def test_a_registered_descriptor_that_the_user_closes(anyio_backend: Any) 
     """It is reported as ready, so that the next call that uses it raises."""
     for make in (make_poller, waiting_poller, POLLERS["selector"]):
         reported: list[int] = []
-        with pair() as (a, _):
+        with socket_pair() as (a, _):
             async with running(make) as (poller, _):
                 registration = register(
                     poller,

@@ -13,7 +13,6 @@ from typing import Any
 
 import anyio
 import pytest
-import trustme
 from network import AF_UNIX, Echo, needs_unix
 from support import GUARD, HOST, Peer, Recorder, collect_contexts, open_descriptors, settle, until
 from tls_support import NAME, Certificates, TLSPeer
@@ -21,11 +20,6 @@ from tls_support import NAME, Certificates, TLSPeer
 from transports_anyio import ServerStatistics, TransportGroup
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def certificates() -> Certificates:
-    return Certificates(trustme.CA())
 
 
 class Service:

@@ -13,7 +13,6 @@ from typing import Any
 
 import anyio
 import pytest
-import trustme
 from network import Echo, needs_unix
 from support import GUARD, HOST, DatagramRecorder, Peer, Recorder, SubprocessRecorder, collect_contexts, fill, until
 from tls_support import NAME, Certificates, TLSPeer
@@ -27,11 +26,6 @@ pytestmark = pytest.mark.anyio
 DEADLINE = 0.3
 #: uvloop's clock counts milliseconds.
 CLOCK_STEP = 0.001
-
-
-@pytest.fixture(scope="module")
-def certificates() -> Certificates:
-    return Certificates(trustme.CA())
 
 
 class Asked(Recorder):

@@ -13,7 +13,6 @@ import anyio
 import anyio.lowlevel
 import httpcore
 import pytest
-import trustme
 from anyio.abc import SocketAttribute
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.tls import TLSAttribute, TLSStream
@@ -29,11 +28,6 @@ pytestmark = pytest.mark.anyio
 every_kind = pytest.mark.parametrize("kind", EVERY)
 two_way = pytest.mark.parametrize("kind", TWO_WAY)
 half_closing = pytest.mark.parametrize("kind", HALF_CLOSING)
-
-
-@pytest.fixture(scope="session")
-def certificates(certificate_authority: trustme.CA) -> Certificates:
-    return Certificates(certificate_authority)
 
 
 @asynccontextmanager

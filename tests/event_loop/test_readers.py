@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import os
 import socket
@@ -11,20 +10,12 @@ from typing import Any
 
 import pytest
 from network import needs_pipes
+from support import socket_pair
 
 #: There these methods are uvloop's own, which differ in details.
 LEFT_OUT = ["uvloop"]
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="default")
-
-
-@contextlib.contextmanager
-def pair() -> Any:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        yield ours, theirs
 
 
 async def pauses(count: int = 5) -> None:
@@ -40,7 +31,7 @@ async def until(condition: Callable[[], object]) -> None:
 def test_a_reader_is_called_while_there_is_something_to_read(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             done = loop.create_future()
             received = []
 
@@ -68,7 +59,7 @@ def test_a_reader_is_called_while_there_is_something_to_read(run):
 def test_a_writer_is_called_while_there_is_room(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, _):
+        with socket_pair() as (ours, _):
             calls = []
             called = asyncio.Event()
 
@@ -90,7 +81,7 @@ def test_a_writer_is_called_while_there_is_room(run):
 def test_both_directions_of_one_file_descriptor(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             reads: list[bytes] = []
             written = asyncio.Event()
             loop.add_reader(ours.fileno(), lambda: reads.append(ours.recv(10)))
@@ -111,7 +102,7 @@ def test_both_directions_of_one_file_descriptor(run):
 def test_a_second_callback_takes_the_place_of_the_first(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             calls = []
             called = asyncio.Event()
             loop.add_reader(ours, calls.append, "first")
@@ -126,7 +117,7 @@ def test_a_second_callback_takes_the_place_of_the_first(run):
 def test_a_callback_that_another_one_removes_does_not_run(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (one, its_peer), pair() as (two, other_peer):
+        with socket_pair() as (one, its_peer), socket_pair() as (two, other_peer):
             calls = []
 
             def first_of(mine: socket.socket, other: socket.socket) -> None:
@@ -148,7 +139,7 @@ def test_a_callback_that_another_one_removes_does_not_run(run):
 def test_a_failing_callback_is_reported_and_stays(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             reported: list[dict[str, Any]] = []
             loop.set_exception_handler(lambda _, context: reported.append(context))
             loop.add_reader(ours, lambda: 1 / 0)
@@ -209,7 +200,7 @@ def test_what_is_no_file_descriptor(run):
 def test_closed_file_descriptors(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, _):
+        with socket_pair() as (ours, _):
             number = ours.fileno()
             ours.close()
             for add, remove in [(loop.add_reader, loop.remove_reader), (loop.add_writer, loop.remove_writer)]:
@@ -236,7 +227,7 @@ def test_a_file_that_was_closed_can_still_be_taken_out(run):
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, _):
+        with socket_pair() as (ours, _):
             loop.add_reader(ours, print)
             loop.add_writer(ours, print)
             ours.close()
@@ -263,7 +254,7 @@ def test_a_number_that_was_closed_and_not_taken_out(run):
         number = first.fileno()
         first.close()
         peer.close()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             assert number in (ours.fileno(), theirs.fileno())
             one, other = (ours, theirs) if ours.fileno() == number else (theirs, ours)
             called = asyncio.Event()
@@ -277,7 +268,7 @@ def test_a_number_that_was_closed_and_not_taken_out(run):
 def test_a_file_descriptor_of_a_transport(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, _):
+        with socket_pair() as (ours, _):
             transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
             number = transport.get_extra_info("socket").fileno()
             for add, remove in [(loop.add_reader, loop.remove_reader), (loop.add_writer, loop.remove_writer)]:
@@ -329,7 +320,7 @@ class Received(asyncio.Protocol):
 def test_a_transport_takes_a_socket_over_that_has_a_reader(run, removed):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             calls: list[int] = []
             loop.add_reader(ours, calls.append, 1)
             if removed:
@@ -364,7 +355,7 @@ def test_a_transport_takes_a_pipe_over_that_has_a_reader(run):
 
 def test_what_is_left_at_the_end_is_taken_out(run):
     calls = []
-    with pair() as (ours, theirs):
+    with socket_pair() as (ours, theirs):
 
         async def main() -> None:
             loop = asyncio.get_running_loop()
@@ -380,7 +371,7 @@ def test_what_is_left_at_the_end_is_taken_out(run):
 def test_a_reader_does_not_keep_callbacks_and_timers_waiting(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, _):
+        with socket_pair() as (ours, _):
             loop.add_writer(ours, lambda: None)  # Always ready.
             await asyncio.sleep(0.01)
             called = asyncio.Event()
@@ -396,7 +387,7 @@ def test_a_reader_does_not_keep_callbacks_and_timers_waiting(run):
 def test_what_a_callback_schedules_runs_after_the_other_readers(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (one, its_peer), pair() as (two, other_peer):
+        with socket_pair() as (one, its_peer), socket_pair() as (two, other_peer):
             order: list[str] = []
 
             def read(sock: socket.socket, name: str) -> None:

@@ -10,21 +10,10 @@ from typing import Any
 
 import pytest
 from network import needs_unix
-from support import SMALL, pattern
+from support import pattern, socket_pair
 
 #: There these methods are uvloop's own, which differ in details.
 LEFT_OUT = ["uvloop"]
-
-
-@contextlib.contextmanager
-def pair(small: bool = False) -> Any:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        if small:
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
-        yield ours, theirs
 
 
 @contextlib.contextmanager
@@ -59,7 +48,7 @@ async def waiting(coroutine: Any) -> asyncio.Task[Any]:
 def test_receive_what_is_there_and_what_comes(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             theirs.send(b"at once")
             assert await loop.sock_recv(ours, 100) == b"at once"
             task = await waiting(loop.sock_recv(ours, 4))
@@ -83,7 +72,7 @@ def test_send_more_than_the_system_takes(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
         data = pattern(3_000_000)
-        with pair(small=True) as (ours, theirs):
+        with socket_pair(small=True) as (ours, theirs):
             task = await waiting(loop.sock_sendall(ours, data))
             received = bytearray()
             while len(received) < len(data):
@@ -98,7 +87,7 @@ def test_send_more_than_the_system_takes(run):
 def test_send_nothing(run, empty):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, _):
+        with socket_pair() as (ours, _):
             assert await loop.sock_sendall(ours, empty) is None
 
     run(main)
@@ -117,7 +106,7 @@ def test_send_all_items_of_a_buffer_of_numbers(run):
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair(small=True) as (ours, theirs):
+        with socket_pair(small=True) as (ours, theirs):
             task = await waiting(loop.sock_sendall(ours, data))
             received = bytearray()
             while len(received) < data.nbytes:
@@ -132,7 +121,7 @@ def test_a_buffer_can_be_resized_after_it_was_sent(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
         data = bytearray(b"x" * 10)
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             await loop.sock_sendall(ours, data)
             data += b"more"
             assert await loop.sock_recv(theirs, 100) == b"x" * 10
@@ -143,7 +132,7 @@ def test_a_buffer_can_be_resized_after_it_was_sent(run):
 def test_sending_what_is_not_bytes(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, _):
+        with socket_pair() as (ours, _):
             with pytest.raises(TypeError):
                 await loop.sock_sendall(ours, "text")
 
@@ -368,7 +357,7 @@ def test_a_cancelled_receive_loses_nothing(run, rounds):
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             task = await waiting(loop.sock_recv(ours, 100))
             theirs.send(b"data")
             await pauses(rounds)
@@ -394,7 +383,7 @@ def test_a_receive_cancelled_when_the_socket_is_ready_loses_nothing(run):
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs), pair() as (other, its_peer):
+        with socket_pair() as (ours, theirs), socket_pair() as (other, its_peer):
             task = await waiting(loop.sock_recv(ours, 100))
             loop.add_reader(other, task.cancel)
             theirs.send(b"data")
@@ -431,7 +420,7 @@ def test_a_cancelled_accept_loses_no_connection(run, rounds):
 def test_a_time_out(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(loop.sock_recv(ours, 1), 0.01)
             theirs.send(b"x")
@@ -443,7 +432,7 @@ def test_a_time_out(run):
 def test_a_cancelled_method_leaves_the_next_reader_alone(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             task = await waiting(loop.sock_recv(ours, 1))
             task.cancel()
             ready = loop.create_future()
@@ -459,7 +448,7 @@ def test_a_cancelled_method_leaves_the_next_reader_alone(run):
 def test_a_cancelled_method_leaves_the_next_one_alone(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             task = await waiting(loop.sock_recv(ours, 1))
             task.cancel()
             second = asyncio.create_task(loop.sock_recv(ours, 1))
@@ -482,7 +471,7 @@ def test_several_tasks_may_wait_for_one_socket(run):
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             tasks = [await waiting(loop.sock_recv(ours, 1)) for _ in range(3)]
             tasks[1].cancel()
             theirs.send(b"a")
@@ -499,7 +488,7 @@ def test_both_directions_at_once(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
         data = pattern(1_000_000)
-        with pair(small=True) as (ours, theirs):
+        with socket_pair(small=True) as (ours, theirs):
             sending = await waiting(loop.sock_sendall(ours, data))
             receiving = await waiting(loop.sock_recv(ours, 100))
             theirs.send(b"answer")
@@ -524,7 +513,7 @@ def test_a_number_that_was_closed_while_a_task_waited_for_it(run):
         task = await waiting(loop.sock_recv(first, 1))
         number = first.fileno()
         first.close()
-        with peer, pair() as (ours, theirs):
+        with peer, socket_pair() as (ours, theirs):
             assert number in (ours.fileno(), theirs.fileno())
             one, other = (ours, theirs) if ours.fileno() == number else (theirs, ours)
             second = await waiting(loop.sock_recv(one, 1))
@@ -539,7 +528,7 @@ def test_a_number_that_was_closed_while_a_task_waited_for_it(run):
 def test_closed_sockets(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, _):
+        with socket_pair() as (ours, _):
             ours.close()
             with pytest.raises(OSError):
                 await loop.sock_recv(ours, 1)
@@ -573,7 +562,7 @@ def calls(loop: Any, sock: socket.socket) -> list[Any]:
 def test_a_blocking_socket_is_an_error_in_debug_mode(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, _):
+        with socket_pair() as (ours, _):
             ours.setblocking(True)
             for call in calls(loop, ours):
                 with pytest.raises(ValueError, match="non-blocking"):
@@ -641,7 +630,7 @@ def test_send_a_file(run, file, offset, count):
     async def main() -> None:
         loop = asyncio.get_running_loop()
         expected = pattern(1_000_000)[offset:][:count]
-        with pair(small=True) as (ours, theirs):
+        with socket_pair(small=True) as (ours, theirs):
             receiving = asyncio.create_task(received_by(theirs, len(expected)))
             assert await loop.sock_sendfile(ours, file, offset, count) == len(expected)
             assert await receiving == expected
@@ -653,7 +642,7 @@ def test_send_a_file(run, file, offset, count):
 def test_send_less_of_a_file_than_was_asked_for(run, file):
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             assert await loop.sock_sendfile(ours, file, 999_999, 100) == 1
             assert await loop.sock_recv(theirs, 10) == pattern(1_000_000)[-1:]
             assert await loop.sock_sendfile(ours, file, 2_000_000) == 0
@@ -674,7 +663,7 @@ def test_a_file_begins_at_its_beginning_wherever_it_stands(run, file):
     async def main() -> None:
         loop = asyncio.get_running_loop()
         file.seek(100)
-        with pair() as (ours, theirs):
+        with socket_pair() as (ours, theirs):
             assert await loop.sock_sendfile(ours, file, count=10) == 10
             assert await loop.sock_recv(theirs, 100) == pattern(1_000_000)[:10]
 
@@ -687,7 +676,7 @@ def test_without_a_fallback_only_the_system_sends(run, tmp_path):
         loop = asyncio.get_running_loop()
         path = tmp_path / "file"
         path.write_bytes(b"data")
-        with pair() as (ours, theirs), path.open("rb") as opened:
+        with socket_pair() as (ours, theirs), path.open("rb") as opened:
             with pytest.raises(asyncio.SendfileNotAvailableError):
                 await loop.sock_sendfile(ours, io.BytesIO(b"data"), fallback=False)
             assert await loop.sock_sendfile(ours, opened, fallback=False) == 4
@@ -702,7 +691,7 @@ def test_what_is_no_file_for_sendfile(run, tmp_path):
         file = io.BytesIO(b"data")
         path = tmp_path / "file"
         path.write_text("text")
-        with pair() as (ours, _), path.open("r") as text, client(kind=socket.SOCK_DGRAM) as datagrams:
+        with socket_pair() as (ours, _), path.open("r") as text, client(kind=socket.SOCK_DGRAM) as datagrams:
             with pytest.raises(ValueError, match="binary mode"):
                 await loop.sock_sendfile(ours, text)
             with pytest.raises(ValueError, match="SOCK_STREAM"):
@@ -729,7 +718,7 @@ def test_a_cancelled_sendfile_leaves_the_file_behind_what_was_sent(run, file):
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        with pair(small=True) as (ours, theirs):
+        with socket_pair(small=True) as (ours, theirs):
             task = asyncio.create_task(loop.sock_sendfile(ours, file, 5))
             start = await loop.sock_recv(theirs, 1)
             await asyncio.sleep(0.05)  # The buffer of the system fills up; a shorter wait would do.
@@ -765,7 +754,7 @@ def test_a_pipe_is_sent_by_reading_it(run):
         read_end, write_end = os.pipe()
         os.write(write_end, b"data")
         os.close(write_end)
-        with pair() as (ours, theirs), open(read_end, "rb") as pipe:
+        with socket_pair() as (ours, theirs), open(read_end, "rb") as pipe:
             assert await loop.sock_sendfile(ours, pipe) == 4
             assert await loop.sock_recv(theirs, 100) == b"data"
 

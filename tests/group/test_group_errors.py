@@ -17,7 +17,6 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import pytest
-import trustme
 from group_helpers import (
     FATAL_IN_ASYNCIO,
     MUCH,
@@ -460,7 +459,9 @@ def nothing_more_is_watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @linux_only
 @pytest.mark.ours_only
 @pytest.mark.parametrize("tls", [False, True])
-async def test_epoll_refuses_an_accepted_connection(stack: Stack, tls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_epoll_refuses_an_accepted_connection(
+    stack: Stack, tls: bool, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It ends this connection, but not the group, the server or its other clients."""
     made: list[Recorder] = []
 
@@ -468,7 +469,6 @@ async def test_epoll_refuses_an_accepted_connection(stack: Stack, tls: bool, mon
         made.append(echo())
         return made[-1]
 
-    certificates = Certificates(trustme.CA())
     async with stack.open() as group, AsyncExitStack() as peers:
         contexts = collect_contexts(group)
         server = await group.create_server(factory, HOST, 0, ssl=certificates.server() if tls else None)
