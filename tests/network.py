@@ -16,6 +16,8 @@ import anyio
 import pytest
 from support import GUARD, Recorder, open_descriptors
 
+from transports_anyio._selector import make_system_selector
+
 HOST = "127.0.0.1"
 HOST_6 = "::1"
 
@@ -36,6 +38,9 @@ AF_UNIX = getattr(socket, "AF_UNIX", socket.AF_UNSPEC)
 needs_unix = pytest.mark.skipif(AF_UNIX == socket.AF_UNSPEC, reason="no UNIX sockets here")
 #: For tests that need asyncio's transports of pipes or children; AnyIO's work everywhere.
 needs_pipes = pytest.mark.skipif(sys.platform == "win32", reason="this system cannot wait for pipes")
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="this system has no signals of POSIX")
+#: For tests about the selector of the system. Where none can be waited for, a task waits for each file descriptor.
+needs_selector = pytest.mark.skipif(make_system_selector() is None, reason="a task waits for each file descriptor")
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="IPv6 is not configured")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
+from network import needs_pipes
 from support import GUARD, HOST, Stack
 
 pytestmark = pytest.mark.anyio
@@ -164,7 +165,7 @@ class DateProtocol(asyncio.SubprocessProtocol):
             self.exit_future.set_result(True)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no transports of child processes")
+@needs_pipes
 async def test_a_child_process(stack: Stack) -> None:
     code = "import datetime; print(datetime.date(2024, 2, 29))"
     async with stack.open() as group:

@@ -21,7 +21,7 @@ import anyio.abc
 import pytest
 import trustme
 from anyio.streams.tls import TLSStream
-from network import unused_port
+from network import needs_signals, unused_port
 from support import GUARD, HOST, Peer, peer_process
 from tls_support import NAME, Certificates
 
@@ -351,7 +351,7 @@ async def test_the_proxy(anyio_backend: Any) -> None:
             assert said.splitlines() == ["sent      'Is this on?'", "received  'Is this on?'", "closed"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@needs_signals
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_graceful_stop(anyio_backend: Any, number: signal.Signals) -> None:
     """Idle clients are closed, busy ones get their answer, and the program ends with status 0 and no traceback."""
@@ -366,7 +366,7 @@ async def test_a_graceful_stop(anyio_backend: Any, number: signal.Signals) -> No
         assert await busy.receive_all() == b"HELLO\n"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@needs_signals
 async def test_a_graceful_stop_has_a_deadline(anyio_backend: Any) -> None:
     port = unused_port()
     options = ["--seconds", 3600, "--grace", 0.2]

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+from network import needs_pipes
 from support import HOST
 
 from transports_anyio import DatagramProtocol, Protocol, Server, SubprocessProtocol, TransportGroup
@@ -65,7 +66,7 @@ async def test_stream_transports(anyio_backend: Any) -> None:
         transport.close()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes")
+@needs_pipes
 async def test_pipe_transports(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         reading, writing = os.pipe()
@@ -83,7 +84,7 @@ async def test_datagram_transports(anyio_backend: Any) -> None:
         transport.close()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no child processes")
+@needs_pipes
 async def test_subprocess_transports(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         transport, _ = await group.subprocess_exec(SubprocessProtocol, sys.executable, "-c", "")

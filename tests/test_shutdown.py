@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 import pytest
-from network import Echo, needs_unix
+from network import Echo, needs_pipes, needs_signals, needs_unix
 from support import GUARD, HOST, DatagramRecorder, Peer, Recorder, SubprocessRecorder, collect_contexts, fill, until
 from tls_support import NAME, Certificates, TLSPeer
 
@@ -293,7 +293,7 @@ async def test_a_group_that_has_shut_down(anyio_backend: Any) -> None:
         await group.shutdown(1)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes")
+@needs_pipes
 async def test_pipes_of_a_group_that_shuts_down(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         reading, writing = os.pipe()
@@ -321,9 +321,6 @@ IGNORES = (
     "print('ready', flush=True)\n"
     "while True: signal.pause()\n"
 )
-
-
-needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
 
 async def start_exec(group: TransportGroup, factory: Any, program: str) -> Any:

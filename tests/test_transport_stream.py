@@ -16,6 +16,7 @@ import pytest
 from anyio.abc import SocketAttribute
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.tls import TLSAttribute, TLSStream
+from network import needs_pipes
 from stream_pairs import EVERY, HALF_CLOSING, TWO_WAY, Ends
 from support import GUARD, HOST, Recorder, connected, fill, pattern, turns, until
 from tls_support import NAME, Certificates
@@ -743,10 +744,8 @@ class Network(httpcore.AsyncNetworkStream):
 
 # -- pipes and children
 
-pipes_only = pytest.mark.skipif(sys.platform == "win32", reason="no pipes")
 
-
-@pipes_only
+@needs_pipes
 async def test_the_other_direction_of_a_pipe(anyio_backend: Any, certificates: Certificates) -> None:
     async with ends("pipe", certificates) as (a, b):
         with pytest.raises(NotImplementedError):
@@ -762,7 +761,7 @@ async def test_the_other_direction_of_a_pipe(anyio_backend: Any, certificates: C
             await b.receive()
 
 
-@pipes_only
+@needs_pipes
 async def test_the_pipes_of_a_child(anyio_backend: Any) -> None:
     program = "import sys, shutil; shutil.copyfileobj(sys.stdin.buffer, sys.stdout.buffer); sys.stderr.write('done')"
     data = pattern(1_000_000)
@@ -791,7 +790,7 @@ async def test_the_pipes_of_a_child(anyio_backend: Any) -> None:
     assert transport.get_returncode() == 0
 
 
-@pipes_only
+@needs_pipes
 async def test_a_childs_pipe_that_is_taken_over_while_it_is_paused(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         transport, recorder = await group.subprocess_exec(
@@ -814,7 +813,7 @@ async def test_a_childs_pipe_that_is_taken_over_while_it_is_paused(anyio_backend
     assert recorder.count("pause_writing") == recorder.count("resume_writing")
 
 
-@pipes_only
+@needs_pipes
 async def test_a_socket_given_as_a_pipe(anyio_backend: Any) -> None:
     a, b = socket.socketpair()
     async with TransportGroup() as group:

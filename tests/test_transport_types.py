@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import sys
 from typing import Any
 
 import pytest
+from network import needs_pipes
 from support import HOST, Recorder, connected
 from test_datagrams import Endpoint
 
@@ -39,7 +39,7 @@ async def test_a_datagram_transport(anyio_backend: Any) -> None:
         assert not transport.is_writing_paused()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are neither pipes nor child processes on Windows")
+@needs_pipes
 async def test_transports_of_pipes_and_children(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         reading, writing = os.pipe()

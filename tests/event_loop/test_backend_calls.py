@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import sys
 
 import anyio
 import anyio.abc
 import pytest
+from network import needs_pipes
 from support import Recorder, until
 
 import transports_anyio._core
@@ -37,7 +37,7 @@ class Child(SubprocessProtocol):
         self.calls.append("lost")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="children need pipes")
+@needs_pipes
 async def test_a_child_that_a_thread_waits_for(anyio_backend, monkeypatch):
     monkeypatch.delattr(os, "pidfd_open", raising=False)
 

@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from network import needs_signals
 
 ROUNDS = 12
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@needs_signals
 def test_ctrl_c_at_random_moments():
     pytest.importorskip("trio")
     moments = random.Random(1)
@@ -38,7 +39,7 @@ def test_ctrl_c_at_random_moments():
         assert process.returncode == 0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@needs_signals
 @pytest.mark.parametrize("where", ["body", "task", "callback"])
 def test_ctrl_c_ends_the_block_as_itself(where):
     """In backend code, in an asyncio task and in a callback: everything is cleaned up."""

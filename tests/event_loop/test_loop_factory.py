@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from network import needs_pipes, needs_selector, needs_signals
 from support import GUARD
 
 trio = pytest.importorskip("trio")
@@ -239,6 +240,7 @@ def test_stopped_before_the_future_is_done(loop: asyncio.AbstractEventLoop) -> N
     assert loop.run_until_complete(future) == 1
 
 
+@needs_selector
 def test_a_socket_is_served_in_the_round_of_a_stop(loop: asyncio.AbstractEventLoop) -> None:
     """What many use to look once: `call_soon(stop)`, `run_forever`."""
     left, right = socket.socketpair()
@@ -528,7 +530,7 @@ with asyncio.Runner(loop_factory=make) as runner:
     ],
 )
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.Runner is new in Python 3.11")
-@pytest.mark.skipif(sys.platform == "win32", reason="it cannot send Ctrl-C to itself")
+@needs_signals
 def test_ctrl_c(make: Any, program: str, expected: str) -> None:
     name = "trio" if make is EventLoop else "asyncio"
     done = subprocess.run(
@@ -617,7 +619,7 @@ print(raised > 20, seen > 20)
     here="the signal handler runs as the next callback",
     why="an event loop that is interrupted half-way is broken",
 )
-@pytest.mark.skipif(sys.platform == "win32", reason="it cannot send Ctrl-C to itself")
+@needs_signals
 def test_a_storm_of_ctrl_c_leaves_the_event_loop_whole() -> None:
     """Raised between any two lines of ours, it would break it sooner or later."""
     done = subprocess.run(
@@ -684,7 +686,7 @@ class RecorderOfAll(Recorder, asyncio.DatagramProtocol, asyncio.SubprocessProtoc
         self.calls.append("pipe_connection_lost")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes to wait for")
+@needs_pipes
 def test_close_ends_transports_of_each_kind() -> None:
     loop = EventLoop()
     recorders: list[RecorderOfAll] = []

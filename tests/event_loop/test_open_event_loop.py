@@ -16,7 +16,7 @@ from importlib.metadata import version
 import anyio
 import anyio.lowlevel
 import pytest
-from network import no_descriptors_below
+from network import needs_selector, needs_signals, no_descriptors_below
 from support import BaseExceptionGroup, Recorder, open_descriptors, turns, until
 
 from transports_anyio import TransportGroup, current_group, from_asyncio, open_event_loop, run_asyncio, to_asyncio
@@ -459,6 +459,7 @@ async def test_what_the_block_raises_comes_out_as_itself(anyio_backend):
         assert caught.value is error
 
 
+@needs_signals
 async def test_the_order_at_the_end(anyio_backend):
     only_trio(anyio_backend)
     order = []
@@ -600,7 +601,9 @@ async def test_a_background_task_that_fails_is_logged_by_asyncio(anyio_backend, 
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("where", ["callback", "timer", "task", "protocol", "reader", "signal"])
+@pytest.mark.parametrize(
+    "where", ["callback", "timer", "task", "protocol", "reader", pytest.param("signal", marks=needs_signals)]
+)
 def test_what_ends_the_program_is_raised_as_itself_after_the_clean_ups(request, kind, where):
     backends = request.config.getoption("--backend") or ["asyncio", "uvloop", "trio"]
     for backend in backends:
@@ -815,6 +818,7 @@ def test_where_neither_an_event_loop_nor_trio_runs():
         coroutine.send(None)
 
 
+@needs_selector
 async def test_a_poller_that_fails_ends_the_block_in_order(anyio_backend):
     only_trio(anyio_backend)
     events = []
@@ -840,6 +844,7 @@ async def test_a_poller_that_fails_ends_the_block_in_order(anyio_backend):
     assert events == ["cleaned up"]
 
 
+@needs_selector
 async def test_a_selector_that_is_lost_ends_the_block_in_order(anyio_backend):
     """The user has closed its file descriptor: every call of it fails."""
     only_trio(anyio_backend)

@@ -4,12 +4,11 @@ import asyncio
 import contextvars
 import os
 import socket
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from network import needs_pipes
+from network import needs_pipes, needs_selector
 from support import socket_pair
 
 #: There these methods are uvloop's own, which differ in details.
@@ -167,7 +166,7 @@ def test_the_end_of_a_pipe(run):
     run(main)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there a task waits for each file descriptor")
+@needs_selector
 def test_a_file_on_a_disk_cannot_be_watched(run, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"data")
@@ -196,7 +195,7 @@ def test_what_is_no_file_descriptor(run):
     run(main)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there a task waits for each file descriptor")
+@needs_selector
 def test_closed_file_descriptors(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -383,7 +382,7 @@ def test_a_reader_does_not_keep_callbacks_and_timers_waiting(run):
     run(main)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there a task waits for each file descriptor")
+@needs_selector
 def test_what_a_callback_schedules_runs_after_the_other_readers(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()

@@ -7,6 +7,7 @@ from functools import partial
 from math import inf
 
 import pytest
+from network import needs_selector
 from support import until
 
 from transports_anyio import TransportGroup, open_event_loop, to_asyncio
@@ -50,6 +51,7 @@ def test_timers_that_are_set_while_it_waits_are_on_time(delays):
     run_with_mock_clock(main)
 
 
+@needs_selector
 def test_a_timer_that_was_cancelled_runs_no_iteration():
     async def main(clock):
         async with TransportGroup() as group:
@@ -67,6 +69,7 @@ def test_a_timer_that_was_cancelled_runs_no_iteration():
     assert called == ["second"]
 
 
+@needs_selector
 def test_a_wake_up_in_the_same_thread_sends_nothing():
     async def main():
         async with TransportGroup() as group:
