@@ -30,6 +30,7 @@ import select
 import socket
 import ssl
 import struct
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -39,6 +40,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import trustme
+from network import AF_UNIX
 from support import GUARD, HOST, SMALL, Stack, capture_log, collect_contexts, turns
 
 from transports_anyio.testing import BufferedRecorder, Recorder, memory_connection
@@ -327,6 +329,8 @@ class Carrier:
     one_way: bool = False
     #: Whether each end tells the other that it closes, and waits for the answer.
     has_shutdown: bool = False
+    #: Whether this system has it.
+    available: bool = True
 
     def writes(self, end: str) -> bool:
         return not self.one_way or end == "a"
@@ -394,7 +398,7 @@ async def tls(group: Any, factory_a: Any, factory_b: Any) -> AsyncIterator[None]
 
 @asynccontextmanager
 async def unix(group: Any, factory_a: Any, factory_b: Any) -> AsyncIterator[None]:
-    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as sock:
+    with tempfile.TemporaryDirectory() as directory, socket.socket(AF_UNIX) as sock:
         path = os.path.join(directory, "socket")
         server = await group.create_unix_server(factory_b := Once(factory_b), path)
         sock.connect(path)
@@ -424,9 +428,9 @@ CARRIERS = {
     carrier.name: carrier
     for carrier in (
         Carrier("tcp", tcp),
-        Carrier("unix", unix),
+        Carrier("unix", unix, available=AF_UNIX != socket.AF_UNSPEC),
         Carrier("tls", tls, has_shutdown=True),
-        Carrier("pipe", pipe, one_way=True),
+        Carrier("pipe", pipe, one_way=True, available=sys.platform != "win32"),
         Carrier("memory", memory(), oracle="unix"),
         Carrier("memory_in_small_pieces", memory(chunk_size=997, buffer_size=5003), oracle="unix"),
     )

@@ -27,6 +27,7 @@ from network import (
     few_descriptors,
     linux_only,
     names,
+    needs_descriptors,
     needs_ipv6,
     unused_port,
 )
@@ -497,6 +498,7 @@ async def test_s4_cancelled_at_every_checkpoint(stack: Stack, delay: float | Non
 
 @needs_ipv6
 @pytest.mark.ours_only("the test replaces a function of AnyIO that asyncio does not use")
+@needs_descriptors
 async def test_s4_two_winners_in_the_same_turn(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = []
     connected = anyio.Event()

@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import pytest
 import trustme
+from network import needs_pipes
 from support import HOST, Recorder, connected, fill, until
 from tls_support import NAME, Certificates
 
@@ -214,6 +215,7 @@ async def test_an_upgrade(anyio_backend: Any, certificate_authority: trustme.CA)
     assert sum(line.endswith("tls=TLSv1.3>: closing") for line in lines) == 2
 
 
+@needs_pipes
 async def test_a_child(anyio_backend: Any) -> None:
     with story() as lines:
         async with TransportGroup() as group:
@@ -229,6 +231,7 @@ async def test_a_child(anyio_backend: Any) -> None:
     ]
 
 
+@needs_pipes
 async def test_datagrams_and_pipes(anyio_backend: Any) -> None:
     reading, writing = os.pipe()
     with story() as lines:

@@ -26,9 +26,12 @@ def recorded_on_asyncio(scenario: str, carrier: str, stack: str) -> list[Any]:
 @pytest.mark.parametrize("name", BY_NAME)
 def test_scenario(anyio_backend: tuple[str, dict[str, Any]], name: str) -> None:
     backend, options = anyio_backend
-    for carrier in BY_NAME[name].carriers:
+    carriers = [carrier for carrier in BY_NAME[name].carriers if CARRIERS[carrier].available]
+    if not carriers:
+        pytest.skip("this system has no such connections")
+    for carrier in carriers:
         over = oracle(name, carrier)
-        if HAS_ORACLE and over:
+        if HAS_ORACLE and over and CARRIERS[over].available:
             expected = recorded_on_asyncio(name, over, ORACLE)
         else:
             expected = recorded_on_asyncio(name, carrier, "ours")
@@ -45,7 +48,7 @@ def test_difference(name: str) -> None:
     """Every documented difference still exists; one that has gone must be removed from the page."""
     for scenario, carriers in DIFFERENCES[name].shows.items():
         for carrier in carriers:
-            if is_mended(scenario, carrier) is not False:
+            if is_mended(scenario, carrier) is not False or not CARRIERS[nearest(carrier)].available:
                 continue
             script = (BY_NAME[scenario], CARRIERS[nearest(carrier)], Stack(ORACLE))
             try:
@@ -76,6 +79,8 @@ def test_the_report_has_the_error_of_the_script(anyio_backend: tuple[str, dict[s
     raising = [each for each in SCENARIOS if any(("self", "raise") in steps for steps in each.reactions.values())]
     assert len(raising) > 5
     for scenario in raising:
+        if not CARRIERS[scenario.carriers[0]].available:
+            continue
         script = (scenario, CARRIERS[scenario.carriers[0]], Stack("ours"))
         recording = anyio.run(run_scenario, *script, backend=backend, backend_options=options)
         reported = [name for entry in recording for name, *_ in entry["reports"]]

@@ -25,6 +25,7 @@ import trustme
 from anyio.abc import ByteStream, SocketAttribute, UNIXSocketStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute, TLSStream
+from network import needs_unix
 from support import GUARD, Peer, Recorder, collect_contexts, listening, turns
 from test_connect_stream import MemoryReceiver, MemorySender
 
@@ -126,6 +127,7 @@ async def test_a1_a_server_of_anyios_outlives_clients_that_reset(anyio_backend: 
     assert {bytes(protocol.received) for protocol in protocols} == {b"%d" % number for number in range(20)}
 
 
+@needs_unix
 async def test_a1_a_peer_that_has_closed_a_unix_connection(anyio_backend: Any) -> None:
     ours, theirs = socket.socketpair()
     async with TransportGroup() as group:
@@ -201,7 +203,9 @@ def memory_stream() -> StapledByteStream:
     return StapledByteStream(MemorySender(sender), MemoryReceiver(receiver))
 
 
-@pytest.mark.parametrize("kind", ["tcp", "unix", "tls", "memory", "receiving", "sending"])
+@pytest.mark.parametrize(
+    "kind", ["tcp", pytest.param("unix", marks=needs_unix), "tls", "memory", "receiving", "sending"]
+)
 async def test_a1_a_closed_stream(anyio_backend: Any, kind: str, certificate_authority: trustme.CA) -> None:
     async with TransportGroup() as group:
         stream: Any
@@ -242,7 +246,9 @@ class Datagrams(Recorder, asyncio.DatagramProtocol):
         raise AssertionError(exc)
 
 
-@pytest.mark.parametrize("kind", ["UDP", "connected UDP", "UNIX", "connected UNIX"])
+@pytest.mark.parametrize(
+    "kind", ["UDP", "connected UDP", *(pytest.param(kind, marks=needs_unix) for kind in ("UNIX", "connected UNIX"))]
+)
 async def test_a1_a_closed_datagram_socket(anyio_backend: Any, kind: str, tmp_path: Path) -> None:
     async with TransportGroup() as group:
         sock: Any
@@ -264,6 +270,7 @@ async def test_a1_a_closed_datagram_socket(anyio_backend: Any, kind: str, tmp_pa
         assert protocol.names[0] == "connection_made"
 
 
+@needs_unix
 async def test_a1_a_datagram_socket_whose_peer_has_gone(anyio_backend: Any, tmp_path: Path) -> None:
     """The system has taken its peer's address away, so AnyIO does not know it either."""
     async with TransportGroup() as group:
