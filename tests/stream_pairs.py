@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import anyio
-from anyio.streams.buffered import BufferedByteReceiveStream
-from anyio.streams.stapled import StapledByteStream
+from anyio_streams import memory_streams
 from support import HOST
 from tls_support import NAME, Certificates
 
@@ -96,35 +95,12 @@ async def memory(group: TransportGroup, certificates: Certificates) -> AsyncIter
     yield TransportStream(a), TransportStream(b)
 
 
-class MemoryReceiver(anyio.abc.ByteReceiveStream):
-    def __init__(self, items: Any) -> None:
-        self.buffered = BufferedByteReceiveStream(items)
-
-    async def receive(self, max_bytes: int = 65536) -> bytes:
-        return await self.buffered.receive(max_bytes)
-
-    async def aclose(self) -> None:
-        await self.buffered.aclose()
-
-
-class MemorySender(anyio.abc.ByteSendStream):
-    def __init__(self, items: Any) -> None:
-        self.items = items
-
-    async def send(self, item: bytes) -> None:
-        await self.items.send(item)
-
-    async def aclose(self) -> None:
-        await self.items.aclose()
-
-
 @asynccontextmanager
 async def anyio_stream(group: TransportGroup, certificates: Certificates) -> AsyncIterator[Ends]:
     """AnyIO's memory streams below transports below streams."""
-    to_b, from_a = anyio.create_memory_object_stream[bytes](0)
-    to_a, from_b = anyio.create_memory_object_stream[bytes](0)
-    a, _ = await group.connect_stream(Protocol, StapledByteStream(MemorySender(to_b), MemoryReceiver(from_b)))
-    b, _ = await group.connect_stream(Protocol, StapledByteStream(MemorySender(to_a), MemoryReceiver(from_a)))
+    ours, theirs = memory_streams()
+    a, _ = await group.connect_stream(Protocol, ours)
+    b, _ = await group.connect_stream(Protocol, theirs)
     yield TransportStream(a), TransportStream(b)
 
 

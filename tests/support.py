@@ -436,6 +436,26 @@ class Peer:
         self.socket.close()
 
 
+class LinePeer:
+    """A peer that speaks in lines."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.pending = b""
+
+    async def say(self, line: str) -> None:
+        await self.peer.send(line.encode() + b"\n")
+
+    async def hear(self) -> str:
+        while b"\n" not in self.pending:
+            more = await self.peer.receive()
+            if not more:
+                return "(the end)"
+            self.pending += more
+        line, _, self.pending = self.pending.partition(b"\n")
+        return line.decode()
+
+
 @contextmanager
 def listening(*, receive_buffer: int | None = None) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import HOST, SMALL, Peer, Stack, until
+from support import HOST, SMALL, LinePeer, Peer, Stack, until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -19,33 +19,15 @@ from chat_server import Room, Visitor
 pytestmark = pytest.mark.anyio
 
 
-class Guest:
-    def __init__(self, peer: Peer) -> None:
-        self.peer = peer
-        self.pending = b""
-
-    async def say(self, line: str) -> None:
-        await self.peer.send(line.encode() + b"\n")
-
-    async def hear(self) -> str:
-        while b"\n" not in self.pending:
-            more = await self.peer.receive()
-            if not more:
-                return "(the end)"
-            self.pending += more
-        line, _, self.pending = self.pending.partition(b"\n")
-        return line.decode()
-
-
 class Door:
     def __init__(self, stack: AsyncExitStack, address: Any) -> None:
         self.stack = stack
         self.address = address
 
-    def knock(self, *, receive_buffer: int | None = None) -> Guest:
-        return Guest(self.stack.enter_context(Peer.connect(self.address, receive_buffer=receive_buffer)))
+    def knock(self, *, receive_buffer: int | None = None) -> LinePeer:
+        return LinePeer(self.stack.enter_context(Peer.connect(self.address, receive_buffer=receive_buffer)))
 
-    async def enter(self, name: str, *others: Guest, receive_buffer: int | None = None) -> Guest:
+    async def enter(self, name: str, *others: LinePeer, receive_buffer: int | None = None) -> LinePeer:
         """Log a guest in and wait until the others have been notified."""
         guest = self.knock(receive_buffer=receive_buffer)
         assert await guest.hear() == "* your name, please"

@@ -7,16 +7,16 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 import trustme
 from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketAttribute, UNIXSocketStream
-from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSStream
+from anyio_streams import MemorySender, memory_pair, one_way, tcp_pair
 from network import needs_unix
 from support import (
     GUARD,
@@ -34,61 +34,7 @@ from support import (
 
 from transports_anyio import TransportGroup, TransportSocket
 
-if TYPE_CHECKING:
-    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
-
 pytestmark = pytest.mark.anyio
-
-
-class MemoryReceiver(ByteReceiveStream):
-    """A user's stream over a memory object stream, with a limit on the size of each piece."""
-
-    def __init__(self, items: MemoryObjectReceiveStream[bytes]) -> None:
-        self.buffered = BufferedByteReceiveStream(items)
-
-    async def receive(self, max_bytes: int = 65536) -> bytes:
-        return await self.buffered.receive(max_bytes)
-
-    async def aclose(self) -> None:
-        await self.buffered.aclose()
-
-
-class MemorySender(ByteSendStream):
-    def __init__(self, items: MemoryObjectSendStream[bytes]) -> None:
-        self.items = items
-        self.closed = 0
-
-    async def send(self, item: bytes) -> None:
-        await self.items.send(item)
-
-    async def aclose(self) -> None:
-        self.closed += 1
-        await self.items.aclose()
-
-
-def one_way(capacity: int = 0) -> tuple[MemorySender, MemoryReceiver]:
-    sender, receiver = anyio.create_memory_object_stream[bytes](capacity)
-    return MemorySender(sender), MemoryReceiver(receiver)
-
-
-@asynccontextmanager
-async def memory_pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
-    to_b, from_a = one_way()
-    to_a, from_b = one_way()
-    async with StapledByteStream(to_b, from_b) as a, StapledByteStream(to_a, from_a) as b:
-        yield a, b
-
-
-@asynccontextmanager
-async def tcp_pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        a = await anyio.connect_tcp(*listener.getsockname())
-        accepted, _ = listener.accept()
-    b = await anyio.abc.SocketStream.from_socket(accepted)
-    async with a, b:
-        yield a, b
 
 
 @asynccontextmanager

@@ -25,9 +25,9 @@ import trustme
 from anyio.abc import ByteStream, SocketAttribute, UNIXSocketStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute, TLSStream
+from anyio_streams import MemoryReceiver, MemorySender
 from network import needs_unix
 from support import GUARD, Peer, Recorder, collect_contexts, listening, turns
-from test_connect_stream import MemoryReceiver, MemorySender
 
 from transports_anyio import TransportGroup
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
-from support import GUARD, SMALL, Peer, Stack, until
+from support import GUARD, SMALL, LinePeer, Peer, Stack, until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -23,23 +23,7 @@ pytestmark = [
 ]
 
 
-class Visitor:
-    def __init__(self, peer: Peer) -> None:
-        self.peer = peer
-        self.pending = b""
-
-    async def say(self, line: str) -> None:
-        await self.peer.send(line.encode() + b"\n")
-
-    async def hear(self) -> str:
-        while b"\n" not in self.pending:
-            more = await self.peer.receive()
-            if not more:
-                return "(the end)"
-            self.pending += more
-        line, _, self.pending = self.pending.partition(b"\n")
-        return line.decode()
-
+class Visitor(LinePeer):
     async def hear_but_pings(self) -> str:
         while (heard := await self.hear()) == "ping":
             pass

@@ -3,78 +3,24 @@
 from __future__ import annotations
 
 import errno
-import socket
 import ssl
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import anyio.abc
 import anyio.streams.tls
 import pytest
-from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream
-from anyio.streams.buffered import BufferedByteReceiveStream
+from anyio.abc import ByteReceiveStream, ByteStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSStream
+from anyio_streams import memory_pair, one_way, tcp_pair
 from support import GUARD, Recorder, pattern, settle, turns, until
 from tls_support import NAME, Certificates, ViewRecorder, echo, together
 
 from transports_anyio import TransportGroup
 from transports_anyio.testing import memory_connection
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
-
 pytestmark = pytest.mark.anyio
-
-
-class MemoryReceiver(ByteReceiveStream):
-    def __init__(self, items: MemoryObjectReceiveStream[bytes]) -> None:
-        self.buffered = BufferedByteReceiveStream(items)
-
-    async def receive(self, max_bytes: int = 65536) -> bytes:
-        return await self.buffered.receive(max_bytes)
-
-    async def aclose(self) -> None:
-        await self.buffered.aclose()
-
-
-class MemorySender(ByteSendStream):
-    def __init__(self, items: MemoryObjectSendStream[bytes]) -> None:
-        self.items = items
-
-    async def send(self, item: bytes) -> None:
-        await self.items.send(item)
-
-    async def aclose(self) -> None:
-        await self.items.aclose()
-
-
-def one_way(capacity: int) -> tuple[MemorySender, MemoryReceiver]:
-    sender, receiver = anyio.create_memory_object_stream[bytes](capacity)
-    return MemorySender(sender), MemoryReceiver(receiver)
-
-
-@asynccontextmanager
-async def memory_pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
-    to_b, from_a = one_way(0)
-    to_a, from_b = one_way(0)
-    async with StapledByteStream(to_b, from_b) as a, StapledByteStream(to_a, from_a) as b:
-        yield a, b
-
-
-@asynccontextmanager
-async def tcp_pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        a = await anyio.connect_tcp(*listener.getsockname())
-        accepted, _ = listener.accept()
-    b = await anyio.abc.SocketStream.from_socket(accepted)
-    async with a, b:
-        yield a, b
 
 
 @pytest.fixture(params=["memory", "tcp"])

@@ -15,14 +15,7 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import pytest
-from group_helpers import (
-    ENDPOINTS,
-    MUCH,
-    BoomError,
-    LeavingError,
-    echo,
-    run,
-)
+from group_helpers import ENDPOINTS, MUCH, BoomError, LeavingError, echo, raiser, run
 from network import cancelled_after, needs_unix
 from support import (
     GUARD,
@@ -160,11 +153,7 @@ async def test_connection_lost_that_raises_while_the_block_is_left(
     anyio_backend: Any, how: str, connect_peer: Any
 ) -> None:
     """Each error is reported, the other connections are lost in order, and the block ends as it would have."""
-
-    def fail(*_: Any) -> None:
-        raise BoomError
-
-    protocols = [Recorder(on_connection_lost=fail) for _ in range(5)]
+    protocols = [Recorder(on_connection_lost=raiser(BoomError())) for _ in range(5)]
     async with left_by(how) as leave, TransportGroup() as group:
         contexts = collect_contexts(group)
         for protocol in protocols:

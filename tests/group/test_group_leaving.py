@@ -15,12 +15,7 @@ import anyio.abc
 import anyio.lowlevel
 import pytest
 from anyio.streams.stapled import StapledByteStream
-from group_helpers import (
-    ENDPOINTS,
-    BoomError,
-    answers,
-    echo,
-)
+from group_helpers import ENDPOINTS, BoomError, answers, echo, raiser
 from network import few_descriptors
 from support import (
     GUARD,
@@ -219,14 +214,10 @@ async def test_a_task_that_fails_while_the_block_is_left_normally(anyio_backend:
 
 async def test_a_callback_that_raises_while_the_block_is_left_normally(anyio_backend: Any) -> None:
     """The connections that still flush go on flushing."""
-
-    def fail(*_: Any) -> None:
-        raise BoomError
-
     async with AsyncExitStack() as peers:
         tasks = await peers.enter_async_context(anyio.create_task_group())
         received = []
-        failing, protocol = Recorder(on_resume_writing=fail), Recorder()
+        failing, protocol = Recorder(on_resume_writing=raiser(BoomError())), Recorder()
         async with TransportGroup() as group:
             contexts = collect_contexts(group)
             first, _, first_peer = await peers.enter_async_context(connected(group, failing, small=True))
