@@ -9,7 +9,8 @@ Where to find what:
 - tests of one subject are in `test_<subject>.py`; the large subjects have folders: `tls/`, `group/`, `processes/`
   and `event_loop/`;
 - `support.py`: stacks, recorders, raw socket peers, peers in other processes; `network.py`: addresses that behave in a
-  certain way; `tls_support.py`: contexts and TLS peers; `*_helpers.py`: helpers for the tests of one folder;
+  certain way, and marks for what a system may lack; `tls_support.py`: contexts and TLS peers; `anyio_streams.py` and
+  `stream_pairs.py`: pairs of streams; `*_helpers.py`: helpers for the tests of one folder;
 - `differential.py` runs the scripts of `scenarios.py` on asyncio and on ours; `faults.py` makes system calls fail;
 - `peers.py`, `tls_peers.py`, `load_client.py`, `interrupted.py`, `adopting.py` and `docs_program.py` are programs that
   tests start;

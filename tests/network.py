@@ -41,6 +41,7 @@ needs_pipes = pytest.mark.skipif(sys.platform == "win32", reason="this system ca
 needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="this system has no signals of POSIX")
 #: For tests about the selector of the system. Where none can be waited for, a task waits for each file descriptor.
 needs_selector = pytest.mark.skipif(make_system_selector() is None, reason="a task waits for each file descriptor")
+needs_sendfile = pytest.mark.skipif(not hasattr(os, "sendfile"), reason="the system does not send files")
 needs_reuse_port = pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="no SO_REUSEPORT here")
 #: For tests that find something in `open_descriptors`, which is empty on Windows.
 needs_descriptors = pytest.mark.skipif(not open_descriptors(), reason="open file descriptors cannot be listed here")

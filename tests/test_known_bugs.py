@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import pytest
 from adopting import Echo
+from network import needs_pipes
 from support import (
     GUARD,
     BufferedRecorder,
@@ -84,6 +85,7 @@ def test_every_test_named_after_a_row_is_in_the_table() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.skipif(not hasattr(socket.socket, "sendmsg"), reason="there is no sendmsg")
 @pytest.mark.ours_only("asyncio may copy the data")
 @pytest.mark.parametrize("limit", [1000, 30_000])
 async def test_w12_writes_do_not_copy_the_data(stack: Stack, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
@@ -126,7 +128,7 @@ def _strided(*_: object) -> memoryview:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("kind", ["tcp", "tls", "pipe", "memory", "stream"])
+@pytest.mark.parametrize("kind", ["tcp", "tls", pytest.param("pipe", marks=needs_pipes), "memory", "stream"])
 async def test_r2_a_buffer_that_is_not_contiguous(
     anyio_backend: Any, certificates: Certificates, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +230,7 @@ async def test_t3_a_thousand_silent_clients_do_not_delay_the_next_one(stack: Sta
 
 
 @pytest.mark.anyio
+@needs_pipes
 async def test_p7_on_macos_a_fifo_is_not_asked_whether_its_reader_has_gone(
     anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import pytest
+from network import needs_selector
 from support import GUARD, HOST, Peer, Recorder, collect_contexts, connected, raises_inside, settle, turns, until
 
 from transports_anyio import TransportGroup, current_group
@@ -368,6 +369,7 @@ def test_an_asyncio_time_out_ends_a_group(run: Run) -> None:
     run(main)
 
 
+@needs_selector
 def test_a_group_on_trio_as_a_guest_of_asyncio(request: pytest.FixtureRequest) -> None:
     """Both run in one thread, and each of the two groups has to know which is its own."""
     skip_unless_chosen(request, "trio")

@@ -18,6 +18,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from network import needs_pipes, needs_selector
 from support import (
     GUARD,
     BaseExceptionGroup,
@@ -142,6 +143,7 @@ async def running(make: Callable[[], Poller]) -> AsyncIterator[tuple[Poller, Dis
         poller.close()
 
 
+@needs_selector
 async def test_the_best_poller_is_chosen(anyio_backend: Any) -> None:
     poller = make_poller()
     assert type(poller.driver).__name__ == ("TrioDriver" if anyio_backend[0] == "trio" else "LoopDriver")
@@ -170,6 +172,7 @@ class MustBeWatched(Registration):
     ready_if_refused = False
 
 
+@needs_selector
 @pytest.mark.parametrize("kind", ["made here", "waiting", "selector"])
 async def test_a_descriptor_that_must_be_watched_but_cannot_be(anyio_backend: Any, kind: str) -> None:
     async with running(POLLERS[kind]) as (poller, _):
@@ -436,6 +439,7 @@ async def test_the_transports_work_over_every_poller(
 
 
 @pytest.mark.parametrize("poller", POLLERS)
+@needs_pipes
 async def test_p6_input_does_not_end_a_writer_over_any_poller(
     anyio_backend: Any, poller: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -474,6 +478,7 @@ async def test_a_reused_descriptor_number(make: Callable[[], Poller], anyio_back
             poller.unregister(second)
 
 
+@needs_selector
 async def test_a_registered_descriptor_that_the_user_closes(anyio_backend: Any) -> None:
     """It is reported as ready, so that the next call that uses it raises."""
     for make in (make_poller, waiting_poller, POLLERS["selector"]):

@@ -13,6 +13,7 @@ import anyio
 import pytest
 import trustme
 from anyio.streams.stapled import StapledByteStream
+from network import needs_pipes, needs_unix
 from support import HOST, Recorder, connected, fill, listening, until
 from tls_support import NAME, Certificates
 
@@ -93,6 +94,7 @@ async def test_tls_and_its_upgrade(anyio_backend: Any, certificate_authority: tr
     check_end(group, transport, server, *upgraded)
 
 
+@needs_unix
 async def test_unix_sockets(anyio_backend: Any, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     async with TransportGroup() as group:
@@ -133,6 +135,7 @@ async def server_empty(server: Any) -> None:
     await until(lambda: "connections=0" in repr(server))
 
 
+@needs_unix
 async def test_datagrams(anyio_backend: Any, tmp_path: Path) -> None:
     async with TransportGroup() as group:
         bound, _ = await group.create_datagram_endpoint(DatagramProtocol, (HOST, 0))
@@ -158,6 +161,7 @@ async def test_datagrams(anyio_backend: Any, tmp_path: Path) -> None:
     check_end(group, bound, connected_, full)
 
 
+@needs_pipes
 async def test_pipes(anyio_backend: Any) -> None:
     reading, writing = os.pipe()
     async with TransportGroup() as group:

@@ -26,6 +26,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
+from network import needs_pipes, needs_selector, needs_signals
 from support import (
     GUARD,
     HOST,
@@ -222,6 +223,7 @@ async def test_iterations_do_not_multiply(stack: Stack, reason: str) -> None:
         assert 1 <= count - before <= 300
 
 
+@needs_selector
 async def test_iterations_do_not_multiply_while_a_descriptor_is_always_ready(anyio_backend: Any) -> None:
     """The system does not watch such a device, so the next iteration begins at once, without a wait."""
     async with TransportGroup() as group:
@@ -241,6 +243,7 @@ async def test_iterations_do_not_multiply_while_a_descriptor_is_always_ready(any
         assert 1 <= protocol.count("data_received") - before <= 60
 
 
+@needs_selector
 async def test_closed_but_inherited_listener_does_not_spin(anyio_backend: Any) -> None:
     """A forked child has the copy, for example. The system still listens, and reports clients that nothing accepts."""
     async with CountingGroup() as group:
@@ -269,6 +272,7 @@ async def test_scheduled_callbacks_run_before_input_that_waits(stack: Stack) -> 
     assert order == ["scheduled", "input"]
 
 
+@needs_selector
 async def test_a_due_timer_runs_before_callbacks_that_input_schedules(stack: Stack) -> None:
     order: list[str] = []
 
@@ -374,9 +378,13 @@ CONNECTIONS = {
     "anyio datagram socket": connect_anyio_socket,
 }
 
+every_connection = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=needs_pipes) if kind == "pipe" else kind for kind in CONNECTIONS]
+)
+
 
 @pytest.mark.parametrize("held_up_in", ["a task", "a callback"])
-@pytest.mark.parametrize("kind", CONNECTIONS)
+@every_connection
 async def test_g1_data_that_has_arrived_comes_before_a_timer(stack: Stack, kind: str, held_up_in: str) -> None:
     if stack.is_oracle and kind.startswith("anyio"):
         pytest.skip("asyncio has no such thing")
@@ -436,7 +444,7 @@ async def test_g1_a_slow_callback_of_a_connection_lets_no_timer_overtake_the_oth
     assert outcomes == ["received"] * 4
 
 
-@pytest.mark.parametrize("kind", CONNECTIONS)
+@every_connection
 async def test_g1_a_flood_does_not_keep_a_timer_from_running(stack: Stack, kind: str) -> None:
     """Each message brings the next one."""
     if stack.is_oracle and kind.startswith("anyio"):
@@ -711,6 +719,7 @@ class CountingGroup(TransportGroup):
 
 
 @pytest.mark.parametrize("where", ["a callback", "a task"])
+@needs_selector
 async def test_a_cancelled_timer_costs_no_wake_up(anyio_backend: Any, where: str) -> None:
     """It was cancelled in an iteration, or while the group was waiting for it."""
     timers: list[Any] = []
@@ -739,6 +748,7 @@ async def test_a_cancelled_timer_costs_no_wake_up(anyio_backend: Any, where: str
     assert fired == [1]
 
 
+@needs_selector
 async def test_a_timer_that_was_waited_for_and_is_cancelled_costs_no_wake_up(anyio_backend: Any) -> None:
     fired: list[int] = []
     async with CountingGroup() as group:
@@ -766,6 +776,7 @@ async def test_a_task_that_rearms_a_time_out_causes_no_iterations(anyio_backend:
         timer.cancel()
 
 
+@needs_selector
 async def test_a_time_between_the_ticks_of_the_loops_clock_causes_one_iteration(anyio_backend: Any) -> None:
     """uvloop counts in milliseconds, rounded."""
     fired: list[float] = []
@@ -918,6 +929,7 @@ async def test_a_timer_can_be_moved_to_infinity_and_back(anyio_backend: Any) -> 
         await until(lambda: fired)
 
 
+@needs_selector
 async def test_a_moved_time_out_costs_no_iterations(anyio_backend: Any) -> None:
     """Neither the moves, nor the time that the group waited for before, nor what is left of earlier times."""
     fired: list[int] = []
@@ -1310,6 +1322,7 @@ async def test_what_a_thread_has_handed_over_runs_however_close_to_the_end(anyio
         assert ran == accepted
 
 
+@needs_signals
 async def test_call_soon_threadsafe_in_a_signal_handler(anyio_backend: Any) -> None:
     """It runs in the group's own thread, possibly during another `call_soon_threadsafe`."""
     calls: list[str] = []

@@ -33,7 +33,7 @@ import pytest
 import trustme
 from anyio.abc import SocketStream
 from anyio.streams.tls import TLSStream
-from network import HOST, cancelled_after, run_program
+from network import HOST, cancelled_after, needs_pipes, needs_sendfile, needs_unix, run_program
 from support import (
     GUARD,
     Peer,
@@ -138,13 +138,7 @@ async def stuck(transport: Any) -> None:
                 await anyio.lowlevel.checkpoint()
                 transport.write(b"")
     sock = transport.get_extra_info("socket")
-    await until(lambda: not writable(sock.fileno()))
-
-
-def writable(descriptor: int) -> bool:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLOUT)
-    return bool(poll.poll(0))
+    await until(lambda: not select.select([], [sock], [], 0)[1])
 
 
 # -- what is sent -----------------------------------------------------------------------------------------------------
@@ -266,6 +260,7 @@ class Descriptor:
         self.fileno = file.fileno
 
 
+@needs_sendfile
 async def test_a_file_that_is_only_a_descriptor(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, _, peer):
         with on_disk(SMALL_CONTENT) as file:
@@ -622,6 +617,7 @@ async def test_transports_that_cannot_send_files(stack: Stack) -> None:
                 await group.sendfile(ForeignTransport(), file)
 
 
+@needs_sendfile
 async def test_without_the_fallback(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, _, peer):
         with in_memory(SMALL_CONTENT) as file:
@@ -633,6 +629,7 @@ async def test_without_the_fallback(stack: Stack) -> None:
         assert await peer.receive_exactly(len(SMALL_CONTENT)) == SMALL_CONTENT
 
 
+@needs_sendfile
 async def test_a_system_without_sendfile(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     async with stack.open() as group, connected(group) as (transport, _, peer):
         monkeypatch.delattr(os, "sendfile")
@@ -768,6 +765,7 @@ async def test_f4_unflushed_data_of_the_file(stack: Stack, server_context: ssl.S
             assert await receive() == b"content"
 
 
+@needs_sendfile
 @pytest.mark.parametrize(
     "open_file",
     [
@@ -786,6 +784,7 @@ async def test_f4_files_that_the_system_sends(stack: Stack, tmp_path: Path, open
         assert await peer.receive_exactly(len(SMALL_CONTENT)) == SMALL_CONTENT
 
 
+@needs_sendfile
 async def test_a_named_temporary_file_is_sent_by_the_system(stack: Stack) -> None:
     async with stack.open() as group, connected(group) as (transport, _, peer):
         with tempfile.NamedTemporaryFile() as file:
@@ -802,7 +801,7 @@ async def test_a_named_temporary_file_is_sent_by_the_system(stack: Stack) -> Non
     why="[CPython 152099](https://github.com/python/cpython/issues/152099)",
 )
 @pytest.mark.ours_only
-@pytest.mark.parametrize("over", ["tls", "pipe", "memory"])
+@pytest.mark.parametrize("over", ["tls", pytest.param("pipe", marks=needs_pipes), "memory"])
 async def test_f4_no_system_call_and_no_fallback(stack: Stack, server_context: ssl.SSLContext, over: str) -> None:
     async with stack.open() as group:
         with on_disk(SMALL_CONTENT) as file:
@@ -1083,6 +1082,8 @@ async def test_f1_f2_over_an_anyio_tls_stream(
     assert received == LARGE_CONTENT[:1_000_003] + b"the end"
 
 
+@needs_unix
+@needs_sendfile
 async def test_over_a_unix_socket(stack: Stack) -> None:
     ours, theirs = socket.socketpair()
     async with stack.open() as group:
@@ -1101,6 +1102,7 @@ async def test_over_a_unix_socket(stack: Stack) -> None:
 )
 @files
 @pytest.mark.ours_only
+@needs_pipes
 async def test_over_a_pipe(stack: Stack, make_file: Any) -> None:
     read, write = os.pipe()
     async with stack.open() as group:

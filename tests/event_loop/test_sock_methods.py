@@ -9,7 +9,7 @@ import ssl
 from typing import Any
 
 import pytest
-from network import needs_unix
+from network import needs_sendfile, needs_unix
 from support import pattern, socket_pair
 
 #: There these methods are uvloop's own, which differ in details.
@@ -670,7 +670,7 @@ def test_a_file_begins_at_its_beginning_wherever_it_stands(run, file):
     run(main)
 
 
-@pytest.mark.skipif(not hasattr(os, "sendfile"), reason="the system does not send files")
+@needs_sendfile
 def test_without_a_fallback_only_the_system_sends(run, tmp_path):
     async def main() -> None:
         loop = asyncio.get_running_loop()
