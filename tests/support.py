@@ -43,10 +43,12 @@ __all__ = [
     "Stack",
     "SubprocessRecorder",
     "array",
+    "at_depth",
     "capture_log",
     "collect_contexts",
     "connected",
     "fill",
+    "frames_left",
     "leaves",
     "listening",
     "pattern",
@@ -87,6 +89,26 @@ def open_descriptors() -> dict[int, str]:
             except OSError:
                 continue
     return found
+
+
+def at_depth(depth: int, call: Callable[[], None]) -> None:
+    """Call with that many more frames on the stack."""
+    if depth:
+        at_depth(depth - 1, call)
+    else:
+        call()
+
+
+def frames_left() -> int:
+    """Return how many more frames fit on the stack."""
+
+    def count(number: int) -> int:
+        try:
+            return count(number + 1)
+        except RecursionError:
+            return number
+
+    return count(1)
 
 
 async def until(condition: Callable[[], object]) -> None:

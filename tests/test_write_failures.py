@@ -19,7 +19,20 @@ import anyio
 import pytest
 from anyio.abc import SocketStream
 from network import needs_pipes, needs_unix
-from support import GUARD, Peer, Recorder, Stack, collect_contexts, connected, fill, listening, turns, until
+from support import (
+    GUARD,
+    Peer,
+    Recorder,
+    Stack,
+    at_depth,
+    collect_contexts,
+    connected,
+    fill,
+    frames_left,
+    listening,
+    turns,
+    until,
+)
 from tls_support import NAME, Certificates, TLSPeer, together
 
 from transports_anyio import DatagramProtocol
@@ -219,24 +232,12 @@ async def test_w17_epoll_refuses_a_write_registration(
 # -- the recursion limit ----------------------------------------------------------------------------------------------
 
 
-def at_depth(depth: int, call: Callable[[], None]) -> None:
-    """Call with that many more frames on the stack."""
-    if depth:
-        at_depth(depth - 1, call)
-    else:
-        call()
+def never() -> None:
+    raise AssertionError
 
 
-def frames_left() -> int:
-    """Return how many more frames fit on the stack."""
-
-    def count(number: int) -> int:
-        try:
-            return count(number + 1)
-        except RecursionError:
-            return number
-
-    return count(1)
+#: In seconds: when timers of tests at the recursion limit run.
+SOON = 0.01
 
 
 @WAYS
@@ -335,6 +336,96 @@ async def test_w17_callbacks_scheduled_at_the_recursion_limit(stack: Stack) -> N
             await until(lambda ran=ran: "next" in ran)
             assert ran == (["next"] if raised else ["refused", "next"])
         assert refused
+
+
+@pytest.mark.ours_only("asyncio's own timers need no driver")
+@pytest.mark.parametrize("name", ["call_later", "call_at"])
+async def test_timers_set_at_the_recursion_limit(stack: Stack, name: str) -> None:
+    """A call that is refused leaves no timer. Timers set before run on time, although nothing else wakes the group."""
+    async with stack.open() as group:
+        others = [group.call_later(3600 + number, never) for number in range(5)]  # The new one is compared with them.
+        refused = 0
+        for spare in range(1, 50):
+            ran: list[str] = []
+            before_ran = anyio.Event()
+            before = group.call_later(SOON, before_ran.set)
+            await turns(3)  # The group waits again, so that the call has to move the end of the wait.
+            when = before.when() - SOON * 0.9
+            delay = when if name == "call_at" else SOON * 0.1
+            raised = False
+            try:
+                at_depth(
+                    frames_left() - spare,
+                    lambda ran=ran, delay=delay: getattr(group, name)(delay, ran.append, "refused"),
+                )
+            except RecursionError:
+                raised = True
+            refused += raised
+            assert raised or group.statistics().pending_timers in (len(others) + 1, len(others) + 2)
+            with anyio.fail_after(GUARD):
+                await before_ran.wait()
+            assert ran == ([] if raised else ["refused"])
+            assert group.statistics().pending_timers == len(others)
+        assert refused
+        assert not raised
+        for other in others:
+            other.cancel()
+
+
+@pytest.mark.ours_only("asyncio cannot move a timer")
+@pytest.mark.parametrize("delay", [0, 7200], ids=["earlier", "later"])
+async def test_a_timer_moved_at_the_recursion_limit(stack: Stack, delay: float) -> None:
+    """A call that is refused leaves the timer as it was, and it can be moved again."""
+    async with stack.open() as group:
+        others = [group.call_later(3500 + number, never) for number in range(5)]
+        refused = 0
+        for spare in range(1, 50):
+            ran = anyio.Event()
+            before_ran = anyio.Event()
+            moved = group.call_later(3600, ran.set)
+            group.call_later(SOON, before_ran.set)
+            when = moved.when()
+            await turns(3)
+            raised = False
+            try:
+                at_depth(frames_left() - spare, lambda moved=moved: moved.reschedule(delay))
+            except RecursionError:
+                raised = True
+            refused += raised
+            assert (moved.when() == when) is raised
+            with anyio.fail_after(GUARD):
+                await before_ran.wait()
+            assert ran.is_set() is (not raised and not delay)
+            if not ran.is_set():
+                moved.reschedule(0)
+            with anyio.fail_after(GUARD):
+                await ran.wait()
+            assert group.statistics().pending_timers == len(others)
+        assert refused
+        assert not raised
+        for other in others:
+            other.cancel()
+
+
+@pytest.mark.ours_only("asyncio's own call_soon_threadsafe leaves the callback behind")
+async def test_callbacks_of_threads_scheduled_at_the_recursion_limit(stack: Stack) -> None:
+    async with stack.open() as group:
+        refused = 0
+        for spare in range(1, 50):
+            await turns(3)
+            ran: list[str] = []
+            raised = False
+            try:
+                at_depth(frames_left() - spare, lambda ran=ran: group.call_soon_threadsafe(ran.append, "refused"))
+            except RecursionError:
+                raised = True
+            refused += raised
+            group.call_soon_threadsafe(ran.append, "next")
+            with anyio.fail_after(GUARD):
+                await until(lambda ran=ran: "next" in ran)
+            assert ran == (["next"] if raised else ["refused", "next"])
+        assert refused
+        assert not raised
 
 
 # -- datagrams --------------------------------------------------------------------------------------------------------

@@ -21,6 +21,18 @@ from ._selector import READ, Registration, Selector
 # Linux).
 RESOLUTION = 1e-9
 
+# How many frames a backend needs at most to change the deadline of a cancel scope.
+FRAMES_OF_BACKEND = 20
+
+
+def check_stack(frames: int = FRAMES_OF_BACKEND) -> None:
+    """Raise `RecursionError` if less than `frames` more fit on the stack.
+
+    For calls of a backend that change its state in several steps: in the middle of them the exception would break it.
+    """
+    if frames:
+        check_stack(frames - 1)
+
 
 class DrivenScheduler(Protocol):
     """What a driver needs of the scheduler."""
@@ -58,7 +70,10 @@ class Driver(ABC):
 
     @abstractmethod
     def wait_until(self, deadline: float) -> None:
-        """Wait no longer than until `deadline`, which is before `self.deadline`. May only be called while `waiting`."""
+        """Wait no longer than until `deadline`, which is before `self.deadline`. May only be called while `waiting`.
+
+        If this raises, at the recursion limit for example, the wait ends when it would have ended.
+        """
 
     @abstractmethod
     def wake(self) -> None:
@@ -129,6 +144,7 @@ class TaskDriver(Driver):
         if self._scope is None:
             self.wake()
         else:
+            check_stack()
             self._scope.deadline = self.deadline = deadline
 
     def wake(self) -> None:

@@ -130,7 +130,21 @@ class Timers:
     def push(self, handle: Timer) -> None:
         """Add `handle`, which has its deadline already, behind those with the same one."""
         self.number = handle._number = handle._entry = number = self.number + 1
-        heappush(self.heap, (handle._when, number, handle))
+        try:
+            heappush(self.heap, (handle._when, number, handle))
+        except RecursionError:
+            self.take_back(handle)
+            raise
+
+    def take_back(self, handle: Timer) -> None:
+        """Remove what a failed `heappush` has left of `handle`.
+
+        Before Python 3.12 a comparison may raise at the recursion limit. The entry is the last one then.
+        """
+        heap = self.heap
+        if heap and heap[-1][1] is handle._entry:  # The same object, which needs no comparison.
+            del heap[-1]
+        handle._entry = ABSENT
 
     def cancel(self, handle: Timer) -> None:
         """Remove `handle`. Does nothing if it has run or was cancelled already."""
@@ -139,19 +153,31 @@ class Timers:
         if number > 0:
             self.dead = dead = self.dead + 1
             if dead > DEAD_TO_REMOVE and dead * 2 > len(self.heap):
-                self.heap = [entry for entry in self.heap if entry[1] == entry[2]._entry]
-                heapify(self.heap)
-                self.dead = 0
+                self._remove_dead()
+
+    def _remove_dead(self) -> None:
+        heap = [entry for entry in self.heap if entry[1] == entry[2]._entry]
+        heapify(heap)
+        self.heap = heap
+        self.dead = 0
 
     def move(self, handle: Timer, when: float) -> None:
-        """Set the deadline of `handle`, which is pending."""
+        """Set the deadline of `handle`, which is pending. If this raises, the old one stays."""
         if handle._entry > 0 and when >= handle._when:
             handle._when = when
             self.number = handle._number = self.number + 1
         else:
-            self.cancel(handle)
+            before = handle._when, handle._number, handle._entry
             handle._when = when
-            self.push(handle)
+            try:
+                self.push(handle)
+            except RecursionError:
+                handle._when, handle._number, handle._entry = before
+                raise
+            if before[2] > 0:
+                self.dead = dead = self.dead + 1
+                if dead > DEAD_TO_REMOVE and dead * 2 > len(self.heap):
+                    self._remove_dead()
 
     def next_deadline(self) -> float:
         """Return the deadline of the first pending timer, or infinity without one."""
@@ -220,7 +246,11 @@ class TimerHandle(Handle):
         self._when = when
         timers = scheduler.timers
         timers.number = self._number = self._entry = number = timers.number + 1
-        heappush(timers.heap, (when, number, self))
+        try:
+            heappush(timers.heap, (when, number, self))
+        except RecursionError:
+            timers.take_back(self)
+            raise
 
     def when(self) -> float:
         """Return the time at which the callback is due, in seconds of `TransportGroup.time`."""
@@ -259,8 +289,8 @@ class TimerHandle(Handle):
         if self._entry == ABSENT:
             reason = "was cancelled" if self._callback is None else "has run, or its group has ended"
             raise RuntimeError(f"the timer cannot be moved, because it {reason}: make a new one with call_later()")
+        self._scheduler.wait_at_most_until(when)  # First: if it raises, the timer is not moved.
         self._scheduler.timers.move(self, when)
-        self._scheduler.wait_at_most_until(when)
 
     # As in asyncio: ordered by time; equal if time, callback and arguments are equal.
 

@@ -134,11 +134,11 @@ class LoopDriver(Driver):
             self._set_timer(inf)
 
     def wait_until(self, deadline: float) -> None:
-        self.deadline = deadline
         # A task may set and cancel many timers in a row: the loop's own timer is moved once for all of them.
         if not self._moving:
             self._loop.call_soon(self._move_timer)
             self._moving = True
+        self.deadline = deadline
 
     def _move_timer(self) -> None:
         self._moving = False

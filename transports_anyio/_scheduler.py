@@ -237,11 +237,11 @@ class Scheduler:
         if not -inf <= when <= inf:
             raise ValueError(f"a time was expected, got {when!r}")
         when = float(when)  # `OverflowError` for an integer that is too large.
-        handle = TimerHandle(when, callback, args, self.context_for(callback, context), self)
+        context_of_call = self.context_for(callback, context)
         driver = self.driver
         if driver.waiting and when < driver.deadline:  # `wait_at_most_until`, for speed.
-            driver.wait_until(when)
-        return handle
+            driver.wait_until(when)  # First: if it raises, there is no timer.
+        return TimerHandle(when, callback, args, context_of_call, self)
 
     def context_for(self, callback: object, given: Context | None) -> Context | GivenContext:
         """Return the context that `callback` runs in. Raises `TypeError` if it is not callable."""

@@ -24,7 +24,7 @@ import trio
 from trio import sleep
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled, disable_ki_protection, enable_ki_protection
 
-from ._driver import RESOLUTION, DrivenScheduler, TaskDriver
+from ._driver import RESOLUTION, DrivenScheduler, TaskDriver, check_stack
 from ._selector import SystemSelector
 
 __all__ = [
@@ -159,9 +159,10 @@ class TrioDriver(TaskDriver):
         self.wait_until(deadline)
 
     def wait_until(self, deadline: float) -> None:
-        self.deadline = deadline
         if deadline < self._alarm_at:
-            self._alarm_at = self._alarm_scope.deadline = deadline
+            check_stack()
+            self._alarm_scope.deadline = self._alarm_at = deadline
+        self.deadline = deadline
 
     @enable_ki_protection
     def wake(self) -> None:

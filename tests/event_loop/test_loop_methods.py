@@ -13,6 +13,7 @@ import warnings
 import weakref
 
 import pytest
+from support import at_depth, frames_left
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
@@ -66,6 +67,38 @@ def test_timers_run_by_time_and_then_in_order(run):
         assert order == [1, 2, 3]
 
     run(main)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("name", ["call_soon", "call_soon_threadsafe", "call_later", "call_at"])
+def test_a_call_that_raises_at_the_recursion_limit_schedules_nothing(run, name, debug):
+    if run.name != "trio" and name == "call_soon_threadsafe":
+        pytest.skip("asyncio's and uvloop's run it nevertheless")
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        others = [loop.call_later(3600 + number, pytest.fail) for number in range(5)]
+        schedule = getattr(loop, name)
+        when = {"call_later": [0.001], "call_at": [loop.time()]}.get(name, [])
+        refused = 0
+        for spare in range(1, 80):
+            ran = []
+            raised = False
+            try:
+                at_depth(frames_left() - spare, lambda ran=ran: schedule(*when, ran.append, "refused"))
+            except RecursionError:
+                raised = True
+            refused += raised
+            done = loop.create_future()
+            loop.call_later(0.002, done.set_result, None)
+            await done
+            assert ran == ([] if raised else ["refused"])
+        assert refused or run.is_uvloop  # Its calls need no frames.
+        assert not raised
+        for other in others:
+            other.cancel()
+
+    run(main, debug=debug)
 
 
 def test_a_timer_in_the_past_runs_in_the_next_iterations(run):

@@ -25,7 +25,7 @@ from weakref import WeakSet
 
 import anyio
 
-from .._driver import Driver
+from .._driver import Driver, check_stack
 from .._endpoints._datagrams import DatagramEndpoints
 from .._endpoints._pipes import PipeEndpoints
 from .._endpoints._processes import ProcessEndpoints
@@ -160,6 +160,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         if self._debug:
             check_callback(callback, "call_soon_threadsafe")
         handle = (DebugHandle if self._debug else ThreadSafeHandle)(callback, args, self, context)
+        check_stack()  # As in `TransportGroup.call_soon_threadsafe`.
         with core.handing_over:
             core.check_alive("call_soon_threadsafe")
             self._append(handle)
@@ -193,11 +194,10 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     ) -> asyncio.TimerHandle:
         if self._checks:
             self._check(callback, "call_at")
-        handle = self._new_timer_handle(when, callback, args, self, context, self._timers)
         driver = self._driver
         if driver.waiting and when < driver.deadline:  # `wait_at_most_until`, for speed.
-            driver.wait_until(when)
-        return handle
+            driver.wait_until(when)  # First: if it raises, there is no timer.
+        return self._new_timer_handle(when, callback, args, self, context, self._timers)
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """Do nothing: a cancelled handle removes itself. asyncio's code calls this."""
