@@ -231,7 +231,7 @@ class TransportStream(_TransportObject[StreamTransport, StreamBridge], ByteStrea
             raise TypeError(f"a stream transport of a TransportGroup was expected, got {transport!r}")
         if not isinstance(received, (bytes, bytearray, memoryview)):
             raise TypeError(f"received must be a bytes-like object, not {type(received).__name__!r}")
-        transport._check_not_upgraded("TransportStream")  # noqa: SLF001
+        transport._check_not_upgraded("TransportStream")
         super().__init__()
         self._transport = transport
         self._bridge = bridge = StreamBridge(transport, bytes(received))
@@ -261,7 +261,7 @@ class TransportStream(_TransportObject[StreamTransport, StreamBridge], ByteStrea
             bridge = self._bridge
             if bridge.chunks or bridge.ended:
                 await self._pause()
-            elif not self._transport._can_receive():  # noqa: SLF001
+            elif not self._transport._can_receive():
                 raise NotImplementedError("this end only writes: it cannot receive")
             else:
                 self._calls_without_pause = 0
@@ -347,8 +347,7 @@ class TransportStream(_TransportObject[StreamTransport, StreamBridge], ByteStrea
         try:
             bridge = self._bridge
             # The bridge stays the protocol, so it sees every callback in between.
-            group: Any = self._transport._callback_context.group  # noqa: SLF001  # Or our event loop.
-            self._transport = bridge.transport = await group.start_tls(
+            self._transport = bridge.transport = await self._transport._group.start_tls(
                 self._transport,
                 bridge,
                 ssl_context,

@@ -68,8 +68,8 @@ class ReadTransport(BaseTransport, asyncio.ReadTransport):
         """Return whether the peer has ended the stream: no `data_received` or `eof_received` follows."""
 
 
-class WriteTransport(BaseTransport, asyncio.WriteTransport):
-    """A transport that sends; returned by `connect_write_pipe`."""
+class _SendingTransport(BaseTransport):
+    """What all transports have that send."""
 
     __slots__ = ()
 
@@ -84,6 +84,12 @@ class WriteTransport(BaseTransport, asyncio.WriteTransport):
         Raises `ConnectionError` when the connection is lost; its cause is what `connection_lost` gets, where it gets an
         exception and a task of the connection, or one that waits for it, has been there before.
         """
+
+
+class WriteTransport(_SendingTransport, asyncio.WriteTransport):
+    """A transport that sends; returned by `connect_write_pipe`."""
+
+    __slots__ = ()
 
 
 class Transport(ReadTransport, WriteTransport, asyncio.Transport):
@@ -92,22 +98,10 @@ class Transport(ReadTransport, WriteTransport, asyncio.Transport):
     __slots__ = ()
 
 
-class DatagramTransport(BaseTransport, asyncio.DatagramTransport):
+class DatagramTransport(_SendingTransport, asyncio.DatagramTransport):
     """A transport for datagrams; returned by `create_datagram_endpoint` and `connect_datagram_socket`."""
 
     __slots__ = ()
-
-    @abstractmethod
-    def is_writing_paused(self) -> bool:
-        """Return whether writing is paused: between `pause_writing` and `resume_writing` of the protocol."""
-
-    @abstractmethod
-    async def drain(self) -> None:
-        """Wait until writing is not paused, so that more can be written.
-
-        Raises `ConnectionError` when the connection is lost; its cause is what `connection_lost` gets, where it gets an
-        exception and a task of the connection, or one that waits for it, has been there before.
-        """
 
     @abstractmethod
     def get_write_buffer_size(self) -> int:

@@ -79,7 +79,7 @@ class StartTLSEndpoints(Endpoints):
         check_given_protocol(protocol, "start_tls")
         if not isinstance(received, (bytes, bytearray, memoryview)):
             raise TypeError(f"received must be a bytes-like object, not {type(received).__name__!r}")
-        if not transport._belongs_to(self):
+        if transport._group is not self:
             raise RuntimeError(f"transport {transport!r} belongs to another group")
 
         def make_channel(plain: StreamChannel, unsent: bytes) -> TLSChannel:

@@ -22,8 +22,8 @@ from ._logger import logger
 OWN_FILES = str(Path(__file__).parent)
 
 
-class Handle(asyncio.Handle):
-    """A callback in the queue. A call runs it."""
+class PlainHandle(asyncio.Handle):
+    """What handles have outside of the debug mode."""
 
     __slots__ = ()
 
@@ -34,8 +34,14 @@ class Handle(asyncio.Handle):
     _context: Context
 
     @property
-    def _cancelled(self) -> bool:  # type: ignore[override]  # asyncio sets it, in what is overridden here
+    def _cancelled(self) -> bool:  # type: ignore[override]  # asyncio sets it, in what is overridden in derived classes
         return self._callback is None
+
+
+class Handle(PlainHandle):
+    """A callback in the queue. A call runs it."""
+
+    __slots__ = ()
 
     def __init__(
         self,
@@ -88,25 +94,16 @@ class ThreadSafeHandle(Handle):
             super().__call__()
 
 
-class TimerHandle(asyncio.TimerHandle):
+class TimerHandle(PlainHandle, asyncio.TimerHandle):
     """A callback at a time, in the core's timers. A call runs it."""
 
     __slots__ = ("_entry", "_number", "_timers")
 
-    # As for `Handle`.
-    _repr = None
-    _source_traceback = None
     _scheduled = True
-    _callback: Any
-    _context: Context
     # Of `Timer`.
     _when: float
     _number: int
     _entry: int
-
-    @property
-    def _cancelled(self) -> bool:  # type: ignore[override]  # asyncio sets it, in what is overridden here
-        return self._callback is None
 
     def __init__(
         self,

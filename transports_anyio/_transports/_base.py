@@ -126,9 +126,6 @@ class ChannelTransport(TaskOwner, asyncio.BaseTransport):
             self._broken(exc, "wait")
             raise
 
-    def _belongs_to(self, group: object) -> bool:
-        return self._callback_context.group is group
-
     def _abort(self) -> None:
         """End the connection at once: the end of the group calls this."""
         self.abort()

@@ -134,9 +134,13 @@ class TaskOwner:
     _tasks: ConnectionTasks | None
 
     @property
+    def _group(self) -> Any:
+        """The group, or the event loop, that the transport belongs to."""
+        return self._callback_context.group
+
+    @property
     def _core(self) -> Core:
-        group: Any = self._callback_context.group
-        core: Core = group._core
+        core: Core = self._group._core
         return core
 
     @abstractmethod
@@ -186,7 +190,6 @@ class TaskOwner:
         Raises `RuntimeError` if the group is not open and in another thread, `ConnectionError` if the connection is
         lost, `TypeError` if `async_function` is not an async function or does not take these arguments.
         """
-        group = self._callback_context.group
         self._core.check_alive("start_soon", "anyio.from_thread.run_sync(transport.start_soon, ...)")
         if not callable(async_function):
             msg = f"start_soon() takes an async function and its arguments, got {async_function!r}"
@@ -197,7 +200,7 @@ class TaskOwner:
                 errno.ECONNRESET, "the connection is lost: use group.start_soon() for a task that goes on without it"
             )
         context = copy_context()
-        context.run(current.set, group)
+        context.run(current.set, self._group)
         context.run(tasks.start, async_function, args, name)
 
     async def drain(self) -> None:
