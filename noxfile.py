@@ -352,7 +352,7 @@ def benchmarks(session: nox.Session) -> None:
     """Measure processor time beside asyncio, uvloop, trio, AnyIO and trio-asyncio; takes half an hour."""
     session.install(".", *group("benchmarks"))
     session.run("python", "benchmarks/bench_transports.py", *session.posargs)
-    if not session.posargs:
+    if not session.posargs or {"--update", "--add"} & set(session.posargs):
         session.run("python", "benchmarks/report.py")
 
 
