@@ -17,8 +17,15 @@ from network import Echo, needs_pipes, needs_signals, needs_unix
 from support import GUARD, HOST, DatagramRecorder, Peer, Recorder, SubprocessRecorder, collect_contexts, fill, until
 from tls_support import NAME, Certificates, TLSPeer
 
-from transports_anyio import TransportGroup, TransportStream
-from transports_anyio.testing import memory_connection
+from transports_anyio import (
+    BufferedProtocol,
+    DatagramProtocol,
+    Protocol,
+    SubprocessProtocol,
+    TransportGroup,
+    TransportStream,
+    testing,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -512,6 +519,48 @@ async def test_a_callback_of_a_child_that_raises_ends_it(anyio_backend: Any) -> 
         assert transport.get_returncode() == -signal.SIGKILL
 
 
+# -- recorders --------------------------------------------------------------------------------------------------------
+
+
+class Closing:
+    """The part of a protocol that ends its connection when it is asked."""
+
+    transport: Any
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def shutdown_requested(self) -> None:
+        self.transport.close()
+
+
+@pytest.mark.parametrize("how", ["protocol", "hook", "neither"])
+@pytest.mark.parametrize("kind", ["stream", "buffered", "datagram", "child"])
+async def test_a_recorder_asks_the_protocol_that_it_wraps(anyio_backend: Any, kind: str, how: str) -> None:
+    base, recorder_class = {
+        "stream": (Protocol, testing.Recorder),
+        "buffered": (BufferedProtocol, testing.BufferedRecorder),
+        "datagram": (DatagramProtocol, testing.DatagramRecorder),
+        "child": (SubprocessProtocol, testing.SubprocessRecorder),
+    }[kind]
+    protocol = type("Wrapped", (Closing, base), {})() if how == "protocol" else None
+    hooks = {"on_shutdown_requested": lambda recorder: recorder.transport.close()} if how == "hook" else {}
+    recorder: Any = recorder_class(protocol, **hooks)
+    async with TransportGroup() as group:
+        if kind == "datagram":
+            await group.create_datagram_endpoint(lambda: recorder, (HOST, 0))
+        elif kind == "child":
+            if sys.platform == "win32":
+                pytest.skip("pipes of POSIX")
+            await group.subprocess_exec(lambda: recorder, sys.executable, "-c", FOREVER)
+        else:
+            await testing.memory_connection(group, lambda: recorder, Recorder)
+        with anyio.fail_after(GUARD):
+            await group.shutdown(3600)
+    assert recorder.count("shutdown_requested") == (how != "neither")
+    recorder.check()
+
+
 # -- protocols without `shutdown_requested` ---------------------------------------------------------------------------
 
 
@@ -531,7 +580,8 @@ async def test_a_stream_without_shutdown_requested_sends_what_is_buffered(
             "server_hostname": NAME,
         }
         plain, encrypted, used = [
-            await memory_connection(group, Recorder, Reading, buffer_size=16, **options) for options in ({}, tls, {})
+            await testing.memory_connection(group, Recorder, Reading, buffer_size=16, **options)
+            for options in ({}, tls, {})
         ]
         stream = TransportStream(used[0][0])
         for (transport, _), _ in (plain, encrypted):

@@ -14,7 +14,8 @@
 
 A recorder wraps a protocol, or stands alone. It records every callback with its arguments, checks that the order is one
 that asyncio's documentation allows, calls the hook of the callback, if there is one, and passes the callback on to the
-protocol. Recorders also work with asyncio's own transports.
+protocol. It has a `shutdown_requested` if the protocol has one, or if there is a hook for it. Recorders also work with
+asyncio's own transports.
 
     Recorder(on_data_received=lambda recorder, data: recorder.transport.write(data))
 
@@ -27,6 +28,7 @@ import asyncio
 import ssl as ssl_module
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from reprlib import Repr
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
@@ -212,6 +214,14 @@ class _Recorder(Generic[WrappedT]):
     def resume_writing(self) -> None:
         self._flow("resume_writing", paused=False)
 
+    if not TYPE_CHECKING:  # A derived class may define the method.
+
+        def __getattr__(self, name: str) -> Any:
+            # A transport looks whether its protocol has this callback, and closes if not.
+            if name == "shutdown_requested" and (name in self.hooks or hasattr(self.protocol, name)):
+                return partial(self._pass_on, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _flow(self, name: str, *, paused: bool) -> None:
         if paused == self.writing_paused:
             problem = "twice in a row" if name in self.names else "without pause_writing()"
@@ -266,6 +276,7 @@ class Recorder(_StreamRecorder[asyncio.Protocol], asyncio.Protocol):
         "eof_received": {"open": "ended"},
         "pause_writing": _BETWEEN,
         "resume_writing": _BETWEEN,
+        "shutdown_requested": _BETWEEN,
         "connection_lost": {"open": "lost", "ended": "lost"},
     }
 
@@ -288,6 +299,7 @@ class BufferedRecorder(_StreamRecorder[asyncio.BufferedProtocol], asyncio.Buffer
         "eof_received": {"open": "ended", "waiting": "ended"},
         "pause_writing": {**_BETWEEN, "waiting": "waiting"},
         "resume_writing": {**_BETWEEN, "waiting": "waiting"},
+        "shutdown_requested": {**_BETWEEN, "waiting": "waiting"},
         "connection_lost": {"open": "lost", "waiting": "lost", "ended": "lost"},
     }
 
@@ -328,6 +340,7 @@ class DatagramRecorder(_Recorder[asyncio.DatagramProtocol], asyncio.DatagramProt
         "error_received": _OPEN,
         "pause_writing": _OPEN,
         "resume_writing": _OPEN,
+        "shutdown_requested": _OPEN,
         "connection_lost": {"open": "lost"},
     }
 
@@ -359,6 +372,7 @@ class SubprocessRecorder(_Recorder[asyncio.SubprocessProtocol], asyncio.Subproce
         "process_exited": {"open": "exited"},
         "pause_writing": _ALIVE,
         "resume_writing": _ALIVE,
+        "shutdown_requested": _ALIVE,
         "connection_lost": {"exited": "lost"},
     }
 
