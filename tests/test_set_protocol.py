@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
+from network import needs_pipes, needs_unix
 from support import GUARD, Peer, Recorder, Stack, connected, fill, settle, until
 from tls_support import NAME, Certificates, TLSPeer, together
 
@@ -67,6 +68,7 @@ def check_refusals(name: str, transport: Any) -> None:
     why="the traceback shows the line with the mistake",
 )
 @pytest.mark.ours_only
+@needs_pipes
 async def test_r8_set_protocol_refuses_a_non_protocol(stack: Stack, certificates: Certificates) -> None:
     async with stack.open() as group:
         async with connected(group) as (transport, protocol, peer):
@@ -204,6 +206,7 @@ async def test_a_protocol_that_calls_set_protocol_in_pause_writing(stack: Stack)
 
 @pytest.mark.differs("`set_protocol` while writing is paused")
 @pytest.mark.ours_only
+@needs_unix
 async def test_datagrams_that_wait_while_a_protocol_is_set(stack: Stack) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with theirs:
@@ -233,6 +236,7 @@ async def test_datagrams_that_wait_while_a_protocol_is_set(stack: Stack) -> None
     second.check()
 
 
+@needs_pipes
 async def test_r8_a_protocol_of_a_child_that_is_set_while_writing_is_paused(anyio_backend: Any) -> None:
     program = "import sys; sys.stdin.buffer.readline(); print(len(sys.stdin.buffer.read()))"
     async with TransportGroup() as group:
@@ -288,7 +292,7 @@ async def test_r8_start_tls_while_writing_is_paused(stack: Stack, certificates: 
 
 
 @pytest.mark.ours_only("asyncio has no is_writing_paused() and is_eof_received()")
-@pytest.mark.parametrize("over", ["tcp", "unix", "stream"])
+@pytest.mark.parametrize("over", ["tcp", pytest.param("unix", marks=needs_unix), "stream"])
 async def test_r8_a_new_protocol_can_ask_for_the_state(stack: Stack, over: str) -> None:
     class KeepOpen(Protocol):
         def eof_received(self) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from network import needs_pipes, needs_unix
 from support import (
     GUARD,
     HOST,
@@ -856,6 +857,7 @@ async def test_parameters_that_are_refused(stack: Stack, certificates: Certifica
         await protocol.wait_for("connection_lost")
 
 
+@needs_pipes
 async def test_one_way_transports(stack: Stack, certificates: Certificates) -> None:
     reading, writing = os.pipe()
     protocol = Recorder()
@@ -868,6 +870,7 @@ async def test_one_way_transports(stack: Stack, certificates: Certificates) -> N
             await protocol.wait_for("connection_lost")
 
 
+@needs_unix
 async def test_unix_connection(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     client, server = Recorder(), Recorder(on_data_received=echo)

@@ -15,6 +15,7 @@ import anyio
 import anyio.to_thread
 import pytest
 import trustme
+from network import needs_pipes, needs_unix
 from support import GUARD, BufferedRecorder, Peer, Recorder, connected, fill, pattern, until
 from tls_support import NAME, Certificates, TLSPeer
 
@@ -60,6 +61,7 @@ async def test_statistics(anyio_backend: Any) -> None:
         assert after.open_servers == after.pending_timers == after.bytes_buffered == 0
 
 
+@needs_pipes
 async def test_children_count_what_goes_over_their_pipes(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         transport, _ = await group.subprocess_exec(SubprocessProtocol, "cat")
@@ -143,6 +145,7 @@ async def test_bytes_before_and_after_start_tls_count(anyio_backend: Any, certif
         assert moved(group) == (21, sent)
 
 
+@needs_unix
 async def test_datagrams_that_had_to_wait_count(anyio_backend: Any, tmp_path: Path) -> None:
     path = str(tmp_path / "receiver")
     async with TransportGroup() as group:

@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import pytest
+from network import needs_pipes
 from support import (
     GUARD,
     HOST,
@@ -165,6 +166,7 @@ async def test_waiting_after_connection_lost_raises(stack: Stack) -> None:
     recorder.check()
 
 
+@needs_pipes
 async def test_callbacks_that_are_left_out_do_nothing(stack: Stack) -> None:
     """Every callback is optional except a `BufferedProtocol`'s `get_buffer`."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio.abc import SocketStream
+from network import needs_unix
 from support import GUARD, HOST, Peer, Recorder, Stack, connected, listening
 from tls_support import NAME, Certificates, together
 
@@ -192,6 +193,7 @@ async def test_t15_closing_after_a_reset_that_only_openssl_saw(stack: Stack, cer
 
 
 @pytest.mark.parametrize("says_so", [True, False])
+@needs_unix
 async def test_t15_peer_that_disconnects_before_the_session_tickets(
     stack: Stack, certificates: Certificates, says_so: bool
 ) -> None:

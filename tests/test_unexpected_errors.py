@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio.abc import ByteStream
+from network import needs_pipes
 from support import (
     GUARD,
     HOST,
@@ -233,6 +234,7 @@ async def test_g5_a_datagram_endpoint_fails(stack: Stack, faults: Faults, doing:
     why="one rule for every transport",
 )
 @every_error
+@needs_pipes
 async def test_g5_reading_from_a_pipe_fails(stack: Stack, faults: Faults, error: Any) -> None:
     faults.let_fail(os, error, "read")
     async with stack.open() as group, connected(group, echo()) as (_, _, other):
@@ -300,6 +302,7 @@ class ChildProtocol(SubprocessProtocol):
 
 @pytest.mark.ours_only("asyncio waits in a thread")
 @every_error
+@needs_pipes
 async def test_g5_polling_a_child_fails(stack: Stack, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
     """It is polled again."""
     original = os.waitid
@@ -340,6 +343,7 @@ class Unprintable:
 
 @pytest.mark.ours_only("the repr of asyncio's transports does not include the pipe")
 @every_error
+@needs_pipes
 async def test_g5_the_repr_of_a_logged_object_fails(stack: Stack, error: Any) -> None:
     """Every callback comes all the same, and the transport is closed."""
     logger = logging.getLogger(stack.logger)

@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio.abc import SocketStream
-from network import needs_pipes, needs_unix
+from network import needs_pipes, needs_selector, needs_sendfile, needs_unix
 from support import (
     GUARD,
     Peer,
@@ -124,16 +124,8 @@ async def received_from(peer: Peer) -> bytes:
     return bytes(data)
 
 
-WAYS = pytest.mark.parametrize(
-    "connect",
-    [
-        tcp,
-        pytest.param(unix, marks=needs_unix),
-        tls,
-        pytest.param(pipe, marks=needs_pipes),
-        stream,
-    ],
-)
+OVER_DESCRIPTORS = [tcp, pytest.param(unix, marks=needs_unix), tls, pytest.param(pipe, marks=needs_pipes)]
+WAYS = pytest.mark.parametrize("connect", [*OVER_DESCRIPTORS, stream])
 
 WRITES = pytest.mark.parametrize(
     "write",
@@ -199,7 +191,7 @@ async def test_w17_a_failing_write_leaves_earlier_ones_alone(
 @pytest.mark.differs("a `write` that fails after a part was sent (no memory for the rest, epoll is full)")
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no epoll")
 @pytest.mark.ours_only
-@pytest.mark.parametrize("connect", [tcp, unix, tls, pipe])
+@pytest.mark.parametrize("connect", OVER_DESCRIPTORS)
 @WRITES
 async def test_w17_epoll_refuses_a_write_registration(
     stack: Stack, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, connect: Any, write: Any
@@ -244,6 +236,7 @@ SOON = 0.01
 @WRITES
 @pytest.mark.parametrize("size", [10, 8 << 20])
 @pytest.mark.ours_only("asyncio raises it and goes on with a gap in the data")
+@needs_selector
 async def test_w17_writing_near_the_recursion_limit(
     stack: Stack, certificates: Certificates, connect: Any, write: Any, size: int
 ) -> None:
@@ -469,6 +462,7 @@ async def datagrams(sock: socket.socket, count: int) -> list[bytes]:
 
 
 @pytest.mark.ours_only("asyncio of Python 3.13 copies too, and fails in another way")
+@needs_unix
 async def test_w17_sendto_without_memory(stack: Stack) -> None:
     message = bytearray(HUGE)
     async with stack.open() as group, full_endpoint(group) as (transport, protocol, peer, sent):
@@ -508,6 +502,7 @@ async def test_w17_sendto_that_cannot_wait(stack: Stack, monkeypatch: pytest.Mon
 
 
 @pytest.mark.ours_only("asyncio raises it in sendto")
+@needs_unix
 async def test_w17_sendto_near_the_recursion_limit(stack: Stack) -> None:
     limit = sys.getrecursionlimit()
     outcomes = set()
@@ -572,6 +567,7 @@ async def test_w17_sendfile_that_cannot_wait(stack: Stack, monkeypatch: pytest.M
 
 @pytest.mark.ours_only("asyncio leaves the connection open, although its error has been reported")
 @pytest.mark.parametrize("code", [errno.ETIMEDOUT, errno.EHOSTUNREACH])
+@needs_sendfile
 async def test_w17_an_error_of_the_connection_in_sendfile(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
@@ -594,7 +590,7 @@ async def test_w17_an_error_of_the_connection_in_sendfile(
 # -- after `close` ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("connect", [tcp, unix, tls, pipe])
+@pytest.mark.parametrize("connect", OVER_DESCRIPTORS)
 @WRITES
 async def test_writing_during_the_flush_of_close(
     stack: Stack, certificates: Certificates, connect: Any, write: Any
