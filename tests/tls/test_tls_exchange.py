@@ -15,6 +15,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from network import needs_unix
 from support import (
     BufferedRecorder,
     Peer,
@@ -481,6 +482,7 @@ def test_written_data_never_stops_reading() -> None:
 # -- other ways to a connection -----------------------------------------------------------------------------
 
 
+@needs_unix
 async def test_unix_sockets(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     client, server = Recorder(), Recorder(on_data_received=echo)

@@ -20,6 +20,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from network import needs_unix
 from support import (
     GUARD,
     HOST,
@@ -390,7 +391,7 @@ async def test_failing_factory_of_a_tls_server_stays_an_error(stack: Stack, cert
 
 
 @pytest.mark.ours_only("asyncio reports nothing")
-@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="there are no UNIX sockets")
+@needs_unix
 async def test_failed_handshake_of_a_unix_connection(stack: Stack, certificates: Certificates, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     async with stack.open() as group:
@@ -621,6 +622,7 @@ async def test_parameters_that_are_refused(
 @pytest.mark.ours_only
 @pytest.mark.parametrize("name", ["ssl_handshake_timeout", "ssl_shutdown_timeout"])
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
+@needs_unix
 async def test_timeouts_that_are_not_positive(
     stack: Stack, certificates: Certificates, tmp_path: Path, name: str, value: float
 ) -> None:
@@ -648,6 +650,7 @@ async def test_timeouts_that_are_not_positive(
     why="it is the caller's mistake",
 )
 @pytest.mark.ours_only
+@needs_unix
 async def test_check_hostname_without_a_name(stack: Stack, certificates: Certificates) -> None:
     context = certificates.client()
     ours, theirs = socket.socketpair()
@@ -707,7 +710,10 @@ async def test_ssl_of_a_wrong_type(stack: Stack, certificates: Certificates) -> 
         serving.server.close()
 
 
-@pytest.mark.parametrize("end", ["create_server", "connect_accepted_socket", "create_unix_server", "start_tls"])
+@pytest.mark.parametrize(
+    "end",
+    ["create_server", "connect_accepted_socket", pytest.param("create_unix_server", marks=needs_unix), "start_tls"],
+)
 async def test_shutdown_timeout_of_a_server(stack: Stack, certificates: Certificates, tmp_path: Path, end: str) -> None:
     protocol = Recorder()
     options: dict[str, Any] = {"ssl_shutdown_timeout": 0.05}

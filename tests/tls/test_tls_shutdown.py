@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.lowlevel
 import pytest
+from network import needs_unix
 from support import (
     GUARD,
     Peer,
@@ -339,6 +340,7 @@ async def test_t9_eof_without_close_notify(
             assert transport.get_extra_info("close_notify") is False
 
 
+@needs_unix
 async def test_t9_eof_without_close_notify_over_a_unix_socket(stack: Stack, certificates: Certificates) -> None:
     """Our own `close_notify` then fails with EPIPE at once, while TCP accepts it first; neither is an error."""
     ours, theirs = socket.socketpair()
