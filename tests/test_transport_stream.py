@@ -419,7 +419,7 @@ async def test_tls_of_anyio_on_top(anyio_backend: Any, kind: str, certificates: 
 
 @two_way
 async def test_much_data_both_ways(anyio_backend: Any, kind: str, certificates: Certificates) -> None:
-    await exchange(kind, certificates, 8 << 20 if kind in ("memory", "anyio_stream") else 64 << 20)
+    await exchange(kind, certificates, 8 << 20 if kind in ("memory", "anyio_stream") else 16 << 20)
 
 
 @pytest.mark.exhaustive

@@ -41,11 +41,11 @@ from transports_anyio.testing import Recorder as PublicRecorder, memory_connecti
 pytestmark = pytest.mark.anyio
 
 #: The size of a message that cannot be copied for lack of memory.
-HUGE = 400 << 20
+HUGE = 124 << 20
 
 
 @contextmanager
-def no_memory(room: int = 100 << 20) -> Iterator[None]:
+def no_memory(room: int = 40 << 20) -> Iterator[None]:
     """Limit the process to `room` more bytes of address space."""
     resource = pytest.importorskip("resource", reason="no limits of memory here")
     if not os.path.exists("/proc/self/statm"):
@@ -94,11 +94,11 @@ async def pipe(group: Any, _: Certificates) -> AsyncIterator[tuple[Any, Recorder
     transport, protocol = await group.connect_write_pipe(Recorder, os.fdopen(writing, "wb", 0))
 
     async def received() -> bytes:
-        got = b""
+        got = bytearray()
         with os.fdopen(reading, "rb", 0) as file:
             while data := await anyio.to_thread.run_sync(file.read, 65536):
                 got += data
-        return got
+        return bytes(got)
 
     yield transport, protocol, received
 
@@ -210,14 +210,14 @@ async def test_w17_epoll_refuses_a_write_registration(
         with monkeypatch.context() as patch:
             patch.setattr("transports_anyio._selector.EpollSelector.add", full)
             patch.setattr("transports_anyio._selector.EpollSelector.change", full)
-            write(transport, bytes(8 << 20))
+            write(transport, bytes(4 << 20))
         assert transport.is_closing()
         transport.write(b"the next message")
         await protocol.wait_for("connection_lost")
         assert protocol.exception is failure
         assert contexts == []
         got = await received()
-        assert 0 < len(got) < 8 << 20
+        assert 0 < len(got) < 4 << 20
         assert got == bytes(len(got))
 
 
@@ -234,7 +234,7 @@ SOON = 0.01
 
 @WAYS
 @WRITES
-@pytest.mark.parametrize("size", [10, 8 << 20])
+@pytest.mark.parametrize("size", [10, 4 << 20])
 @pytest.mark.ours_only("asyncio raises it and goes on with a gap in the data")
 @needs_selector
 async def test_w17_writing_near_the_recursion_limit(
@@ -284,7 +284,7 @@ async def test_a_write_that_could_not_even_end_the_connection(stack: Stack, even
         # With too few frames left the write is refused as a whole.
         while not transport.is_closing():
             with contextlib.suppress(RecursionError):
-                at_depth(frames_left() - spare, lambda: transport.write(bytes(8 << 20)))
+                at_depth(frames_left() - spare, lambda: transport.write(bytes(4 << 20)))
             spare += 1
         assert transport._state.name == "OPEN"
         await turns(3)
@@ -306,7 +306,7 @@ async def test_a_write_that_could_not_even_end_the_connection(stack: Stack, even
         assert isinstance(protocol.exception, RecursionError)
         assert [type(context["exception"]) for context in contexts] == [RecursionError]
         assert got == bytes(len(got))
-        assert len(got) < 8 << 20
+        assert len(got) < 4 << 20
 
 
 @pytest.mark.ours_only("asyncio's call_soon does not wake its event loop")

@@ -13,17 +13,16 @@ from pathlib import Path
 import pytest
 from network import needs_signals
 
-ROUNDS = 12
-
 
 @needs_signals
-def test_ctrl_c_at_random_moments():
+@pytest.mark.parametrize("rounds", [4, pytest.param(24, marks=pytest.mark.exhaustive)])
+def test_ctrl_c_at_random_moments(rounds):
     pytest.importorskip("trio")
-    moments = random.Random(1)
+    moments = random.Random(rounds)
     # trio warns of a coroutine of its own if the signal comes between making it and awaiting it.
     warnings = "ignore:coroutine 'sleep_forever' was never awaited:RuntimeWarning"
     program = [sys.executable, "-u", "-W", warnings, str(Path(__file__).with_name("interrupted_program.py"))]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout.readline() == "running\n"
             time.sleep(moments.uniform(0, 0.05))
