@@ -269,7 +269,9 @@ if sys.platform == "linux":
     READABLE = ~select.EPOLLOUT
     WRITABLE = ~select.EPOLLIN
 
+    # An error alone. Where the connection has ended as well, the next call raises the error.
     ERROR: int = select.EPOLLERR
+    ENDED: int = select.EPOLLHUP
 
     class EpollSelector(SystemSelector):
         """epoll without Python's `selectors`, which makes dispatching a third and adding a quarter dearer."""
@@ -303,7 +305,7 @@ if sys.platform == "linux":
                 if registration is None:
                     continue
                 try:
-                    if events & ERROR and registration.error_ready():
+                    if events & ERROR and not events & ENDED and registration.error_ready():
                         events &= ~ERROR  # noqa: PLW2901  # another name would cost every event an assignment
                     # `Registration.notify` without the cost of a call.
                     if events & READABLE and registration.interest & INPUT:
