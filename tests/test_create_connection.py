@@ -497,7 +497,7 @@ async def test_s4_cancelled_at_every_checkpoint(stack: Stack, delay: float | Non
 
 
 @needs_ipv6
-@pytest.mark.ours_only("the test replaces a function of AnyIO that asyncio does not use")
+@pytest.mark.ours_only("the test replaces a method of the driver")
 @needs_descriptors
 async def test_s4_two_winners_in_the_same_turn(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = []
@@ -519,7 +519,7 @@ async def test_s4_two_winners_in_the_same_turn(stack: Stack, monkeypatch: pytest
 
             async with anyio.create_task_group() as tasks:
                 with monkeypatch.context() as patch:
-                    patch.setattr(anyio, "wait_writable", wait_writable)
+                    patch.setattr(group._core.driver, "wait_writable", wait_writable)
                     tasks.start_soon(connect)
                     await until(lambda: len(waiting) == 2)
                 connected.set()

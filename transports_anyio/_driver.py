@@ -83,6 +83,10 @@ class Driver(ABC):
     def wake_threadsafe(self) -> None:
         """Begin the next iteration at once, from any thread. Raises `RuntimeError` if the driver is closed."""
 
+    async def wait_writable(self, sock: socket.socket) -> None:
+        """Wait until `sock`, which has no registration, can send. Always a checkpoint."""
+        await anyio.wait_writable(sock)
+
     @abstractmethod
     def close(self) -> None:
         """Release the resources of the driver."""

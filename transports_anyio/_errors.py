@@ -69,12 +69,13 @@ def safe_repr(thing: object) -> str:
 
 def log_debug(group: Group, message: str, *args: object) -> None:
     """Log `message` at level DEBUG. Exceptions of a `repr` or a log handler are reported."""
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
 
     def failed(exc: BaseException) -> None:
         group.call_exception_handler({"message": "Exception while logging", "exception": exc})
 
-    if logger.isEnabledFor(logging.DEBUG):
-        run_user_code(partial(logger.debug, stacklevel=3), message, *args, failed=failed)
+    run_user_code(partial(logger.debug, stacklevel=3), message, *args, failed=failed)
 
 
 def has_callback(protocol: object, name: str) -> bool:

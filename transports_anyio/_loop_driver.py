@@ -1,7 +1,7 @@
 """The driver where an asyncio event loop runs: asyncio's own or uvloop.
 
 Holds: a driver that runs the iterations in callbacks of the event loop.
-May know: `asyncio`, `anyio`, `sniffio`, `_driver`, `_selector`.
+May know: `asyncio`, `anyio`, `sniffio`, `socket`, `_driver`, `_selector`.
 
 A wait through AnyIO adds our selector to the loop's selector, removes it again, and switches tasks, for every batch.
 With one request at a time, that costs more than everything else together. So the selector stays registered in the
@@ -11,6 +11,7 @@ loop, and the loop's own callback runs the iteration.
 from __future__ import annotations
 
 import asyncio
+import socket
 from math import inf
 from typing import Any
 
@@ -29,6 +30,12 @@ except ImportError:
 
 # How long to wait, in seconds, for the rest of a time that the loop has cut short: uvloop rounds to milliseconds.
 ROUNDED_OFF = 0.001
+
+
+def finish(future: asyncio.Future[None]) -> None:
+    """End the wait for `future`."""
+    if not future.done():  # It may be cancelled, or the loop calls this twice.
+        future.set_result(None)
 
 
 class LoopDriver(Driver):
@@ -163,6 +170,16 @@ class LoopDriver(Driver):
     def _woken(self) -> None:
         self._wake_sent = False
         self._ready()
+
+    async def wait_writable(self, sock: socket.socket) -> None:
+        # AnyIO's function waits for an iteration of the loop first, and costs twice as much.
+        writable = self._loop.create_future()
+        fd = sock.fileno()
+        self._loop.add_writer(fd, finish, writable)
+        try:
+            await writable
+        finally:
+            self._loop.remove_writer(fd)
 
     def close(self) -> None:
         """Do nothing: `run` has removed everything from the loop."""

@@ -1,7 +1,7 @@
 """Prepare sockets for a channel: check, bind and connect them, with errors that name the address.
 
 Holds: these functions.
-May know: `_errors`, `anyio`, `os`, `socket`, `ssl`.
+May know: `_errors`, `_poller`, `anyio`, `os`, `socket`, `ssl`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import stat
 from ssl import SSLSocket
 from typing import Any
 
-import anyio
 import anyio.lowlevel
 
 from ._errors import logger
+from ._poller import Poller
 
 # The errors of `connect` while the connection is being made. `EAGAIN` is not one: for a UNIX socket it means that
 # the backlog of the server is full (connect(2)). On Windows EWOULDBLOCK is another number.
@@ -54,7 +54,7 @@ def bind(sock: socket.socket, address: Any) -> None:
         raise address_error("error while attempting to bind on address", address, exc) from None
 
 
-async def connect(sock: socket.socket, address: Any) -> None:
+async def connect(poller: Poller, sock: socket.socket, address: Any) -> None:
     """Make `sock` non-blocking and connect it. Raises an `OSError` that names the address.
 
     Always contains a checkpoint.
@@ -63,7 +63,7 @@ async def connect(sock: socket.socket, address: Any) -> None:
         sock.setblocking(False)
         code = sock.connect_ex(address)
         if code in CONNECTING:
-            await anyio.wait_writable(sock)
+            await poller.driver.wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         else:
             await anyio.lowlevel.checkpoint()

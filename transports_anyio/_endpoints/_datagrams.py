@@ -1,7 +1,7 @@
 """Datagrams: `create_datagram_endpoint` and `connect_datagram_socket`.
 
 Holds: the endpoint functions, and the choice of addresses.
-May know: `_addresses`, `_base`, `_channels`, `_sockets`, `_transports`, `_types`, `abc`, `anyio`, `socket`.
+May know: `_addresses`, `_base`, `_channels`, `_poller`, `_sockets`, `_transports`, `_types`, `abc`, `anyio`, `socket`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import anyio.lowlevel
 from .. import abc
 from .._channels._anyio_datagram import AnyDatagramSocket, AnyIODatagramChannel
 from .._channels._datagram import DatagramSocketChannel
+from .._poller import Poller
 from .._sockets import bind, connect, set_option
 from .._transports._datagram import DatagramTransport
 from .._types import DatagramProtocolT
@@ -76,8 +77,8 @@ class DatagramEndpoints(Endpoints):
         if sock is None:
             async with CancellationFirst(self._core):
                 pairs = await address_pairs(local_addr, remote_addr, family, proto, flags)
-            await check_open(self._core)  # Before a socket file is replaced.
-            sock, remote = await first_that_works(pairs, bool(reuse_port), bool(allow_broadcast))
+            poller = await check_open(self._core)  # Before a socket file is replaced.
+            sock, remote = await first_that_works(poller, pairs, bool(reuse_port), bool(allow_broadcast))
         else:
             check_datagram_socket(
                 sock,
@@ -184,7 +185,7 @@ async def address_pairs(local: Any, remote: Any, family: int, proto: int, flags:
 
 
 async def first_that_works(
-    pairs: list[AddressPair], reuse_port: bool, allow_broadcast: bool
+    poller: Poller, pairs: list[AddressPair], reuse_port: bool, allow_broadcast: bool
 ) -> tuple[socket.socket, Any]:
     """Return a non-blocking socket with the first pair of addresses that works, and its remote address."""
     errors: list[OSError] = []
@@ -203,7 +204,7 @@ async def first_that_works(
             if local:
                 bind(sock, local)
             if remote and not allow_broadcast:
-                await connect(sock, remote)
+                await connect(poller, sock, remote)
         except OSError as exc:
             sock.close()
             errors.append(exc)

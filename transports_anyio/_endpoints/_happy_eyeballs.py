@@ -1,7 +1,7 @@
 """Connect to the first address that accepts: one attempt after the other, or staggered as in RFC 8305.
 
 Holds: the order of the addresses, the attempts, and the error if all of them fail.
-May know: `_addresses`, `_sockets`, `_waiters`, `anyio`, `exceptiongroup`, `socket`.
+May know: `_addresses`, `_poller`, `_sockets`, `_waiters`, `anyio`, `exceptiongroup`, `socket`.
 
 Source: https://www.rfc-editor.org/rfc/rfc8305
 """
@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import anyio
 
+from .._poller import Poller
 from .._sockets import address_error, bind, connect
 from .._waiters import InterruptSafeEvent
 from ._addresses import AddressInfo
@@ -40,6 +41,7 @@ def interleave(addresses: Sequence[AddressInfo], first_family_count: int) -> lis
 
 
 async def connect_to_any(
+    poller: Poller,
     addresses: Sequence[AddressInfo],
     local_addresses: Sequence[AddressInfo] | None,
     *,
@@ -60,7 +62,7 @@ async def connect_to_any(
     if delay is not None:
         delay = max(0.0, delay + 0.0)  # NaN becomes 0, too.
     errors: list[list[OSError]] = [[] for _ in addresses]
-    attempts = [partial(attempt, *each, local_addresses) for each in zip(addresses, errors, strict=True)]
+    attempts = [partial(attempt, poller, *each, local_addresses) for each in zip(addresses, errors, strict=True)]
     sock = None
     try:
         if delay is None or len(attempts) == 1:
@@ -118,7 +120,7 @@ async def race(attempts: Sequence[Attempt], delay: float) -> socket.socket | Non
 
 
 async def attempt(
-    info: AddressInfo, errors: list[OSError], local_addresses: Sequence[AddressInfo] | None
+    poller: Poller, info: AddressInfo, errors: list[OSError], local_addresses: Sequence[AddressInfo] | None
 ) -> socket.socket | None:
     """Return a socket connected to an address, or add the reason to `errors` and return `None`."""
     family, kind, proto, address = info
@@ -129,7 +131,7 @@ async def attempt(
         return None
     try:
         if local_addresses is None or bind_to_any(sock, local_addresses, errors):
-            await connect(sock, address)
+            await connect(poller, sock, address)
             return sock
     except OSError as exc:
         errors.append(exc)

@@ -93,7 +93,7 @@ class TCPEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_connection
         """
-        await check_open(self._core, "create_connection", protocol_factory)
+        poller = await check_open(self._core, "create_connection", protocol_factory)
         tls = client_options(
             ssl,
             host=host,
@@ -120,7 +120,9 @@ class TCPEndpoints(Endpoints):
                 interleave = 0 if happy_eyeballs_delay is None else 1
             if interleave:
                 addresses = interleaved(addresses, interleave)
-            sock = await connect_to_any(addresses, local_addresses, delay=happy_eyeballs_delay, all_errors=all_errors)
+            sock = await connect_to_any(
+                poller, addresses, local_addresses, delay=happy_eyeballs_delay, all_errors=all_errors
+            )
         return await self._connect_socket(protocol_factory, sock, tls)
 
     async def create_server(

@@ -70,7 +70,7 @@ class UNIXEndpoints(Endpoints):
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.create_unix_connection
         """
-        await check_open(self._core, "create_unix_connection", protocol_factory)
+        poller = await check_open(self._core, "create_unix_connection", protocol_factory)
         family = unix_family()
         tls = client_options(
             ssl,
@@ -92,7 +92,7 @@ class UNIXEndpoints(Endpoints):
         await anyio.lowlevel.checkpoint_if_cancelled()  # `connect` is the other half of the checkpoint.
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            await connect(sock, path)
+            await connect(poller, sock, path)
         except BaseException:
             sock.close()
             raise
