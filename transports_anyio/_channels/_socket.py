@@ -132,12 +132,9 @@ def take_error_queue(sock: socket.socket) -> list[OSError] | None:
 
 
 def is_tcp(sock: socket.socket) -> bool:
-    """Return whether `sock` is a TCP socket."""
-    return (
-        sock.family in (socket.AF_INET, socket.AF_INET6)
-        and sock.type == socket.SOCK_STREAM
-        and sock.proto in (0, socket.IPPROTO_TCP)
-    )
+    """Return whether a stream socket is a TCP socket."""
+    proto = sock.proto  # First: `family` makes a member of an enumeration.
+    return proto == socket.IPPROTO_TCP or (proto == 0 and sock.family in (socket.AF_INET, socket.AF_INET6))
 
 
 def set_nodelay(sock: socket.socket) -> None:
