@@ -53,6 +53,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=list(BACKENDS),
         help="run on this backend only; may be given more than once (default: all)",
     )
+    parser.addoption(
+        "--on-backends-only",
+        action="store_true",
+        help="leave out the tests that are the same for every backend: nox runs them with the first one only",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -96,6 +101,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif "anyio_backend" in metafunc.fixturenames:
         names = [name for name in BACKENDS if name in backends]
         metafunc.parametrize("anyio_backend", [BACKENDS[name] for name in names], ids=names, indirect=True)
+
+
+#: The fixtures that are parametrised by backend, and the one that a test takes to see the option `--backend`.
+BACKEND_FIXTURES = {"stack", "anyio_backend", "run", "make", "request"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--on-backends-only"):
+        same = [item for item in items if BACKEND_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))]
+        config.hook.pytest_deselected(items=same)
+        items[:] = [item for item in items if item not in set(same)]
 
 
 @pytest.hookimpl(tryfirst=True)
