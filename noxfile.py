@@ -178,7 +178,8 @@ def coverage(session: nox.Session) -> None:
     """Run all tests, those that take long included, on every backend, and measure coverage."""
     backends = install_with_backends(session, *group("test"))
     session.run("coverage", "erase")
-    run_tests(session, backends, "--cov", "--cov-append", "--cov-report=")
+    # All backends together are to be covered, not each one.
+    run_tests(session, backends, "--cov", "--cov-append", "--cov-report=", "--cov-fail-under=0")
     session.run("coverage", "report")
 
 

@@ -29,7 +29,7 @@ def listener() -> socket.socket:
 
 async def test_hypercorn_and_quart(tls: Tls) -> None:
     """HTTP/1.1 and, over TLS, HTTP/2."""
-    app = quart.Quart("ecosystem")
+    app = quart.Quart(__name__)
 
     @app.get("/hello/<name>")
     async def hello(name: str) -> str:
