@@ -39,6 +39,8 @@ import trustme
 from support import BACKENDS, ORACLE, Peer, Stack, open_connection, open_descriptors
 from tls_support import Certificates
 
+from transports_anyio import TransportGroup
+
 if sys.platform == "win32":
     # About pipes, children, UNIX sockets and terminals, which Windows does not have.
     collect_ignore = [
@@ -74,6 +76,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "differs(what, asyncio, here, why): shows a deliberate difference from asyncio, a row of docs/differences.md; "
         "differs(what): shows the same difference as another test",
+    )
+    config.addinivalue_line(
+        "markers", "leaves_timers: a group may end normally while timers are pending, which it then drops"
     )
     config.addinivalue_line(
         "markers", "exhaustive: takes long; nox runs it on the newest Python only, unless it is given arguments"
@@ -218,11 +223,27 @@ def _check_no_child_is_left() -> None:
     raise AssertionError(f"zombie left: {pid} with status {status}" if pid else "child process left running")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _count_timers() -> Iterator[None]:
+    """Count the timers that a group has left after its last transport has closed, and before it drops them."""
+    leave = TransportGroup._leave
+
+    async def leave_and_count(self: TransportGroup, *exc_info: Any) -> None:
+        await leave(self, *exc_info)
+        if exc_info[1] is None:
+            support.TIMERS.append(self.statistics().pending_timers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransportGroup, "_leave", leave_and_count)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def no_leaks() -> Iterator[None]:
-    """Fail a test that leaves a file descriptor, a thread, a child or a zombie, or whose callbacks came in an
-    illegal order."""
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a file descriptor, a thread, a child or a zombie, or a timer in a group that ends
+    normally, or whose callbacks came in an illegal order."""
     support.RECORDERS.clear()
+    support.TIMERS.clear()
     _collect_garbage()
     threads_before = set(threading.enumerate())
     descriptors_before = open_descriptors()
@@ -238,5 +259,6 @@ def no_leaks() -> Iterator[None]:
     leaked = {fd: what for fd, what in after.items() if descriptors_before.get(fd) != what}
     assert leaked == {}, "file descriptors left open"
     _check_no_child_is_left()
+    assert not any(support.TIMERS) or request.node.get_closest_marker("leaves_timers"), "timers left pending"
     for recorder in recorders:
         recorder.check()

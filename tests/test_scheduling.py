@@ -885,6 +885,7 @@ async def test_a_callback_may_move_and_cancel_timers_that_are_due_with_it(anyio_
     assert order == ["first", "last", "at once", "later"]
 
 
+@pytest.mark.leaves_timers
 async def test_a_timer_that_is_not_pending_cannot_be_moved(anyio_backend: Any) -> None:
     raised: list[str] = []
 
@@ -968,6 +969,7 @@ async def test_timers_that_are_moved_earlier_again_and_again_leave_nothing(anyio
         assert group.statistics().pending_timers == 0
 
 
+@pytest.mark.leaves_timers
 async def test_a_moved_timer_is_compared_by_its_new_time(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         when = group.time() + 3600
@@ -1050,6 +1052,7 @@ async def test_invalid_time_is_refused_at_the_call(stack: Stack, name: str, when
 
 
 @pytest.mark.parametrize("when", [float("inf"), 1e300, 10**12])
+@pytest.mark.leaves_timers
 async def test_a_time_that_never_comes(anyio_backend: Any, when: float) -> None:
     calls: list[str] = []
     async with TransportGroup() as group:
@@ -1682,6 +1685,7 @@ async def test_a_default_handler_of_a_derived_group(anyio_backend: Any) -> None:
 # -- the end of the group ---------------------------------------------------------------------------------
 
 
+@pytest.mark.leaves_timers
 async def test_pending_timers_never_fire(anyio_backend: Any) -> None:
     fired: list[int] = []
     async with TransportGroup() as group:
@@ -1693,6 +1697,7 @@ async def test_pending_timers_never_fire(anyio_backend: Any) -> None:
     assert fired == []
 
 
+@pytest.mark.leaves_timers
 async def test_a_timer_that_was_pending_at_the_end_can_be_cancelled(anyio_backend: Any) -> None:
     async with TransportGroup() as group:
         timers = [group.call_later(3600, print) for _ in range(3)]
@@ -1733,6 +1738,7 @@ async def test_system_exit_in_the_last_iteration_does_not_keep_other_callbacks_f
     assert calls == ["in time", "this too"]
 
 
+@pytest.mark.leaves_timers
 @pytest.mark.parametrize("how", ["normally", "by an exception"])
 async def test_connection_lost_may_schedule_while_the_group_ends(stack: Stack, how: str) -> None:
     problems: list[BaseException] = []
@@ -1746,7 +1752,6 @@ async def test_connection_lost_may_schedule_while_the_group_ends(stack: Stack, h
             problems.append(error)
             raise
 
-    stack.leaves_timers = True
     protocol: Any = Recorder(on_connection_lost=connection_lost)
     try:
         async with stack.open() as group, connected(group, protocol):

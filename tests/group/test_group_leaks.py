@@ -232,6 +232,7 @@ async def test_a_handshake_that_cannot_begin_leaves_no_reference_cycle(stack: St
 
 
 @pytest.mark.parametrize("how", ["normally", "exception", "cancellation"])
+@pytest.mark.leaves_timers
 async def test_no_task_fd_or_object_is_left(anyio_backend: Any, how: str) -> None:
     """When the block has been left, no task, no file descriptor and no object remains."""
 
