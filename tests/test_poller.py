@@ -503,6 +503,7 @@ class LeavingError(Exception):
     """An error raised by a block."""
 
 
+@pytest.mark.leaves_timers
 @pytest.mark.parametrize("poller", POLLERS)
 @pytest.mark.parametrize("how", ["normally", "by an exception", "by a cancellation"])
 @pytest.mark.parametrize("buffered", [False, True])
