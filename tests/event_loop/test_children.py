@@ -72,7 +72,9 @@ def test_send_a_signal(run):
     async def main() -> None:
         process = await asyncio.create_subprocess_exec(
             PYTHON, "-u", "-c",
-            "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: exit(7))\nprint('ready')\nsignal.pause()",
+            # Not by a handler and `pause`: the handler might run just before it, which then never ends.
+            "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\nprint('ready')\n"
+            "signal.sigwait([signal.SIGUSR1])\nexit(7)",
             stdout=PIPE,
         )  # fmt: skip
         assert process.stdout is not None
