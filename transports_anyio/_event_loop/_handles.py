@@ -94,7 +94,7 @@ class ThreadSafeHandle(Handle):
             super().__call__()
 
 
-class TimerHandle(PlainHandle, asyncio.TimerHandle):
+class TimerHandle(PlainHandle, asyncio.TimerHandle):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A callback at a time, in the core's timers. A call runs it."""
 
     __slots__ = ("_entry", "_number", "_timers")
