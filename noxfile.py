@@ -86,6 +86,11 @@ ECOSYSTEM_PYTHON = next((python for python in ("3.13", "3.12", "3.11") if shutil
 #: For pytest: without the tests that take long.
 NOT_EXHAUSTIVE = ("-m", "not exhaustive")
 
+#: The tests of pipes and children, which also run in threads.
+PIPES_AND_CHILDREN = (
+    "tests/test_pipes.py", "tests/processes", "tests/test_shutdown.py", "tests/event_loop/test_children.py",
+)  # fmt: skip
+
 #: What plain `nox` runs, in a few minutes, and what it leaves to `nox -s checks`.
 QUICK = ["lint", "types", f"tests-{PYTHON_AT_HAND}"]
 CHECKS = [
@@ -179,7 +184,11 @@ def coverage(session: nox.Session) -> None:
     backends = install_with_backends(session, *group("test"))
     session.run("coverage", "erase")
     # All backends together are to be covered, not each one.
-    run_tests(session, backends, "--cov", "--cov-append", "--cov-report=", "--cov-fail-under=0")
+    measured = ("--cov", "--cov-append", "--cov-report=", "--cov-fail-under=0")
+    run_tests(session, backends, *measured)
+    if not session.posargs:
+        # As on Windows, where pipes and children cannot be polled.
+        run_tests(session, backends, *measured, "--descriptors", "threads", *NOT_EXHAUSTIVE, *PIPES_AND_CHILDREN)
     session.run("coverage", "report")
 
 

@@ -39,10 +39,10 @@ import trustme
 from support import BACKENDS, ORACLE, Peer, Stack, open_connection, open_descriptors
 from tls_support import Certificates
 
-from transports_anyio import TransportGroup
+from transports_anyio import TransportGroup, _capabilities
 
 if sys.platform == "win32":
-    # About pipes, children, UNIX sockets and terminals, which Windows does not have.
+    # About UNIX sockets, terminals, signals and programs, which Windows does not have.
     collect_ignore = [
         "test_adopted_sockets.py", "test_pipes.py", "processes", "test_tls_peers.py", "test_unix.py",
     ]  # fmt: skip
@@ -60,9 +60,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="leave out the tests that are the same for every backend: nox runs them with the first one only",
     )
+    parser.addoption(
+        "--descriptors",
+        choices=["polled", "threads"],
+        default="polled",
+        help="how pipes and children are waited for: `threads`, as on Windows, where they cannot be polled",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--descriptors") == "threads":
+        _capabilities.polls_files = False
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell started us in the background. The programs that tests end by Ctrl-C would inherit this.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -79,6 +87,9 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line(
         "markers", "leaves_timers: a group may end normally while timers are pending, which it then drops"
+    )
+    config.addinivalue_line(
+        "markers", "needs_polling(reason): not run with `--descriptors threads`, which cannot do this"
     )
     config.addinivalue_line(
         "markers", "exhaustive: takes long; nox runs it on the newest Python only, unless it is given arguments"
@@ -113,6 +124,10 @@ BACKEND_FIXTURES = {"stack", "anyio_backend", "run", "make", "request"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        needs_polling = item.get_closest_marker("needs_polling")
+        if needs_polling is not None and not _capabilities.polls_files:
+            item.add_marker(pytest.mark.skip(reason=f"not in threads: {needs_polling.args[0]}"))
     if config.getoption("--on-backends-only"):
         same = [item for item in items if BACKEND_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))]
         config.hook.pytest_deselected(items=same)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import pty
 import socket
@@ -11,19 +12,21 @@ import stat
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
 from network import run_main
+from process_helpers import Child
 from support import (
     GUARD,
+    BaseExceptionGroup,
     BufferedRecorder,
     Peer,
     Recorder,
@@ -39,13 +42,16 @@ from support import (
     until,
 )
 
-from transports_anyio import TransportGroup
+from transports_anyio import TransportGroup, _capabilities
 from transports_anyio._channels import _pipe
 from transports_anyio._driver import TaskDriver
 from transports_anyio._poller import Poller
 from transports_anyio._selector import make_system_selector
 
 pytestmark = pytest.mark.anyio
+
+#: Why some tests need polling.
+HANGUP = "only a write shows that the reader has gone"
 
 
 @contextmanager
@@ -88,6 +94,18 @@ async def drain(reader: Any, size: int | None = None) -> bytes:
     return bytes(data)
 
 
+async def until_raises(error: type[Exception], function: Callable[..., object], *args: object) -> None:
+    """Call `function` until it raises `error`; at once where pipes are polled."""
+    try:
+        with anyio.fail_after(GUARD):
+            while True:
+                function(*args)
+                assert not _capabilities.polls_files, f"no {error.__name__}"
+                await anyio.sleep(0.001)
+    except error:
+        pass
+
+
 # -- reading -------------------------------------------------------------------------------------------------
 
 
@@ -101,7 +119,7 @@ async def test_reading(stack: Stack, kind: Any) -> None:
             transport, protocol = await connect_reader(group, reader, kind())
             assert isinstance(transport, asyncio.ReadTransport)
             assert transport.get_extra_info("pipe") is reader
-            assert not os.get_blocking(reader.fileno())
+            assert os.get_blocking(reader.fileno()) != _capabilities.polls_files or stack.is_oracle
             writer.write(b"hello")
             assert await protocol.wait_received(5) == b"hello"
             transport.pause_reading()
@@ -137,8 +155,9 @@ async def test_closing_a_read_pipe(stack: Stack, method: str) -> None:
             assert transport.is_closing()
             await protocol.wait_for("connection_lost")
             assert protocol.names == ["connection_made", "connection_lost"]
-        with pytest.raises(BrokenPipeError):
-            writer.write(b"x")
+        if not _capabilities.polls_files and not stack.is_oracle:
+            writer.write(b"x")  # The thread closes its file when it has read.
+        await until_raises(BrokenPipeError, writer.write, b"x")
 
 
 @contextmanager
@@ -275,14 +294,14 @@ async def test_w13_closing_flushes_what_waits(stack: Stack) -> None:
             assert protocol.exception is None
 
 
-@pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize("buffered", [pytest.param(False, marks=pytest.mark.needs_polling(HANGUP)), True])
 async def test_a_writer_notices_that_its_reader_has_gone(stack: Stack, buffered: bool) -> None:
     with pipe() as (reader, writer):
         async with stack.open() as group:
             contexts = collect_contexts(group)
             transport, protocol = await connect_writer(group, writer)
             if buffered:
-                fill(transport)
+                fill(transport, 1 << 20)  # More than the pipe takes, even if a thread has still to write it.
             reader.close()
             await protocol.wait_for("connection_lost")
             if buffered:
@@ -303,6 +322,7 @@ GOING: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
 }
 
 
+@pytest.mark.needs_polling(HANGUP)
 @pytest.mark.ours_only("asyncio's writing pipes have no methods for reading")
 async def test_a_writer_notices_it_despite_reading_methods(stack: Stack) -> None:
     with anyio.fail_after(GUARD), pipe() as (reader, writer):
@@ -316,6 +336,7 @@ async def test_a_writer_notices_it_despite_reading_methods(stack: Stack) -> None
             assert protocol.exception is None
 
 
+@pytest.mark.needs_polling(HANGUP)
 @pytest.mark.parametrize("how", GOING)
 async def test_a_writer_on_any_file_notices_that_its_reader_has_gone(stack: Stack, how: str) -> None:
     """As asyncio: the peer of a socket counts as gone once it has shut down its sending side, even if it still
@@ -334,6 +355,7 @@ async def test_a_writer_on_any_file_notices_that_its_reader_has_gone(stack: Stac
             assert contexts == []
 
 
+@pytest.mark.needs_polling(HANGUP)
 @pytest.mark.parametrize("how", ["TCP shutdown", "UNIX shutdown", "FIFO"])
 async def test_a_writer_with_a_full_buffer_notices_that_its_reader_has_gone(stack: Stack, how: str) -> None:
     connect, go = GOING[how]
@@ -346,6 +368,7 @@ async def test_a_writer_with_a_full_buffer_notices_that_its_reader_has_gone(stac
             assert isinstance(protocol.exception, BrokenPipeError)
 
 
+@pytest.mark.needs_polling(HANGUP)
 @pytest.mark.differs(
     "input on a writing socket, whose reader then closes",
     asyncio="the input is taken for a hang-up",
@@ -410,6 +433,7 @@ async def test_fifos(stack: Stack, tmp_path: Path) -> None:
         await sender.wait_for("connection_lost")
 
 
+@pytest.mark.needs_polling("a FIFO without a writer reads as one that has ended")
 async def test_r4_the_end_of_a_fifo_is_the_end(stack: Stack, tmp_path: Path) -> None:
     """As on asyncio: a second writer does not bring it back."""
     path = str(tmp_path / "fifo")
@@ -455,7 +479,7 @@ async def test_p6_input_does_not_end_a_writer_on_a_two_way_file(stack: Stack) ->
             await anyio.sleep(0.02)
             assert not transport.is_closing()
             transport.write(b"still here")
-            await until(lambda: b.recv(10) == b"still here")
+            assert await drain(b, 10) == b"still here"
             assert protocol.names == ["connection_made"]
 
 
@@ -486,6 +510,7 @@ async def test_p6_terminals_in_both_directions(stack: Stack) -> None:
             await receiver.wait_for("connection_lost")
 
 
+@pytest.mark.needs_polling("the file blocks all the time")
 @pytest.mark.differs("standard input, output and error, when their transport ends")
 @pytest.mark.parametrize("first", ["reader", "writer"])
 @pytest.mark.parametrize("closed", ["reader", "writer"])
@@ -514,6 +539,7 @@ async def test_a_terminal_for_both_blocks_again_after_its_last_transport(
         assert os.get_blocking(program.fileno())
 
 
+@pytest.mark.needs_polling("the two threads read from each other's files, which neither closes before it has read")
 async def test_one_file_for_both_directions(stack: Stack) -> None:
     """Yield both ends of a terminal, each as one file object for reading and writing."""
     data = pattern(200_000)
@@ -534,6 +560,7 @@ async def test_one_file_for_both_directions(stack: Stack) -> None:
         assert all(file.closed for file in files)
 
 
+@pytest.mark.needs_polling("a file that is being read stays open")
 @pytest.mark.differs(
     "one file for both directions, one of which is closed",
     asyncio="the file is closed for the other direction too",
@@ -734,6 +761,7 @@ async def test_an_fd_reused_by_another_pipe_is_left_alone(stack: Stack) -> None:
             assert number not in open_descriptors()
 
 
+@pytest.mark.needs_polling(HANGUP)
 @pytest.mark.differs(
     "a file whose `close` raises",
     asyncio="reported; the transport never ends, and warns",
@@ -759,6 +787,7 @@ async def test_a_file_whose_close_fails(stack: Stack) -> None:
         assert file.closed
 
 
+@pytest.mark.needs_polling("epoll is not asked")
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is epoll's")
 @pytest.mark.parametrize("connect", [connect_reader, connect_writer])
 async def test_epoll_refuses_the_pipe(anyio_backend: Any, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -877,16 +906,157 @@ async def test_the_memory_of_a_filter_is_bounded(anyio_backend: Any, tmp_path: P
     assert unpacked.stdout == source.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["connect_read_pipe", "connect_write_pipe", "subprocess_exec", "subprocess_shell"])
-async def test_a_platform_without_pipe_readiness(
-    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, name: str
+# -- where pipes cannot be polled --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows: `--descriptors threads` for one test."""
+    monkeypatch.setattr(_capabilities, "polls_files", False)
+
+
+@pytest.mark.usefixtures("in_threads")
+async def test_bulk_data_through_threads(anyio_backend: Any) -> None:
+    data = pattern(4 << 20)
+    with pipe() as (reader, writer):
+        async with TransportGroup() as group:
+            _, receiver = await connect_reader(group, reader)
+            transport, sender = await connect_writer(group, writer)
+            assert {thread.name for thread in threading.enumerate()} & {f"transports_anyio: pipe {reader.fileno()}"}
+            transport.writelines([data[:100_000], data[100_000:]])
+            assert sender.names[-1] == "pause_writing"
+            transport.close()
+            assert await receiver.wait_received(len(data)) == data
+            await receiver.wait_for("connection_lost")
+            assert sender.names == ["connection_made", "pause_writing", "resume_writing", "connection_lost"]
+            assert sender.exception is receiver.exception is None
+        assert reader.closed
+        assert writer.closed
+
+
+@pytest.mark.usefixtures("in_threads")
+@pytest.mark.parametrize("how", ["close", "exception"])
+async def test_a_silent_pipe_that_a_thread_reads_does_not_hold_the_group_back(anyio_backend: Any, how: str) -> None:
+    with pipe() as (reader, writer):
+        before = open_descriptors()
+        with anyio.fail_after(GUARD), suppress(LookupError, BaseExceptionGroup):
+            async with TransportGroup() as group:
+                transport, protocol = await connect_reader(group, reader)
+                if how == "exception":
+                    raise LookupError
+                transport.close()
+        assert protocol.names == ["connection_made", "connection_lost"]
+        assert reader.closed
+        assert len(open_descriptors()) == len(before), "the thread has one, instead of ours"
+        writer.write(b"lost with the thread")
+        await until(lambda: len(open_descriptors()) == len(before) - 1)
+
+
+@pytest.mark.usefixtures("in_threads")
+async def test_a_full_pipe_that_a_thread_writes_does_not_hold_the_group_back(anyio_backend: Any) -> None:
+    with pipe() as (reader, writer):
+        with anyio.fail_after(GUARD):
+            async with TransportGroup() as group:
+                transport, protocol = await connect_writer(group, writer)
+                size = fill(transport, 1 << 20)
+                transport.abort()
+                await protocol.wait_for("connection_lost")
+                assert protocol.exception is None
+        assert len(await drain(reader)) < size
+
+
+@pytest.mark.usefixtures("in_threads")
+async def test_a_write_in_a_thread_shows_that_the_reader_has_gone(anyio_backend: Any) -> None:
+    with pipe() as (reader, writer):
+        async with TransportGroup() as group:
+            contexts = collect_contexts(group)
+            transport, protocol = await connect_writer(group, writer)
+            reader.close()
+            await settle(group)
+            assert protocol.names == ["connection_made"]
+            transport.write(b"x")
+            await protocol.wait_for("connection_lost")
+            assert isinstance(protocol.exception, BrokenPipeError)
+            assert contexts == []
+
+
+@pytest.mark.usefixtures("in_threads")
+async def test_reading_that_is_paused_holds_one_chunk_back(anyio_backend: Any) -> None:
+    with pipe() as (reader, writer):
+        async with TransportGroup() as group:
+            transport, protocol = await connect_reader(group, reader)
+            transport.pause_reading()
+            writer.write(b"first")
+            await until(lambda: not leftover(reader))
+            writer.write(b"second")
+            await settle(group)
+            assert protocol.received == b""
+            assert leftover(reader) == len(b"second")
+            for _ in range(3):
+                transport.resume_reading()
+                transport.pause_reading()
+            transport.resume_reading()
+            assert await protocol.wait_received(11) == b"firstsecond"
+            transport.pause_reading()
+            transport.resume_reading()
+            writer.close()
+            await protocol.wait_for("connection_lost")
+            assert protocol.names[-2:] == ["eof_received", "connection_lost"]
+
+
+def leftover(reader: Any) -> int:
+    """Return how many bytes wait in a pipe."""
+    return int.from_bytes(fcntl.ioctl(reader.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+@pytest.mark.usefixtures("in_threads")
+@pytest.mark.parametrize("method", ["connect_read_pipe", "subprocess_exec"])
+async def test_no_thread_can_be_started_for_a_pipe(
+    anyio_backend: Any, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows: the same as asyncio's selector event loop there."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("transports_anyio: pipe"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with anyio.fail_after(GUARD), pipe() as (reader, _):
+        async with TransportGroup() as group:
+            contexts = collect_contexts(group)
+            monkeypatch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(OSError, match="no thread can be started"):
+                if method == "connect_read_pipe":
+                    await connect_reader(group, reader)
+                else:
+                    await group.subprocess_exec(Child, "cat")
+            monkeypatch.undo()
+        assert contexts == []
+
+
+SILENT = """
+import sys, anyio
+from transports_anyio import Protocol, TransportGroup, _capabilities
+
+_capabilities.polls_files = False
+
+async def main():
     async with TransportGroup() as group:
-        with monkeypatch.context() as patch:
-            patch.setattr("transports_anyio._channels._pipe.sys", SimpleNamespace(platform="win32"))
-            with pytest.raises(NotImplementedError, match="cannot wait for pipes"):
-                await getattr(group, name)(Recorder, "true")
+        transport, _ = await group.connect_read_pipe(Protocol, sys.stdin)
+        transport.close()
+    print("left", flush=True)
+"""
+
+
+async def test_a_program_ends_although_a_thread_reads_its_input(anyio_backend: Any) -> None:
+    """The interpreter waits for no thread of ours: a terminal may never be typed into."""
+    read, write = os.pipe()
+    try:
+        result = await run_main(SILENT, anyio_backend, stdin=read, stderr=None)
+        assert result.stdout == b"left\n"
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 # -- groups in several threads ----------------------------------------------------------------------------------------
@@ -902,6 +1072,7 @@ def poller_of_a_thread() -> Poller:
     return Poller(selector, TaskDriver(selector, anyio.current_time))
 
 
+@pytest.mark.needs_polling("the file blocks all the time")
 def test_g6_a_terminal_used_by_groups_in_two_threads(anyio_backend: Any) -> None:
     """One thread restores the open file's mode while the other starts to use it: the last one makes it blocking
     again."""

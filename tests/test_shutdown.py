@@ -465,15 +465,19 @@ async def test_a_child_that_has_ended(anyio_backend: Any, start: Any) -> None:
 @every_child
 async def test_a_grandchild_that_holds_the_output(anyio_backend: Any, start: Any) -> None:
     """The child has ended, and its pipe has not: it is closed at the deadline."""
-    program = f"import os, sys\nprint('ready', flush=True)\nif os.fork() == 0: {FOREVER}\n"
+    program = f"import os\ngrandchild = os.fork()\nif grandchild: print(grandchild, flush=True)\nelse: {FOREVER}\n"
     async with TransportGroup() as group:
         transport, child = await start(group, SubprocessRecorder, program)
-        await child.wait_for("process_exited", timeout=GUARD)
-        assert transport.get_returncode() == 0
-        with anyio.fail_after(GUARD):
-            await transport.shutdown(DEADLINE)
-        assert transport.get_returncode() == 0
-        assert child.exception is None
+        await child.wait_until(lambda: b"\n" in child.received.get(1, b""), timeout=GUARD)
+        try:
+            await child.wait_for("process_exited", timeout=GUARD)
+            assert transport.get_returncode() == 0
+            with anyio.fail_after(GUARD):
+                await transport.shutdown(DEADLINE)
+            assert transport.get_returncode() == 0
+            assert child.exception is None
+        finally:
+            os.kill(int(child.received[1]), signal.SIGKILL)
 
 
 @needs_signals

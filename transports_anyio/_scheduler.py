@@ -9,6 +9,7 @@ from __future__ import annotations
 from asyncio import _get_running_loop  # pyright: ignore[reportPrivateUsage]  # the public one raises if there is none
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
 from math import inf
@@ -223,6 +224,15 @@ class Scheduler:
         scheduled = partial(callback, *args) if args else callback
         self.driver.wake()  # First: if it raises, at the recursion limit for example, nothing has been scheduled.
         self.ready.append(scheduled)
+
+    def call_from_thread(self, callback: Callable[..., object], *args: Any) -> None:
+        """As `call_internal`, from any thread. Does nothing after the end."""
+        with self.handing_over:
+            if not self.alive:
+                return
+            self.ready.append(partial(callback, *args))
+        with suppress(RuntimeError):  # The backend has stopped without leaving the group.
+            self.driver.wake_threadsafe()
 
     def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> TimerHandle:
         """Call `callback(*args)` after `delay` seconds, in a copy of the caller's context."""

@@ -462,6 +462,7 @@ def test_pipes(run):
 
 
 @needs_pipes
+@pytest.mark.needs_polling("only a write shows that the reader has gone")
 def test_a_pipe_whose_reader_goes_away(run):
     async def main() -> None:
         loop = asyncio.get_running_loop()

@@ -249,6 +249,7 @@ async def test_p1_cancelled_at_every_checkpoint(anyio_backend: Any) -> None:
             assert child.names[-1] == "connection_lost"
 
 
+@pytest.mark.needs_polling("a thread waits")
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs descriptors of processes")
 async def test_no_thread_waits_for_a_child_with_a_pidfd(anyio_backend: Any) -> None:
     threads = set(threading.enumerate())
@@ -344,6 +345,7 @@ def full_list(number: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
         yield refused
 
 
+@pytest.mark.needs_polling("epoll is not asked")
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is epoll's")
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs descriptors of processes")
 async def test_epoll_refuses_the_pidfd(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,6 +364,7 @@ async def test_epoll_refuses_the_pidfd(anyio_backend: Any, monkeypatch: pytest.M
         assert own_descriptors() == descriptors
 
 
+@pytest.mark.needs_polling("epoll is not asked")
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is epoll's")
 @pytest.mark.parametrize("missing", [(), ("pidfd_open",)])
 @pytest.mark.parametrize("fd", range(3))

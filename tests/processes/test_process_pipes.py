@@ -131,6 +131,7 @@ async def test_a_requested_small_pipe_stays_small(stack: Stack) -> None:
             assert fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) == size
 
 
+@pytest.mark.needs_polling("only polled pipes are enlarged")
 @with_usual_pipes
 @pytest.mark.parametrize("method", ["write", "writelines"])
 async def test_a_full_pipe_is_enlarged(anyio_backend: Any, method: str) -> None:
@@ -152,6 +153,7 @@ async def test_a_full_pipe_is_enlarged(anyio_backend: Any, method: str) -> None:
             assert child.output[1] == data
 
 
+@pytest.mark.needs_polling("only polled pipes are enlarged")
 @with_usual_pipes
 async def test_the_number_of_enlarged_pipes_is_limited(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's programs have 64 MiB in all: beyond that, every new pipe of each of them holds two pages."""

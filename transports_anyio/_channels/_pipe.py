@@ -27,7 +27,7 @@ from ._socket import GATHER_LIMIT, take_error_queue
 if sys.platform == "linux":
     import fcntl
 
-# The `type: ignore` comments are for Windows, where `require_pipes` raises before anything else here is called.
+# The `type: ignore` comments are for Windows, where channels of `_threaded_pipe` are used instead.
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -56,13 +56,21 @@ shared = RLock()
 open_channels: dict[tuple[int, int], list[PipeChannel]] = {}
 
 
-def require_pipes() -> None:
-    """Raise `NotImplementedError`, as asyncio does, on a platform that cannot wait for pipes."""
-    if sys.platform == "win32":
-        raise NotImplementedError(
-            "this platform cannot wait for pipes: give an AnyIO stream to connect_stream(), or an AnyIO process to "
-            "connect_process()"
-        )
+def check_pipe(pipe: Any) -> os.stat_result:
+    """Return the status of the file of `pipe`. Raises `ValueError` if it is a regular file, for example."""
+    status = os.fstat(pipe.fileno())
+    mode = status.st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)):
+        raise ValueError(f"a pipe, socket or character device was expected, got {pipe!r}")
+    return status
+
+
+def file_number(pipe: Any) -> int:
+    """Return the file descriptor of `pipe`, or -1 if other code has closed it: the number may be in use again."""
+    try:
+        return int(pipe.fileno())
+    except ValueError:
+        return -1
 
 
 class PipeChannel(Polled, StreamChannel):
@@ -83,11 +91,9 @@ class PipeChannel(Polled, StreamChannel):
     kept_open = STANDARD_STREAMS
 
     def __init__(self, poller: Poller, pipe: Any, *, writing: bool) -> None:
-        fd = pipe.fileno()
-        status = os.fstat(fd)
+        status = check_pipe(pipe)
         mode = status.st_mode
-        if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)):
-            raise ValueError(f"a pipe, socket or character device was expected, got {pipe!r}")
+        fd = pipe.fileno()
         # One file object may serve both directions (a terminal). Each needs a file descriptor of its own in the poller.
         self._duplicate = poller.owner(fd) is not None
         super().__init__(poller, os.dup(fd) if self._duplicate else fd)
@@ -154,11 +160,8 @@ class PipeChannel(Polled, StreamChannel):
             self._pipe.close()
 
     def number(self) -> int:
-        """Return the file descriptor of `pipe`, or -1 if other code has closed it: the number may be in use again."""
-        try:
-            return int(self._pipe.fileno())
-        except ValueError:
-            return -1
+        """Return the file descriptor of the file object, or -1 if other code has closed it."""
+        return file_number(self._pipe)
 
     def _block(self, others: list[PipeChannel]) -> None:
         os.set_blocking(self.fd, True)  # type: ignore[attr-defined,unused-ignore]

@@ -1,8 +1,8 @@
 """What several families of endpoint functions need: to adopt sockets, to own AnyIO objects, to wait for handshakes.
 
 Holds: the base class of the families, and the AnyIO objects in use.
-May know: `_callbacks`, `_channels`, `_core`, `_errors`, `_poller`, `_resources`, `_selector`, `_transports`, `_types`,
-`_waiters`, `anyio`, `socket`.
+May know: `_callbacks`, `_capabilities`, `_channels`, `_core`, `_errors`, `_poller`, `_resources`, `_selector`,
+`_transports`, `_types`, `_waiters`, `anyio`, `socket`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 
+from .. import _capabilities
 from .._callbacks import check_factory
+from .._channels._pipe import ChildPipeChannel, PipeChannel
 from .._channels._socket import SocketChannel, is_tcp, set_nodelay
+from .._channels._threaded_pipe import ThreadedPipeChannel
 from .._channels._tls import TLSChannel
 from .._channels._tls_engine import TLSOptions
 from .._errors import NotOpenError, safe_repr
@@ -116,6 +119,16 @@ class Endpoints:
                 in_use.discard(id(resource))
 
         core.start_internal_task(use, name=f"transports_anyio: {name}")
+
+    def _pipe_channel(self, pipe: Any, *, writing: bool, of_child: bool = False) -> StreamChannel:
+        """Return a channel over one end of a pipe, which it owns; `of_child`, if the pipe was made for a child."""
+        core = self._core
+        kind = ChildPipeChannel if of_child else PipeChannel
+        if _capabilities.polls_files:
+            return kind(core.poller, pipe, writing=writing)
+        return ThreadedPipeChannel(
+            core.call_internal, core.call_from_thread, pipe, writing=writing, kept_open=kind.kept_open
+        )
 
     def _require_unused(self, *resources: object) -> None:
         """Raise `RuntimeError` if a transport of any group uses one of the AnyIO objects."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 
-from .._channels._pipe import PipeChannel, require_pipes
 from .._transports._pipe import ReadPipeTransport, WritePipeTransport
 from .._transports._stream import StreamTransport
 from .._types import StreamProtocolT
@@ -33,12 +32,12 @@ class PipeEndpoints(Endpoints):
 
         - `protocol_factory`: makes the protocol
         - `pipe`: a file object of a pipe, FIFO, socket, character device or terminal. The transport makes it
-          non-blocking and closes it. Standard input is not closed, and is left as it was.
+          non-blocking and closes it. Standard input is not closed, and is left as it was. On Windows a thread reads it
+          instead; what waits in a read when the transport ends is lost.
 
         Raises:
         - `RuntimeError`: the group is not open
         - `ValueError`: `pipe` is a regular file, which stays open
-        - `NotImplementedError`: on Windows
         - whatever `protocol_factory` raises
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_read_pipe
@@ -52,7 +51,7 @@ class PipeEndpoints(Endpoints):
         """Write to `pipe` and return `(transport, protocol)`.
 
         `connection_made` runs before this returns. The transport notices that the reader has closed its end even while
-        nothing is written.
+        nothing is written, except on Windows.
 
         - `protocol_factory`: makes the protocol
         - `pipe`: a file object, of the kinds that `connect_read_pipe` takes. The transport makes it non-blocking and
@@ -61,7 +60,6 @@ class PipeEndpoints(Endpoints):
         Raises:
         - `RuntimeError`: the group is not open
         - `ValueError`: `pipe` is a regular file, which stays open
-        - `NotImplementedError`: on Windows
         - whatever `protocol_factory` raises
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.connect_write_pipe
@@ -75,10 +73,9 @@ class PipeEndpoints(Endpoints):
         pipe: Any,
         transport_class: type[ReadPipeTransport | WritePipeTransport],
     ) -> tuple[StreamTransport, StreamProtocolT]:
-        require_pipes()
         await anyio.lowlevel.checkpoint()
-        poller = await check_open(self._core)
-        channel = PipeChannel(poller, pipe, writing=transport_class is WritePipeTransport)
+        await check_open(self._core)
+        channel = self._pipe_channel(pipe, writing=transport_class is WritePipeTransport)
         transport, protocol = self._core.make_transport(transport_class, protocol_factory, channel)
         transport._start()
         return transport, protocol

@@ -17,7 +17,6 @@ from .. import abc
 from .._callbacks import CallbackContext
 from .._channels._abc import StreamChannel
 from .._channels._anyio_stream import AnyIOStreamChannel, DiscardingChannel
-from .._channels._pipe import ChildPipeChannel, require_pipes
 from .._processes._anyio import AnyIOChild
 from .._processes._popen import PopenChild
 from .._processes._programs import start_program
@@ -89,7 +88,6 @@ class ProcessEndpoints(Endpoints):
         - `RuntimeError`: the group is not open
         - `OSError`: the program cannot be run (it does not exist, for example)
         - `ValueError`: an option makes no sense for pipes of bytes
-        - `NotImplementedError`: on Windows
         - whatever `protocol_factory` and `Popen` raise
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.subprocess_exec
@@ -176,7 +174,6 @@ class ProcessEndpoints(Endpoints):
     async def _spawn(
         self, protocol_factory: Callable[[], SubprocessProtocolT], args: Any, **options: Any
     ) -> tuple[abc.SubprocessTransport, SubprocessProtocolT]:
-        require_pipes()
         await anyio.lowlevel.checkpoint()
         poller = await check_open(self._core)
         # No awaits from here on, so that a cancellation cannot interrupt this.
@@ -188,7 +185,7 @@ class ProcessEndpoints(Endpoints):
         try:
             for fd, pipe in enumerate((popen.stdin, popen.stdout, popen.stderr)):
                 if pipe is not None:
-                    channels[fd] = ChildPipeChannel(poller, pipe, writing=fd == 0)
+                    channels[fd] = self._pipe_channel(pipe, writing=fd == 0, of_child=True)
         except BaseException:
             child.kill_and_reap()
             for channel in channels.values():

@@ -6,12 +6,13 @@ May know: nothing.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-# The return code of a killed child: minus SIGKILL, which some platforms do not define.
-KILLED = -9
+# The return code of a killed child: minus SIGKILL, or what `Popen.kill` has Windows set.
+KILLED = 1 if sys.platform == "win32" else -9
 
 # How long, in seconds, a killed child may take to end. Most take less than a millisecond, but there is no bound: a
 # system call may hang in a driver, a tracer may be stopped.

@@ -1,7 +1,8 @@
 """A child process that `subprocess.Popen` has started.
 
 Holds: how its end is noticed, and how it is signalled and reaped.
-May know: `_child`, `_exit_status`, `_errors`, `_poller`, `_selector`, `anyio`, `os`, `signal`, `subprocess`.
+May know: `_capabilities`, `_child`, `_exit_status`, `_errors`, `_poller`, `_selector`, `anyio`, `os`, `signal`,
+`subprocess`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
+from .. import _capabilities
 from .._errors import logger
 from .._poller import Poller
 from .._selector import READ, Registration
@@ -60,6 +62,9 @@ class PopenChild(Child):
         self._is_watched = True
         self.needs_task = False
         self._reaped_by_popen = False  # Another thread has reaped it, but has not set the status yet.
+        if not _capabilities.polls_files:
+            self._wait_in_thread("the system cannot poll a file descriptor for it")
+            return
         try:
             self._registration = Registration(os.pidfd_open(popen.pid))  # type: ignore[attr-defined,unused-ignore]
             poller.register(self._registration)
@@ -67,8 +72,8 @@ class PopenChild(Child):
             # The platform, Python, kernel or sandbox does not have it, or there are no file descriptors left.
             self._wait_in_thread(exc)
 
-    def _wait_in_thread(self, why: Exception) -> None:
-        logger.debug("a thread waits for process %s: %r", self.pid, why)
+    def _wait_in_thread(self, why: object) -> None:
+        logger.debug("a thread waits for process %s: %s", self.pid, why)
         self.needs_task = True
 
     def watch(self, exited: Exited) -> None:
@@ -178,8 +183,9 @@ class PopenChild(Child):
 
     def kill(self) -> None:
         if sys.platform == "win32":
-            raise NotImplementedError
-        self.send_signal(signals.SIGKILL)
+            self._popen.kill()
+        else:
+            self.send_signal(signals.SIGKILL)
 
     def kill_and_reap(self) -> int | None:
         self._exited = None
