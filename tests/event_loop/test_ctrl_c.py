@@ -119,17 +119,19 @@ def test_ctrl_c_between_two_iterations():
     trio = pytest.importorskip("trio")
     import asyncio
 
-    from transports_anyio import open_event_loop, to_asyncio
+    from transports_anyio import from_asyncio, open_event_loop, to_asyncio
     from transports_anyio._event_loop._core import LoopCore
     from transports_anyio._trio import TrioDriver
 
     events = []
 
-    async def work():
+    async def work(scope):
         events.append("begun")
         try:
-            while True:
+            for _ in range(20):
                 await asyncio.sleep(0.001)
+            from_asyncio.run_sync(scope.cancel)  # Not after some time: on a busy machine nothing might have begun.
+            await asyncio.sleep(3600)
         finally:
             await asyncio.sleep(0.001)
             events.append("cleaned up")
@@ -148,8 +150,8 @@ def test_ctrl_c_between_two_iterations():
             for frame in sys._current_frames().values():
                 frame.f_trace = trace
             sys.settrace(trace)
-            with trio.move_on_after(0.05):
-                await to_asyncio.run(work)
+            with trio.CancelScope() as scope:
+                await to_asyncio.run(work, scope)
             sys.settrace(None)
 
     reached = 0
