@@ -230,7 +230,7 @@ COROUTINE_FUNCTIONS: dict[str, Any] = {"plain": make_protocol, "partial": functo
     "a coroutine function as a protocol factory",
     asyncio="connects first, then `AttributeError` and a warning",
     here="`TypeError` at the call",
-    why="no connection is made in vain",
+    why="the mistake shows before a connection is made",
 )
 @pytest.mark.parametrize("name", [name for name, takes_factory in ENDPOINTS.items() if takes_factory])
 @pytest.mark.parametrize("factory", COROUTINE_FUNCTIONS.values(), ids=COROUTINE_FUNCTIONS)
