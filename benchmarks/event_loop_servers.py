@@ -148,11 +148,23 @@ def on_trio(name: str) -> None:
     run_asyncio(program, name, backend="trio")
 
 
-def on_trio_by_factory(name: str) -> None:
+def by_factory(name: str) -> None:
     from transports_anyio import EventLoop
 
     with asyncio.Runner(loop_factory=EventLoop) as runner:
         runner.run(program(name))
+
+
+def by_factory_with_trio(name: str) -> None:
+    """As above, and trio runs from the beginning on."""
+    from transports_anyio import EventLoop, from_asyncio
+
+    async def main() -> None:
+        from_asyncio.run_sync(int)
+        await program(name)
+
+    with asyncio.Runner(loop_factory=EventLoop) as runner:
+        runner.run(main())
 
 
 def on_trio_asyncio(name: str) -> None:
@@ -198,7 +210,8 @@ PEERS: dict[str, Callable[[str], object]] = {
     "asyncio": lambda name: asyncio.run(program(name)),
     "uvloop": on_uvloop,
     "ours/trio": on_trio,
-    "factory/trio": on_trio_by_factory,
+    "factory": by_factory,
+    "factory, trio runs": by_factory_with_trio,
     "trio-asyncio": on_trio_asyncio,
     "plain group": in_a_group,
     "hypercorn": hypercorn,

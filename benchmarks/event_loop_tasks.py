@@ -12,6 +12,7 @@ from typing import Any
 
 COUNT = 20_000
 SLOW_COUNT = 4_000
+CALL_COUNT = 1_000
 
 
 async def call_soon() -> None:
@@ -58,6 +59,38 @@ async def create_task() -> None:
 TASKS = {"call_soon": call_soon, "sleep(0)": sleep, "future": future, "timer": timer, "create_task": create_task}
 
 
+async def waits() -> None:
+    await asyncio.sleep(0.001)
+
+
+async def calls_trio() -> None:
+    from transports_anyio import from_asyncio
+
+    from_asyncio.run_sync(int)
+
+
+#: Calls of `run_until_complete`, one after the other.
+CALLS = {
+    "run_until_complete": nothing,
+    "run_until_complete, waiting": waits,
+    "run_until_complete, from_asyncio": calls_trio,
+}
+
+
+def calls(new_loop: Callable[[], asyncio.AbstractEventLoop], function: Callable[[], Any]) -> float:
+    loop = new_loop()
+    try:
+        for count in (CALL_COUNT // 4, CALL_COUNT):
+            gc.collect()
+            before = time.process_time()
+            for _ in range(count):
+                loop.run_until_complete(function())
+            spent = time.process_time() - before
+    finally:
+        loop.close()
+    return spent
+
+
 async def repeat(crossing: Callable[[], Awaitable[object]]) -> None:
     for _ in range(SLOW_COUNT):
         await crossing()
@@ -102,31 +135,44 @@ async def on_trio_asyncio(crossing: str) -> float:
         return await aio_as_trio(from_there)()
 
 
+async def timed_on_trio(function: Callable[[], Awaitable[object]]) -> float:
+    from transports_anyio import from_asyncio
+
+    from_asyncio.run_sync(int)
+    return await timed(function)
+
+
+def factory(peer: str) -> Callable[[], asyncio.AbstractEventLoop]:
+    if peer == "asyncio":
+        return asyncio.SelectorEventLoop
+    if peer == "uvloop":
+        import uvloop
+
+        return uvloop.new_event_loop
+    from transports_anyio import EventLoop
+
+    return EventLoop
+
+
 def main(peer: str, task: str) -> float:
+    if task in CALLS:
+        return calls(factory(peer), CALLS[task]) / CALL_COUNT * 1e6
     if task not in TASKS:
         import trio
 
         return trio.run(on_trio if peer == "ours/trio" else on_trio_asyncio, task) / SLOW_COUNT * 1e6
     function = TASKS[task]
-    if peer == "asyncio":
-        spent = asyncio.run(timed(function))
-    elif peer == "uvloop":
-        import uvloop
-
-        spent = uvloop.run(timed(function))
-    elif peer == "ours/trio":
+    if peer == "ours/trio":
         from transports_anyio import run_asyncio
 
         spent = run_asyncio(timed, function, backend="trio")
-    elif peer == "factory/trio":
-        from transports_anyio import EventLoop
-
-        with asyncio.Runner(loop_factory=EventLoop) as runner:
-            spent = runner.run(timed(function))
-    else:
+    elif peer == "trio-asyncio":
         import trio_asyncio
 
         spent = trio_asyncio.run(trio_asyncio.aio_as_trio(timed), function)
+    else:
+        with asyncio.Runner(loop_factory=factory(peer)) as runner:
+            spent = runner.run((timed_on_trio if peer == "factory, trio runs" else timed)(function))
     return spent / COUNT * 1e6
 
 

@@ -213,6 +213,10 @@ class SystemSelector(Selector):
     async def wait(self) -> None:
         await anyio.wait_readable(self.fileno())
 
+    @abstractmethod
+    def block(self, seconds: float | None) -> None:
+        """Let the thread wait until a file descriptor is ready, at most `seconds` (`None`: for as long as it takes)."""
+
 
 class PlatformSelector(SystemSelector):
     """The selector that Python's `selectors` has for this platform: kqueue on BSD and macOS."""
@@ -247,6 +251,9 @@ class PlatformSelector(SystemSelector):
         if self.always_ready:
             self.notify_always_ready(failed)
         return len(batch)
+
+    def block(self, seconds: float | None) -> None:
+        self._platform_selector.select(seconds)
 
     def close(self) -> None:
         self._platform_selector.close()
@@ -317,6 +324,9 @@ if sys.platform == "linux":
             if self.always_ready:
                 self.notify_always_ready(failed)
             return len(batch)
+
+        def block(self, seconds: float | None) -> None:
+            self._epoll.poll(seconds, 1)
 
         def close(self) -> None:
             self._epoll.close()

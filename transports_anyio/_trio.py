@@ -337,8 +337,9 @@ class Guest:
 
     def __init__(self) -> None:
         self._iterations: SimpleQueue[Callable[[], object]] = SimpleQueue()
-        #: trio's, for asynchronous generators.
-        self.hooks: Any = sys.get_asyncgen_hooks()
+        #: trio's, for asynchronous generators. A plain tuple, because the garbage collector does not look into what
+        #: `sys.get_asyncgen_hooks` returns, and trio's hooks lead to all that trio knows.
+        self.hooks: tuple[Any, Any] = (None, None)
         self._outcome: Any = None
         self._pid = 0
         #: The thread that the run belongs to, 0 while there is no run.
@@ -348,24 +349,33 @@ class Guest:
 
     def start(self, async_function: Callable[[], Awaitable[object]]) -> None:
         """Start a run of `async_function`. Raises `RuntimeError` where another run is in progress in this thread."""
+        self.check_thread()
+        hooks = sys.get_asyncgen_hooks()
+        # trio would keep those that are set, and call them. They may be those of the event loop: another such cycle.
+        sys.set_asyncgen_hooks(None, None)
+        try:
+            trio.lowlevel.start_guest_run(
+                async_function,
+                run_sync_soon_threadsafe=self._iterations.put,
+                done_callback=self._done,
+                host_uses_signal_set_wakeup_fd=True,
+                clock=Clock(),
+            )
+            first, last = sys.get_asyncgen_hooks()
+            self.hooks = (first, last)
+        finally:
+            sys.set_asyncgen_hooks(*hooks)
+        self.thread = threading.get_ident()
+        self._pid = os.getpid()
+
+    def check_thread(self) -> None:
+        """Raise `RuntimeError` where another run is in progress in this thread."""
         if trio.lowlevel.in_trio_run():
             raise RuntimeError(
                 "trio runs in this thread already, and it can run only once at a time: in a trio program use "
                 "transports_anyio.open_event_loop(); an event loop that is paused while trio tasks of its own are "
                 "under way has to be closed, or run until these have ended, before another one runs in its thread"
             )
-        hooks = sys.get_asyncgen_hooks()
-        trio.lowlevel.start_guest_run(
-            async_function,
-            run_sync_soon_threadsafe=self._iterations.put,
-            done_callback=self._done,
-            host_uses_signal_set_wakeup_fd=True,
-            clock=Clock(),
-        )
-        self.hooks = sys.get_asyncgen_hooks()
-        sys.set_asyncgen_hooks(*hooks)
-        self.thread = threading.get_ident()
-        self._pid = os.getpid()
 
     def _done(self, outcome: Any) -> None:
         self._outcome = outcome

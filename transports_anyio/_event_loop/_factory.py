@@ -31,12 +31,13 @@ class EventLoop(OpenEventLoop):
     like. It is made, run any number of times, and closed, as asyncio's own; transports, servers, tasks and timers live
     from one call to the next. `from_asyncio` reaches trio from asyncio code.
 
-    trio runs only during a call, and rests between two calls as long as trio tasks of the event loop are under way.
-    As trio runs once at a time in a thread, until these have ended no other trio run can begin in that thread, and
-    this event loop can neither run nor be closed in another: `RuntimeError`.
+    trio runs only if asyncio code calls it: from the first `from_asyncio` on, until the call of the event loop ends.
+    If trio tasks are under way then, their run pauses until the next call. As trio runs once at a time in a thread, no
+    other trio run can begin in that thread until these tasks have ended, and this event loop can neither run nor be
+    closed in another: `RuntimeError`.
 
-    trio waits in a thread of its own (its guest mode), so that the first event after an idle wait costs some 30 µs
-    more than with `run_asyncio`. Under load there is no difference.
+    While trio runs, it waits in a thread of its own (its guest mode), so that the first event after an idle wait costs
+    more than with `run_asyncio`.
 
     Source: https://docs.python.org/3/library/asyncio-eventloop.html
     """

@@ -69,8 +69,9 @@ class Interrupts:
                 signal.set_wakeup_fd(fd)
         if self._active:
             self._active = False
-            if signal.getsignal(signal.SIGINT) == self._received:  # Or else one that was set in the meantime stays.
-                signal.signal(signal.SIGINT, self._handler)
+            handler = signal.signal(signal.SIGINT, self._handler)
+            if handler != self._received:  # Another one that was set in the meantime stays.
+                signal.signal(signal.SIGINT, handler)
             self._deliver()
 
     def _received(self, _: int, frame: FrameType | None) -> None:

@@ -1,8 +1,10 @@
 """The inside of an event loop that runs only while it is called, and pauses between the calls.
 
-Holds: when trio runs for it. Transports, servers, callbacks and timers are our own, and need trio only to wait. So a
-trio run begins with the first wait of a call, or with the first call of backend code, and ends with the call. Only if
-trio tasks are under way then does it stay, and pause like the event loop.
+Holds: when trio runs for it. Transports, servers, callbacks and timers are our own, and need no trio as long as there
+are no trio tasks: the thread itself waits for the selector. So a trio run begins with the first call of backend code,
+and ends with the call of the event loop. Only if trio tasks are under way then does it stay, and pause like the event
+loop. Where a selector cannot be waited for (Windows), trio's tasks wait for each file descriptor, from the first wait
+on.
 """
 
 # The event loop's own modules know what it hides from users.
@@ -21,7 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._core import LAST_ITERATIONS
 from .._driver import TaskDriver
-from ._core import LoopCore
+from .._selector import SystemSelector
+from ._core import LoopCore, nothing_is_ready
 from ._interrupts import Interrupts
 from ._sides import library
 
@@ -40,6 +43,10 @@ class Silent(asyncio.Protocol):
 
     def process_exited(self) -> None:
         pass
+
+
+#: The running event loop, sniffio's name and the hooks for asynchronous generators during a pause.
+OUTSIDE = (None, None, (None, None))
 
 
 def never() -> bool:
@@ -77,7 +84,7 @@ class PausingCore(LoopCore):
     def __init__(self, loop: EventLoop) -> None:
         super().__init__(loop)
         self.end_block = self.stop
-        self._outside = (None, None, (None, None))
+        self._outside = OUTSIDE
         trio = loop._trio
         self.calls = Calls(trio.Guest(), loop._spawner, trio.Scope)
 
@@ -114,7 +121,7 @@ class PausingCore(LoopCore):
         if calls.stopping:  # Since before: it is for the first iteration.
             self.ready.appendleft(self.stop)
         try:
-            self.run_once()  # Perhaps there is nothing to wait for.
+            self._run_without_trio()
             if not calls.paused:
                 if not guest.thread:
                     guest.start(self._serve)
@@ -127,12 +134,38 @@ class PausingCore(LoopCore):
             calls.stopping = False
             self._rest()
 
+    def _run_without_trio(self) -> None:
+        """Run iterations until the pause, or until trio runs, or has to run."""
+        calls = self.calls
+        guest = calls.guest
+        selector = self.poller.selector
+        if not isinstance(selector, SystemSelector):
+            self.run_once()  # Perhaps there is nothing to wait for.
+            return
+        if self.dispatch is nothing_is_ready and not guest.thread:
+            selector.reopen()  # Raises if there is still no file descriptor for it.
+            self.dispatch = selector.dispatch
+        deadline = -inf
+        while True:
+            try:
+                if deadline != -inf and not selector.always_ready:
+                    selector.block(None if deadline == inf else max(deadline - self.time(), 0))
+                deadline = self.run_once()
+            except Exception as exc:  # The selector has failed. A last iteration does without it.
+                self.leave_by(exc)
+                self.dispatch = nothing_is_ready
+                deadline = -inf
+            if calls.paused or guest.thread:
+                return
+            guest.check_thread()
+
     def _rest(self) -> None:
         """End the trio run, unless it is needed, or leave it alone from now on."""
         calls = self.calls
         if calls.serving and not calls.need_trio():
             self.end_trio()
         self._outside_trio()
+        self._outside = OUTSIDE  # Keeps no hooks of trio's: see `Guest.hooks`.
 
     def _outside_trio(self) -> None:
         """Remember whether the driver waits: until trio goes on, there is nothing to wake, and no deadline to move."""
