@@ -381,6 +381,13 @@ def benchmarks_event_loop(session: nox.Session) -> None:
 
 
 @nox.session
+def benchmarks_adapters(session: nox.Session) -> None:
+    """Measure protocols over AnyIO's streams and datagram sockets beside these themselves."""
+    session.install(".", *group("benchmarks"))
+    session.run("python", "benchmarks/bench_adapters.py", *session.posargs)
+
+
+@nox.session
 def soak(session: nox.Session) -> None:
     """Let connections come and go, half of them end badly, and see whether memory stays flat; two minutes a backend."""
     backends = install_with_backends(session, *group("benchmarks"))

@@ -6,6 +6,7 @@
  *
  *   load tcp   PORT CONNECTIONS SIZE SECONDS     echo over TCP
  *   load tls   PORT CONNECTIONS SIZE SECONDS     echo over TLS
+ *   load unix  NUMBER CONNECTIONS SIZE SECONDS   echo over UNIX sockets, to the abstract name "transports_anyio NUMBER"
  *   load udp   PORT CONNECTIONS SIZE SECONDS     echo over UDP, a socket for each "connection"
  *   load conn  PORT CONNECTIONS SIZE SECONDS     connect, one echo, close
  *   load talk  PORT CONNECTIONS SIZE SECONDS     send the file LOAD_REQUEST, receive SIZE bytes; on each connection the
@@ -25,6 +26,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,6 +34,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef WITH_TLS
@@ -61,8 +64,9 @@ struct probe {
 
 static char *payload, *answer, *opening;
 static size_t size, answer_size, opening_size, opening_answer_size;
-static int mode_udp, mode_conn, poller;
-static struct sockaddr_in server;
+static int mode_udp, mode_conn, mode_unix, poller;
+static struct sockaddr_storage server;
+static socklen_t server_length;
 static unsigned long answers;
 static struct probe probes[PROBES];
 static int probe_count;
@@ -95,6 +99,22 @@ static char *read_file(const char *path, size_t *length) {
     return content;
 }
 
+static void set_server(const char *port) {
+    struct sockaddr_in *address = (struct sockaddr_in *)&server;
+    address->sin_family = AF_INET;
+    address->sin_port = htons(atoi(port));
+    address->sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    server_length = sizeof *address;
+}
+
+static void set_unix_server(const char *number) {
+    struct sockaddr_un *address = (struct sockaddr_un *)&server;
+    address->sun_family = AF_UNIX;
+    /* An abstract name begins with a null byte, and does not end with one. */
+    int length = snprintf(address->sun_path + 1, sizeof address->sun_path - 1, "transports_anyio %s", number);
+    server_length = offsetof(struct sockaddr_un, sun_path) + 1 + length;
+}
+
 static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -111,15 +131,15 @@ static void open_connection(struct connection *c) {
     int one = 1;
     c->size = size;
     c->answer_size = answer_size;
-    c->fd = socket(AF_INET, mode_udp ? SOCK_DGRAM : SOCK_STREAM, 0);
+    c->fd = socket(server.ss_family, mode_udp ? SOCK_DGRAM : SOCK_STREAM, 0);
     if (c->fd < 0) fail("socket");
-    if (!mode_udp) setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    if (!mode_udp && !mode_unix) setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     if (mode_conn) {
         /* A reset instead of TIME_WAIT: the ports would run out. */
         struct linger linger = {1, 0};
         setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
     }
-    if (connect(c->fd, (struct sockaddr *)&server, sizeof server)) fail("connect");
+    if (connect(c->fd, (struct sockaddr *)&server, server_length)) fail("connect");
     if (opening) {
         if (send(c->fd, opening, opening_size, MSG_NOSIGNAL) != (long)opening_size) fail("send");
         if (recv(c->fd, answer, opening_answer_size, MSG_WAITALL) != (long)opening_answer_size) fail("recv");
@@ -280,9 +300,11 @@ int main(int argc, char **argv) {
     setrlimit(RLIMIT_NOFILE, &limit);
     mode_udp = !strcmp(argv[1], "udp");
     mode_conn = !strcmp(argv[1], "conn");
-    server.sin_family = AF_INET;
-    server.sin_port = htons(atoi(argv[2]));
-    server.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    mode_unix = !strcmp(argv[1], "unix");
+    if (mode_unix)
+        set_unix_server(argv[2]);
+    else
+        set_server(argv[2]);
     int count = atoi(argv[3]);
     size = answer_size = atol(argv[4]);
     double seconds = atof(argv[5]);
@@ -306,7 +328,7 @@ int main(int argc, char **argv) {
     if (mixed) {
         open_probes();
         while (opened < count / 2) open_connection(&connections[opened++]);
-        server.sin_port = htons(atoi(getenv("LOAD_TLS_PORT")));
+        set_server(getenv("LOAD_TLS_PORT"));
     }
 #ifdef WITH_TLS
     if (!strcmp(argv[1], "tls") || mixed) {

@@ -1,17 +1,21 @@
-"""Pairs of bare AnyIO streams, connected with each other in memory or over TCP."""
+"""Pairs of bare AnyIO streams, connected with each other in memory, over TCP, over UNIX sockets or by TLS."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio
-from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketStream
+import trustme
+from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketStream, UNIXSocketStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from anyio.streams.stapled import StapledByteStream
-from support import HOST
+from anyio.streams.tls import TLSStream
+from support import GUARD, HOST
 
 
 class MemoryReceiver(ByteReceiveStream):
@@ -69,3 +73,44 @@ async def tcp_pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
     b = await SocketStream.from_socket(accepted)
     async with a, b:
         yield a, b
+
+
+@asynccontextmanager
+async def unix_pair() -> AsyncIterator[tuple[ByteStream, ByteStream]]:
+    a, b = [await UNIXSocketStream.from_socket(sock) for sock in socket.socketpair()]
+    async with a, b:
+        yield a, b
+
+
+@asynccontextmanager
+async def tls_pair(authority: trustme.CA) -> AsyncIterator[tuple[ByteStream, ByteStream]]:
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(server)
+    client = ssl.create_default_context()
+    authority.configure_trust(client)
+    wrapped: list[ByteStream] = []
+
+    async def accept(stream: ByteStream) -> None:
+        wrapped.append(await TLSStream.wrap(stream, server_side=True, ssl_context=server))
+
+    async with tcp_pair() as (plain_a, plain_b):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(accept, plain_b)
+            a = await TLSStream.wrap(plain_a, hostname="localhost", ssl_context=client)
+        yield a, wrapped[0]
+
+
+async def receive_exactly(stream: ByteReceiveStream, size: int) -> bytes:
+    data = bytearray()
+    with anyio.fail_after(GUARD):
+        while len(data) < size:
+            data += await stream.receive(min(65536, size - len(data)))
+    return bytes(data)
+
+
+async def receive_all(stream: ByteReceiveStream) -> bytes:
+    data = bytearray()
+    with anyio.fail_after(GUARD), contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+        while True:
+            data += await stream.receive()
+    return bytes(data)

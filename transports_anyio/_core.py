@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
+from ._channels._anyio import SlowSends
 from ._errors import ExceptionContext, Group, is_refusal, logger, safe_repr
 from ._poller import make_poller
 from ._resources import PendingHandshake, Resource
@@ -63,6 +64,7 @@ class Core(Scheduler):
         self.open: bool = False  # Connections can be made: the block has been entered and not been left.
         self.tasks_running: int = 0
 
+        self.slow_sends: SlowSends = SlowSends(self)
         self.changed: Waiters = Waiters()  # Notified when a transport, handshake or task ends.
 
     def as_backend(self, function: Callable[..., T], *args: Any) -> T:
@@ -183,6 +185,11 @@ class Core(Scheduler):
     def has_connections(self) -> bool:
         """Whether any transport or handshake is left."""
         return bool(self.transports or self.handshakes)
+
+    @property
+    def pending_timers(self) -> int:
+        """How many timers of the user are pending."""
+        return len(self.timers) - self.slow_sends.is_pending
 
     # Tasks
 

@@ -376,7 +376,7 @@ class TransportGroup(
             bytes_received=core.bytes_received + sum(received for received, _, _ in traffic),
             bytes_sent=core.bytes_sent + sum(sent for _, sent, _ in traffic),
             bytes_buffered=sum(buffered for _, _, buffered in traffic),
-            pending_timers=len(core.timers),
+            pending_timers=core.pending_timers,
         )
 
     def __repr__(self) -> str:
@@ -385,5 +385,5 @@ class TransportGroup(
         return (
             f"<TransportGroup {state} {describe_flow('transports', core.transports, core.handshakes)} "
             f"servers={len(core.servers)} "
-            f"tasks={core.tasks_running} timers={len(core.timers)}>"
+            f"tasks={core.tasks_running} timers={core.pending_timers}>"
         )

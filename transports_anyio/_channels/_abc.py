@@ -88,11 +88,15 @@ class StreamChannel(Channel):
 
     @abstractmethod
     def send(self, data: bytes | bytearray | memoryview, /) -> int:
-        """Send from the start of `data` and return how many bytes were taken."""
+        """Send from the start of `data` and return how many bytes were taken.
+
+        They may be sent only after this has returned. If that fails, `write_ready` is called, and the next call raises
+        the error.
+        """
 
     @abstractmethod
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
-        """Send from the start of `chunks`, as one, and return how many bytes were taken."""
+        """Send from the start of `chunks`, as one, and return how many bytes were sent. `chunks` may be empty."""
 
     def send_file(self, fd: int, offset: int, count: int) -> int:
         """Send up to `count` bytes of a file from `offset` on. Return how many were taken, 0 at the end of the file.

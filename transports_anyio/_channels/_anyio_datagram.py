@@ -7,7 +7,7 @@ May know: `_abc`, `_anyio`, `_datagram`, `_socket`, `anyio`.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from operator import index
 from typing import Any
 
@@ -16,7 +16,7 @@ import anyio.lowlevel
 from anyio.abc import ConnectedUDPSocket, ConnectedUNIXDatagramSocket, SocketAttribute, UDPSocket, UNIXDatagramSocket
 
 from ._abc import ADDRESS_ERRORS, ChannelEnded, DatagramChannel, pause_after
-from ._anyio import AnyIOChannel, as_os_error, typed_attributes
+from ._anyio import AnyIOChannel, Owner, as_os_error, is_failure, typed_attributes
 from ._datagram import truncated
 from ._socket import transport_socket
 
@@ -40,14 +40,14 @@ DATAGRAM_SIZE = 65536
 class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
     """Moves the datagrams of one of AnyIO's sockets."""
 
-    __slots__ = ("_connected", "_info", "_is_unix", "_raw_socket", "_socket", "remote_address")
+    __slots__ = ("_connected", "_info", "_is_unix", "_raw_socket", "_sender", "_socket", "remote_address")
 
-    def __init__(self, datagram_socket: AnyDatagramSocket, clock: Callable[[], float]) -> None:
+    def __init__(self, datagram_socket: AnyDatagramSocket, owner: Owner) -> None:
         if not isinstance(
             datagram_socket, (UDPSocket, ConnectedUDPSocket, UNIXDatagramSocket, ConnectedUNIXDatagramSocket)
         ):
             raise TypeError(f"one of AnyIO's datagram sockets was expected, got {datagram_socket!r}")
-        super().__init__(datagram_socket, clock)
+        super().__init__(datagram_socket, owner)
         self._socket: Any = datagram_socket
         self._connected = isinstance(datagram_socket, (ConnectedUDPSocket, ConnectedUNIXDatagramSocket))
         self._is_unix = isinstance(datagram_socket, (UNIXDatagramSocket, ConnectedUNIXDatagramSocket))
@@ -57,6 +57,7 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
             self._info["socket"] = transport_socket(self._raw_socket)
         # AnyIO does not report every connected socket as connected: one made from a connected socket, for example.
         self.remote_address = self._info["peername"]
+        self._sender: Any = None  # The sender of the last datagram.
 
     def receive(self) -> tuple[bytes, Any]:
         datagram: tuple[bytes, Any] | ChannelEnded = self._take_received()
@@ -71,6 +72,10 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
             if self.remote_address is None:
                 self._check_address(address)
             self._offered = (bytes(data), address)
+            # A UNIX socket may wait for its receiver for long.
+            if self._receiver_sends and not self._sending and address == self._sender and not self._is_unix:
+                self._taken = True
+                return
         raise BlockingIOError
 
     def _check_address(self, address: Any) -> None:
@@ -88,28 +93,36 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
     def extra_info(self) -> Mapping[str, Any]:
         return self._info
 
-    async def _receive_next(self) -> tuple[bytes, Any] | ChannelEnded:
-        try:
-            received = await self._socket.receive()
-        except Exception as exc:
-            error = exc if isinstance(exc, OSError) else exc.__cause__
-            if isinstance(error, OSError) and error.errno != errno.EBADF:
-                raise  # An error of one datagram: the peer's port is closed, for example.
-            # The next receive would fail again, perhaps at once: another task receives from the socket, for example.
-            return ChannelEnded(as_os_error(exc))
-        datagram: tuple[bytes, Any] = (received, self.remote_address) if self._connected else received
+    def _receive_item(self) -> Awaitable[Any]:
+        receiving: Awaitable[Any] = self._socket.receive()
+        return receiving
+
+    def _as_received(self, item: Any) -> tuple[bytes, Any]:
+        datagram: tuple[bytes, Any] = (item, self.remote_address) if self._connected else item
         if len(datagram[0]) >= DATAGRAM_SIZE:
             raise truncated(DATAGRAM_SIZE)
+        self._sender = datagram[1]
         return datagram
 
-    async def _send_offered(self, offered: tuple[bytes, Any]) -> int:
-        data, address = offered
-        if self._is_unix and not self._connected:
-            await self._send_to_unix(data, address)
-        elif self._connected:
-            await self._socket.send(data)
+    def _receive_failure(self, exc: BaseException) -> OSError | ChannelEnded:
+        error = exc if isinstance(exc, OSError) else exc.__cause__
+        if isinstance(error, OSError) and error.errno != errno.EBADF:
+            return as_os_error(exc)  # An error of one datagram: the peer's port is closed, for example.
+        # The next receive would fail again, perhaps at once: another task receives from the socket, for example.
+        return ChannelEnded(as_os_error(exc))
+
+    def _send_item(self, item: tuple[bytes, Any]) -> Awaitable[None]:
+        data, address = item
+        sending: Awaitable[None]
+        if self._connected:
+            sending = self._socket.send(data)
+        elif self._is_unix:
+            sending = self._send_to_unix(data, address)
         else:
-            await self._socket.sendto(data, *address)
+            sending = self._socket.sendto(data, *address)
+        return sending
+
+    def _size_of(self, item: tuple[bytes, Any]) -> int:
         return 1  # One datagram, which may be empty.
 
     async def _send_to_unix(self, data: bytes, address: Any) -> None:
@@ -130,6 +143,10 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
 
     def _send_failure(self, exc: BaseException) -> Exception:
         return exc if isinstance(exc, ADDRESS_ERRORS) else super()._send_failure(exc)
+
+    def _report_sent(self, error: Exception) -> None:
+        self._received = error if is_failure(error) else as_os_error(error)
+        self._read_ready()
 
     def _ends(self, received: Any) -> bool:
         return isinstance(received, ChannelEnded)

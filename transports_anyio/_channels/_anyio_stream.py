@@ -6,18 +6,17 @@ May know: `_abc`, `_anyio`, `_socket`, `_errors`, `anyio`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import anyio.lowlevel
 from anyio.abc import AsyncResource, ByteReceiveStream, ByteSendStream, SocketAttribute
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
 from .._errors import logger
 from ._abc import StreamChannel, joined
-from ._anyio import AnyIOChannel, typed_attributes
+from ._anyio import AnyIOChannel, Owner, as_os_error, typed_attributes
 from ._socket import transport_socket
 
 if TYPE_CHECKING:
@@ -27,6 +26,9 @@ AnyByteStream = ByteReceiveStream | ByteSendStream
 
 # The most bytes to receive or send at once: enough for the throughput of bulk data, and fair to other connections.
 CHUNK_SIZE = 64 * 1024
+
+# The most bytes to receive after a whole chunk has come: AnyIO's streams on asyncio have as much, and copy the rest.
+BULK_SIZE = 256 * 1024
 
 # The typed attribute of the stream behind each extra info of the transport.
 EXTRA_INFO: dict[str, Any] = {
@@ -44,6 +46,7 @@ class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
 
     __slots__ = (
         "_info",
+        "_size",
         "can_receive",
         "can_send",
         "can_write_eof",
@@ -52,11 +55,12 @@ class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
         "stream",
     )
 
-    def __init__(self, stream: AnyByteStream, clock: Callable[[], float]) -> None:
-        super().__init__(stream, clock)
-        self.stream: Any = stream
+    def __init__(self, stream: AnyByteStream, owner: Owner) -> None:
         self.can_receive = isinstance(stream, ByteReceiveStream)
         self.can_send = isinstance(stream, ByteSendStream)
+        super().__init__(stream, owner)
+        self.stream: Any = stream
+        self._size = CHUNK_SIZE  # How many bytes to receive next.
         self.is_two_way = self.can_receive and self.can_send
         self._info = typed_attributes(stream, EXTRA_INFO)
         if "socket" in self._info:
@@ -78,10 +82,16 @@ class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
         return count
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
-        return self._offer(data[:CHUNK_SIZE])
+        if not (self._receiver_sends and not self._sending and self._offered is None and len(data) <= CHUNK_SIZE):
+            return self._offer(data[:CHUNK_SIZE])
+        self._take_sent()
+        self._offered = bytes(data)
+        self._taken = True
+        return len(data)
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
-        return self._offer(joined(chunks, CHUNK_SIZE))
+        data = joined(chunks, CHUNK_SIZE)
+        return self._offer(data) if data else self._take_sent()
 
     def _offer(self, data: bytes | bytearray | memoryview) -> int:
         sent = self._take_sent()
@@ -92,11 +102,18 @@ class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
         raise BlockingIOError
 
     def send_eof(self) -> None:
-        self._offered = b""
-        self.set_writing(True)
+        self._eof = True
+        self._send_soon()
 
-    def _eof_pending(self) -> bool:
-        return bool(self._offered == b"")
+    def shutdown(self, done: Callable[[Exception | None, bool], None]) -> bool:
+        self._take_sent()  # An error of what counts as sent.
+        if self._taken:
+            self._done = done
+        return not self._taken
+
+    def _report_sent(self, error: Exception) -> None:
+        self._sent = error
+        self._write_ready()
 
     def _parts(self) -> Iterable[AsyncResource]:
         # `StapledByteStream.aclose` closes one part after the other: a forceful close is cancelled after the first.
@@ -107,22 +124,27 @@ class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
     def extra_info(self) -> Mapping[str, Any]:
         return self._info
 
-    async def _receive_next(self) -> bytes:
-        try:
-            while True:
-                data: bytes = await self.stream.receive(CHUNK_SIZE)
-                if data:  # AnyIO lets streams return empty chunks, which are to be ignored.
-                    return data
-                await anyio.lowlevel.checkpoint()  # The stream may return empty chunks without ever waiting.
-        except anyio.EndOfStream:
-            return b""
+    def _receive_item(self) -> Awaitable[bytes]:
+        receiving: Awaitable[bytes] = self.stream.receive(self._size)
+        return receiving
 
-    async def _send_offered(self, offered: bytes) -> int:
-        if offered:
-            await self.stream.send(offered)
-        else:
-            await self.stream.send_eof()
-        return len(offered)
+    def _as_received(self, item: bytes) -> bytes | None:
+        self._size = BULK_SIZE if len(item) >= CHUNK_SIZE else CHUNK_SIZE
+        return item or None  # AnyIO lets streams return empty chunks, which are to be ignored.
+
+    def _receive_failure(self, exc: BaseException) -> bytes | OSError:
+        return b"" if isinstance(exc, anyio.EndOfStream) else as_os_error(exc)
+
+    def _send_item(self, item: bytes) -> Awaitable[None]:
+        sending: Awaitable[None] = self.stream.send(item)
+        return sending
+
+    def _size_of(self, item: bytes) -> int:
+        return len(item)
+
+    def _send_eof(self) -> Awaitable[None]:
+        sending: Awaitable[None] = self.stream.send_eof()
+        return sending
 
     def _ends(self, received: bytes | OSError) -> bool:
         return not received or isinstance(received, OSError)
@@ -139,8 +161,10 @@ class DiscardingChannel(AnyIOStreamChannel):
 
     async def _close_resource(self) -> None:
         try:
-            while await self._receive_next():
-                pass
+            while True:
+                await self.stream.receive()
+        except anyio.EndOfStream:
+            pass
         except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
             logger.debug("discarding from %r: %r", self.stream, exc)
         finally:

@@ -232,8 +232,10 @@ class TLSChannel(StreamChannel):
     def _writable(self) -> None:
         if self._engine.unsent:
             self._flush_or_fail()
-        if self._writing and not self._engine.unsent:
-            self._write_ready()
+            if not self._writing:
+                return
+        if not self._engine.unsent:
+            self._write_ready()  # If writing was not asked for, an earlier `send` has failed.
 
     def receive(self) -> bytes:
         plaintext = self._plaintext
@@ -339,7 +341,8 @@ class TLSChannel(StreamChannel):
         return held
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
-        return self.send(joined(chunks, ENCRYPT_SIZE))
+        data = joined(chunks, ENCRYPT_SIZE)
+        return self.send(data) if data else self._inner.send_many(())
 
     def _flush_or_fail(self) -> None:
         """Send what is encrypted. An error is kept for the next `send`, and for `receive` after the last data.

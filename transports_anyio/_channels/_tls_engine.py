@@ -117,7 +117,8 @@ class TLSEngine:
             self.unsent = b"".join((self.unsent, ciphertext)) if self.unsent else ciphertext
         while self.unsent:
             try:
-                sent = self.inner.send(self.unsent)
+                # Not `send`, which may take what it sends later: the phases know what becomes of their messages.
+                sent = self.inner.send_many((self.unsent,))
             except (BlockingIOError, InterruptedError):
                 break
             self.unsent = memoryview(self.unsent)[sent:]

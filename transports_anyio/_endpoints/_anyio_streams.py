@@ -77,7 +77,7 @@ class AnyIOStreamEndpoints(Endpoints):
         )
         if not isinstance(stream, (ByteReceiveStream, ByteSendStream)):
             raise TypeError(f"a ByteStream, ByteReceiveStream or ByteSendStream was expected, got {stream!r}")
-        plain = AnyIOStreamChannel(stream, self._core.poller.time)
+        plain = AnyIOStreamChannel(stream, self._core)
         if tls is not None and not plain.is_two_way:
             raise TypeError(f"TLS needs a ByteStream, which sends and receives, got {stream!r}")
         await anyio.lowlevel.checkpoint()

@@ -130,9 +130,9 @@ class DatagramEndpoints(Endpoints):
         """
         await check_open(self._core, "connect_datagram_socket", protocol_factory)
         await anyio.lowlevel.checkpoint()
-        poller = await check_open(self._core)
+        await check_open(self._core)
         self._require_unused(datagram_socket)
-        channel = AnyIODatagramChannel(datagram_socket, poller.time)
+        channel = AnyIODatagramChannel(datagram_socket, self._core)
         make = partial(DatagramTransport, address=channel.remote_address)
         transport, protocol = self._core.make_transport(make, protocol_factory, channel)
         self._run_for(datagram_socket, channel.run)

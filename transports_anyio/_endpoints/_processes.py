@@ -168,7 +168,7 @@ class ProcessEndpoints(Endpoints):
         protocol = callback_context.make_protocol(protocol_factory)
         clock = poller.time
         output = AnyIOStreamChannel if poller.loop is None else DiscardingChannel
-        channels = {fd: (output if fd else AnyIOStreamChannel)(stream, clock) for fd, stream in streams.items()}
+        channels = {fd: (output if fd else AnyIOStreamChannel)(stream, self._core) for fd, stream in streams.items()}
         return self._start_child(callback_context, protocol, AnyIOChild(process, clock), channels)
 
     async def _spawn(
