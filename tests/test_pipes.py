@@ -18,6 +18,7 @@ import tty
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -43,7 +44,7 @@ from support import (
 )
 
 from transports_anyio import TransportGroup, _capabilities
-from transports_anyio._channels import _pipe
+from transports_anyio._channels import _pipe, _threaded_pipe
 from transports_anyio._driver import TaskDriver
 from transports_anyio._poller import Poller
 from transports_anyio._selector import make_system_selector
@@ -978,6 +979,24 @@ async def test_a_write_in_a_thread_shows_that_the_reader_has_gone(anyio_backend:
             await protocol.wait_for("connection_lost")
             assert isinstance(protocol.exception, BrokenPipeError)
             assert contexts == []
+
+
+@pytest.mark.usefixtures("in_threads")
+async def test_windows_has_another_error_for_a_broken_pipe(anyio_backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system call fails as there: https://bugs.python.org/issue19612."""
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with pipe() as (_, writer):
+        async with TransportGroup() as group:
+            monkeypatch.setattr(_threaded_pipe, "sys", SimpleNamespace(platform="win32"))
+            monkeypatch.setattr(os, "write", fail)
+            transport, protocol = await connect_writer(group, writer)
+            transport.write(b"x")
+            await protocol.wait_for("connection_lost")
+            monkeypatch.undo()
+            assert isinstance(protocol.exception, BrokenPipeError)
 
 
 @pytest.mark.usefixtures("in_threads")

@@ -221,7 +221,10 @@ class ThreadedPipeChannel(StreamChannel):
 
 
 def as_broken_pipe(result: Any) -> Any:
-    """Return the result of a write. Windows reports a pipe without a reader by another error (CPython issue 19612)."""
+    """Return the result of a write. Windows has another error for a pipe without a reader.
+
+    https://bugs.python.org/issue19612
+    """
     if sys.platform == "win32" and isinstance(result, OSError) and result.errno == errno.EINVAL:
         return BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
     return result
