@@ -231,6 +231,7 @@ async def test_t3_a_thousand_silent_clients_do_not_delay_the_next_one(stack: Sta
 
 @pytest.mark.anyio
 @needs_pipes
+@pytest.mark.needs_polling("no reader is noticed to have gone")
 async def test_p7_on_macos_a_fifo_is_not_asked_whether_its_reader_has_gone(
     anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -235,6 +235,7 @@ async def test_g5_a_datagram_endpoint_fails(stack: Stack, faults: Faults, doing:
 )
 @every_error
 @needs_pipes
+@pytest.mark.needs_polling("the fault is made for our own file descriptor, and the thread has another")
 async def test_g5_reading_from_a_pipe_fails(stack: Stack, faults: Faults, error: Any) -> None:
     faults.let_fail(os, error, "read")
     async with stack.open() as group, connected(group, echo()) as (_, _, other):

@@ -112,6 +112,8 @@ class ThreadedPipeChannel(StreamChannel):
             name = f"transports_anyio: pipe {file_number(self._pipe)}"
             try:
                 Thread(target=self._serve, name=name, daemon=True).start()
+            except RecursionError:  # The thread may have started all the same, and ends with the channel.
+                raise
             except RuntimeError as exc:
                 raise OSError(errno.ENOMEM, f"no thread can be started for a pipe: {exc}") from exc
             self._started = True
