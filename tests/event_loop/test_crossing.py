@@ -155,6 +155,7 @@ async def test_a_deadline_cancels_the_task(anyio_backend):
 
 async def test_a_value_that_is_returned_in_spite_of_a_cancellation(anyio_backend):
     async def insist():
+        asyncio.get_running_loop().call_soon(scope.cancel)
         try:
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
@@ -162,7 +163,7 @@ async def test_a_value_that_is_returned_in_spite_of_a_cancellation(anyio_backend
 
     async with open_event_loop():
         values = []
-        with anyio.move_on_after(0.01) as scope:
+        with anyio.CancelScope() as scope:
             values.append(await to_asyncio.run(insist))
             await anyio.sleep(3600)
         assert values == ["value"]
@@ -171,13 +172,14 @@ async def test_a_value_that_is_returned_in_spite_of_a_cancellation(anyio_backend
 
 async def test_something_else_that_is_raised_after_a_cancellation(anyio_backend):
     async def fail():
+        asyncio.get_running_loop().call_soon(scope.cancel)
         try:
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
             raise MistakeError from None
 
     async with open_event_loop():
-        with pytest.raises(MistakeError), anyio.move_on_after(0.01):
+        with pytest.raises(MistakeError), anyio.CancelScope() as scope:
             await to_asyncio.run(fail)
 
 
@@ -319,9 +321,10 @@ async def test_a_context_manager_sees_what_the_block_raises(anyio_backend):
 
 async def test_a_context_manager_whose_block_is_cancelled(anyio_backend):
     events = []
-    async with open_event_loop():
-        with anyio.move_on_after(0.01) as scope:
+    async with open_event_loop() as loop:
+        with anyio.CancelScope() as scope:
             async with to_asyncio.wrap_async_context_manager(manager(events)):
+                loop.call_soon(scope.cancel)
                 await anyio.sleep(3600)
         assert scope.cancelled_caught
     assert events == ["entered", "cancelled", "left"]
