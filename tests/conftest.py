@@ -44,7 +44,8 @@ from transports_anyio import TransportGroup, _capabilities
 if sys.platform == "win32":
     # About UNIX sockets, terminals, signals and programs, which Windows does not have.
     collect_ignore = [
-        "test_adopted_sockets.py", "test_pipes.py", "processes", "test_tls_peers.py", "test_unix.py",
+        "test_adopted_sockets.py", "test_pipes.py", "processes", "event_loop/test_children.py", "test_tls_peers.py",
+        "test_unix.py",
     ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from anyio.abc import ByteStream, SocketAttribute, UNIXSocketStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 from anyio_streams import MemoryReceiver, MemorySender
-from network import needs_unix
+from network import needs_signals, needs_unix
 from support import GUARD, Peer, Recorder, collect_contexts, listening, turns
 
 from transports_anyio import TransportGroup
@@ -312,6 +312,7 @@ class Child(asyncio.SubprocessProtocol):
         self.finished.set()
 
 
+@needs_signals
 @pytest.mark.parametrize("how", ["ended", "waited for", "closed", "killed and closed", "a pipe closed"])
 async def test_a1_an_ended_process(anyio_backend: Any, how: str) -> None:
     # Writing to a pipe without a reader would end it by a signal. A child of the shell's own would survive the shell.

@@ -361,7 +361,9 @@ def test_what_leaves_ends_the_call_and_not_the_loop(
 
 
 @pytest.mark.parametrize("leaving", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("kind", ["soon", "thread", "reader", "signal", "done", "protocol"])
+@pytest.mark.parametrize(
+    "kind", ["soon", "thread", "reader", pytest.param("signal", marks=needs_signals), "done", "protocol"]
+)
 def test_what_leaves_a_callback_of_each_kind(
     loop: asyncio.AbstractEventLoop, kind: str, leaving: type[BaseException]
 ) -> None:
@@ -791,6 +793,7 @@ def test_the_default_executor_takes_no_more_after_close(make: Any) -> None:
         assert not thread.is_alive()
 
 
+@needs_selector
 def test_a_selector_that_is_lost_ends_the_call_and_the_clean_ups_run() -> None:
     """The user has closed its file descriptor."""
     loop = new_event_loop()

@@ -872,6 +872,7 @@ async def test_a_selector_that_is_lost_ends_the_block_in_order(anyio_backend):
     assert events == ["thread", "cleaned up", "lost"]
 
 
+@needs_selector
 @pytest.mark.parametrize("lifted", [False, True], ids=["no descriptor", "a descriptor later"])
 async def test_a_selector_that_cannot_be_reopened_ends_the_block_in_order(anyio_backend, lifted):
     """There is no file descriptor for another one, or only when a clean-up has released one."""
