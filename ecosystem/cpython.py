@@ -1,9 +1,10 @@
 """Run test modules of `test.test_asyncio`, the running Python's own, with our event loop in place of asyncio's.
 
-    python cpython.py [--asyncio] [--only NAMES] [--without NAMES] [--guard SECONDS] test_tasks test_streams …
+    python cpython.py [--asyncio] [--trio] [--only NAMES] [--without NAMES] [--guard SECONDS] test_tasks test_streams …
 
 Nothing of them is copied or changed: before they are imported, `asyncio.SelectorEventLoop` becomes the loop under test,
-and the default policy makes it, which is what `asyncio.new_event_loop` asks. With `--asyncio` they are left alone.
+and the default policy makes it, which is what `asyncio.new_event_loop` asks. With `--asyncio` they are left alone. With
+`--trio` trio runs from the beginning of each call of the event loop on, as after the first call of backend code.
 NAMES are `Class.test`, separated by commas; in them `*` stands for anything.
 
 For each test there is a line of JSON when it begins, and one when it has ended.
@@ -29,8 +30,15 @@ from transports_anyio import EventLoop
 class LoopUnderTest(EventLoop):
     """Takes a selector, as asyncio's, and does not need it."""
 
+    with_trio = False
+
     def __init__(self, selector: Any = None) -> None:
         super().__init__()
+
+    def _check_may_run(self) -> None:
+        super()._check_may_run()
+        if self.with_trio:
+            self._core.ready.appendleft(self._core.need_trio)
 
 
 def replace_event_loop() -> None:
@@ -58,7 +66,7 @@ class Result(unittest.TestResult):
         super().startTest(test)
         self.outcome, self.details = "passed", ""
         # trio's thread stays for a while. It is there before the test, or the test waits for its end.
-        loop = EventLoop()
+        loop = LoopUnderTest()
         loop.run_until_complete(asyncio.sleep(0.0001))
         loop.close()
         faulthandler.dump_traceback_later(self.guard, exit=True)
@@ -117,11 +125,13 @@ def names(given: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--asyncio", action="store_true")
+    parser.add_argument("--trio", action="store_true")
     parser.add_argument("--only", type=names, default=[])
     parser.add_argument("--without", type=names, default=[])
     parser.add_argument("--guard", type=float, default=20, help="seconds; a test that takes longer ends the process")
     parser.add_argument("modules", nargs="+")
     options = parser.parse_args()
+    LoopUnderTest.with_trio = options.trio
     if not options.asyncio:
         replace_event_loop()
     for name in options.modules:

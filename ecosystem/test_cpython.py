@@ -87,12 +87,13 @@ def _on_trio_only(backend: Any) -> None:
         pytest.skip("this Python has come without its tests")
 
 
+@pytest.mark.parametrize("trio", [False, True], ids=["before trio runs", "while trio runs"])
 @pytest.mark.parametrize("module", MODULES)
-def test_module(module: str) -> None:
+def test_module(module: str, trio: bool) -> None:
     """Each test passes, or fails as is expected of it: an unexpected pass is an error, too."""
     if importlib.util.find_spec(f"test.test_asyncio.{module}") is None:
         pytest.skip("not a module of this Python")
-    outcomes, ended = run(module, without=APART.get(module, []))
+    outcomes, ended = run(module, trio=trio, without=APART.get(module, []))
     assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr
     assert outcomes
     patterns = FAIL.get(module, [])
@@ -127,7 +128,9 @@ def run(module: str, **options: Any) -> tuple[dict[str, Any], subprocess.Complet
     """Run a module in a process of its own; return what came out of each test, and how the process ended."""
     argv = [sys.executable, "-W", "ignore", str(HERE / "cpython.py")]
     for option, value in options.items():
-        if value:
+        if value is True:
+            argv.append(f"--{option}")
+        elif value:
             argv.append(f"--{option}={','.join(value) if isinstance(value, list) else value}")
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     ended = subprocess.run(

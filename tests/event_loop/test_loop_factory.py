@@ -579,6 +579,44 @@ def test_ctrl_c_when_something_leaves_already(ours: EventLoop) -> None:
         signal.signal(signal.SIGINT, handler)
 
 
+@needs_signals
+def test_a_handler_of_ctrl_c_that_is_set_during_a_call_stays(loop: asyncio.AbstractEventLoop) -> None:
+    def handler(*_: object) -> None: ...
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        loop.call_soon(signal.signal, signal.SIGINT, handler)
+        loop.run_until_complete(asyncio.sleep(0.001))
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@needs_signals
+@pytest.mark.parametrize("error", [TimeoutError, SystemExit])
+def test_what_the_handler_of_another_signal_raises_leaves_an_idle_wait(
+    loop: asyncio.AbstractEventLoop, error: type[BaseException]
+) -> None:
+    """Python calls it in the middle of the wait."""
+
+    def handler(*_: object) -> None:
+        raise error("out")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    task = loop.create_task(asyncio.sleep(GUARD))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(error, match="out"):
+            loop.run_until_complete(task)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not loop.is_running()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        loop.run_until_complete(task)
+    assert loop.run_until_complete(asyncio.sleep(0.001, "goes on")) == "goes on"
+
+
 STORM = """
 import asyncio, os, signal, sys, threading
 from transports_anyio import EventLoop
