@@ -21,8 +21,8 @@ import tomllib
 from packaging.specifiers import SpecifierSet
 
 HERE = Path(__file__).parent
-#: In seconds, for one module.
-GUARD_OF_A_MODULE = 180
+#: In seconds, for one module. Each of its tests has a guard of its own.
+GUARD_OF_A_MODULE = 600
 #: In seconds, for a test of which is known that it fails or hangs.
 GUARD_APART = 5
 #: How often such a test may pass before it is taken off the list.
