@@ -19,8 +19,8 @@ from network import needs_signals
 def test_ctrl_c_at_random_moments(rounds):
     pytest.importorskip("trio")
     moments = random.Random(rounds)
-    # trio warns of a coroutine of its own if the signal comes between making it and awaiting it.
-    warnings = "ignore:coroutine 'sleep_forever' was never awaited:RuntimeWarning"
+    # Python warns of a coroutine of `sleep` or `sleep_forever` if the signal comes between making it and awaiting it.
+    warnings = "ignore:coroutine 'sleep:RuntimeWarning"
     program = [sys.executable, "-u", "-W", warnings, str(Path(__file__).with_name("interrupted_program.py"))]
     for _ in range(rounds):
         with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
