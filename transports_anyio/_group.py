@@ -1,7 +1,7 @@
 """The transport group, which makes and owns transports, servers, timers and tasks.
 
 Holds: the public methods of a group that are not endpoint functions. `_core` has its inside.
-May know: `_callbacks`, `_core`, `_driver`, `_endpoints`, `_errors`, `_futures`, `_handles`, `_statistics`, `_types`,
+May know: `_callbacks`, `_core`, `_endpoints`, `_errors`, `_futures`, `_handles`, `_statistics`, `_types`,
 `_waiters`, `anyio`.
 """
 
@@ -18,7 +18,6 @@ import anyio.lowlevel
 
 from ._callbacks import call_with_current, current
 from ._core import Core
-from ._driver import check_stack
 from ._endpoints._anyio_streams import AnyIOStreamEndpoints
 from ._endpoints._datagrams import DatagramEndpoints
 from ._endpoints._pipes import PipeEndpoints
@@ -243,12 +242,14 @@ class TransportGroup(
         """
         core = self._core
         handle = ThreadSafeHandle(callback, args, core.context_for(callback, context))
-        check_stack()  # The wake-up cannot come first, and a call that raises must schedule nothing.
         with core.handing_over:
             core.check_alive("call_soon_threadsafe")
             core.ready.append(handle)
         try:
             core.driver.wake_threadsafe()
+        except RecursionError:
+            handle._callback = None  # A call that raises schedules nothing. `cancel` could not be called either.
+            raise
         except RuntimeError as exc:
             if core.alive:  # The backend has stopped without leaving the group.
                 raise core.not_open("call_soon_threadsafe") from exc

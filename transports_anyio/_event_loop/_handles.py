@@ -137,7 +137,7 @@ class TimerHandle(PlainHandle, asyncio.TimerHandle):  # pyright: ignore[reportIn
 
 def run_timed(handle: DebugHandle | DebugTimerHandle) -> None:
     """Run the callback of `handle`, unless it was cancelled, and log a warning if that takes too long."""
-    if handle.cancelled():
+    if handle._callback is None:
         return
     loop = handle._loop
     start = loop.time()

@@ -25,7 +25,7 @@ from weakref import WeakSet
 
 import anyio
 
-from .._driver import Driver, check_stack
+from .._driver import Driver
 from .._endpoints._datagrams import DatagramEndpoints
 from .._endpoints._pipes import PipeEndpoints
 from .._endpoints._processes import ProcessEndpoints
@@ -160,11 +160,14 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         if self._debug:
             check_callback(callback, "call_soon_threadsafe")
         handle = (DebugHandle if self._debug else ThreadSafeHandle)(callback, args, self, context)
-        check_stack()  # As in `TransportGroup.call_soon_threadsafe`.
         with core.handing_over:
             core.check_alive("call_soon_threadsafe")
             self._append(handle)
-        core.driver.wake_threadsafe()
+        try:
+            core.driver.wake_threadsafe()
+        except RecursionError:
+            handle._callback = None  # As in `TransportGroup.call_soon_threadsafe`.
+            raise
         return handle
 
     def call_later(  # type: ignore[override]  # as `call_soon`
