@@ -512,7 +512,7 @@ async def test_back_pressure_is_exact_to_a_chunk(anyio_backend: Any) -> None:
         assert protocol.count("pause_writing") == 1
         size = transport.get_write_buffer_size()
         assert 1 << 16 < size <= (1 << 16) + len(chunk)
-        assert size <= written <= size + (1 << 16)
+        assert size <= written <= size + (1 << 16)  # One write was taken by the channel.
         stream.release()
         await protocol.wait_for("resume_writing")
         await until(lambda: stream.all_sent == bytes(written))
@@ -588,6 +588,46 @@ async def test_a_slow_reader_does_not_slow_receiving_down(anyio_backend: Any) ->
         # Two slow sends at most held it up; a hundred would have taken five seconds.
         assert anyio.current_time() - begin < 1
         transport.abort()
+
+
+class Sized(Gated):
+    """Record how many bytes were asked for, and return as many at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        self.asked.append(max_bytes)
+        item = await self.items.receive()
+        assert len(item) <= max_bytes
+        return item
+
+
+async def test_bulk_data_is_received_and_sent_in_large_pieces(anyio_backend: Any) -> None:
+    stream = Sized()
+    async with TransportGroup() as group:
+        transport, protocol = await connect(group, stream, on_data_received=echo)
+        for size in (1 << 16, 1 << 18, 1 << 18):
+            await until(lambda size=size: stream.asked[-1:] >= [size])
+            await stream.give.send(bytes(size))
+        await protocol.wait_received((1 << 16) + (2 << 18))
+        await until(lambda: len(stream.all_sent) == (1 << 16) + (2 << 18))
+        assert list(map(len, stream.sent)) == [1 << 16, 1 << 18, 1 << 18]
+        transport.close()
+
+
+async def test_messages_of_one_chunk_are_seldom_asked_for_as_bulk_data(anyio_backend: Any) -> None:
+    """Each is a whole chunk, but nothing follows it."""
+    stream = Sized()
+    chunk = bytes(1 << 16)
+    async with TransportGroup() as group:
+        transport, protocol = await connect(group, stream)
+        for number in range(1, 101):
+            await stream.give.send(chunk)
+            await protocol.wait_received(number << 16)
+        assert 1 <= sum(size > 1 << 16 for size in stream.asked) <= 100 // 16 + 2
+        transport.close()
 
 
 # Datagrams

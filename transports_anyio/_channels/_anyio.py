@@ -144,10 +144,9 @@ class AnyIOChannel:
     written. A second one is started when something else writes while the first one waits, and when a send is slow: it
     receives then, and the first one goes on sending. From then on the two share the work.
 
-    `_receive_next` and `_send_offered` move one item at a time: a chunk of bytes or a datagram. An item that the
-    receiving task sends at once counts as sent (`_taken`), and its error is reported later, as with a socket. Every
-    other item stays in the transport's buffer: the transport offers it, a task sends it, and when the transport offers
-    it again, it counts as sent.
+    One item is moved at a time: a chunk of bytes or a datagram. An item that the receiving task sends next counts as
+    sent at once (`_taken`), and its error is reported later, as with a socket. Every other item stays in the buffer of
+    the transport, which offers it; a task sends it, and when the transport offers it again, it counts as sent.
     """
 
     __slots__ = (
@@ -256,10 +255,6 @@ class AnyIOChannel:
             raise sent
         return sent
 
-    def _may_take(self) -> bool:
-        """Whether an item that is offered now may count as sent: the receiving task sends it next."""
-        return self._receiver_sends and not self._sending
-
     def close(self, *, aborted: bool) -> None:
         self._closing = True
         self._aborted = aborted
@@ -307,8 +302,8 @@ class AnyIOChannel:
         return as_os_error(exc)
 
     @abstractmethod
-    def _ends(self, received: Any) -> bool:
-        """Return whether `received` is the last item."""
+    def _ends(self, failure: Any) -> bool:
+        """Return whether nothing comes after what `_receive_failure` has returned."""
 
     @abstractmethod
     def _report_sent(self, error: Exception) -> None:
@@ -331,10 +326,10 @@ class AnyIOChannel:
                 report(exc)
 
     def _start_second(self) -> None:
-        if self._context is not None and self._second_ended is None:
-            self._second_ended = anyio.Event()
-            name = f"transports_anyio: {safe_repr(self._resource)}"
-            self._context.run(self._owner.start_internal_task, self._run_second, name)
+        assert self._context is not None  # `run` has begun: before, the receiving task is going to send.
+        self._second_ended = anyio.Event()
+        name = f"transports_anyio: {safe_repr(self._resource)}"
+        self._context.run(self._owner.start_internal_task, self._run_second, name)
 
     async def _run_second(self) -> None:
         assert self._second_ended is not None
@@ -385,16 +380,14 @@ class AnyIOChannel:
         ended = False
         while True:
             if self._receiver_sends and not self._sending and self._has_something_to_send():
-                if ended:
-                    await self._send_all()
-                else:
+                if not ended:
                     slow_sends.begin(self)
-                    try:
-                        await self._send_all()
-                    finally:
-                        slow_sends.end(self)
-                    if self._receiver_wanted or self._receiver != number:
-                        return
+                try:
+                    await self._send_all()
+                finally:
+                    slow_sends.end(self)
+                if self._receiver_wanted or self._receiver != number:
+                    return
             self._receiver_sends = False
             if self._received is None:
                 if ended:
@@ -405,10 +398,10 @@ class AnyIOChannel:
                     if should_propagate(exc):
                         raise
                     self._received = self._receive_failure(exc)
+                    ended = self._ends(self._received)
                 if self._received is None:
                     await anyio.lowlevel.checkpoint()  # The stream may return empty chunks without ever waiting.
                     continue
-                ended = self._ends(self._received)
             while not self._reading:  # Reading may be paused again before this task runs.
                 self._reading = event = anyio.Event()
                 await event.wait()
@@ -456,26 +449,25 @@ class AnyIOChannel:
                     continue
                 if not self._eof:
                     break
-            sent: int | Exception
+            error: Exception | None = None
             try:
-                if offered is None:
+                if offered is not None:
+                    await self._send_item(offered)
+                else:
                     self._eof = False
                     await self._send_eof()
-                    sent = 0
-                else:
-                    await self._send_item(offered)
-                    sent = self._size_of(offered)
             except BaseException as exc:
                 if should_propagate(exc):
                     raise
-                sent = self._send_failure(exc)
+                error = self._send_failure(exc)
             self._offered = None
             if offered is not None and not self._taken:
-                self._sent = sent  # The transport takes it when it offers the item again.
+                # The transport takes it when it offers the item again.
+                self._sent = self._size_of(offered) if error is None else error
                 continue
             self._taken = False
-            if self._done is not None or isinstance(sent, Exception):
-                self._item_is_sent(sent if isinstance(sent, Exception) else None)
+            if error is not None or self._done is not None:
+                self._item_is_sent(error)
         self._sending = False
         if self._closing:
             for scope in self._scopes:

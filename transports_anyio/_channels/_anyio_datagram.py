@@ -148,5 +148,5 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         self._received = error if is_failure(error) else as_os_error(error)
         self._read_ready()
 
-    def _ends(self, received: Any) -> bool:
-        return isinstance(received, ChannelEnded)
+    def _ends(self, failure: OSError | ChannelEnded) -> bool:
+        return isinstance(failure, ChannelEnded)

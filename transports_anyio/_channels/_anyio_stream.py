@@ -27,8 +27,11 @@ AnyByteStream = ByteReceiveStream | ByteSendStream
 # The most bytes to receive or send at once: enough for the throughput of bulk data, and fair to other connections.
 CHUNK_SIZE = 64 * 1024
 
-# The most bytes to receive after a whole chunk has come: AnyIO's streams on asyncio have as much, and copy the rest.
+# The most bytes to receive after a whole chunk has come, and to send at once then: this halves the cost of bulk data.
+# To ask for them in vain costs much on trio, where memory of this size comes from the system each time. After that,
+# they are not asked for until so many whole chunks have come.
 BULK_SIZE = 256 * 1024
+CHUNKS_BEFORE_BULK = 16
 
 # The typed attribute of the stream behind each extra info of the transport.
 EXTRA_INFO: dict[str, Any] = {
@@ -45,6 +48,7 @@ class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
     """Moves the bytes of an AnyIO stream."""
 
     __slots__ = (
+        "_chunks_before_bulk",
         "_info",
         "_size",
         "can_receive",
@@ -60,7 +64,8 @@ class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
         self.can_send = isinstance(stream, ByteSendStream)
         super().__init__(stream, owner)
         self.stream: Any = stream
-        self._size = CHUNK_SIZE  # How many bytes to receive next.
+        self._size = CHUNK_SIZE  # How many bytes to receive next, at most.
+        self._chunks_before_bulk = 1
         self.is_two_way = self.can_receive and self.can_send
         self._info = typed_attributes(stream, EXTRA_INFO)
         if "socket" in self._info:
@@ -82,9 +87,10 @@ class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
         return count
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
-        if not (self._receiver_sends and not self._sending and self._offered is None and len(data) <= CHUNK_SIZE):
+        if not (self._receiver_sends and not self._sending and self._offered is None and len(data) <= self._size):
             return self._offer(data[:CHUNK_SIZE])
-        self._take_sent()
+        if self._sent:
+            self._take_sent()  # The error of an earlier send.
         self._offered = bytes(data)
         self._taken = True
         return len(data)
@@ -129,8 +135,20 @@ class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
         return receiving
 
     def _as_received(self, item: bytes) -> bytes | None:
-        self._size = BULK_SIZE if len(item) >= CHUNK_SIZE else CHUNK_SIZE
+        if len(item) >= CHUNK_SIZE or self._size == BULK_SIZE:
+            self._set_size(len(item))
         return item or None  # AnyIO lets streams return empty chunks, which are to be ignored.
+
+    def _set_size(self, received: int) -> None:
+        """Set how many bytes to receive next, after a whole chunk has come or more was asked for."""
+        if self._size == BULK_SIZE:
+            if received <= CHUNK_SIZE:
+                self._size = CHUNK_SIZE
+                self._chunks_before_bulk = CHUNKS_BEFORE_BULK
+        else:
+            self._chunks_before_bulk -= 1
+            if self._chunks_before_bulk <= 0:
+                self._size = BULK_SIZE
 
     def _receive_failure(self, exc: BaseException) -> bytes | OSError:
         return b"" if isinstance(exc, anyio.EndOfStream) else as_os_error(exc)
@@ -146,8 +164,8 @@ class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
         sending: Awaitable[None] = self.stream.send_eof()
         return sending
 
-    def _ends(self, received: bytes | OSError) -> bool:
-        return not received or isinstance(received, OSError)
+    def _ends(self, failure: bytes | OSError) -> bool:
+        return True
 
 
 class DiscardingChannel(AnyIOStreamChannel):
