@@ -1,7 +1,7 @@
 """The base of channels over AnyIO objects: tasks receive and send, and errors become asyncio's.
 
 Holds: the tasks, the timer that notices slow sends, and the translation of AnyIO's errors and typed attributes.
-May know: `_errors`, `_handles`, `anyio`.
+May know: `_errors`, `_handles`, `_waiters`, `anyio`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from anyio.abc import AsyncResource
 
 from .._errors import logger, safe_repr, should_propagate
 from .._handles import ABSENT, TimerScheduler
+from .._waiters import InterruptSafeEvent
 
 # How long, in seconds, the orderly close of a stream may take (a TLS stream waits for the peer's close_notify). It is
 # asyncio's default `ssl_shutdown_timeout`.
@@ -199,7 +200,7 @@ class AnyIOChannel:
         # The tasks.
         self._scopes: list[anyio.CancelScope] = []  # One around each.
         self._context: Context | None = None
-        self._second_ended: anyio.Event | None = None
+        self._second_ended: InterruptSafeEvent | None = None
         self._idle: anyio.Event | None = None  # The sending task waits for it.
         self._has_sender = not self.can_receive  # One of the tasks sends.
         self._receiver_wanted = self.can_receive  # No task receives, the next one that looks is to do so.
@@ -327,7 +328,7 @@ class AnyIOChannel:
 
     def _start_second(self) -> None:
         assert self._context is not None  # `run` has begun: before, the receiving task is going to send.
-        self._second_ended = anyio.Event()
+        self._second_ended = InterruptSafeEvent()  # Not AnyIO's: asyncio code may call this, on trio.
         name = f"transports_anyio: {safe_repr(self._resource)}"
         self._context.run(self._owner.start_internal_task, self._run_second, name)
 
