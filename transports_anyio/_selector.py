@@ -256,7 +256,8 @@ class PlatformSelector(SystemSelector):
         self._platform_selector.select(seconds)
 
     def close(self) -> None:
-        self._platform_selector.close()
+        with suppress(OSError):  # The user has closed its file descriptor.
+            self._platform_selector.close()
 
 
 # How many file descriptors one call of epoll asks for. The call allocates memory for all of them, so it asks for more
@@ -329,7 +330,8 @@ if sys.platform == "linux":
             self._epoll.poll(seconds, 1)
 
         def close(self) -> None:
-            self._epoll.close()
+            with suppress(OSError):  # The user has closed its file descriptor, which Python reports since 3.15.
+                self._epoll.close()
 
 
 def make_system_selector() -> SystemSelector | None:
