@@ -130,21 +130,16 @@ class Timers:
     def push(self, handle: Timer) -> None:
         """Add `handle`, which has its deadline already, behind those with the same one."""
         self.number = handle._number = handle._entry = number = self.number + 1
-        try:
-            heappush(self.heap, (handle._when, number, handle))
-        except RecursionError:
-            self.take_back(handle)
-            raise
-
-    def take_back(self, handle: Timer) -> None:
-        """Remove what a failed `heappush` has left of `handle`.
-
-        Before Python 3.12 a comparison may raise at the recursion limit. The entry is the last one then.
-        """
         heap = self.heap
-        if heap and heap[-1][1] is handle._entry:  # The same object, which needs no comparison.
-            del heap[-1]
-        handle._entry = ABSENT
+        try:
+            heappush(heap, (handle._when, number, handle))
+        except RecursionError:
+            # Before Python 3.12 a comparison may raise at the recursion limit. The entry is the last one then. Nothing
+            # may be called here: it would raise, too.
+            if heap and heap[-1][1] is number:
+                del heap[-1]
+            handle._entry = ABSENT
+            raise
 
     def cancel(self, handle: Timer) -> None:
         """Remove `handle`. Does nothing if it has run or was cancelled already."""
@@ -246,10 +241,13 @@ class TimerHandle(Handle):
         self._when = when
         timers = scheduler.timers
         timers.number = self._number = self._entry = number = timers.number + 1
+        heap = timers.heap
         try:
-            heappush(timers.heap, (when, number, self))
-        except RecursionError:
-            timers.take_back(self)
+            heappush(heap, (when, number, self))
+        except RecursionError:  # As in `Timers.push`, of which it is a copy, because a call costs too much here.
+            if heap and heap[-1][1] is number:
+                del heap[-1]
+            self._entry = ABSENT
             raise
 
     def when(self) -> float:
