@@ -7,6 +7,7 @@ import shlex
 import signal
 import socket
 import sys
+from importlib.metadata import version
 from math import nan
 from pathlib import Path
 from typing import Any
