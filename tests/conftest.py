@@ -28,7 +28,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -133,6 +133,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         same = [item for item in items if BACKEND_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))]
         config.hook.pytest_deselected(items=same)
         items[:] = [item for item in items if item not in set(same)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Go on measuring coverage after a test that has set a tracer of its own, or has raised in coverage's."""
+    tracer = sys.gettrace()
+    result = yield
+    if sys.gettrace() is not tracer:
+        sys.settrace(tracer)
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)
