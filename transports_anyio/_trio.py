@@ -12,10 +12,10 @@ import asyncio
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from math import inf
-from queue import SimpleQueue
 from time import monotonic
 from types import FunctionType
 from typing import Any, NoReturn
@@ -329,14 +329,16 @@ class Clock(trio.abc.Clock):
 class Guest:
     """A trio run that goes on only in `run`, in the thread that calls it: trio's guest mode, by its public API.
 
-    Each iteration of trio comes through a queue. When trio has to wait, it does so in a thread of its own, which is
-    what makes an idle wait dearer than in `trio.run`.
+    trio adds each of its iterations to a list. When it has to wait, it does so in a thread of its own, which is what
+    makes an idle wait dearer than in `trio.run`.
 
     Source: https://trio.readthedocs.io/en/stable/reference-lowlevel.html#using-guest-mode-to-run-trio-on-top-of-other-event-loops
     """
 
     def __init__(self) -> None:
-        self._iterations: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._iterations: deque[Callable[[], object]] = deque()
+        self._wait = threading.Lock()  # Released when there is an iteration.
+        self._wait.acquire()
         #: trio's, for asynchronous generators. A plain tuple, because the garbage collector does not look into what
         #: `sys.get_asyncgen_hooks` returns, and trio's hooks lead to all that trio knows.
         self.hooks: tuple[Any, Any] = (None, None)
@@ -356,7 +358,7 @@ class Guest:
         try:
             trio.lowlevel.start_guest_run(
                 async_function,
-                run_sync_soon_threadsafe=self._iterations.put,
+                run_sync_soon_threadsafe=self._add_iteration,
                 done_callback=self._done,
                 host_uses_signal_set_wakeup_fd=True,
                 clock=Clock(),
@@ -367,6 +369,12 @@ class Guest:
             sys.set_asyncgen_hooks(*hooks)
         self.thread = threading.get_ident()
         self._pid = os.getpid()
+
+    def _add_iteration(self, iteration: Callable[[], object]) -> None:
+        self._iterations.append(iteration)
+        if self._wait.locked():
+            with suppress(RuntimeError):  # Another thread has released it.
+                self._wait.release()
 
     def check_thread(self) -> None:
         """Raise `RuntimeError` where another run is in progress in this thread."""
@@ -397,10 +405,14 @@ class Guest:
         before, inside = sys.get_asyncgen_hooks(), self.inside
         sys.set_asyncgen_hooks(*self.hooks)
         self.inside = True
-        get = self._iterations.get
+        iterations = self._iterations
         try:
             while self.thread and not until():
-                get()()
+                # Python calls a signal handler after the wait that the signal ends. If it raises, nothing may be lost:
+                # so the wait does not return the iteration.
+                while not iterations:
+                    self._wait.acquire()
+                iterations.popleft()()
         finally:
             self.inside = inside
             sys.set_asyncgen_hooks(*before)
