@@ -400,6 +400,7 @@ def test_a_group_on_trio_as_a_guest_of_asyncio(request: pytest.FixtureRequest) -
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
+        loop._core = object()  # type: ignore[attr-defined]  # Our own event loop has an attribute of this name.
         over: asyncio.Future[Any] = loop.create_future()
         done: list[bytes] = []
         trio.lowlevel.start_guest_run(

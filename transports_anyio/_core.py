@@ -7,7 +7,7 @@ Knows neither endpoint functions nor transports.
 
 from __future__ import annotations
 
-from asyncio import AbstractServer, _get_running_loop  # pyright: ignore[reportPrivateUsage]  # for code that makes loops
+from asyncio import AbstractServer
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from functools import partial
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 # How many times callbacks may schedule other callbacks after everything else has ended.
 LAST_ITERATIONS = 100
 
-T = TypeVar("T")
 ProtocolT = TypeVar("ProtocolT")
 ChannelT = TypeVar("ChannelT", bound="Channel")
 TransportT = TypeVar("TransportT", bound=Resource)
@@ -66,14 +65,6 @@ class Core(Scheduler):
 
         self.slow_sends: SlowSends = SlowSends(self)
         self.changed: Waiters = Waiters()  # Notified when a transport, handshake or task ends.
-
-    def as_backend(self, function: Callable[..., T], *args: Any) -> T:
-        """Return `function(*args)`, which needs the backend: it starts a task, for example."""
-        if self.poller.loop is None:
-            core: Core | None = getattr(_get_running_loop(), "_core", None)
-            if core is not None:  # Asyncio code in an event loop of this package calls a group that runs on trio.
-                return core.as_backend(function, *args)
-        return function(*args)
 
     # Life cycle
 

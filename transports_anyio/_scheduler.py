@@ -88,8 +88,8 @@ class Scheduler:
         """Return `function(*args)`, which needs the backend: it starts a task, for example."""
         if self.poller.loop is None:
             # A group on trio, and perhaps asyncio code in our event loop has called it.
-            running: Scheduler | None = getattr(_get_running_loop(), "_core", None)
-            if running is not None:
+            running = getattr(_get_running_loop(), "_core", None)
+            if isinstance(running, Scheduler):
                 return running.as_backend(function, *args)
         return function(*args)
 

@@ -135,6 +135,14 @@ def joined(chunks: Iterable[bytes | memoryview], most: int) -> bytes | memoryvie
     return some[0] if len(some) == 1 else b"".join(some)
 
 
+def copy_into(buffer: Buffer, data: bytes | memoryview) -> int:
+    """Copy as much of `data` into `buffer` as there is room for. Return the number of bytes."""
+    with memoryview(buffer).cast("B") as room:
+        count = min(len(room), len(data))
+        room[:count] = data[:count]
+    return count
+
+
 # Datagrams
 
 

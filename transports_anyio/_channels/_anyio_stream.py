@@ -15,7 +15,7 @@ from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
 from .._errors import logger
-from ._abc import StreamChannel, joined
+from ._abc import StreamChannel, copy_into, joined
 from ._anyio import AnyIOChannel, Owner, as_os_error, typed_attributes
 from ._socket import transport_socket
 
@@ -79,21 +79,19 @@ class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
 
     def receive_into(self, buffer: Buffer) -> int:
         data = self._take_received()
-        with memoryview(buffer).cast("B") as view:
-            count = min(len(view), len(data))
-            view[:count] = data[:count]
+        count = copy_into(buffer, data)
         if count < len(data):
             self._received = memoryview(data)[count:]  # The rest is not copied.
         return count
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
-        if not (self._receiver_sends and not self._sending and self._offered is None and len(data) <= self._size):
-            return self._offer(data[:CHUNK_SIZE])
-        if self._sent:
-            self._take_sent()  # The error of an earlier send.
-        self._offered = bytes(data)
-        self._taken = True
-        return len(data)
+        if self._receiver_sends and not self._sending and self._offered is None and len(data) <= self._size:
+            if self._sent:
+                self._take_sent()  # The error of an earlier send.
+            self._offered = bytes(data)
+            self._taken = True
+            return len(data)
+        return self._offer(data[:CHUNK_SIZE])
 
     def send_many(self, chunks: Iterable[bytes | memoryview]) -> int:
         data = joined(chunks, CHUNK_SIZE)

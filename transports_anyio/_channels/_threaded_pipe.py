@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from ._abc import StreamChannel, joined
+from ._abc import StreamChannel, copy_into, joined
 from ._pipe import STANDARD_STREAMS, check_pipe, file_number
 
 if TYPE_CHECKING:
@@ -159,12 +159,10 @@ class ThreadedPipeChannel(StreamChannel):
         return bytes(self._take_received())
 
     def receive_into(self, buffer: SizedBuffer) -> int:
-        data = memoryview(self._take_received())
-        with memoryview(buffer).cast("B") as view:
-            count = min(len(view), len(data))
-            view[:count] = data[:count]
+        data = self._take_received()
+        count = copy_into(buffer, data)
         if count < len(data):
-            self._received = data[count:]
+            self._received = memoryview(data)[count:]  # The rest is not copied.
         return count
 
     def _take_received(self) -> Any:
