@@ -88,8 +88,8 @@ class Scheduler:
         """Return `function(*args)`, which needs the backend: it starts a task, for example."""
         if self.poller.loop is None:
             # A group on trio, and perhaps asyncio code in our event loop has called it.
-            running = getattr(_get_running_loop(), "_core", None)
-            if isinstance(running, Scheduler):
+            running = scheduler_of(_get_running_loop())
+            if running is not None:
                 return running.as_backend(function, *args)
         return function(*args)
 
@@ -315,3 +315,9 @@ class Scheduler:
         finally:
             self.ready.clear()
             self.timers.clear()
+
+
+def scheduler_of(loop: object) -> Scheduler | None:
+    """Return the scheduler of an event loop of this package, `None` for any other."""
+    core = getattr(loop, "_core", None)
+    return core if isinstance(core, Scheduler) else None

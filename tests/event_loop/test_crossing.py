@@ -837,3 +837,11 @@ async def test_stop_iteration_of_a_backend_function_becomes_a_runtime_error(anyi
 
     async with open_event_loop():
         await to_asyncio.run(ask)
+
+
+def test_another_event_loop_may_have_an_attribute_of_the_same_name():
+    async def main():
+        asyncio.get_running_loop()._core = object()
+        return from_asyncio.run_sync(int, "5")
+
+    assert asyncio.run(main()) == 5

@@ -1,7 +1,7 @@
 """Crossings: how backend code runs asyncio code, and asyncio code runs backend code.
 
 Holds: what the functions of `to_asyncio` and `from_asyncio` do, on trio and on asyncio's event loops.
-May know: `anyio`, `asyncio`, `_loop`, `_mistakes`, `_sides`.
+May know: `anyio`, `asyncio`, `_loop`, `_mistakes`, `_scheduler`, `_sides`.
 
 On asyncio and uvloop both kinds of code run in tasks of the same event loop; backend code uses AnyIO's cancel scopes
 there. The rules for cancellation are the same on every backend:
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import anyio
 import anyio.lowlevel
 
+from .._scheduler import scheduler_of
 from ._mistakes import advise, require_function
 from ._sides import current_loop, library_variable, loop_of_backend_code, running_loop
 
@@ -285,8 +286,8 @@ def run_sync_from_asyncio(function: Callable[..., T], args: tuple[Any, ...]) -> 
             "from_asyncio.run_sync() is for asyncio code, but no event loop is running here. Backend code calls the "
             "function itself"
         )
-    core = getattr(loop, "_core", None)
-    return function(*args) if core is None else core.as_backend(with_loop, loop, function, args)
+    scheduler = scheduler_of(loop)
+    return function(*args) if scheduler is None else scheduler.as_backend(with_loop, loop, function, args)
 
 
 def with_loop(loop: EventLoop, function: Callable[..., T], args: tuple[Any, ...]) -> T:
