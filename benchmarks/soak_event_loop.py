@@ -152,6 +152,7 @@ async def run(seconds: float, round_seconds: float) -> tuple[list[Sample], Count
     service = Service()
     samples: list[Sample] = []
     async with open_event_loop(), to_asyncio.wrap_async_context_manager(servers(service)) as ports:
+        await anyio.sleep(0.1)  # Until the event loop's own tasks have begun.
         idle = kept()
         began = time.monotonic()
         command = [sys.executable, __file__, "--clients", *map(str, ports)]
