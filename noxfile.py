@@ -212,17 +212,18 @@ def checks(session: nox.Session) -> None:
 def ecosystem(session: nox.Session) -> None:
     """Run other people's programs, unmodified, in the event loop on every backend, with real peers."""
     session.install("--editable", ".", *group("ecosystem"), *EXTRAS["trio"], *EXTRAS["uvloop"])
+    # pytest-asyncio is there for a test suite that one of the tests runs, and ours does not set its options.
+    pytest = ("pytest", "-p", "no:asyncio")
     given = any(argument.startswith("--backend") for argument in session.posargs)
     # Each in a process of its own: what a library leaves behind in one must not disturb another.
     for chosen in [()] if given else [("--backend", backend) for backend in BACKENDS]:
         # uvloop's own close() hangs at times after another library has used uvloop in the process.
         apart = "uvloop" in chosen
         for path in sorted(map(str, Path("ecosystem").glob("test_*.py"))) if apart else ["ecosystem"]:
-            # pytest-asyncio is there for a test suite that one of the tests runs.
-            session.run("pytest", "-p", "no:asyncio", path, *chosen, *session.posargs)
+            session.run(*pytest, path, *chosen, *session.posargs)
     # The blocks of the documentation that need such libraries.
     session.install(*group("test"))
-    session.run("pytest", "tests/test_docs_code.py", "-k", "test_page and (README or asyncio_on_trio)")
+    session.run(*pytest, "tests/test_docs_code.py", "-k", "test_page and (README or asyncio_on_trio)")
 
 
 @nox.session(python=ECOSYSTEM_PYTHON)
