@@ -27,8 +27,8 @@ SECTIONS = {
         "test_unexpected_errors.py",
     ],
     "Streams": [
-        "scenarios.py", "test_flow_control.py", "test_set_protocol.py", "test_stream_transport.py",
-        "test_write_failures.py",
+        "scenarios.py", "test_bulk.py", "test_flow_control.py", "test_set_protocol.py",
+        "test_stream_transport.py", "test_write_failures.py",
     ],
     "Connecting and listening": [
         "test_create_connection.py", "test_create_server.py", "test_server.py", "test_plain_event_loop.py",

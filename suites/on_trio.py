@@ -1,4 +1,4 @@
-"""A pytest plugin: every event loop that asyncio makes is `transports_anyio.EventLoop`, and trio runs in each call of it.
+"""A pytest plugin: every event loop that asyncio makes is an `EventLoop` of this package, and trio runs in each call.
 
 pytest -p on_trio
 """

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import socket
+from contextlib import ExitStack
 from typing import Any
 
 import anyio
 import pytest
-from support import GUARD, HOST, Recorder, Stack, peer_process
+from network import needs_selector
+from support import GUARD, HOST, BufferedRecorder, Recorder, Stack, peer_process, socket_pair, until
 
 pytestmark = pytest.mark.anyio
 
@@ -85,3 +88,45 @@ async def test_64_mib_each_way_at_once_against_a_slow_reader(stack: Stack) -> No
         pusher.transport.close()
         await pusher.wait_for("connection_lost")
         server.close()
+
+
+# Enough to count as much, and what the buffers of a UNIX socket hold.
+LARGE = 150_000
+
+
+@needs_selector
+@pytest.mark.differs(
+    "a small message that arrives beside much data",
+    asyncio="waits for the data of every connection that was ready before it",
+    here="waits for that of one connection",
+    why="a request takes as long as one large message, however many of them there are",
+)
+@pytest.mark.parametrize("buffered", [False, True], ids=["", "buffered"])
+async def test_a_small_message_waits_for_one_large_one(stack: Stack, buffered: bool) -> None:
+    order: list[str] = []
+    with ExitStack() as sockets:
+        pairs = [sockets.enter_context(socket_pair()) for _ in range(5)]
+        small, small_peer = sockets.enter_context(socket_pair())
+
+        def large_received(*_: object) -> None:
+            order.append("large")
+            if len(order) == 1:
+                small_peer.send(b"x")
+
+        async with stack.open() as group:
+            for sock, peer in pairs:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * LARGE)
+                protocol = (
+                    BufferedRecorder(buffer_size=2 * LARGE, on_buffer_updated=large_received)
+                    if buffered
+                    else Recorder(on_data_received=large_received)
+                )
+                await group.connect_accepted_socket(lambda protocol=protocol: protocol, sock)
+            receiver = Recorder(on_data_received=lambda *_: order.append("small"))
+            await group.connect_accepted_socket(lambda: receiver, small)
+            for _ in range(2):  # The second time it is known who receives much.
+                order.clear()
+                for _, peer in pairs:
+                    assert peer.send(bytes(LARGE)) == LARGE
+                await until(lambda: len(order) == 6)
+            assert order.index("small") == (5 if stack.is_oracle else 1)

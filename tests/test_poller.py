@@ -168,6 +168,53 @@ async def test_readiness_is_reported_in_every_batch_while_it_lasts(anyio_backend
             poller.set_interest(registration, 0)
 
 
+class MovesBulk(Registration):
+    """Moves much data in each of its first four events."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self.bulk_turns = 4
+
+
+@pytest.mark.parametrize("make_selector", SYSTEM_SELECTORS)
+def test_what_moves_much_data_takes_turns_and_the_rest_comes_first(make_selector: Any) -> None:
+    called: list[int] = []
+    with ExitStack() as stack:
+        selector = make_selector()
+        stack.callback(selector.close)
+        pairs = [stack.enter_context(socket_pair()) for _ in range(20)]
+        for index, (sock, peer) in enumerate(pairs):
+            registration = (MovesBulk if index < 17 else Registration)(sock.fileno())
+            registration.read_ready = partial(called.append, index)
+            selector.registrations[sock.fileno()] = registration
+            selector.set_interest(registration, READ)
+            peer.send(b"x")  # It is never received, so all stay ready.
+        selector.bulk_batches = 3
+
+        def dispatched() -> list[int]:
+            called.clear()
+            assert selector.dispatch(raise_failure) == len(called)
+            return list(called)
+
+        # With more than eight of them, an eighth more each time.
+        batches = [dispatched() for _ in range(6)]
+        assert {tuple(sorted(batch[:3])) for batch in batches} == {(17, 18, 19)}
+        assert [len(batch) - 3 for batch in batches] == [3, 3, 3, 3, 3, 3]
+        turns_taken = [index for batch in batches for index in batch[3:]]
+        assert sorted(turns_taken[:17]) == list(range(17))
+        assert turns_taken[17] == turns_taken[0]
+        # One that is closed loses its turn, and so does one that is not ready any more.
+        closed, emptied = turns_taken[1:3]
+        fd = pairs[closed][0].fileno()
+        selector.set_interest(selector.registrations[fd], 0)
+        del selector.registrations[fd]
+        pairs[emptied][0].recv(1)
+        assert dispatched()[3:] == turns_taken[3:5]
+        # Each has had four turns after a while, and counts like any other then.
+        assert len([dispatched() for _ in range(80)][-1]) == 18
+        assert selector.bulk_batches == 0
+
+
 class MustBeWatched(Registration):
     ready_if_refused = False
 

@@ -29,6 +29,13 @@ HANGUP: int = 4
 # rest of the batch is dropped.
 Failed: TypeAlias = "Callable[[Registration, BaseException], None]"
 
+# Of the file descriptors that move much data, a batch serves an eighth of those that are ready, and at least one: with
+# a thousand of them, to look at all for each one would cost more than to serve it.
+TURNS = 8
+
+# How many batches without such a file descriptor end the search for them, which costs each event a little.
+BATCHES_WITHOUT_BULK = 64
+
 # The interests for which `read_ready` is called.
 INPUT = READ | HANGUP
 
@@ -47,6 +54,9 @@ class Registration:
 
     #: Whether the next registration of the same file descriptor replaces this one.
     gives_way = False
+
+    #: How many of its next events wait for those of others: it has moved much data. See `SystemSelector.in_turn`.
+    bulk_turns = 0
 
     read_ready: Callable[[], object]
     write_ready: Callable[[], object]
@@ -96,6 +106,9 @@ class Selector(ABC):
 
     #: Whether tasks notice that a file descriptor is ready, so that `dispatch` knows it only after they have run.
     needs_tasks = False
+
+    #: How many of the next batches to look through for registrations that have moved much data.
+    bulk_batches = 0
 
     def __init__(self) -> None:
         #: The registration of each file descriptor, whatever it waits for. If the user closes a file descriptor that is
@@ -151,6 +164,7 @@ class SystemSelector(Selector):
 
     def __init__(self) -> None:
         super().__init__()
+        self._turns: list[int] = []  # The file descriptors that `in_turn` has put off, the next one first.
         self.open()
 
     @abstractmethod
@@ -210,6 +224,33 @@ class SystemSelector(Selector):
         for registration in tuple(self.always_ready):
             registration.notify_or_fail(selected(registration.interest), failed)
 
+    def in_turn(self, ready: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return what to serve now of `ready`: pairs of a file descriptor and its events.
+
+        Those that move much data come last and take turns: before the next of them, everything else that has become
+        ready is served. So a small message waits for one large one, and not for a large one of each connection.
+        """
+        registrations = self.registrations
+        served: list[tuple[int, int]] = []
+        bulk: dict[int, int] = {}
+        for fd, events in ready:
+            registration = registrations.get(fd)
+            if registration is not None and registration.bulk_turns:
+                bulk[fd] = events
+            else:
+                served.append((fd, events))
+        if not bulk:
+            self.bulk_batches -= 1
+            return ready
+        # The others stay ready, and the system reports them again.
+        turns = list(dict.fromkeys([*(fd for fd in self._turns if fd in bulk), *bulk]))
+        count = 1 + len(turns) // TURNS
+        self._turns = turns[count:]
+        for fd in turns[:count]:
+            registrations[fd].bulk_turns -= 1
+            served.append((fd, bulk[fd]))
+        return served
+
     async def wait(self) -> None:
         await anyio.wait_readable(self.fileno())
 
@@ -243,9 +284,11 @@ class PlatformSelector(SystemSelector):
 
     def dispatch(self, failed: Failed) -> int:
         registrations = self.registrations
-        batch = self._platform_selector.select(0)  # All that is ready.
-        for key, mask in batch:
-            registration = registrations.get(key.fd)  # `None` if a callback of this batch has closed it.
+        batch = [(key.fd, mask) for key, mask in self._platform_selector.select(0)]  # All that is ready.
+        if self.bulk_batches and batch:
+            batch = self.in_turn(batch)
+        for fd, mask in batch:
+            registration = registrations.get(fd)  # `None` if a callback of this batch has closed it.
             if registration is not None:
                 registration.notify_or_fail(mask, failed)
         if self.always_ready:
@@ -308,6 +351,8 @@ if sys.platform == "linux":
             if len(batch) == BATCH_SIZE < len(registrations):
                 # Timers run after the batch, so it needs all that is ready.
                 batch = self._epoll.poll(0, len(registrations))
+            if self.bulk_batches and batch:
+                batch = self.in_turn(batch)
             for fd, events in batch:
                 registration = registrations.get(fd)  # `None` if a callback of this batch has closed it.
                 if registration is None:

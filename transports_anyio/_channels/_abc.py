@@ -37,6 +37,9 @@ class Channel(ABC):
         Raises `OSError` when the system cannot watch the file descriptor.
         """
 
+    def note_bulk(self) -> None:  # noqa: B027  # only what shares a thread with others has to
+        """Let other connections go first the next time: much has been received, or sent."""
+
     @abstractmethod
     def set_writing(self, writing: bool) -> None:
         """Start or stop calling `write_ready` whenever something can be sent. Raises as `set_reading` does."""

@@ -9,18 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .._poller import Poller
-from .._selector import READ, WRITE, Registration
+from .._selector import BATCHES_WITHOUT_BULK, READ, WRITE, Registration
+
+# What moves much data goes on to do so: the end of a large message may be small, and another one follows.
+BULK_TURNS = 4
 
 
 class Polled(Registration):
     """A file descriptor registered in the poller, with two callbacks."""
 
-    __slots__ = ("_poller",)
+    __slots__ = ("_poller", "bulk_turns")
+
+    bulk_turns: int
 
     def __init__(self, poller: Poller, fd: int) -> None:
         super().__init__(fd)
         self._poller = poller
+        self.bulk_turns = 0
         poller.register(self)
+
+    def note_bulk(self) -> None:
+        self.bulk_turns = BULK_TURNS
+        self._poller.selector.bulk_batches = BATCHES_WITHOUT_BULK
 
     def set_callbacks(self, read_ready: Callable[[], None], write_ready: Callable[[], None]) -> None:
         self.read_ready = read_ready

@@ -171,6 +171,9 @@ class TLSChannel(StreamChannel):
         if self._phase is CONNECTED:
             self._update_interest()
 
+    def note_bulk(self) -> None:
+        self._inner.note_bulk()
+
     def _update_interest(self) -> None:
         engine = self._engine
         try:

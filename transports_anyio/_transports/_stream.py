@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from .._channels._tls import TLSChannel
     from ._tasks import ConnectionTasks
 
+# What is more than this, in bytes, takes so long that other connections should not wait for several of it.
+BULK_SIZE = 96 * 1024
+
 
 class StreamTransport(ChannelTransport, abc.Transport):
     """A connection, as asyncio's documentation describes `asyncio.Transport`.
@@ -195,6 +198,8 @@ class StreamTransport(ChannelTransport, abc.Transport):
             self._end_of_file()
             return
         self._bytes_received += len(data)
+        if len(data) > BULK_SIZE:
+            self._channel.note_bulk()
         try:
             self._context.run(self._protocol.data_received, data)
         except BaseException as exc:
@@ -228,6 +233,8 @@ class StreamTransport(ChannelTransport, abc.Transport):
         if not count:
             return True
         self._bytes_received += count
+        if count > BULK_SIZE:
+            self._channel.note_bulk()
         try:
             self._protocol.buffer_updated(count)
         except BaseException as exc:
@@ -294,6 +301,7 @@ class StreamTransport(ChannelTransport, abc.Transport):
                     view = memoryview(view)[sent:]
                 chunk = view if type(data) is bytes else bytes(view)
                 self._channel.set_writing(True)
+                self._channel.note_bulk()  # The system's buffer is full.
             self._buffer.append(chunk)
             self._update_flow()
         except BaseException as exc:
@@ -337,6 +345,7 @@ class StreamTransport(ChannelTransport, abc.Transport):
                 if not rest:
                     return
                 self._channel.set_writing(True)
+                self._channel.note_bulk()
             for chunk in rest:
                 self._buffer.append(chunk)
             self._update_flow()
@@ -414,6 +423,8 @@ class StreamTransport(ChannelTransport, abc.Transport):
             self._broken(exc, "write")
             return
         self._bytes_sent += sent
+        if sent > BULK_SIZE:
+            self._channel.note_bulk()
         self._update_flow(from_channel=True)
         # `resume_writing` may have written more, closed or aborted.
         if not buffer.size and self._state < LOST:
