@@ -84,6 +84,18 @@ def is_async_function(function: object) -> bool:
     return type(plain) is partial and is_async_function(plain.func)
 
 
+def check_scheduled(callback: object) -> None:
+    """Raise `TypeError` if `callback` is not a callable object, or is an async function."""
+    if not callable(callback):
+        msg = f"a callable object was expected, got {callback!r}"
+        raise TypeError(msg)
+    if is_async_function(callback):
+        raise TypeError(
+            f"{callback!r} is an async function, which a callback cannot await: call start_soon() of the group or "
+            "of a transport"
+        )
+
+
 def check_callbacks(protocol: object) -> None:
     """Raise `TypeError` if a callback of `protocol` is an async function, which would never run."""
     protocol_class = type(protocol)

@@ -219,6 +219,10 @@ class TimerScheduler(Protocol):
         """Do not wait beyond the deadline of a moved timer."""
         ...
 
+    def make_current(self, context: contextvars.Context) -> None:
+        """Set the scheduler's group as the current one."""
+        ...
+
 
 class TimerHandle(Handle):
     """A callback that a group runs at a given time, like `asyncio.TimerHandle`."""
@@ -253,6 +257,12 @@ class TimerHandle(Handle):
     def when(self) -> float:
         """Return the time at which the callback is due, in seconds of `TransportGroup.time`."""
         return self._when
+
+    def __call__(self) -> None:
+        context = self._context
+        if isinstance(context, contextvars.Context):
+            self._scheduler.make_current(context)
+        super().__call__()
 
     def cancel(self) -> None:
         """Cancel the callback. Does nothing if it has run or was cancelled already."""

@@ -17,7 +17,7 @@ from threading import RLock, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._callbacks import CallbackContext, GivenContext, current, is_async_function
+from ._callbacks import CallbackContext, GivenContext, check_scheduled, current
 from ._driver import RESOLUTION
 from ._errors import ExceptionContext, Group, NotOpenError, safe_repr, should_propagate
 from ._handles import ABSENT, TAKEN, Handle, TimerHandle, Timers
@@ -247,7 +247,9 @@ class Scheduler:
         if not -inf <= when <= inf:
             raise ValueError(f"a time was expected, got {when!r}")
         when = float(when)  # `OverflowError` for an integer that is too large.
-        context_of_call = self.context_for(callback, context)
+        check_scheduled(callback)
+        # The group becomes current in a copy when the timer is due: most timers are cancelled before that.
+        context_of_call = copy_context() if context is None else GivenContext(context, self.group)
         driver = self.driver
         if driver.waiting and when < driver.deadline:  # `wait_at_most_until`, for speed.
             driver.wait_until(when)  # First: if it raises, there is no timer.
@@ -255,20 +257,17 @@ class Scheduler:
 
     def context_for(self, callback: object, given: Context | None) -> Context | GivenContext:
         """Return the context that `callback` runs in. Raises `TypeError` if it is not callable."""
-        if not callable(callback):
-            msg = f"a callable object was expected, got {callback!r}"
-            raise TypeError(msg)
-        if is_async_function(callback):
-            raise TypeError(
-                f"{callback!r} is an async function, which a callback cannot await: call start_soon() of the group or "
-                "of a transport"
-            )
+        check_scheduled(callback)
         if given is not None:
             return GivenContext(given, self.group)
         context = copy_context()
+        self.make_current(context)
+        return context
+
+    def make_current(self, context: Context) -> None:
+        """Set the group as the current one in `context`, a copy of the caller's."""
         if context.get(current) is not self.group:
             context.run(current.set, self.group)
-        return context
 
     def callback_context(self) -> CallbackContext:
         """Return a new callback context, for one connection."""

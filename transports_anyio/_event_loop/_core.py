@@ -266,5 +266,5 @@ class LoopCore(Core):
     def callback_context(self) -> CallbackContext:
         return LoopCallbackContext(self)
 
-    def context_for(self, callback: object, given: Context | None) -> Context:
-        return copy_context() if given is None else given
+    def make_current(self, context: Context) -> None:
+        """Do nothing: there is no group."""
