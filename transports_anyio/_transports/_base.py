@@ -10,6 +10,7 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
+from logging import DEBUG
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .._callbacks import check_given_protocol
@@ -161,9 +162,11 @@ class ChannelTransport(TaskOwner, asyncio.BaseTransport):
     def _advance(self, to: State, why: str, *args: object) -> None:
         """Change the state, and log it with `why`. An illegal transition raises and changes nothing."""
         check_transition(TRANSITIONS, self._state, to)
-        log_debug(self._callback_context.group, f"%r: {why}", self, *args)
+        if logger.isEnabledFor(DEBUG):  # `log_debug` asks, too: a connection comes here four times.
+            log_debug(self._callback_context.group, f"%r: {why}", self, *args)
         self._state = to
-        self._update_write_blocked()
+        if not self._write_blocked:  # It stays so: no later state permits more.
+            self._update_write_blocked()
 
     def _update_write_blocked(self) -> None:
         """Set `_write_blocked`: whether writing has to check something before it may send."""
