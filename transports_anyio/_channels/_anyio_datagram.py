@@ -42,6 +42,8 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
 
     __slots__ = ("_connected", "_info", "_is_unix", "_raw_socket", "_sender", "_socket", "remote_address")
 
+    receives_at_once = 1  # There is never more than one.
+
     def __init__(self, datagram_socket: AnyDatagramSocket, owner: Owner) -> None:
         if not isinstance(
             datagram_socket, (UDPSocket, ConnectedUDPSocket, UNIXDatagramSocket, ConnectedUNIXDatagramSocket)
@@ -69,11 +71,12 @@ class AnyIODatagramChannel(AnyIOChannel, DatagramChannel):
         if self._take_sent():
             return  # The offered datagram has been sent.
         if self._offered is None:
-            if self.remote_address is None:
+            is_answer = address is not None and address == self._sender
+            if not is_answer and self.remote_address is None:
                 self._check_address(address)
             self._offered = (bytes(data), address)
             # A UNIX socket may wait for its receiver for long.
-            if self._receiver_sends and not self._sending and address == self._sender and not self._is_unix:
+            if is_answer and self._receiver_sends and not self._sending and not self._is_unix:
                 self._taken = True
                 return
         raise BlockingIOError
