@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import ssl
+import subprocess
+import sys
 from typing import Any
 
 import anyio
@@ -847,3 +851,24 @@ async def test_reading_that_is_resumed_and_paused_at_once(anyio_backend: Any) ->
                 assert await protocol.wait_received(1) == b"x"
                 transport.close()
                 await protocol.wait_for("connection_lost")
+
+
+#: Frees sixteen chunks of 64 KiB and allocates them again, many times; prints how often the system has to give a page.
+FREE_AND_ALLOCATE = """
+import resource
+from transports_anyio._channels._receive_buffers import keep_freed_memory
+
+keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(100):
+    [b"x" * 65_536 for _ in range(16)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of another C library")
+def test_memory_for_the_next_chunks_is_kept() -> None:
+    program = [sys.executable, "-c", FREE_AND_ALLOCATE]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    faults = int(subprocess.run(program, capture_output=True, check=True, text=True, env=environment).stdout)
+    assert faults < 1000  # Without it 16 for each chunk: 25,600.

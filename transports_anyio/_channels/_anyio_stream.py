@@ -1,7 +1,7 @@
 """A channel over an AnyIO byte stream.
 
 Holds: the channel, and the one for the output of a process on asyncio.
-May know: `_abc`, `_anyio`, `_socket`, `_errors`, `anyio`.
+May know: `_abc`, `_anyio`, `_receive_buffers`, `_socket`, `_errors`, `anyio`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from anyio.streams.tls import TLSAttribute, TLSStream
 from .._errors import logger
 from ._abc import StreamChannel, copy_into, joined
 from ._anyio import AnyIOChannel, Owner, as_os_error, typed_attributes
+from ._receive_buffers import keep_freed_memory
 from ._socket import transport_socket
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class AnyIOStreamChannel(AnyIOChannel, StreamChannel):
         self._chunks_before_bulk = 1
         self.is_two_way = self.can_receive and self.can_send
         self._info = typed_attributes(stream, EXTRA_INFO)
+        keep_freed_memory()
         if "socket" in self._info:
             self._info["socket"] = transport_socket(self._info["socket"])
         # The attributes of a TLS stream that has ended may be unavailable.

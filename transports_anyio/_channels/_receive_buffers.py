@@ -1,6 +1,6 @@
 """The buffers that channels receive into, one set for each thread.
 
-Holds: the buffers, their size and how they are allocated.
+Holds: the buffers, their size and how they are allocated; what the C library does with memory that is freed.
 May know: nothing.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import sys
 import threading
+from functools import cache
 
 # How much one readiness event may receive: asyncio's figure, for the same chunks at the protocol.
 RECEIVE_SIZE = 256 * 1024
@@ -44,3 +45,20 @@ class ReceiveBuffers(threading.local):
 
 
 buffers = ReceiveBuffers()
+
+
+# How much freed memory the C library keeps for the next chunks, in bytes.
+KEPT_SIZE = 4 * 1024 * 1024
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let the C library keep `KEPT_SIZE` bytes that were freed, and not give them back to the system at once.
+
+    Where a task for each connection receives and sends, all of them hold a chunk, free it and allocate the next one.
+    glibc gives back what is more than 128 KiB at the end of its memory, and to get it again costs as much as an echo of
+    64 KiB. It keeps twice the size of the largest block that was freed so far, unless the user has set a limit.
+
+    Source: https://man7.org/linux/man-pages/man3/mallopt.3.html (`M_MMAP_THRESHOLD`)
+    """
+    bytes(KEPT_SIZE // 2)  # Freed at once. Its pages are never touched.
