@@ -47,7 +47,7 @@ UNWATCHED = {errno.EPERM, errno.EBADF, errno.ENOENT}
 class Registration:
     """A file descriptor, the events it waits for, and the callbacks for them."""
 
-    __slots__ = ("fd", "interest", "read_ready", "write_ready")
+    __slots__ = ("bulk_turns", "fd", "interest", "read_ready", "write_ready")
 
     #: Whether the file descriptor counts as always ready if the system refuses to watch it. If not, that is an error.
     ready_if_refused = True
@@ -55,15 +55,14 @@ class Registration:
     #: Whether the next registration of the same file descriptor replaces this one.
     gives_way = False
 
-    #: How many of its next events wait for those of others: it has moved much data. See `SystemSelector.in_turn`.
-    bulk_turns = 0
-
     read_ready: Callable[[], object]
     write_ready: Callable[[], object]
 
     def __init__(self, fd: int) -> None:
         self.fd: int = fd
         self.interest: int = 0  # A mask of `READ`, `WRITE` and `HANGUP`. Only selectors change it.
+        #: How many of its next events wait for those of others: it has moved much data. See `SystemSelector.in_turn`.
+        self.bulk_turns: int = 0
 
     def error_ready(self) -> bool:
         """Take what keeps the file descriptor ready, but is neither read nor written, such as an error queue.

@@ -18,14 +18,11 @@ BULK_TURNS = 4
 class Polled(Registration):
     """A file descriptor registered in the poller, with two callbacks."""
 
-    __slots__ = ("_poller", "bulk_turns")
-
-    bulk_turns: int
+    __slots__ = ("_poller",)
 
     def __init__(self, poller: Poller, fd: int) -> None:
         super().__init__(fd)
         self._poller = poller
-        self.bulk_turns = 0
         poller.register(self)
 
     def note_bulk(self) -> None:
