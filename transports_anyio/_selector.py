@@ -47,7 +47,7 @@ UNWATCHED = {errno.EPERM, errno.EBADF, errno.ENOENT}
 class Registration:
     """A file descriptor, the events it waits for, and the callbacks for them."""
 
-    __slots__ = ("bulk_turns", "fd", "interest", "read_ready", "write_ready")
+    __slots__ = ("bulk_turns", "fd", "interest", "last_turn", "read_ready", "write_ready")
 
     #: Whether the file descriptor counts as always ready if the system refuses to watch it. If not, that is an error.
     ready_if_refused = True
@@ -63,6 +63,7 @@ class Registration:
         self.interest: int = 0  # A mask of `READ`, `WRITE` and `HANGUP`. Only selectors change it.
         #: How many of its next events wait for those of others: it has moved much data. See `SystemSelector.in_turn`.
         self.bulk_turns: int = 0
+        self.last_turn: int = 0  # The number of its last turn.
 
     def error_ready(self) -> bool:
         """Take what keeps the file descriptor ready, but is neither read nor written, such as an error queue.
@@ -163,7 +164,7 @@ class SystemSelector(Selector):
 
     def __init__(self) -> None:
         super().__init__()
-        self._turns: list[int] = []  # The file descriptors that `in_turn` has put off, the next one first.
+        self._turn = 0  # How many turns `in_turn` has given.
         self.open()
 
     @abstractmethod
@@ -229,25 +230,25 @@ class SystemSelector(Selector):
         Those that move much data come last and take turns: before the next of them, everything else that has become
         ready is served. So a small message waits for one large one, and not for a large one of each connection.
         """
-        registrations = self.registrations
+        get = self.registrations.get
         served: list[tuple[int, int]] = []
-        bulk: dict[int, int] = {}
+        bulk: list[tuple[int, int, int]] = []  # The last turn of each first.
         for fd, events in ready:
-            registration = registrations.get(fd)
+            registration = get(fd)
             if registration is not None and registration.bulk_turns:
-                bulk[fd] = events
+                bulk.append((registration.last_turn, fd, events))
             else:
                 served.append((fd, events))
         if not bulk:
             self.bulk_batches -= 1
             return ready
         # The others stay ready, and the system reports them again.
-        turns = list(dict.fromkeys([*(fd for fd in self._turns if fd in bulk), *bulk]))
-        count = 1 + len(turns) // TURNS
-        self._turns = turns[count:]
-        for fd in turns[:count]:
-            registrations[fd].bulk_turns -= 1
-            served.append((fd, bulk[fd]))
+        bulk.sort()
+        for _, fd, events in bulk[: 1 + len(bulk) // TURNS]:
+            registration = self.registrations[fd]
+            registration.bulk_turns -= 1
+            registration.last_turn = self._turn = self._turn + 1
+            served.append((fd, events))
         return served
 
     async def wait(self) -> None:
@@ -284,7 +285,7 @@ class PlatformSelector(SystemSelector):
     def dispatch(self, failed: Failed) -> int:
         registrations = self.registrations
         batch = [(key.fd, mask) for key, mask in self._platform_selector.select(0)]  # All that is ready.
-        if self.bulk_batches and batch:
+        if self.bulk_batches and len(batch) > 1:
             batch = self.in_turn(batch)
         for fd, mask in batch:
             registration = registrations.get(fd)  # `None` if a callback of this batch has closed it.
@@ -350,7 +351,7 @@ if sys.platform == "linux":
             if len(batch) == BATCH_SIZE < len(registrations):
                 # Timers run after the batch, so it needs all that is ready.
                 batch = self._epoll.poll(0, len(registrations))
-            if self.bulk_batches and batch:
+            if self.bulk_batches and len(batch) > 1:
                 batch = self.in_turn(batch)
             for fd, events in batch:
                 registration = registrations.get(fd)  # `None` if a callback of this batch has closed it.
