@@ -258,7 +258,6 @@ class TransportStream(_TransportObject[StreamTransport, StreamBridge], ByteStrea
         self._receiving = True
         try:
             bridge = self._bridge
-            bridge = self._bridge
             if bridge.chunks or bridge.ended:
                 await self._pause()
             elif not self._transport._can_receive():
