@@ -23,7 +23,7 @@ END = "<!-- end -->\n"
 #: The sections, and the files or folders of tests that their rows come from, in order.
 SECTIONS = {
     "Groups, callbacks and time": [
-        "group", "test_error_messages.py", "test_refused_async_functions.py", "test_scheduling.py", "test_futures.py",
+        "group", "test_error_messages.py", "test_refused_async_functions.py", "scheduling", "test_futures.py",
         "test_unexpected_errors.py",
     ],
     "Streams": [
