@@ -36,7 +36,7 @@ SECTIONS = {
     ],
     "TLS": ["tls", "test_start_tls.py", "test_tls_peers.py"],
     "Sending files": ["test_sendfile.py"],
-    "Datagrams": ["test_datagrams.py", "test_readiness_states.py"],
+    "Datagrams": ["datagrams", "test_readiness_states.py"],
     "Pipes and child processes": ["test_pipes.py", "processes"],
     "The event loop on trio": ["event_loop"],
 }  # fmt: skip

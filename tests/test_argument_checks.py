@@ -13,9 +13,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
 import pytest
+from datagram_helpers import Endpoint
 from network import AF_UNIX, needs_pipes, needs_unix
 from support import HOST, Recorder, Stack, collect_contexts, connected, open_descriptors, until
-from test_datagrams import Endpoint
 
 pytestmark = pytest.mark.anyio
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import anyio
 import pytest
+from datagram_helpers import Endpoint, receive, udp_peer
 from network import bound
 from support import HOST, BufferedRecorder, Peer, Recorder, Stack, collect_contexts, connected, fill, turns, until
-from test_datagrams import Endpoint, receive, udp_peer
 from tls_support import Certificates, tls_client
 
 from transports_anyio import TransportGroup, _selector

@@ -8,9 +8,9 @@ import socket
 from typing import Any
 
 import pytest
+from datagram_helpers import Endpoint
 from network import needs_pipes
 from support import HOST, Recorder, connected
-from test_datagrams import Endpoint
 
 from transports_anyio import SubprocessProtocol, TransportGroup, abc
 
