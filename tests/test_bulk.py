@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import anyio
 import pytest
 from network import needs_selector
 from support import GUARD, HOST, BufferedRecorder, Recorder, Stack, peer_process, socket_pair, until
+from tls_support import NAME, Certificates, TLSPeer, together
 
 pytestmark = pytest.mark.anyio
 
@@ -101,12 +104,17 @@ LARGE = 150_000
     here="waits for that of one connection",
     why="a request takes as long as one large message, however many of them there are",
 )
+@pytest.mark.parametrize("tls", [False, True], ids=["", "TLS"])
 @pytest.mark.parametrize("buffered", [False, True], ids=["", "buffered"])
-async def test_a_small_message_waits_for_one_large_one(stack: Stack, buffered: bool) -> None:
+async def test_a_small_message_waits_for_one_large_one(
+    stack: Stack, certificates: Certificates, buffered: bool, tls: bool
+) -> None:
     order: list[str] = []
     with ExitStack() as sockets:
         pairs = [sockets.enter_context(socket_pair()) for _ in range(5)]
         small, small_peer = sockets.enter_context(socket_pair())
+        senders: list[Callable[[bytes], int]] = []
+        connections: list[Any] = []
 
         def large_received(*_: object) -> None:
             order.append("large")
@@ -121,12 +129,23 @@ async def test_a_small_message_waits_for_one_large_one(stack: Stack, buffered: b
                     if buffered
                     else Recorder(on_data_received=large_received)
                 )
-                await group.connect_accepted_socket(lambda protocol=protocol: protocol, sock)
+                connect = partial(group.connect_accepted_socket, lambda protocol=protocol: protocol, sock)
+                if tls:
+                    connect = partial(connect, ssl=certificates.server())
+                    handshake = partial(TLSPeer.wrap, peer, certificates.client(), server_hostname=NAME)
+                    connection, tls_peer = await together(connect, handshake)
+                    senders.append(sockets.enter_context(tls_peer.socket).send)
+                else:
+                    connection = await connect()
+                    senders.append(peer.send)
+                connections.append(connection)
             receiver = Recorder(on_data_received=lambda *_: order.append("small"))
             await group.connect_accepted_socket(lambda: receiver, small)
             for _ in range(2):  # The second time it is known who receives much.
                 order.clear()
-                for _, peer in pairs:
-                    assert peer.send(bytes(LARGE)) == LARGE
+                for send in senders:
+                    assert send(bytes(LARGE)) == LARGE
                 await until(lambda: len(order) == 6)
             assert order.index("small") == (5 if stack.is_oracle else 1)
+            for transport, _ in connections:
+                transport.abort()  # The peers would not answer a TLS shutdown.

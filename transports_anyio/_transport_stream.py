@@ -90,11 +90,13 @@ class StreamBridge(Bridge, asyncio.Protocol):
         self.ended = self.ended or self.eof
         self.chunks: deque[bytes | memoryview] = deque([received] if received else ())
         self.size = len(received)
+        self.reading_paused = False
 
     def data_received(self, data: bytes) -> None:
         self.chunks.append(data)
         self.size += len(data)
         if self.size >= RECEIVE_LIMIT:
+            self.reading_paused = True
             self.transport.pause_reading()
         self.readable.notify()
 
@@ -111,7 +113,8 @@ class StreamBridge(Bridge, asyncio.Protocol):
             self.chunks.appendleft(view[max_bytes:])  # A view: the rest is not copied.
             chunk = view[:max_bytes]
         self.size -= len(chunk)
-        if not self.size:
+        if self.reading_paused and not self.size:
+            self.reading_paused = False
             self.transport.resume_reading()
         return chunk if type(chunk) is bytes else bytes(chunk)
 
