@@ -34,7 +34,7 @@ SECTIONS = {
         "test_create_connection.py", "test_create_server.py", "test_server.py", "test_plain_event_loop.py",
         "test_adopted_sockets.py", "test_unix.py",
     ],
-    "TLS": ["tls", "test_start_tls.py", "test_tls_peers.py"],
+    "TLS": ["tls", "test_tls_peers.py"],
     "Sending files": ["test_sendfile.py"],
     "Datagrams": ["datagrams", "test_readiness_states.py"],
     "Pipes and child processes": ["test_pipes.py", "processes"],

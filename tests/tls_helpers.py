@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -10,6 +12,8 @@ import anyio.lowlevel
 import pytest
 from support import (
     GUARD,
+    HOST,
+    Peer,
     Recorder,
     Stack,
     until,
@@ -18,6 +22,7 @@ from tls_support import (
     NAME,
     Certificates,
     TLSPeer,
+    together,
 )
 
 variable: ContextVar[str] = ContextVar("variable")
@@ -60,3 +65,35 @@ async def echoes(group: Any, serving: Any, certificates: Certificates) -> bool:
         peer.send_close_notify_and_close()
     await protocol.wait_for("connection_lost")
     return True
+
+
+@asynccontextmanager
+async def accepted(group: Any, protocol: Any) -> AsyncIterator[Peer]:
+    """Accept a connection with a server of the group; yield the client's bare end."""
+    server = await group.create_server(lambda: protocol, HOST, 0)
+    with Peer.connect(server.sockets[0].getsockname()) as peer:
+        await protocol.wait_for("connection_made")
+        yield peer
+    server.close()
+
+
+async def upgrade_client(
+    group: Any, transport: Any, protocol: Any, peer: Peer, certificates: Certificates, **options: Any
+) -> tuple[Any, TLSPeer]:
+    """Upgrade both ends of `connected`: the group has the client."""
+    new, tls = await together(
+        lambda: group.start_tls(transport, protocol, certificates.client(), server_hostname=NAME, **options),
+        lambda: TLSPeer.wrap(peer.socket, certificates.server(), server_side=True),
+    )
+    protocol.transport = new
+    return new, tls
+
+
+async def failed_upgrade(*arguments: Any, **options: Any) -> Exception | None:
+    """Upgrade and return the error; asyncio also accepts a transport that has been closed."""
+    group, *rest = arguments
+    try:
+        await group.start_tls(*rest, **options)
+    except Exception as exc:
+        return exc.with_traceback(None)
+    return None
