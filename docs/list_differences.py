@@ -35,7 +35,7 @@ SECTIONS = {
         "test_adopted_sockets.py", "test_unix.py",
     ],
     "TLS": ["tls", "test_tls_peers.py"],
-    "Sending files": ["test_sendfile.py"],
+    "Sending files": ["sendfile/test_sendfile_content.py", "sendfile/test_sendfile_order.py", "sendfile"],
     "Datagrams": ["datagrams", "test_readiness_states.py"],
     "Pipes and child processes": ["test_pipes.py", "processes"],
     "The event loop on trio": ["event_loop"],

@@ -7,7 +7,7 @@ asyncio's own transports say what is right.
 Where to find what:
 
 - tests of one subject are in `test_<subject>.py`; the large subjects have folders: `group/`, `scheduling/`, `tls/`,
-  `datagrams/`, `processes/` and `event_loop/`;
+  `sendfile/`, `datagrams/`, `processes/` and `event_loop/`;
 - `support.py`: stacks, recorders, raw socket peers, peers in other processes; `network.py`: addresses that behave in a
   certain way, and marks for what a system may lack; `tls_support.py`: contexts and TLS peers; `anyio_streams.py` and
   `stream_pairs.py`: pairs of streams; `*_helpers.py`: helpers for the tests of one folder;
