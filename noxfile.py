@@ -87,9 +87,7 @@ ECOSYSTEM_PYTHON = next((python for python in ("3.13", "3.12", "3.11") if shutil
 NOT_EXHAUSTIVE = ("-m", "not exhaustive")
 
 #: The tests of pipes and children, which also run in threads.
-PIPES_AND_CHILDREN = (
-    "tests/test_pipes.py", "tests/processes", "tests/test_shutdown.py", "tests/event_loop/test_children.py",
-)  # fmt: skip
+PIPES_AND_CHILDREN = ("tests/pipes", "tests/processes", "tests/test_shutdown.py", "tests/event_loop/test_children.py")
 
 #: What plain `nox` runs, in a few minutes, and what it leaves to `nox -s checks`.
 QUICK = ["lint", "types", f"tests-{PYTHON_AT_HAND}"]

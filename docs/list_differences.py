@@ -37,7 +37,10 @@ SECTIONS = {
     "TLS": ["tls", "test_tls_peers.py"],
     "Sending files": ["sendfile/test_sendfile_content.py", "sendfile/test_sendfile_order.py", "sendfile"],
     "Datagrams": ["datagrams/test_datagram_exchange.py", "datagrams", "test_readiness_states.py"],
-    "Pipes and child processes": ["test_pipes.py", "processes"],
+    "Pipes and child processes": [
+        "pipes/test_pipe_reading.py", "pipes/test_pipe_writing.py", "pipes/test_pipe_descriptors.py", "pipes",
+        "processes",
+    ],
     "The event loop on trio": ["event_loop"],
 }  # fmt: skip
 HEAD = "| what | asyncio | here | why | shown by |\n| --- | --- | --- | --- | --- |\n"

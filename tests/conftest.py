@@ -7,7 +7,7 @@ asyncio's own transports say what is right.
 Where to find what:
 
 - tests of one subject are in `test_<subject>.py`; the large subjects have folders: `group/`, `scheduling/`, `tls/`,
-  `sendfile/`, `datagrams/`, `processes/` and `event_loop/`;
+  `sendfile/`, `datagrams/`, `pipes/`, `processes/` and `event_loop/`;
 - `support.py`: stacks, recorders, raw socket peers, peers in other processes; `network.py`: addresses that behave in a
   certain way, and marks for what a system may lack; `tls_support.py`: contexts and TLS peers; `anyio_streams.py` and
   `stream_pairs.py`: pairs of streams; `*_helpers.py`: helpers for the tests of one folder;
@@ -44,7 +44,7 @@ from transports_anyio import TransportGroup, _capabilities
 if sys.platform == "win32":
     # About UNIX sockets, terminals, signals and programs, which Windows does not have.
     collect_ignore = [
-        "test_adopted_sockets.py", "test_pipes.py", "processes", "event_loop/test_children.py", "test_tls_peers.py",
+        "test_adopted_sockets.py", "pipes", "processes", "event_loop/test_children.py", "test_tls_peers.py",
         "test_unix.py",
     ]  # fmt: skip
 
