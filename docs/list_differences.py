@@ -41,7 +41,10 @@ SECTIONS = {
         "pipes/test_pipe_reading.py", "pipes/test_pipe_writing.py", "pipes/test_pipe_descriptors.py", "pipes",
         "processes",
     ],
-    "The event loop on trio": ["event_loop"],
+    "The event loop on trio": [
+        "event_loop/factory/test_loop_factory_leaving.py", "event_loop/factory/test_loop_factory_ctrl_c.py",
+        "event_loop",
+    ],
 }  # fmt: skip
 HEAD = "| what | asyncio | here | why | shown by |\n| --- | --- | --- | --- | --- |\n"
 
