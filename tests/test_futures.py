@@ -8,6 +8,7 @@ import gc
 import sys
 import weakref
 from contextvars import ContextVar, copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -466,6 +467,52 @@ async def test_from_another_thread(anyio_backend: Any) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(anyio.to_thread.run_sync, group.call_soon_threadsafe, future.set_result, 5)
             assert await future == 5
+
+
+def test_a_result_that_cannot_be_set_leaves_the_future_pending() -> None:
+    """In another thread, or at the recursion limit: on trio, because asyncio's own futures lose what waits for them."""
+
+    def sink(depth: int) -> None:
+        if depth:
+            sink(depth - 1)
+        else:
+            future.set_result("at the limit")
+
+    async def main() -> None:
+        nonlocal future
+        async with TransportGroup() as group:
+            future = group.create_future()
+            async with anyio.create_task_group() as tasks:
+                for _ in range(2):
+                    tasks.start_soon(wait_for, future)
+                await turns()
+                for call in (partial(future.set_result, 1), partial(future.set_exception, ValueError()), future.cancel):
+                    with pytest.raises(RuntimeError):
+                        await anyio.to_thread.run_sync(call)
+                    assert not future.done()
+                tasks.cancel_scope.cancel()
+            got: list[Any] = []
+
+            async def wait() -> None:
+                got.append(await future)
+
+            for _ in range(2):
+                group.start_soon(wait)
+            await turns()
+            refused = 0
+            for depth in range(sys.getrecursionlimit(), 0, -1):
+                try:
+                    sink(depth)
+                except RecursionError:
+                    refused += 1
+                else:
+                    break
+            assert refused
+            await turns()
+            assert got == ["at the limit"] * 2
+
+    future: Future[Any]
+    pytest.importorskip("trio").run(main)
 
 
 async def test_a_waiting_task_that_is_interrupted_leaves_the_future_whole() -> None:

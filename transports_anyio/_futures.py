@@ -113,8 +113,7 @@ class Future(Generic[T]):
         Source: https://docs.python.org/3/library/asyncio-future.html#asyncio.Future.set_result
         """
         self._require_pending()
-        self._result = result
-        self._end("finished")
+        self._end("finished", result)
 
     def set_exception(self, exception: BaseException | type[BaseException]) -> None:
         """End the future with `exception`, or an instance of it when it is a class.
@@ -135,10 +134,7 @@ class Future(Generic[T]):
             error = RuntimeError("a coroutine cannot raise StopIteration, so it became the cause of this error")
             error.__cause__ = exception
             exception = error
-        self._exception = exception
-        self._traceback = exception.__traceback__
-        self._exception_unseen = True
-        self._end("finished")
+        self._end("finished", None, exception)
 
     def cancel(self, msg: object = None) -> bool:
         """Cancel the future and return `True`; do nothing and return `False` when it is done.
@@ -149,8 +145,7 @@ class Future(Generic[T]):
         """
         if self._state != "pending":
             return False
-        self._result = msg
-        self._end("cancelled")
+        self._end("cancelled", msg)
         return True
 
     def add_done_callback(self, callback: Callable[[Future[T]], object], *, context: Context | None = None) -> None:
@@ -191,9 +186,14 @@ class Future(Generic[T]):
         if self._state != "pending":
             raise InvalidStateError(f"the future is done already: {self!r}")
 
-    def _end(self, state: str) -> None:
+    def _end(self, state: str, result: Any, exception: BaseException | None = None) -> None:
+        self._waiters.notify()  # First: if it raises, in another thread for example, the future is still pending.
         self._state = state
-        self._waiters.notify()
+        self._result = result
+        if exception is not None:
+            self._exception = exception
+            self._traceback = exception.__traceback__
+            self._exception_unseen = True
         if self._callbacks:
             callbacks, self._callbacks = self._callbacks, []
             for callback, context in callbacks:

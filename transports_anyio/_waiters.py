@@ -70,14 +70,9 @@ class Waiters:
         waiting = self._waiting
         if not waiting:
             return
-        if len(waiting) == 1:
-            waiter, wake = waiting.popitem()
-            wake(waiter)
-        else:
-            all_waiting = list(waiting.items())
-            waiting.clear()
-            for waiter, wake in all_waiting:
-                wake(waiter)
+        for waiter, wake in tuple(waiting.items()):
+            wake(waiter)  # First: if it raises, in another thread or at the recursion limit, the task goes on waiting.
+            del waiting[waiter]
 
 
 def checkpoint_if_cancelled() -> Awaitable[None]:
