@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 from network import needs_pipes, needs_unix
-from support import GUARD, Peer, Recorder, Stack, connected, fill, settle, until
+from support import GUARD, BufferedRecorder, Peer, Recorder, Stack, collect_contexts, connected, fill, settle, until
 from tls_support import NAME, Certificates, TLSPeer, together
 
 from transports_anyio import DatagramProtocol, Protocol, SubprocessProtocol, TransportGroup
@@ -46,6 +46,33 @@ class WithoutConnectionMade:
 
 
 async def coroutine() -> None: ...
+
+
+@pytest.mark.differs(
+    "`get_buffer` sets a protocol that is no `BufferedProtocol`",
+    asyncio="calls its `buffer_updated`, which it does not have: the connection ends, what was received is lost",
+    here="calls its `data_received`",
+    why="a protocol may hand its connection over in any callback",
+)
+async def test_get_buffer_sets_a_protocol_without_a_buffer(stack: Stack) -> None:
+    successor = Recorder()
+
+    def hand_over(recorder: Any, sizehint: int) -> None:
+        successor.take_over(recorder.transport)
+        recorder.hand_over()
+        recorder.transport.set_protocol(successor)
+
+    async with stack.open() as group:
+        contexts = collect_contexts(group)
+        async with connected(group, BufferedRecorder(on_get_buffer=hand_over)) as (_, first, peer):
+            await peer.send(b"hello")
+            if stack.is_oracle:
+                await successor.wait_for("connection_lost")
+                assert "buffer_updated" in contexts[0]["message"]
+            else:
+                assert await successor.wait_received(5) == b"hello"
+                assert first.count("buffer_updated") == 0
+                assert not contexts
 
 
 NO_PROTOCOLS = [None, 3, "protocol", object(), Protocol, Recorder, len, coroutine]

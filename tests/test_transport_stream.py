@@ -21,7 +21,7 @@ from stream_pairs import EVERY, HALF_CLOSING, TWO_WAY, Ends
 from support import GUARD, HOST, Recorder, connected, fill, pattern, turns, until
 from tls_support import NAME, Certificates
 
-from transports_anyio import Protocol, SubprocessProtocol, TransportGroup, TransportStream
+from transports_anyio import BufferedProtocol, Protocol, SubprocessProtocol, TransportGroup, TransportStream
 from transports_anyio.testing import SubprocessRecorder
 
 pytestmark = pytest.mark.anyio
@@ -103,6 +103,74 @@ async def test_the_end_of_the_stream(anyio_backend: Any, kind: str, certificates
         for _ in range(3):
             with pytest.raises(anyio.EndOfStream):
                 await b.receive()
+
+
+@every_kind
+async def test_made_in_get_buffer(anyio_backend: Any, kind: str, certificates: Certificates) -> None:
+    made: list[TransportStream] = []
+
+    class Handing(BufferedProtocol):
+        def get_buffer(self, sizehint: int) -> bytearray:
+            made.append(TransportStream(b.transport))
+            return bytearray(10)
+
+    async with ends(kind, certificates) as (a, b):
+        b.transport.set_protocol(Handing())
+        await a.send(pattern(1000))
+        await until(lambda: made)
+        (stream,) = made
+        assert await receive_exactly(stream, 1000) == pattern(1000)
+
+
+@every_kind
+async def test_made_in_connection_lost(anyio_backend: Any, kind: str, certificates: Certificates) -> None:
+    made: list[TransportStream] = []
+
+    class Late(Protocol):
+        def connection_lost(self, exc: Exception | None) -> None:
+            made.append(TransportStream(b.transport, received=b"rest"))
+
+    async with ends(kind, certificates) as (_, b):
+        b.transport.set_protocol(Late())
+        b.transport.abort()
+        await b.transport.wait_closed()
+        (stream,) = made
+        assert await stream.receive() == b"rest"
+        for _ in range(2):
+            with pytest.raises(anyio.BrokenResourceError):
+                await stream.receive()
+            with pytest.raises(anyio.BrokenResourceError):
+                await stream.send(b"x")
+        await stream.aclose()
+
+
+@every_kind
+async def test_a_bad_number_of_bytes_loses_nothing(anyio_backend: Any, kind: str, certificates: Certificates) -> None:
+    async with ends(kind, certificates) as (a, b):
+        await a.send(b"hello")
+        await until(lambda: waiting(b) == 5)
+        for wrong in (1.5, "1"):
+            with pytest.raises(TypeError):
+                await b.receive(wrong)  # type: ignore[arg-type]
+        assert await b.receive(3) == b"hel"
+        assert await b.receive() == b"lo"
+
+
+@two_way
+@pytest.mark.parametrize("size", [5, 300_000], ids=["", "paused"])
+async def test_a_refused_start_tls_loses_nothing(
+    anyio_backend: Any, kind: str, certificates: Certificates, size: int
+) -> None:
+    async with ends(kind, certificates) as (a, b), anyio.create_task_group() as tasks:
+        tasks.start_soon(a.send, pattern(size))
+        await until(lambda: waiting(b) == size or not b.transport.is_reading())
+        with pytest.raises(ValueError, match="server_hostname"):
+            await b.start_tls(certificates.client())
+        with pytest.raises(TypeError):
+            await b.start_tls(None)  # type: ignore[arg-type]
+        assert await receive_exactly(b, size) == pattern(size)
+        await a.send(b"later")
+        assert await b.receive() == b"later"
 
 
 @every_kind

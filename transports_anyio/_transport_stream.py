@@ -47,8 +47,9 @@ class Bridge(asyncio.BaseProtocol):
         self.writable = Waiters()
         self.lost = transport.get_protocol() is None  # `connection_lost` has been delivered.
         self.error: Exception | None = None  # Why.
-        self.ended = self.lost  # No more will arrive, or the AnyIO object is closed.
-        self.unwritable = self.lost  # No more can be sent.
+        # Not `lost`: a protocol that is set in `connection_lost` does not get it any more.
+        self.ended = transport._is_lost()  # No more will arrive, or the AnyIO object is closed.
+        self.unwritable = self.ended  # No more can be sent.
         self.writing_paused = transport.is_writing_paused()
         before = transport.get_protocol()
         # The pipe of a child: the child's protocol goes on to hear of the pipe's state, though not of its data.
@@ -107,23 +108,22 @@ class StreamBridge(Bridge, asyncio.Protocol):
 
     def take(self, max_bytes: int) -> bytes:
         """Return the first bytes that have arrived, at most `max_bytes`."""
-        chunk = self.chunks.popleft()
+        chunk = self.chunks[0]
         if len(chunk) > max_bytes:
             view = memoryview(chunk)
-            self.chunks.appendleft(view[max_bytes:])  # A view: the rest is not copied.
-            chunk = view[:max_bytes]
+            chunk, self.chunks[0] = view[:max_bytes], view[max_bytes:]  # Views: the rest is not copied.
+        else:
+            self.chunks.popleft()
         self.size -= len(chunk)
         if self.reading_paused and not self.size:
             self.reading_paused = False
             self.transport.resume_reading()
         return chunk if type(chunk) is bytes else bytes(chunk)
 
-    def take_all(self) -> bytes:
-        """Return everything that has arrived."""
-        data = b"".join(self.chunks)
+    def drop(self) -> None:
+        """Forget everything that has arrived."""
         self.chunks.clear()
         self.size = 0
-        return data
 
 
 class DatagramBridge(Bridge, asyncio.DatagramProtocol):
@@ -191,9 +191,7 @@ class _TransportObject(Generic[TransportT, BridgeT]):
         self._bridge.end()
         self._transport.close()
         try:
-            await anyio.lowlevel.checkpoint()
-            while not self._bridge.lost:
-                await self._bridge.readable.wait()
+            await self._transport.wait_closed()
         except BaseException:
             self._transport.abort()
             raise
@@ -346,21 +344,24 @@ class TransportStream(_TransportObject[StreamTransport, StreamBridge], ByteStrea
         if self._bridge.unwritable:
             self._refuse_sending()
         self._receiving = self._sending = True
+        before = self._transport
+        bridge = self._bridge
         try:
-            bridge = self._bridge
             # The bridge stays the protocol, so it sees every callback in between.
-            self._transport = bridge.transport = await self._transport._group.start_tls(
-                self._transport,
+            self._transport = bridge.transport = await before._group.start_tls(
+                before,
                 bridge,
                 ssl_context,
                 server_side=server_side,
                 server_hostname=server_hostname,
                 ssl_handshake_timeout=ssl_handshake_timeout,
                 ssl_shutdown_timeout=ssl_shutdown_timeout,
-                received=bridge.take_all(),
+                received=b"".join(bridge.chunks),
             )
         finally:
             self._receiving = self._sending = False
+            if self._transport is not before or before._is_lost():  # Otherwise the arguments were refused.
+                bridge.drop()  # The handshake has had it.
 
 
 class TransportDatagrams(

@@ -218,8 +218,8 @@ class StreamTransport(ChannelTransport, abc.Transport):
         except BaseException as exc:
             self._callback_failed(exc, "get_buffer")
             return False
-        if self._reading_paused or self._state is not OPEN:
-            return False  # `get_buffer()` has paused or closed the transport.
+        if self._reading_paused or self._state is not OPEN or not self._buffered_protocol:
+            return False  # `get_buffer()` has paused or closed the transport, or set a protocol of the other kind.
         try:
             count = self._channel.receive_into(buffer)
         except (BlockingIOError, InterruptedError):
