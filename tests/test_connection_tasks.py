@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import gc
 import os
 import socket
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -217,6 +219,67 @@ async def test_an_exception_group_of_a_task(anyio_backend: Any) -> None:
             assert protocol.exception is first
             assert isinstance(first.exceptions[0], BoomError)
             assert isinstance(second, BoomError)
+
+
+@pytest.mark.parametrize("ends", ["connection", "group", "scope around it"])
+async def test_a_task_group_whose_cleanup_fails(anyio_backend: Any, ends: str) -> None:
+    """The error is reported, and the cancellation goes its way."""
+
+    async def clean_up() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise BoomError
+
+    async def task() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(clean_up)
+            await anyio.sleep_forever()
+
+    with anyio.fail_after(GUARD), anyio.CancelScope() as scope:
+        async with TransportGroup() as group, connected(group) as (transport, _, _):
+            contexts = collect_contexts(group)
+            transport.start_soon(task)
+            await turns()
+            if ends == "connection":
+                transport.abort()
+                await group.wait_closed()
+            else:
+                (group.cancel_scope if ends == "group" else scope).cancel()
+                await anyio.sleep_forever()
+    (context,) = contexts
+    with raises_inside(BoomError):
+        raise context["exception"]
+
+
+@pytest.mark.parametrize("connected_still", [True, False])
+async def test_a_task_that_asyncio_cancels(anyio_backend_name: str, connected_still: bool) -> None:
+    """It ends its connection only. AnyIO's own task groups are cancelled by that, without a word."""
+    if anyio_backend_name == "trio":
+        pytest.skip("trio's tasks are cancelled by scopes only")
+
+    async def task() -> None:
+        job = asyncio.ensure_future(asyncio.sleep(GUARD))
+        try:
+            if not connected_still:
+                await anyio.sleep_forever()
+        finally:
+            job.cancel()
+            await job
+
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group, connected(group, echo()) as (_, _, peer):
+            contexts = collect_contexts(group)
+            async with connected(group) as (transport, protocol, _):
+                transport.start_soon(task)
+                await turns()
+                if not connected_still:
+                    transport.abort()
+                await transport.wait_closed()
+                await turns()
+                assert isinstance(protocol.exception, CancelledError) == connected_still
+            assert [context["exception"] for context in contexts] == [protocol.exception] * connected_still
+            assert await answers(peer)
 
 
 async def test_wrong_calls(anyio_backend: Any, kind: Any) -> None:

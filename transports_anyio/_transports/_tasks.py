@@ -10,7 +10,9 @@ import errno
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
 from contextvars import copy_context
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -72,19 +74,38 @@ class ConnectionTasks:
                 await coroutine
         except BaseException as exc:
             core = self.transport._core
-            if self._leaves(exc) or (not core.open and is_refusal(exc, core.group)):
+            leaving, failure = self._divide(exc)
+            refused = not core.open and failure is not None and is_refusal(failure, core.group)
+            if failure is not None and not refused:
+                core.call(self._failed, coroutine, failure)
+            if leaving is exc or (refused and leaving is None):
                 raise
-            core.call(self._failed, coroutine, exc)
+            if leaving is not None:
+                raise leaving from None
         finally:
             self._scopes.discard(scope)
             self._running -= 1
             self._end()
 
+    def _divide(self, exc: BaseException) -> tuple[BaseException | None, BaseException | None]:
+        """Return the part of `exc` that ends the group, as for a callback, and the part that ends this connection."""
+        if isinstance(exc, Exception):
+            return None, exc
+        if isinstance(exc, BaseExceptionGroup):
+            return exc.split(self._leaves)
+        if isinstance(exc, anyio.get_cancelled_exc_class()) and anyio.current_effective_deadline() > -inf:
+            # By no cancel scope: AnyIO would cancel the whole group without a word.
+            if self.lost:
+                return None, None  # It was about to end anyway.
+            failure = CancelledError("asyncio has cancelled the task, or something that it waits for")
+            failure.__cause__ = exc
+            return None, failure
+        return (exc, None) if self._leaves(exc) else (None, exc)
+
     def _leaves(self, exc: BaseException) -> bool:
-        """Whether `exc` ends the group: as for a callback, and an exception group that may have such an exception."""
         if isinstance(exc, Exception):
             return False
-        return isinstance(exc, (BaseExceptionGroup, GeneratorExit)) or self.transport._callback_context.leaves(exc)
+        return isinstance(exc, GeneratorExit) or self.transport._callback_context.leaves(exc)
 
     def _failed(self, coroutine: Coroutine[Any, Any, object], exc: BaseException) -> None:
         transport = self.transport
