@@ -7,6 +7,7 @@ import shlex
 import signal
 import socket
 import sys
+from decimal import Decimal
 from importlib.metadata import version
 from math import nan
 from pathlib import Path
@@ -253,6 +254,16 @@ async def test_a_timeout_that_is_refused_changes_nothing(anyio_backend: Any, tim
                 await each.shutdown(timeout)
         assert server.is_serving()
         assert not group.is_closing()
+
+
+async def test_a_decimal_timeout(anyio_backend: Any) -> None:
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group:
+            server = await group.create_server(Echo, HOST, 0)
+            with Peer.connect(server.sockets[0].getsockname()):
+                await until(lambda: group.statistics().open_transports)
+                await server.shutdown(Decimal("0.01"))  # type: ignore[arg-type]
+            await group.shutdown(Decimal(0))  # type: ignore[arg-type]
 
 
 async def test_a_shutdown_that_is_cancelled_goes_on(

@@ -166,7 +166,7 @@ class TransportGroup(
 
         Source: https://pkg.go.dev/net/http#Server.Shutdown
         """
-        check_shutdown_timeout(timeout)
+        timeout = check_shutdown_timeout(timeout)
         core = self._core
         core.check_alive("shutdown", "anyio.from_thread.run(group.shutdown, ...)")
         log_debug(self, "%r: shutting down", self)

@@ -245,7 +245,7 @@ class Server(asyncio.AbstractServer):
 
         Source: https://pkg.go.dev/net/http#Server.Shutdown
         """
-        check_shutdown_timeout(timeout)
+        timeout = check_shutdown_timeout(timeout)
         self.close()
         for pending in tuple(self._handshakes):
             pending.abort()

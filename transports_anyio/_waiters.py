@@ -129,10 +129,16 @@ class Outcome:
             del exc  # Break a cycle: its traceback has this frame.
 
 
-def check_shutdown_timeout(timeout: float | None) -> None:
-    """Raise `TypeError` or `ValueError` for a time-out of a shutdown that is not a number from 0 on, or `None`."""
-    if timeout is not None and not timeout >= 0:  # NaN is refused, too.
+def check_shutdown_timeout(timeout: float | None) -> float | None:
+    """Return the time-out of a shutdown.
+
+    Raises `TypeError` or `ValueError` unless it is a number from 0 on, or `None`.
+    """
+    if timeout is None:
+        return None
+    if not timeout >= 0:  # NaN is refused, too.
         raise ValueError(f"timeout should be a number of seconds from 0 on, or None, got {timeout!r}")
+    return float(timeout)
 
 
 async def wait_or_abort(

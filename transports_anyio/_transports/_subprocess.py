@@ -201,7 +201,7 @@ class SubprocessTransport(TaskOwner, abc.SubprocessTransport):
 
         Raises `ValueError` for a negative `timeout`.
         """
-        check_shutdown_timeout(timeout)
+        timeout = check_shutdown_timeout(timeout)
         if not self._lost:
             log_debug(self._callback_context.group, "%r: shutting down", self)
             self._request_shutdown()
