@@ -21,6 +21,9 @@ from ._selector import READ, Registration, Selector
 # Linux).
 RESOLUTION = 1e-9
 
+# How many rounds of new tasks an iteration waits for: a program that starts one in each round must not hold it up.
+ROUNDS_OF_FIRST_STEPS = 8
+
 # How many frames a backend needs at most to change the deadline of a cancel scope.
 FRAMES_OF_BACKEND = 20
 
@@ -37,7 +40,7 @@ def check_stack(frames: int = FRAMES_OF_BACKEND) -> None:
 class DrivenScheduler(Protocol):
     """What a driver needs of the scheduler."""
 
-    #: Whether tasks were started since the last iteration began. They run before the next one.
+    #: Whether tasks were started since the last iteration began, or `first_steps` did. They run before the next one.
     tasks_started: bool
 
     def run_once(self) -> float:
@@ -51,6 +54,17 @@ class DrivenScheduler(Protocol):
     def next_deadline(self) -> float:
         """Return the exact deadline. The driver asks when the one that it waits for has come."""
         ...
+
+
+async def first_steps(scheduler: DrivenScheduler) -> None:
+    """Let each task that was started take its first step, and those that are started meanwhile."""
+    for _ in range(ROUNDS_OF_FIRST_STEPS):
+        if not scheduler.tasks_started:
+            break
+        scheduler.tasks_started = False
+        # trio runs ready tasks in random order: only a second checkpoint is sure to come after them.
+        await anyio.lowlevel.checkpoint()
+        await anyio.lowlevel.checkpoint()
 
 
 class Driver(ABC):
@@ -115,7 +129,8 @@ class TaskDriver(Driver):
         async with selector.running():
             while True:
                 if deadline == -inf or selector.always_ready or (deadline != inf and deadline <= self.time()):
-                    await anyio.lowlevel.checkpoint()
+                    if not scheduler.tasks_started:
+                        await anyio.lowlevel.checkpoint()
                 else:
                     self.deadline = deadline
                     self.waiting = True
@@ -135,8 +150,7 @@ class TaskDriver(Driver):
                         if deadline > self.time() + RESOLUTION:
                             continue  # The timer was cancelled or moved. A byte of `wake` ends the next wait.
                 if scheduler.tasks_started:
-                    # trio runs ready tasks in random order; only a second checkpoint is sure to come after them.
-                    await anyio.lowlevel.checkpoint()
+                    await first_steps(scheduler)
                 deadline = scheduler.run_once()
 
     @property

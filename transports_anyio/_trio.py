@@ -24,7 +24,7 @@ import trio
 from trio import sleep
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled, disable_ki_protection, enable_ki_protection
 
-from ._driver import RESOLUTION, DrivenScheduler, TaskDriver, check_stack
+from ._driver import RESOLUTION, DrivenScheduler, TaskDriver, check_stack, first_steps
 from ._selector import SystemSelector
 
 __all__ = [
@@ -145,14 +145,14 @@ class TrioDriver(TaskDriver):
         try:
             while True:
                 if scheduler.tasks_started:
-                    # trio runs ready tasks in random order; only a second checkpoint is sure to come after them.
-                    await checkpoint()
+                    await first_steps(scheduler)
                 deadline = scheduler.run_once()
                 if not (
                     deadline == -inf or self._selector.always_ready or (deadline != inf and deadline <= self.time())
                 ):
                     break
-                await checkpoint()
+                if not scheduler.tasks_started:
+                    await checkpoint()
         finally:
             self._running = False
         self.waiting = True

@@ -120,6 +120,27 @@ async def test_a_new_task_has_its_first_turn_before_more_data_is_received(
     assert order == ["data", "task"] * 50
 
 
+async def test_a_task_of_connection_made_has_its_first_turn_before_data_is_received(anyio_backend: Any) -> None:
+    """`connection_made` runs in the connecting task here, and not in an iteration."""
+    seen: list[bytes] = []
+
+    async def task(protocol: Recorder) -> None:
+        seen.append(bytes(protocol.received))
+
+    def greet(_: Recorder, transport: Any) -> None:
+        transport.write(b"hello")
+
+    async with TransportGroup() as group:
+        server = await group.create_server(lambda: Recorder(on_connection_made=greet), HOST, 0)
+        for _ in range(100):
+            client = Recorder(on_connection_made=lambda protocol, transport: transport.start_soon(task, protocol))
+            await group.create_connection(lambda client=client: client, *server.sockets[0].getsockname())
+            await client.wait_received(5)
+            client.transport.abort()
+        server.close()
+    assert seen == [b""] * 100
+
+
 @pytest.mark.differs(
     "a task that is ready to run, for example because a callback has set its event",
     asyncio="runs before anything more is received",
