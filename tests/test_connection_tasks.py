@@ -552,6 +552,46 @@ async def test_a_task_that_drains_a_lost_connection_is_not_reported(anyio_backen
             assert not contexts
 
 
+async def test_a_task_group_that_drains_a_lost_connection_is_not_reported(anyio_backend: Any) -> None:
+    async def pump(transport: Any) -> None:
+        await anyio.sleep_forever()
+
+    async def task(transport: Any) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pump, transport)
+            await transport.drain()
+
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group, connected(group, small=True) as (transport, _, _):
+            contexts = collect_contexts(group)
+            fill(transport, transport.get_write_buffer_limits()[1] + 1)
+            for _ in range(2):
+                transport.start_soon(task, transport)
+            await turns()
+            transport.abort()
+            await group.wait_closed()
+    assert not contexts
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+async def test_a_task_that_closes_its_own_connection_waits_for_the_end(anyio_backend: Any, end: str) -> None:
+    """It is woken before it is cancelled, wherever it is when `connection_lost` is called."""
+    returned: list[int] = []
+
+    async def task(transport: Any, number: int) -> None:
+        getattr(transport, end)()
+        await transport.wait_closed()
+        returned.append(number)
+
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group:
+            for number in range(30):
+                (transport, _), _ = await memory_connection(group, Recorder, Recorder)
+                transport.start_soon(task, transport, number)
+                await group.wait_closed()
+    assert returned == [*range(30)]
+
+
 async def test_draining_another_connection_that_is_lost_fails(anyio_backend: Any) -> None:
     """The connection of the task ends with that error: it is an error of the task."""
 

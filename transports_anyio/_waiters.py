@@ -146,6 +146,7 @@ async def wait_or_abort(
 ) -> None:
     """Wait for `wait_closed()`, and call `abort` first if that takes longer than `timeout` seconds."""
     with anyio.move_on_after(timeout):
+        await anyio.lowlevel.checkpoint()  # If there is no time at all, it ends here: not in a wait, a little later.
         await wait_closed()
         return
     abort()

@@ -107,9 +107,15 @@ class ConnectionTasks:
             return False
         return isinstance(exc, GeneratorExit) or self.transport._callback_context.leaves(exc)
 
+    def _is_own_loss(self, exc: BaseException) -> bool:
+        """Whether `exc` is what `drain` of this connection raises, or an exception group of nothing else."""
+        if isinstance(exc, BaseExceptionGroup):
+            return all(map(self._is_own_loss, exc.exceptions))
+        return isinstance(exc, ConnectionLostError) and exc.tasks is self
+
     def _failed(self, coroutine: Coroutine[Any, Any, object], exc: BaseException) -> None:
         transport = self.transport
-        if isinstance(exc, ConnectionLostError) and exc.tasks is self:
+        if self._is_own_loss(exc):
             # The task has waited for this connection, whose protocol gets the error.
             log_debug(transport._callback_context.group, "%r: a task has ended with the connection", transport)
             return
@@ -141,7 +147,10 @@ class ConnectionTasks:
 
     async def wait_closed(self) -> None:
         """Wait until `connection_lost` has been called."""
-        await anyio.lowlevel.checkpoint()
+        if self.lost or self.transport._is_closed():
+            await anyio.lowlevel.checkpoint()
+        # No checkpoint before: a task of the connection that comes to wait after `close` is always woken before it is
+        # cancelled.
         while not (self.lost or self.transport._is_closed()):
             await self.changed.wait()
 
