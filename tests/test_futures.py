@@ -52,6 +52,34 @@ async def test_an_exception(stack: Stack) -> None:
             future.result()
 
 
+@pytest.mark.differs(
+    "the order of a future's callbacks and of the tasks that await it",
+    asyncio="that in which they were added and began to wait",
+    here="the callbacks run in the order in which they were added; tasks may run before or after them",
+    why="the tasks are the backend's, and trio runs tasks in any order",
+)
+async def test_the_order_of_callbacks_and_waiting_tasks(stack: Stack) -> None:
+    order: list[str] = []
+
+    async def wait() -> None:
+        await future
+        order.append("task")
+
+    async with stack.open() as group:
+        future = group.create_future()
+        async with anyio.create_task_group() as tasks:
+            future.add_done_callback(lambda _: order.append("first"))
+            tasks.start_soon(wait)
+            await turns()
+            future.add_done_callback(lambda _: order.append("second"))
+            future.set_result(1)
+        await turns()
+    if stack.is_oracle:
+        assert order == ["first", "task", "second"]
+    order.remove("task")
+    assert order == ["first", "second"]
+
+
 async def test_a_class_of_exceptions(stack: Stack) -> None:
     async with stack.open() as group:
         future = group.create_future()

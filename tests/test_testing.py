@@ -579,6 +579,28 @@ def test_an_unknown_hook(kind: Any, name: str) -> None:
         kind(**{name: print})
 
 
+@pytest.mark.parametrize("kind", [Recorder, BufferedRecorder, DatagramRecorder, SubprocessRecorder])
+async def test_mistakes(anyio_backend: Any, kind: Any) -> None:
+    async def hook(recorder: Any, transport: Any) -> None: ...
+
+    for wrong in (hook, 5):
+        with pytest.raises(TypeError, match=r"start_soon\(\)|callable"):
+            kind(on_connection_made=wrong)
+    for wrong in (asyncio.Protocol, 5):
+        with pytest.raises(TypeError, match=rf"^{kind.__name__}\(\) takes a protocol"):
+            kind(wrong)
+    with pytest.raises(ValueError, match="connection_made"):
+        await kind().wait_for("conection_made")
+
+
+async def test_extra_info_that_is_no_mapping(anyio_backend: Any) -> None:
+    async with TransportGroup() as group:
+        for name in ("info_a", "info_b"):
+            with pytest.raises(TypeError, match=name):
+                await memory_connection(group, Recorder, Recorder, **{name: 5})  # type: ignore[arg-type]
+        assert not group.statistics().open_transports
+
+
 def test_a_callback_inside_a_hook_is_a_violation() -> None:
     recorder = Recorder(on_data_received=lambda recorder, data: recorder.eof_received())
     recorder.connection_made(TRANSPORT)
@@ -614,7 +636,7 @@ async def test_waits_end_after_ten_seconds_by_default(anyio_backend: Any, monkey
 
     monkeypatch.setattr(anyio, "move_on_after", quicker)
     recorder = Recorder(transport=TRANSPORT)
-    for wait in (recorder.wait_for("x"), recorder.wait_received(1), recorder.wait_until(lambda: False)):
+    for wait in (recorder.wait_for("eof_received"), recorder.wait_received(1), recorder.wait_until(lambda: False)):
         with pytest.raises(TimeoutError, match="10 s"):
             await wait
     assert given == [10] * 3

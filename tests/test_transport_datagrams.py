@@ -238,3 +238,23 @@ async def test_bad_arguments(anyio_backend: Any) -> None:
             for bad in (None, transport):
                 with pytest.raises(TypeError, match="datagram transport"):
                     TransportDatagrams(bad)  # type: ignore[arg-type]
+
+
+async def test_made_in_connection_lost(anyio_backend: Any) -> None:
+    made: list[TransportDatagrams] = []
+
+    class Late(DatagramProtocol):
+        def connection_lost(self, exc: Exception | None) -> None:
+            made.append(TransportDatagrams(transport))
+
+    with anyio.fail_after(GUARD):
+        async with TransportGroup() as group:
+            transport, _ = await group.create_datagram_endpoint(Late, local_addr=(HOST, 0))
+            transport.close()
+            await transport.wait_closed()
+            (datagrams,) = made
+            with pytest.raises(anyio.BrokenResourceError):
+                await datagrams.receive()
+            with pytest.raises(anyio.BrokenResourceError):
+                await datagrams.sendto(b"x", (HOST, 9))
+            await datagrams.aclose()

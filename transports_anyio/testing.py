@@ -19,7 +19,8 @@ asyncio's own transports.
 
     Recorder(on_data_received=lambda recorder, data: recorder.transport.write(data))
 
-May know: the group, the endpoint function behind `memory_connection`, and asyncio's abstract classes.
+May know: the group, the checks of callbacks, the endpoint function behind `memory_connection`, and asyncio's abstract
+classes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 import anyio
 
 from . import abc
+from ._callbacks import check_given_protocol, check_scheduled
 from ._endpoints._memory import connect_in_memory
 from ._endpoints._tls import stream_options
 from ._transports._stream import StreamTransport
@@ -95,9 +97,13 @@ class _Recorder(Generic[WrappedT]):
             and the callback's arguments, after the callback has been recorded and before `protocol` gets it. Without a
             `protocol`, the callback returns what the hook returns.
 
-        Raises `TypeError` for a hook on a callback that this kind of recorder does not have.
+        Raises `TypeError` for a hook on a callback that this kind of recorder does not have, a hook that is no plain
+        function, and a `protocol` that is none, such as a protocol class.
         """
-        for name in hooks:
+        if protocol is not None:
+            check_given_protocol(protocol, type(self).__name__)
+        for name, hook in hooks.items():
+            check_scheduled(hook)
             if name.removeprefix("on_") not in self.ORDER or not name.startswith("on_"):
                 known = ", ".join(f"on_{callback}" for callback in self.ORDER)
                 raise TypeError(f"{type(self).__name__}() got an unknown hook {name!r}: its hooks are {known}")
@@ -160,7 +166,14 @@ class _Recorder(Generic[WrappedT]):
             raise TimeoutError(f"the wait took more than {timeout:g} s, recorded so far: {_show(self.calls)}")
 
     async def wait_for(self, name: str, count: int = 1, *, timeout: float | None = TIMEOUT) -> None:
-        """Wait until the callback `name` has come `count` times. `timeout` and errors as of `wait_until`."""
+        """Wait until the callback `name` has come `count` times. `timeout` and errors as of `wait_until`.
+
+        Raises `ValueError` for a callback that this kind of recorder does not have.
+        """
+        if name not in self.ORDER:
+            raise ValueError(
+                f"{type(self).__name__} has no callback {name!r}: its callbacks are {', '.join(self.ORDER)}"
+            )
         await self.wait_until(lambda: self.count(name) >= count, timeout=timeout)
 
     def check(self, *, finished: bool = True) -> None:
@@ -436,8 +449,8 @@ async def memory_connection(
     server_hostname: the name that the client verifies, or `""` for none, which `ssl` has to allow.
 
     Raises `RuntimeError` when the group is not open; `TypeError` and `ValueError` for a size that is no number of bytes
-    or below 1, and for TLS parameters of which one is missing; `ssl.SSLError` when the ends do not agree on TLS; and
-    whatever a factory raises. No connection is made then.
+    or below 1, for extra info that is no mapping, and for TLS parameters of which one is missing; `ssl.SSLError` when
+    the ends do not agree on TLS; and whatever a factory raises. No connection is made then.
     """
     sizes = {"buffer_size": buffer_size}
     if chunk_size is not None:
@@ -447,6 +460,9 @@ async def memory_connection(
             raise TypeError(f"{name} must be a number of bytes, got {size!r}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size!r}")
+    for name, info in {"info_a": info_a, "info_b": info_b}.items():
+        if info is not None and not isinstance(info, Mapping):
+            raise TypeError(f"{name} must be a mapping or None, got {info!r}")
     for name, context in {"ssl": ssl, "server_ssl": server_ssl}.items():
         if context is not None and not isinstance(context, ssl_module.SSLContext):
             raise TypeError(f"{name} must be an SSLContext or None, got {context!r}")
