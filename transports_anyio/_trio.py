@@ -37,7 +37,6 @@ __all__ = [
     "clock",
     "protect",
     "sleep",
-    "wait_for",
     "wait_in",
 ]
 
@@ -188,39 +187,20 @@ async def wait_in(waiting: dict[Any, Callable[[Any], None]]) -> None:
     await trio.lowlevel.wait_task_rescheduled(abort)
 
 
-@enable_ki_protection
-async def wait_for(future: asyncio.Future[Any], cancel: Callable[[], object]) -> Callable[[], NoReturn] | None:
-    """Wait until `future` is done. If this task is cancelled before that, call `cancel` once, and continue to wait.
-
-    Return a function that raises the cancellation, if there was one: `trio.Cancelled`, or `KeyboardInterrupt` in the
-    main task.
-    """
-    task = trio.lowlevel.current_task()
-    raise_cancellation: Callable[[], NoReturn] | None = None
-
-    def done(_: object) -> None:
-        trio.lowlevel.reschedule(task)
-
-    def abort(raise_it: Callable[[], NoReturn]) -> trio.lowlevel.Abort:
-        nonlocal raise_cancellation
-        raise_cancellation = raise_it
-        cancel()
-        return trio.lowlevel.Abort.FAILED
-
-    future.add_done_callback(done, context=task.context)
-    await trio.lowlevel.wait_task_rescheduled(abort)
-    return raise_cancellation
-
-
 @disable_ki_protection
 async def _unprotected(async_function: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> Any:
     return await async_function(*args)
 
 
 class Spawner:
-    """Starts trio tasks for an event loop, and runs its end."""
+    """Starts trio tasks for an event loop, lets them wait for its futures, and runs its end."""
 
     _nursery: trio.Nursery
+
+    def __init__(self) -> None:
+        self._waiting: dict[asyncio.Future[Any], trio.lowlevel.Task] = {}  # Which task waits for which future.
+        #: Trio tasks are being ended, and no callback of the event loop runs before they have ended.
+        self.ending = False
 
     async def enter(self, stack: AsyncExitStack) -> None:
         """Open the nursery. When `stack` is left, it waits for the tasks."""
@@ -229,6 +209,7 @@ class Spawner:
     async def serve(self, opened: Callable[[trio.Nursery], object]) -> None:
         """Accept tasks until `end`; call `opened` first."""
         async with trio.open_nursery() as self._nursery:
+            self.ending = False
             opened(self._nursery)
             await trio.sleep_forever()
 
@@ -238,8 +219,63 @@ class Spawner:
         return len(self._nursery.child_tasks)
 
     def end(self) -> None:
-        """Cancel all tasks, and end `serve` after them."""
+        """Cancel all tasks, and end `serve` after them. Their waits for futures are given up: see `wait_for`."""
+        self.ending = True
         self._nursery.cancel_scope.cancel()
+        for future in tuple(self._waiting):
+            self._wake(future)
+
+    def check(self) -> None:
+        """Raise `RuntimeError` if no asyncio code may run because the trio tasks are being ended."""
+        if self.ending:
+            raise RuntimeError("the event loop runs no asyncio code any more: its trio tasks end")
+
+    @enable_ki_protection
+    async def wait_for(
+        self,
+        future: asyncio.Future[Any],
+        cancel: Callable[[], object],
+        call_soon: Callable[..., object],
+    ) -> Callable[[], NoReturn] | None:
+        """Wait until `future` is done. If this task is cancelled before that, let `call_soon` call `cancel` once.
+
+        Continue to wait then, and return a function that raises the cancellation: `trio.Cancelled`, or
+        `KeyboardInterrupt` in the main task.
+
+        `end` ends the wait, because no callback will make the future done: with the cancellation, or `RuntimeError`
+        where this task is shielded from it.
+        """
+        task = trio.lowlevel.current_task()
+        raise_cancellation: Callable[[], NoReturn] | None = None
+
+        def cancel_once() -> None:
+            if not future.done():
+                cancel()
+
+        def abort(raise_it: Callable[[], NoReturn]) -> trio.lowlevel.Abort:
+            nonlocal raise_cancellation
+            raise_cancellation = raise_it
+            # Not at once: trio could not go on after an exception here. `cancel` calls code of the user's, and each of
+            # several crossings inside one another would take more of the stack.
+            if not self.ending:
+                call_soon(cancel_once, context=task.context)
+            return trio.lowlevel.Abort.FAILED
+
+        if not self.ending:
+            self._waiting[future] = task
+            future.add_done_callback(self._wake, context=task.context)
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        if not future.done():
+            future.remove_done_callback(self._wake)
+            await checkpoint_if_cancelled()
+            self.check()
+        return raise_cancellation
+
+    def _wake(self, future: asyncio.Future[Any]) -> None:
+        task = self._waiting.get(future)
+        if task is not None:  # If not, `end` was first.
+            trio.lowlevel.reschedule(task)
+            del self._waiting[future]
 
     def start(self, async_function: Callable[..., Awaitable[object]], *args: object) -> None:
         """Start a task."""

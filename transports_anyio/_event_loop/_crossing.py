@@ -79,14 +79,17 @@ def start_task(
 async def checkpoint(loop: EventLoop) -> None:
     """Raise a pending cancellation of this backend task; from time to time let other tasks run, too.
 
+    Raises `RuntimeError` if the event loop runs no code any more, and this task is shielded from its cancellation.
+
     Most crossings wait, and so let other tasks run. One that does not wait costs less than a checkpoint does.
     """
     trio = loop._trio
     if monotonic() < loop._next_checkpoint:
         await trio.checkpoint_if_cancelled()
-        return
-    await trio.checkpoint()
-    loop._next_checkpoint = monotonic() + CHECKPOINT_INTERVAL
+    else:
+        await trio.checkpoint()
+        loop._next_checkpoint = monotonic() + CHECKPOINT_INTERVAL
+    loop._spawner.check()
 
 
 async def run_to_asyncio(async_function: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:
@@ -108,7 +111,7 @@ async def outcome_in_backend(loop: EventLoop, async_function: Callable[..., Awai
     try:
         cancellation = None
         if not task.done():
-            cancellation = await loop._trio.wait_for(task, task.cancel)
+            cancellation = await loop._wait_for(task, task.cancel)
         return result_of(task, cancellation)
     finally:
         del task  # Break a cycle: the traceback of its exception has this frame.
@@ -191,6 +194,7 @@ def run_sync_to_asyncio(function: Callable[..., T], args: tuple[Any, ...]) -> T:
     if running_loop() is not None:
         return function(*args)
     loop = loop_of_backend_code("to_asyncio.run_sync")
+    loop._spawner.check()
     return asyncio_context().run(loop._core.call, function, *args)
 
 

@@ -137,9 +137,10 @@ class EventLoop(OpenEventLoop):
     def close(self) -> None:
         """Close the event loop, in any thread. Nothing is called any more, `connection_lost` included.
 
-        Servers are closed. Transports that are left are aborted, with a `ResourceWarning` for each. Does nothing if
-        closed already. Raises `RuntimeError` while running, and in another thread for what the class says about trio
-        tasks, which are cancelled.
+        Servers are closed. Transports that are left are aborted, with a `ResourceWarning` for each. Asyncio tasks stay
+        pending. trio tasks are cancelled and awaited; one that is shielded and waits for asyncio code gets
+        `RuntimeError`. Does nothing if closed already. Raises `RuntimeError` while running, and in another thread for
+        what the class says about trio tasks.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.close
         """

@@ -119,8 +119,23 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     ) -> None:
         """Start a backend task that settles `answer`."""
         answer.scope = self._trio.Scope()
-        settle = partial(self._core.call, answer.settle)
+        settle = partial(self._core.call, self._settle, answer)
         with_loop(self, self._spawner.spawn, (async_function, args, answer.scope, settle))
+
+    def _settle(self, answer: Answer[Any], exc: BaseException | None, result: Any) -> None:
+        if not self._closed:
+            answer.settle(exc, result)
+        elif exc is not None and not isinstance(exc, asyncio.CancelledError):
+            # The function began too late for the end of the event loop. The task that waits for it never goes on.
+            self._core.report(exc, "a backend function failed after the end of the event loop")
+
+    def _wait_for(
+        self, future: asyncio.Future[Any], cancel: Callable[[], object]
+    ) -> Awaitable[Callable[[], NoReturn] | None]:
+        """Wait for `future` in backend code: see `Spawner.wait_for`."""
+        wait: Awaitable[Callable[[], NoReturn] | None]
+        wait = self._spawner.wait_for(future, cancel, self.call_soon)
+        return wait
 
     # Time and callbacks
 
@@ -462,7 +477,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         self._remove_readers()
         with core.handing_over:
             core.open = core.alive = False
-        self._closed = self._checks = True
+        self._closed = self._checks = self._spawner.ending = True
         core.ready.clear()
         core.timers.clear()
 

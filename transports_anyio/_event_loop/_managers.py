@@ -102,7 +102,7 @@ class AsyncioContextManager(AbstractAsyncContextManager[T, "bool | None"]):
         self, future: asyncio.Future[Any], cancel: Callable[[], object]
     ) -> Callable[[], NoReturn] | None:
         if self._loop is not None:
-            return None if future.done() else await self._loop._trio.wait_for(future, cancel)
+            return None if future.done() else await self._loop._wait_for(future, cancel)
         exc = await wait_in_asyncio(future, cancel)
         return None if exc is None else Cancellation(exc)
 

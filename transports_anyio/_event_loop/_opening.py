@@ -129,6 +129,7 @@ class Opening(AbstractAsyncContextManager[asyncio.AbstractEventLoop, "bool | Non
         outcome = exc
         try:
             cancellation = await loop._spawner.finish(end, loop, exc is not None)
+            loop._spawner.end()  # Tasks that began too late for `end`.
             try:
                 await self._inside.aclose()
                 if exc is None and cancellation is not None:

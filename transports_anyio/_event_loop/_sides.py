@@ -47,7 +47,7 @@ def loop_of_backend_code(name: str) -> EventLoop:
             f"{name}() found no event loop: call it inside `async with transports_anyio.open_event_loop():`, or let "
             "transports_anyio.run_asyncio() run the program"
         )
-    if get_ident() != loop._core.thread:
+    if get_ident() != loop._core.thread and not loop._spawner.ending:  # The caller checks that.
         raise RuntimeError(
             f"{name}() was called in another thread than the event loop's: use asyncio.run_coroutine_threadsafe(), "
             "loop.call_soon_threadsafe(), or one of anyio.from_thread's functions"
