@@ -586,9 +586,9 @@ async def test_mistakes(anyio_backend: Any, kind: Any) -> None:
     for wrong in (hook, 5):
         with pytest.raises(TypeError, match=r"start_soon\(\)|callable"):
             kind(on_connection_made=wrong)
-    for wrong in (asyncio.Protocol, 5):
+    for refused in (asyncio.Protocol, 5):
         with pytest.raises(TypeError, match=rf"^{kind.__name__}\(\) takes a protocol"):
-            kind(wrong)
+            kind(refused)
     with pytest.raises(ValueError, match="connection_made"):
         await kind().wait_for("conection_made")
 

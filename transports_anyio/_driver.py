@@ -75,6 +75,9 @@ class Driver(ABC):
         self.time: Callable[[], float] = time
         #: Whether it waits for the next iteration, so that `wake` is needed to begin it at once.
         self.waiting = False
+        #: Whether its wait is still under way, although `wake` may have been called. Only for a driver that is woken by
+        #: way of its selector: an iteration that others run meanwhile takes the wake-up away.
+        self.in_wait = False
         #: When the wait ends. May be too early: the driver asks for the exact deadline then, and waits on.
         self.deadline = inf
 
@@ -133,7 +136,7 @@ class TaskDriver(Driver):
                         await anyio.lowlevel.checkpoint()
                 else:
                     self.deadline = deadline
-                    self.waiting = True
+                    self.waiting = self.in_wait = True
                     expired = False
                     try:
                         if deadline == inf:
@@ -143,7 +146,7 @@ class TaskDriver(Driver):
                                 await selector.wait()
                             expired = self._scope.cancelled_caught
                     finally:
-                        self.waiting = False
+                        self.waiting = self.in_wait = False
                         self._scope = None
                     if expired:
                         deadline = scheduler.next_deadline()

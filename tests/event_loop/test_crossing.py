@@ -33,6 +33,22 @@ class MistakeError(Exception):
 # -- to asyncio
 
 
+@pytest.mark.parametrize("first_step", [True, False])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_what_leaves_is_not_reported_as_well(anyio_backend, caplog, first_step, error):
+    async def leave():
+        if not first_step:
+            await asyncio.sleep(0)
+        raise error(3)
+
+    name, options = anyio_backend if isinstance(anyio_backend, tuple) else (anyio_backend, {})
+    with pytest.raises(error) as caught:
+        run_asyncio(leave, backend=name, backend_options=options)
+    assert caught.value.args == (3,)
+    gc.collect()
+    assert not caplog.records
+
+
 async def test_run_returns_the_result_of_an_asyncio_task(anyio_backend):
     async def double(number):
         assert asyncio.current_task() is not None
@@ -546,6 +562,44 @@ async def test_a_backend_function_that_shields_itself_returns_its_value(anyio_ba
 
     async with open_event_loop():
         await to_asyncio.run(cancel)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the blocks are new in Python 3.11")
+@pytest.mark.parametrize("of_the_backend", [False, True])
+@pytest.mark.parametrize("block", ["timeout", "TaskGroup"])
+async def test_a_block_takes_back_the_cancellation_of_what_returns_a_value(anyio_backend, block, of_the_backend):
+    async def backend_function():
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(0.02)
+        return "value"
+
+    async def asyncio_function():
+        try:
+            await asyncio.sleep(GUARD)
+        except asyncio.CancelledError:
+            return "value"
+
+    async def fail():
+        raise MistakeError
+
+    async def main():
+        got = []
+        try:
+            async with asyncio.timeout(0.01 if block == "timeout" else GUARD), asyncio.TaskGroup() as tasks:
+                if block == "TaskGroup":
+                    tasks.create_task(fail())
+                if of_the_backend:
+                    got.append(await from_asyncio.run(backend_function))
+                else:
+                    got.append(await asyncio_function())
+        except (TimeoutError, ExceptionGroup):
+            pass
+        for _ in range(3):
+            await asyncio.sleep(0.001)
+        return got
+
+    async with open_event_loop():
+        assert await to_asyncio.run(main) == ["value"]
 
 
 async def test_a_backend_function_that_raises_something_else_when_it_is_cancelled(anyio_backend):

@@ -111,6 +111,45 @@ def test_a_timer_in_the_past_runs_in_the_next_iterations(run):
     run(main)
 
 
+def test_a_callback_of_none_is_reported(run):
+    if run.is_uvloop:
+        pytest.skip("uvloop takes it for a handle without a callback, and stops with an error of its own")
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        contexts = []
+        loop.set_exception_handler(lambda _, context: contexts.append(context))
+        handles = [loop.call_soon(None), loop.call_later(0, None), loop.call_soon_threadsafe(None)]
+        assert not any(handle.cancelled() for handle in handles)
+        for _ in range(5):
+            await asyncio.sleep(0.001)
+        assert [str(context["exception"]) for context in contexts] == ["'NoneType' object is not callable"] * 3
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("when", "error"),
+    [("soon", TypeError), (float("nan"), ValueError), pytest.param(10**400, OverflowError, id="10**400")],
+)
+def test_a_time_that_is_none_is_refused(run, when, error):
+    if run.name != "trio":
+        pytest.skip("asyncio and uvloop fail later: see the differences of groups")
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        order = []
+        for call in (loop.call_later, loop.call_at):
+            with pytest.raises(error):
+                call(when, print)
+            loop.call_later(0.002, order.append, 2)
+            loop.call_later(0.001, order.append, 1)
+            await asyncio.sleep(0.005)
+        assert order == [1, 2] * 2
+
+    run(main)
+
+
 def test_a_handle_can_be_cancelled(run):
     async def main():
         loop = asyncio.get_running_loop()

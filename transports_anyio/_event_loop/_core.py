@@ -126,7 +126,7 @@ class LoopCore(Core):
             self._run_on()
             self._running = False
             self._leave(before)
-            if waiting:
+            if waiting or driver.in_wait:
                 self._go_on_waiting()
 
     def _go_on_waiting(self) -> None:

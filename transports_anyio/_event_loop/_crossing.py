@@ -65,15 +65,40 @@ async def call_and_await(async_function: Callable[..., Awaitable[T]], args: tupl
     return await async_function(*args)
 
 
+async def begin_and_await(
+    async_function: Callable[..., Awaitable[T]], args: tuple[Any, ...], first_step: list[Any]
+) -> T | None:
+    """As `call_and_await`, in a task that begins inside its constructor.
+
+    What leaves in the first step is added to `first_step`. Raised, it would leave the constructor, and the task that
+    nobody gets would be reported: its exception was never retrieved. Later steps find something in `first_step`.
+    """
+    try:
+        return await async_function(*args)
+    except (KeyboardInterrupt, SystemExit) as exc:
+        if first_step:
+            raise
+        first_step.append(exc)
+        return None
+
+
 def start_task(
     loop: EventLoop, async_function: Callable[..., Awaitable[T]], args: tuple[Any, ...], context: Context
 ) -> asyncio.Task[T]:
     """Start a task. The event loop must be set as running."""
-    coroutine = call_and_await(async_function, args)
     name = getattr(async_function, "__qualname__", None)
-    if EAGER_TASKS and loop.get_task_factory() is None:
-        return asyncio.Task(coroutine, loop=loop, name=name, context=context, eager_start=True)  # type: ignore[call-arg,unused-ignore]
-    return loop.create_task(coroutine, name=name, context=context)
+    if not EAGER_TASKS or loop.get_task_factory() is not None:
+        return loop.create_task(call_and_await(async_function, args), name=name, context=context)
+    first_step: list[Any] = []
+    coroutine: Any = begin_and_await(async_function, args, first_step)
+    task = asyncio.Task(coroutine, loop=loop, name=name, context=context, eager_start=True)  # type: ignore[call-arg,unused-ignore]
+    try:
+        if first_step:
+            raise first_step.pop()
+        first_step.append(None)
+        return task
+    finally:
+        del task  # Break a cycle: the traceback of its exception has this frame.
 
 
 async def checkpoint(loop: EventLoop) -> None:
@@ -183,9 +208,21 @@ def cancel_again(cancellation: asyncio.CancelledError) -> None:
         return  # The cancel scope does this.
     task = asyncio.current_task()
     assert task is not None
-    if sys.version_info >= (3, 11):
+    if sys.version_info >= (3, 13):
         task.uncancel()  # Both cancellations together count as one.
+    elif sys.version_info >= (3, 11):
+        # Here a block such as `asyncio.timeout` does not take back a cancellation that waits. So none does: the task is
+        # cancelled in the next iteration, unless such a block has ended before.
+        task.get_loop().call_soon(cancel_if_cancelling, task, task.cancelling(), cancellation)
+        return
     task.cancel(*cancellation.args)
+
+
+def cancel_if_cancelling(task: asyncio.Task[Any], before: int, cancellation: asyncio.CancelledError) -> None:
+    """Cancel `task` once more, unless a block has taken its cancellation back, or another one has come."""
+    if sys.version_info >= (3, 11) and 0 < task.cancelling() <= before:
+        task.uncancel()
+        task.cancel(*cancellation.args)
 
 
 def run_sync_to_asyncio(function: Callable[..., T], args: tuple[Any, ...]) -> T:

@@ -22,6 +22,11 @@ from ._logger import logger
 OWN_FILES = str(Path(__file__).parent)
 
 
+def none_called(*_: object) -> None:
+    """Stand for a callback `None`, which as an attribute of a handle says that it was cancelled."""
+    raise TypeError("'NoneType' object is not callable")
+
+
 class PlainHandle(asyncio.Handle):
     """What handles have outside of the debug mode."""
 
@@ -45,12 +50,12 @@ class Handle(PlainHandle):
 
     def __init__(
         self,
-        callback: Callable[..., object],
+        callback: Callable[..., object] | None,
         args: tuple[Any, ...],
         loop: asyncio.AbstractEventLoop,
         context: Context | None,
     ) -> None:
-        self._callback = callback
+        self._callback = none_called if callback is None else callback
         self._args = args
         self._loop = loop
         self._context = copy_context() if context is None else context
@@ -76,7 +81,7 @@ class ThreadSafeHandle(Handle):
 
     def __init__(
         self,
-        callback: Callable[..., object],
+        callback: Callable[..., object] | None,
         args: tuple[Any, ...],
         loop: asyncio.AbstractEventLoop,
         context: Context | None,
@@ -108,13 +113,13 @@ class TimerHandle(PlainHandle, asyncio.TimerHandle):  # pyright: ignore[reportIn
     def __init__(
         self,
         when: float,
-        callback: Callable[..., object],
+        callback: Callable[..., object] | None,
         args: tuple[Any, ...],
         loop: asyncio.AbstractEventLoop,
         context: Context | None,
         timers: Timers,
     ) -> None:
-        self._callback = callback
+        self._callback = none_called if callback is None else callback
         self._args = args
         self._loop = loop
         self._context = copy_context() if context is None else context

@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Gene
 from contextlib import AsyncExitStack
 from contextvars import Context
 from functools import partial
+from math import inf
 from threading import get_ident
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
@@ -212,6 +213,9 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     ) -> asyncio.TimerHandle:
         if self._checks:
             self._check(callback, "call_at")
+        if not -inf <= when <= inf:
+            raise ValueError(f"a time was expected, got {when!r}")
+        when = float(when)  # `OverflowError` for an integer that is too large.
         driver = self._driver
         if driver.waiting and when < driver.deadline:  # `wait_at_most_until`, for speed.
             driver.wait_until(when)  # First: if it raises, there is no timer.

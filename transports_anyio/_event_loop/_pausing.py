@@ -170,8 +170,9 @@ class PausingCore(LoopCore):
     def _outside_trio(self) -> None:
         """Remember whether the driver waits: until trio goes on, there is nothing to wake, and no deadline to move."""
         calls = self.calls
-        calls.was_waiting = calls.guest.thread != 0 and (calls.was_waiting or self.driver.waiting)
-        self.driver.waiting = False
+        driver = self.driver
+        calls.was_waiting = calls.guest.thread != 0 and (calls.was_waiting or driver.waiting or driver.in_wait)
+        driver.waiting = False
 
     def _pause_if_stopping(self) -> None:
         calls = self.calls

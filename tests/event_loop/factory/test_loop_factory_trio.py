@@ -48,6 +48,37 @@ def test_trio_runs_only_after_the_first_call_of_backend_code(ours: EventLoop) ->
     ours.run_until_complete(server.wait_closed())
 
 
+def test_callbacks_that_a_long_iteration_leaves_over_run() -> None:
+    """Another call of backend code runs an iteration meanwhile, which receives what was to wake the loop."""
+
+    async def busy() -> None:
+        await asyncio.sleep(0)
+        time.sleep(0.003)  # noqa: ASYNC251  # longer than an iteration lasts
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
+
+    async def at_once() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(to_asyncio.run, busy)
+
+    async def main() -> None:
+        for _ in range(10):
+            await from_asyncio.run(at_once)
+        ended.append(True)
+
+    def run() -> None:
+        loop = EventLoop()
+        loop.run_until_complete(main())
+        loop.close()
+
+    ended: list[bool] = []
+    thread = threading.Thread(target=run, daemon=True)  # If it hangs, the other tests go on.
+    thread.start()
+    thread.join(GUARD)
+    assert ended
+
+
 def test_trio_from_the_first_round(ours: EventLoop) -> None:
     """Where no wait has started trio yet."""
 
