@@ -638,6 +638,40 @@ def test_in_debug_mode_reports_say_where_things_were_made(run, caplog):
     assert __file__ in caplog.text
 
 
+def test_in_debug_mode_reports_name_the_callback_that_runs(run, caplog):
+    if run.is_uvloop:
+        pytest.skip("uvloop does not")
+
+    def report():
+        asyncio.get_running_loop().call_exception_handler({"message": "something"})
+
+    async def main():
+        asyncio.get_running_loop().call_soon(report)
+        await asyncio.sleep(0)
+
+    run(main, debug=True)
+    (record,) = [record for record in caplog.records if "something" in record.getMessage()]
+    assert "Handle created at" in record.getMessage()
+    assert "call_soon(report)" in record.getMessage()
+    caplog.clear()
+    run(main)
+    (record,) = caplog.records
+    assert record.getMessage() == "something"
+
+
+def test_debug_mode_tracks_where_coroutines_are_made(run):
+    async def main():
+        loop = asyncio.get_running_loop()
+        for enabled in (True, False, True):
+            loop.set_debug(enabled)
+            await pauses(3)
+            assert bool(sys.get_coroutine_origin_tracking_depth()) == enabled
+
+    before = sys.get_coroutine_origin_tracking_depth()
+    run(main)
+    assert sys.get_coroutine_origin_tracking_depth() == before
+
+
 @pytest.mark.parametrize("debug", [False, True])
 def test_no_cycle_keeps_what_a_task_raised(run, debug):
     """A task that fails is deleted without the garbage collector, with its exception and the frames of that."""

@@ -145,10 +145,12 @@ def run_timed(handle: DebugHandle | DebugTimerHandle) -> None:
     if handle._callback is None:
         return
     loop = handle._loop
+    before, loop._debug_handle = loop._debug_handle, handle
     start = loop.time()
     try:
         handle._context.run(handle._callback, *handle._args)
     finally:
+        loop._debug_handle = before
         duration = loop.time() - start
         if duration >= loop.slow_callback_duration:
             logger.warning("Executing %s took %.3f seconds", safe_repr(handle), duration)

@@ -47,6 +47,9 @@ from ._threads import Threads, check_callback
 
 T = TypeVar("T")
 
+# How many lines of the stack that a coroutine was made on are recorded in debug mode: asyncio's figure.
+ORIGIN_DEPTH = 10
+
 ExceptionHandler = Callable[[asyncio.AbstractEventLoop, "dict[str, Any]"], object]
 TaskFactory = Callable[..., "asyncio.Future[Any]"]
 
@@ -74,6 +77,9 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
     """
 
     _core_class: type[LoopCore] = LoopCore
+
+    _debug_handle: Any = None  # The one that runs, in debug mode.
+    _origins_before: int | None = None  # What `_track_origins` has changed.
 
     _poller: Poller  # Set when it is opened.
     _driver: Driver
@@ -113,6 +119,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         await core.enter(stack)
         core.opened()
         self._use_poller(core.poller)
+        self._track_origins(self._debug)
         core.call(anyio.get_cancelled_exc_class)  # Loads AnyIO's asyncio backend now: an iteration would be slow.
 
     def _start_backend_task(
@@ -360,6 +367,9 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.default_exception_handler
         """
+        handle = self._debug_handle
+        if handle is not None and handle._source_traceback and "source_traceback" not in context:
+            context["handle_traceback"] = handle._source_traceback
         lines = [context.get("message") or "Unhandled exception in event loop"]
         for key in sorted(context):
             value = context[key]
@@ -389,7 +399,8 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         """Turn the debug mode on or off.
 
         In debug mode, callbacks that take `slow_callback_duration` seconds or longer are logged; calls in another
-        thread raise `RuntimeError`; error reports say where a callback, task or future was made.
+        thread raise `RuntimeError`; error reports say where a callback, task or future was made, and Python's warnings
+        where a coroutine was made that was never awaited.
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.set_debug
         """
@@ -397,6 +408,17 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         self._checks = enabled or self._closed  # One attribute, because it is read in each call.
         self._new_handle: type[Handle | DebugHandle] = DebugHandle if enabled else Handle
         self._new_timer_handle: type[TimerHandle | DebugTimerHandle] = DebugTimerHandle if enabled else TimerHandle
+        if self.is_running():
+            self.call_soon_threadsafe(self._track_origins, enabled)  # The setting belongs to the thread.
+
+    def _track_origins(self, enabled: bool) -> None:
+        """Have Python record where coroutines are made, or restore its setting."""
+        if enabled and self._origins_before is None:
+            self._origins_before = sys.get_coroutine_origin_tracking_depth()
+            sys.set_coroutine_origin_tracking_depth(ORIGIN_DEPTH)
+        elif not enabled and self._origins_before is not None:
+            sys.set_coroutine_origin_tracking_depth(self._origins_before)
+            self._origins_before = None
 
     # Asynchronous generators
 
@@ -479,6 +501,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         core = self._core
         self._remove_signal_handlers()
         self._remove_readers()
+        self._track_origins(False)
         with core.handing_over:
             core.open = core.alive = False
         self._closed = self._checks = self._spawner.ending = True

@@ -105,12 +105,14 @@ class PausingCore(LoopCore):
         """Run iterations until `stop`; then raise what a callback has raised to leave."""
         self.calls.guest.check()
         self.thread = get_ident()
+        self._loop._track_origins(self._loop.get_debug())
         try:
             with self.calls.interrupts:
                 self._run()
                 if self.leaving is not None:
                     raise self.leaving
         finally:
+            self._loop._track_origins(False)
             self.thread = 0
             self.leaving = None  # Also if something else leaves: Ctrl-C, when `interrupts` ends.
 
