@@ -17,7 +17,7 @@ from typing import Any
 
 import anyio
 
-from ._driver import RESOLUTION, DrivenScheduler, Driver
+from ._driver import RESOLUTION, ROUNDS_OF_FIRST_STEPS, DrivenScheduler, Driver
 from ._selector import SystemSelector
 
 # AnyIO asks sniffio which backend runs, if it is installed (trio brings it). sniffio recognizes asyncio by the current
@@ -51,6 +51,7 @@ class LoopDriver(Driver):
         # The loop's timer is set for `deadline`, but while it is being moved.
         self._moving = False
         self._scheduled = False
+        self._rounds_for_first_steps = 0
         self._wake_sent = False
         self._failure: BaseException | None = None
         self._stopped = anyio.Event()
@@ -99,10 +100,18 @@ class LoopDriver(Driver):
         if not self._scheduled:
             self._loop.call_soon(self._scheduled_run)
             self._scheduled = True  # Not before: the call may raise, at the recursion limit for example.
+            if self._scheduler is not None:
+                self._scheduler.tasks_started = False  # Their first steps come before it.
 
     def _scheduled_run(self) -> None:
         self._scheduled = False
-        self._run_once()
+        scheduler = self._scheduler
+        if scheduler is not None and scheduler.tasks_started and self._rounds_for_first_steps < ROUNDS_OF_FIRST_STEPS:
+            self._rounds_for_first_steps += 1
+            self._schedule()  # Tasks were started since, by another task.
+        else:
+            self._rounds_for_first_steps = 0
+            self._run_once()
 
     def _ready(self) -> None:
         scheduler = self._scheduler
@@ -130,6 +139,8 @@ class LoopDriver(Driver):
         deadline = self._scheduler.next_deadline()
         if now < deadline:  # The timer was cancelled or moved.
             self._set_timer(deadline)
+        elif self._scheduler.tasks_started:
+            self._schedule()
         else:
             self._run_once()
 
