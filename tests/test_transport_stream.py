@@ -161,14 +161,15 @@ async def test_a_bad_number_of_bytes_loses_nothing(anyio_backend: Any, kind: str
 async def test_a_refused_start_tls_loses_nothing(
     anyio_backend: Any, kind: str, certificates: Certificates, size: int
 ) -> None:
-    async with ends(kind, certificates) as (a, b), anyio.create_task_group() as tasks:
-        tasks.start_soon(a.send, pattern(size))
-        await until(lambda: waiting(b) == size or not b.transport.is_reading())
-        with pytest.raises(ValueError, match="server_hostname"):
-            await b.start_tls(certificates.client())
-        with pytest.raises(TypeError):
-            await b.start_tls(None)  # type: ignore[arg-type]
-        assert await receive_exactly(b, size) == pattern(size)
+    async with ends(kind, certificates) as (a, b):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(a.send, pattern(size))
+            await until(lambda: waiting(b) == size or not b.transport.is_reading())
+            with pytest.raises(ValueError, match="server_hostname"):
+                await b.start_tls(certificates.client())
+            with pytest.raises(TypeError):
+                await b.start_tls(None)  # type: ignore[arg-type]
+            assert await receive_exactly(b, size) == pattern(size)
         await a.send(b"later")
         assert await b.receive() == b"later"
 

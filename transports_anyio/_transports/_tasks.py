@@ -92,7 +92,11 @@ class ConnectionTasks:
         if isinstance(exc, Exception):
             return None, exc
         if isinstance(exc, BaseExceptionGroup):
-            return exc.split(lambda each: self._leaves(each))  # noqa: PLW0108  # Python 3.11 takes no bound method.
+
+            def leaves(each: BaseException) -> bool:  # Python 3.11 takes no bound method.
+                return self._leaves(each)
+
+            return exc.split(leaves)
         if isinstance(exc, anyio.get_cancelled_exc_class()) and anyio.current_effective_deadline() > -inf:
             # By no cancel scope: AnyIO would cancel the whole group without a word.
             if self.lost:
