@@ -70,8 +70,9 @@ async def begin_and_await(
 ) -> T | None:
     """As `call_and_await`, in a task that begins inside its constructor.
 
-    What leaves in the first step is added to `first_step`. Raised, it would leave the constructor, and the task that
-    nobody gets would be reported: its exception was never retrieved. Later steps find something in `first_step`.
+    A `KeyboardInterrupt` or `SystemExit` of the first step is added to `first_step`. If it were raised, it would leave
+    the constructor, nobody would have the task, and asyncio would report an exception that was never retrieved. Before
+    later steps the caller adds something to `first_step`, so they raise.
     """
     try:
         return await async_function(*args)

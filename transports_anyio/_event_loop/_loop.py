@@ -135,7 +135,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
             answer.settle(exc, result)
         elif exc is not None and not isinstance(exc, asyncio.CancelledError):
             # The function began too late for the end of the event loop. The task that waits for it never goes on.
-            self._core.report(exc, "a backend function failed after the end of the event loop")
+            self._core.report(exc, "A backend function failed after the end of the event loop")
 
     def _wait_for(
         self, future: asyncio.Future[Any], cancel: Callable[[], object]

@@ -217,9 +217,10 @@ class TaskOwner:
         Callbacks may call this. The task is cancelled after `connection_lost`; the connection is gone, for
         `wait_closed` of its server and group, when its last task has ended. `start_tls` passes the tasks on to the new
         transport. An exception of the task is treated as one of a callback: it goes to the exception handler, the
-        transport is aborted, and `connection_lost` gets it (a datagram endpoint stays open). What `drain` of this
-        transport raises is not reported, because `connection_lost` reports the loss. `name` is for debugging; it
-        defaults to the function's name.
+        transport is aborted, and `connection_lost` gets it (a datagram endpoint stays open). It is a
+        `concurrent.futures.CancelledError` if asyncio itself has cancelled the task, or what the task awaits. What
+        `drain` of this transport raises is not reported, because `connection_lost` reports the loss. `name` is for
+        debugging; it defaults to the function's name.
 
         Raises `RuntimeError` if the group is not open and in another thread, `ConnectionError` if the connection is
         lost, `TypeError` if `async_function` is not an async function or does not take these arguments.
