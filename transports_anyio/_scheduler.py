@@ -114,10 +114,11 @@ class Scheduler:
         self.tasks_started = False
         until = monotonic() + MAX_SECONDS
         while True:
+            # The time before callbacks run: what they schedule, and data that arrives meanwhile, comes before timers
+            # that fall due then.
+            now = time() + RESOLUTION if timers.heap else -inf
             if ready:
                 self._run_ready()
-            # The time before `dispatch`: data that arrived while callbacks ran comes before timers that fell due then.
-            now = time() + RESOLUTION if timers.heap else -inf
             count = dispatch(failed)
             if timers.heap and timers.heap[0][0] <= now and timers.next_deadline() <= now:
                 if self.receiving_tasks and self._rounds_for_tasks < ROUNDS_FOR_TASKS:

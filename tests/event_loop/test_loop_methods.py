@@ -150,6 +150,28 @@ def test_a_time_that_is_none_is_refused(run, when, error):
     run(main)
 
 
+def test_a_timer_that_falls_due_while_a_task_runs_comes_after_the_task_that_it_made(run):
+    if run.is_uvloop:
+        pytest.skip("uvloop runs its timers first")
+
+    async def main():
+        order = []
+
+        async def task():
+            order.append("task")
+
+        for _ in range(5):
+            made = asyncio.create_task(task())
+            asyncio.get_running_loop().call_later(0.001, order.append, "timer")
+            time.sleep(0.003)  # noqa: ASYNC251  # the timer is due before the event loop goes on
+            await made
+            await asyncio.sleep(0.002)
+            assert order == ["task", "timer"]
+            order.clear()
+
+    run(main)
+
+
 def test_a_handle_can_be_cancelled(run):
     async def main():
         loop = asyncio.get_running_loop()

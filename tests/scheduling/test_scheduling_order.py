@@ -448,6 +448,22 @@ async def test_timers_run_by_time(stack: Stack) -> None:
     assert order == [0, 1, 2, 3, 4]
 
 
+async def test_a_timer_that_falls_due_while_callbacks_run_comes_after_what_they_scheduled(stack: Stack) -> None:
+    order: list[str] = []
+
+    def callback() -> None:
+        group.call_later(0.001, order.append, "timer")
+        group.call_soon(order.append, "soon")
+        time.sleep(0.003)
+
+    async with stack.open() as group:
+        for _ in range(5):
+            group.call_soon(callback)
+            await until(lambda: len(order) == 2)
+            assert order == ["soon", "timer"]
+            order.clear()
+
+
 @pytest.mark.differs(
     "timers that are due at the same time",
     asyncio="in any order",
