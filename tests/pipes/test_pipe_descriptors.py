@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
@@ -166,6 +167,42 @@ async def test_a_terminal_for_both_blocks_again_after_its_last_transport(
             for transport in transports.values():
                 transport.abort()
         assert os.get_blocking(program.fileno())
+
+
+@pytest.mark.needs_polling("the file blocks all the time")
+@pytest.mark.parametrize("appending", [False, True])
+async def test_a_terminal_is_never_blocking_while_a_transport_uses_it(
+    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, appending: bool
+) -> None:
+    """Not even for a moment: another thread, or another process, would hang in a system call."""
+    with terminal() as (program, _):
+        name = os.ttyname(program.fileno())
+        append = os.O_APPEND if appending else 0
+        shared = os.open(name, os.O_RDWR | os.O_NOCTTY | append)
+        alone = os.open(name, os.O_RDWR | os.O_NOCTTY | append)
+        files = [open(os.dup(shared), "rb", 0), open(alone, "wb", 0), open(os.dup(shared), "wb", 0)]
+        flags = fcntl.fcntl(shared, fcntl.F_GETFL)
+        modes = []
+
+        def set_blocking(fd: int, blocking: bool) -> None:
+            if os.get_blocking(fd) != blocking:
+                modes.append(blocking)
+            original(fd, blocking)
+
+        original = os.set_blocking
+        monkeypatch.setattr(os, "set_blocking", set_blocking)
+        async with TransportGroup() as group:
+            for file, connect in zip(files, [connect_reader, connect_writer, connect_writer], strict=True):
+                transport, protocol = await connect(group, file)
+                if file is files[0]:
+                    first, first_protocol = transport, protocol
+            assert modes == [False, False]
+            first.close()
+            await first_protocol.wait_for("connection_lost")
+            assert modes == [False, False]
+        assert modes == [False, False, True, True]
+        assert fcntl.fcntl(shared, fcntl.F_GETFL) == flags
+        os.close(shared)
 
 
 @pytest.mark.needs_polling("the two threads read from each other's files, which neither closes before it has read")

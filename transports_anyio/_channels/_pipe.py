@@ -1,7 +1,7 @@
 """A channel over one end of a pipe, FIFO, socket or character device.
 
 Holds: the channel, the one for pipes of a child, and which channels share an open file.
-May know: `_abc`, `_polled`, `_receive_buffers`, `_socket`, `_poller`, `_selector`, `os`, `select`, `socket`.
+May know: `_abc`, `_polled`, `_receive_buffers`, `_socket`, `_poller`, `_selector`, `fcntl`, `os`, `select`, `socket`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ._polled import Polled
 from ._receive_buffers import RECEIVE_SIZE
 from ._socket import GATHER_LIMIT, take_error_queue
 
-if sys.platform == "linux":
+if sys.platform != "win32":
     import fcntl
 
 # The `type: ignore` comments are for Windows, where channels of `_threaded_pipe` are used instead.
@@ -71,6 +71,21 @@ def file_number(pipe: Any) -> int:
         return int(pipe.fileno())
     except ValueError:
         return -1
+
+
+def sharing(fd: int, channels: list[PipeChannel]) -> PipeChannel | None:
+    """Return the first of `channels` that uses the open file of `fd`.
+
+    The two ends of a pipe have the same inode. Only a try shows whether two file descriptors have an open file in
+    common: a property that changes for one changes for the other. This is O_APPEND, because it has no effect on these
+    files. If the open file became blocking for the try, another thread could hang in a system call.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)  # type: ignore[name-defined,unused-ignore]
+    before = [channel.appends() for channel in channels]
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags ^ os.O_APPEND)  # type: ignore[name-defined,unused-ignore]
+    after = [channel.appends() for channel in channels]
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags)  # type: ignore[name-defined,unused-ignore]
+    return next((channel for channel, old, new in zip(channels, before, after, strict=True) if old != new), None)
 
 
 class PipeChannel(Polled, StreamChannel):
@@ -152,7 +167,11 @@ class PipeChannel(Polled, StreamChannel):
         fd = self.number()
         if self._duplicate or fd >= 0:
             if self._blocking:
-                self._block(others)
+                heir = sharing(self.fd, others) if others else None
+                if heir is None:
+                    os.set_blocking(self.fd, True)  # type: ignore[attr-defined,unused-ignore]
+                else:
+                    heir.restore_blocking()
             if self._duplicate:
                 os.close(self.fd)
         # The other direction may still use the file object.
@@ -163,21 +182,16 @@ class PipeChannel(Polled, StreamChannel):
         """Return the file descriptor of the file object, or -1 if other code has closed it."""
         return file_number(self._pipe)
 
-    def _block(self, others: list[PipeChannel]) -> None:
-        os.set_blocking(self.fd, True)  # type: ignore[attr-defined,unused-ignore]
-        # The two ends of a pipe have the same inode. Only a try shows whether this is the same open file description.
-        for channel in others:
-            if channel.takes_over_blocking():
-                return
+    def restore_blocking(self) -> None:
+        """Let `close` make the open file blocking."""
+        self._blocking = True
 
-    def takes_over_blocking(self) -> bool:
-        """Return whether the open file has become blocking. Make it non-blocking then, and let `close` restore it."""
-        with suppress(OSError):  # Other code has closed it.
-            if os.get_blocking(self.fd):  # type: ignore[attr-defined,unused-ignore]
-                os.set_blocking(self.fd, False)  # type: ignore[attr-defined,unused-ignore]
-                self._blocking = True
-                return True
-        return False
+    def appends(self) -> bool | None:
+        """Return whether O_APPEND is set for the open file, or `None` if other code has closed it."""
+        try:
+            return bool(fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_APPEND)  # type: ignore[name-defined,unused-ignore]
+        except OSError:
+            return None
 
     def extra_info(self) -> Mapping[str, Any]:
         return {"pipe": self._pipe}
