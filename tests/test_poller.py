@@ -80,7 +80,7 @@ class DispatchingScheduler:
     def run_once(self) -> float:
         self.count += 1
         self.poller.dispatch(self.failed)
-        if self.deadline <= self.poller.time():
+        if self.deadline <= self.poller.clock.time():
             self.deadline = inf
         if self.failure is not None:
             raise self.failure
@@ -321,7 +321,7 @@ async def test_a_callback_may_unregister_others_of_its_batch(anyio_backend: Any,
 
 async def test_deadlines(anyio_backend: Any, make: Any) -> None:
     async with running(make) as (poller, scheduler):
-        scheduler.deadline = poller.time() + 0.02
+        scheduler.deadline = poller.clock.time() + 0.02
         poller.driver.wake()
         await until(lambda: scheduler.deadline == inf)
 

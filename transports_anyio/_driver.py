@@ -1,7 +1,7 @@
 """Drivers: they wait for a selector and call the scheduler.
 
 Holds: the contract of drivers, and the driver that waits in a task, which works on every backend.
-May know: `anyio`, `socket`, `_selector`.
+May know: `anyio`, `socket`, `_clock`, `_selector`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Protocol
 import anyio
 import anyio.lowlevel
 
+from ._clock import BackendClock, Clock
 from ._selector import READ, Registration, Selector
 
 # Deadlines this close, in seconds, count as reached: sums of times are not more exact (asyncio's clock resolution on
@@ -70,9 +71,9 @@ async def first_steps(scheduler: DrivenScheduler) -> None:
 class Driver(ABC):
     """Runs an iteration when a file descriptor is ready, when the deadline has come, and after `wake`."""
 
-    def __init__(self, time: Callable[[], float]) -> None:
-        #: The clock, in seconds.
-        self.time: Callable[[], float] = time
+    def __init__(self, clock: Clock) -> None:
+        #: The clock of deadlines.
+        self.clock: Clock = clock
         #: Whether it waits for the next iteration, so that `wake` is needed to begin it at once.
         self.waiting = False
         #: Whether its wait is still under way, although `wake` may have been called. Only for a driver that is woken by
@@ -113,7 +114,8 @@ class TaskDriver(Driver):
     """Waits in a task, through AnyIO."""
 
     def __init__(self, selector: Selector, time: Callable[[], float]) -> None:
-        super().__init__(time)
+        self._backend_clock = BackendClock(time)
+        super().__init__(self._backend_clock)
         self._selector = selector
         self._scope: anyio.CancelScope | None = None  # Around a wait that has a deadline.
         # A socket pair rather than a pipe: it wakes a selector on every platform.
@@ -131,7 +133,7 @@ class TaskDriver(Driver):
         deadline = -inf
         async with selector.running():
             while True:
-                if deadline == -inf or selector.always_ready or (deadline != inf and deadline <= self.time()):
+                if deadline == -inf or selector.always_ready or (deadline != inf and deadline <= self.clock.time()):
                     if not scheduler.tasks_started:
                         await anyio.lowlevel.checkpoint()
                 else:
@@ -142,7 +144,7 @@ class TaskDriver(Driver):
                         if deadline == inf:
                             await selector.wait()
                         else:
-                            with anyio.CancelScope(deadline=deadline) as self._scope:
+                            with anyio.CancelScope(deadline=self._on_backend(deadline)) as self._scope:
                                 await selector.wait()
                             expired = self._scope.cancelled_caught
                     finally:
@@ -150,7 +152,7 @@ class TaskDriver(Driver):
                         self._scope = None
                     if expired:
                         deadline = scheduler.next_deadline()
-                        if deadline > self.time() + RESOLUTION:
+                        if deadline > self.clock.time() + RESOLUTION:
                             continue  # The timer was cancelled or moved. A byte of `wake` ends the next wait.
                 if scheduler.tasks_started:
                     await first_steps(scheduler)
@@ -166,7 +168,14 @@ class TaskDriver(Driver):
             self.wake()
         else:
             check_stack()
-            self._scope.deadline = self.deadline = deadline
+            self._scope.deadline = self._on_backend(deadline)
+            self.deadline = deadline
+
+    def _on_backend(self, deadline: float) -> float:
+        """Return the time of the backend's clock at which to look whether `deadline` has come."""
+        if self.clock.time is self._backend_clock.time:
+            return deadline
+        return self._backend_clock.time() + deadline - self.clock.time()
 
     def wake(self) -> None:
         if self.waiting:

@@ -210,7 +210,7 @@ class TransportGroup(
         core = self._core
         if not core.entered:
             raise core.not_open("time")
-        return core.time()
+        return core.clock.time()
 
     def call_soon(
         self, callback: Callable[[Unpack[PosArgsT]], object], *args: Unpack[PosArgsT], context: Context | None = None
@@ -273,7 +273,7 @@ class TransportGroup(
         core = self._core
         if not core.entered:
             raise core.not_open("call_later")
-        return core.set_timer(core.time() + delay, callback, args, context)
+        return core.set_timer(core.clock.time() + delay, callback, args, context)
 
     def call_at(
         self,

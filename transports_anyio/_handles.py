@@ -1,7 +1,7 @@
 """Handles and timers.
 
 Holds: the handles of callbacks, and a heap of timers.
-May know: `_callbacks`.
+May know: `_callbacks`, `_clock`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from ._callbacks import GivenContext
+    from ._clock import Clock
 
 #: The context that a callback runs in.
 Context: TypeAlias = "contextvars.Context | GivenContext"
@@ -213,7 +214,7 @@ class TimerScheduler(Protocol):
     """What a timer's handle needs of the scheduler."""
 
     timers: Timers
-    time: Callable[[], float]
+    clock: Clock
 
     def wait_at_most_until(self, when: float) -> None:
         """Do not wait beyond the deadline of a moved timer."""
@@ -281,7 +282,7 @@ class TimerHandle(Handle):
         if `delay` is not a number, and `ValueError` if it is NaN.
         """
         scheduler = self._scheduler
-        when = scheduler.time() + delay
+        when = scheduler.clock.time() + delay
         if self._entry > 0 and self._when <= when < inf:  # The usual case of `move`, for speed.
             self._when = when
             timers = scheduler.timers

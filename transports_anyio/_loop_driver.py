@@ -42,7 +42,7 @@ class LoopDriver(Driver):
     """Keeps the selector registered in the running event loop, and runs iterations in the loop's callbacks."""
 
     def __init__(self, selector: SystemSelector, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop.time)
+        super().__init__(loop)
         self._selector = selector
         self._fd = selector.fileno()
         self._loop = loop
@@ -127,7 +127,7 @@ class LoopDriver(Driver):
         self._timer = None if deadline == inf else self._loop.call_at(deadline, self._timer_due)
 
     def _timer_due(self) -> None:
-        now = self.time() + RESOLUTION
+        now = self._loop.time() + RESOLUTION
         if now < self.deadline:
             # uvloop rounds to milliseconds: a timer for the remainder would fire at once, again and again.
             self._timer = self._loop.call_later(ROUNDED_OFF, self._timer_due)

@@ -1,7 +1,7 @@
 """The poller: waits for many file descriptors at once.
 
 Holds: the poller, which joins a selector and a driver, and the choice of both.
-May know: `anyio`, `asyncio`, `_driver`, `_loop_driver`, `_selector`, `_task_selector`, `_trio`.
+May know: `anyio`, `asyncio`, `_clock`, `_driver`, `_loop_driver`, `_selector`, `_task_selector`, `_trio`.
 
 The selector reports which file descriptors are ready. The driver waits for that, and calls the scheduler.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import anyio
 
+from ._clock import Clock
 from ._driver import Driver, TaskDriver
 from ._loop_driver import LoopDriver, running
 from ._selector import Failed, Registration, Selector, SystemSelector, make_system_selector
@@ -25,8 +26,8 @@ class Poller:
     def __init__(self, selector: Selector, driver: Driver) -> None:
         self.selector: Selector = selector
         self.driver: Driver = driver
-        #: The clock, in seconds.
-        self.time: Callable[[], float] = driver.time
+        #: The clock of the backend.
+        self.clock: Clock = driver.clock
         #: The registration of each file descriptor.
         self.registrations: dict[int, Registration] = selector.registrations
         #: `Selector.dispatch`, without the cost of another call.

@@ -1,7 +1,7 @@
 """The scheduler: callbacks and timers, and the iterations of the event loop in which they run.
 
 Holds: the queue of callbacks, the timers, and the order in which one iteration runs them.
-May know: `asyncio`, `_callbacks`, `_driver`, `_errors`, `_handles`, `_poller`, `_selector`.
+May know: `asyncio`, `_callbacks`, `_clock`, `_driver`, `_errors`, `_handles`, `_poller`, `_selector`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from contextvars import Context, copy_context
 from functools import partial
 from math import inf
 from threading import RLock, get_ident
-from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._callbacks import CallbackContext, GivenContext, check_scheduled, current
+from ._clock import monotonic
 from ._driver import RESOLUTION
 from ._errors import ExceptionContext, Group, NotOpenError, safe_repr, should_propagate
 from ._handles import ABSENT, TAKEN, Handle, TimerHandle, Timers
 
 if TYPE_CHECKING:
+    from ._clock import Clock
     from ._driver import Driver
     from ._poller import Poller
     from ._selector import Failed, Registration
@@ -76,7 +77,7 @@ class Scheduler:
         self.poller = poller
         self.driver = poller.driver
         self.dispatch = poller.dispatch
-        self.time: Callable[[], float] = poller.time
+        self.clock: Clock = poller.clock
         self.receiving_tasks += poller.selector.needs_tasks
         poller.selector.as_backend = self.as_backend
         self.entered = True
@@ -107,7 +108,7 @@ class Scheduler:
         """
         dispatch = self.dispatch
         failed = self._fd_callback_failed
-        time = self.time
+        clock = self.clock
         timers = self.timers
         ready = self.ready
         served = 0
@@ -116,7 +117,7 @@ class Scheduler:
         while True:
             # The time before callbacks run: what they schedule, and data that arrives meanwhile, comes before timers
             # that fall due then.
-            now = time() + RESOLUTION if timers.heap else -inf
+            now = clock.time() + RESOLUTION if timers.heap else -inf
             if ready:
                 self._run_ready()
             count = dispatch(failed)
@@ -125,7 +126,7 @@ class Scheduler:
                     self._rounds_for_tasks += 1
                     return -inf
                 self._rounds_for_tasks = 0
-                self._run_due(now)
+                self._run_due(min(now, clock.time() + RESOLUTION))  # A callback may have set back the clock, in a test.
             served += count
             # Polling again costs one system call, while another wait costs an iteration of the backend. But tasks have
             # to run, too. A new task runs before more is received: it may be about to call `start_tls`, and what
@@ -237,7 +238,7 @@ class Scheduler:
 
     def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> TimerHandle:
         """Call `callback(*args)` after `delay` seconds, in a copy of the caller's context."""
-        return self.set_timer(self.time() + delay, callback, args, None)
+        return self.set_timer(self.clock.time() + delay, callback, args, None)
 
     def set_timer(
         self, when: float, callback: Callable[..., object], args: tuple[Any, ...], context: Context | None

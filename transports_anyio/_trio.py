@@ -1,7 +1,7 @@
 """What trio offers and AnyIO does not: its clock, its protection from Ctrl-C, tasks that another task wakes.
 
 Holds: the driver for trio, and what an event loop needs of trio.
-May know: `asyncio`, `os`, `trio`, `_driver`, `_selector`.
+May know: `asyncio`, `os`, `trio`, `_clock`, `_driver`, `_selector`.
 
 No other module imports trio, and this one is imported only while trio runs. It uses public functions only.
 """
@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from math import inf
-from time import monotonic
 from types import FunctionType
 from typing import Any, NoReturn
 
@@ -24,6 +23,7 @@ import trio
 from trio import sleep
 from trio.lowlevel import checkpoint, checkpoint_if_cancelled, disable_ki_protection, enable_ki_protection
 
+from ._clock import monotonic
 from ._driver import RESOLUTION, DrivenScheduler, TaskDriver, check_stack, first_steps
 from ._selector import SystemSelector
 
@@ -116,14 +116,14 @@ class TrioDriver(TaskDriver):
         task = trio.lowlevel.current_task()
         while True:
             self._alarm_at = self.deadline
-            with trio.CancelScope(deadline=self._alarm_at) as self._alarm_scope:
+            with trio.CancelScope(deadline=self._on_backend(self._alarm_at)) as self._alarm_scope:
                 self._parked = task
                 if self.deadline >= self._alarm_at:  # If not, a finalizer has called `wake` between these lines.
                     await trio.lowlevel.wait_task_rescheduled(self._abort_alarm)
             self._parked = None
             self._alarm_at = -inf
             if self.waiting:
-                now = self.time() + RESOLUTION
+                now = self.clock.time() + RESOLUTION
                 if self.deadline <= now:
                     self.deadline = scheduler.next_deadline()
                 if self.deadline > now:
@@ -146,9 +146,7 @@ class TrioDriver(TaskDriver):
                 if scheduler.tasks_started:
                     await first_steps(scheduler)
                 deadline = scheduler.run_once()
-                if not (
-                    deadline == -inf or self._selector.always_ready or (deadline != inf and deadline <= self.time())
-                ):
+                if not self._selector.always_ready and (deadline == inf or deadline > self.clock.time()):
                     break
                 if not scheduler.tasks_started:
                     await checkpoint()
@@ -160,7 +158,8 @@ class TrioDriver(TaskDriver):
     def wait_until(self, deadline: float) -> None:
         if deadline < self._alarm_at:
             check_stack()
-            self._alarm_scope.deadline = self._alarm_at = deadline
+            self._alarm_scope.deadline = self._on_backend(deadline)
+            self._alarm_at = deadline
         self.deadline = deadline
 
     @enable_ki_protection
@@ -349,7 +348,7 @@ class Spawner:
             del settle, args  # Break a cycle: the traceback of the exception has this frame.
 
 
-class Clock(trio.abc.Clock):
+class GuestClock(trio.abc.Clock):
     """asyncio's clock, which is the same before, between and after the runs."""
 
     def start_clock(self) -> None:
@@ -397,7 +396,7 @@ class Guest:
                 run_sync_soon_threadsafe=self._add_iteration,
                 done_callback=self._done,
                 host_uses_signal_set_wakeup_fd=True,
-                clock=Clock(),
+                clock=GuestClock(),
             )
             first, last = sys.get_asyncgen_hooks()
             self.hooks = (first, last)

@@ -28,7 +28,7 @@ def times_of_iterations(core):
     run_once = core.run_once
 
     def record():
-        times.append(core.time())
+        times.append(core.clock.time())
         return run_once()
 
     core.run_once = record

@@ -112,7 +112,7 @@ class SlowSends:
 
     def _start(self) -> None:
         scheduler = self._scheduler
-        self._when = scheduler.time() + SLOW_SEND
+        self._when = scheduler.clock.time() + SLOW_SEND
         scheduler.timers.push(self)
         scheduler.wait_at_most_until(self._when)
 
@@ -266,7 +266,7 @@ class AnyIOChannel:
     def _end(self, scope: anyio.CancelScope) -> None:
         if self._sending or self._eof or self._offered is not None:
             # `_send_all` cancels the scope earlier, once everything is sent.
-            scope.deadline = self._owner.poller.time() + (SLOW_SEND if self._aborted else CLOSE_TIMEOUT)
+            scope.deadline = self._owner.poller.clock.time() + (SLOW_SEND if self._aborted else CLOSE_TIMEOUT)
         else:
             scope.cancel()
 
@@ -415,14 +415,14 @@ class AnyIOChannel:
 
     def _backed_off(self) -> bool:
         """Whether the receiving task may send again after a slow send."""
-        if self._owner.poller.time() < self._backs_off_until:
+        if self._owner.poller.clock.time() < self._backs_off_until:
             return False
         self._backs_off_until = 0.0
         return True
 
     def send_is_slow(self) -> None:
         """Let another task receive, because the one that did so is still sending. `SlowSends` calls this."""
-        self._backs_off_until = self._owner.poller.time() + BACK_OFF
+        self._backs_off_until = self._owner.poller.clock.time() + BACK_OFF
         self._receiver_sends = False
         self._receiver_wanted = True
         self._wake_other()

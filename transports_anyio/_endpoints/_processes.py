@@ -166,7 +166,7 @@ class ProcessEndpoints(Endpoints):
         self._require_unused(process, *streams.values())
         callback_context = self._core.callback_context()
         protocol = callback_context.make_protocol(protocol_factory)
-        clock = poller.time
+        clock = poller.clock
         output = AnyIOStreamChannel if poller.loop is None else DiscardingChannel
         channels = {fd: (output if fd else AnyIOStreamChannel)(stream, self._core) for fd, stream in streams.items()}
         return self._start_child(callback_context, protocol, AnyIOChild(process, clock), channels)

@@ -1,7 +1,7 @@
 """Crossings: how backend code runs asyncio code, and asyncio code runs backend code.
 
 Holds: what the functions of `to_asyncio` and `from_asyncio` do, on trio and on asyncio's event loops.
-May know: `anyio`, `asyncio`, `_loop`, `_mistakes`, `_scheduler`, `_sides`.
+May know: `anyio`, `asyncio`, `_clock`, `_loop`, `_mistakes`, `_scheduler`, `_sides`.
 
 On asyncio and uvloop both kinds of code run in tasks of the same event loop; backend code uses AnyIO's cancel scopes
 there. The rules for cancellation are the same on every backend:
@@ -20,12 +20,12 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from functools import partial
 from math import inf
-from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import anyio
 import anyio.lowlevel
 
+from .._clock import monotonic
 from .._scheduler import scheduler_of
 from ._mistakes import advise, require_function
 from ._sides import current_loop, library_variable, loop_of_backend_code, running_loop

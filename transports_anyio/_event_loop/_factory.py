@@ -10,11 +10,11 @@ import warnings
 from asyncio import _get_running_loop
 from collections.abc import Awaitable, Callable
 from threading import get_ident
-from time import monotonic
 from typing import Any, TypeVar
 
 import anyio
 
+from .._clock import monotonic
 from .._poller import assemble
 from ._crossing import Answer
 from ._loop import EventLoop as OpenEventLoop
@@ -50,7 +50,7 @@ class EventLoop(OpenEventLoop):
 
         super().__init__(_trio)
         core = self._core
-        poller = assemble(None, monotonic)
+        poller = assemble(None, monotonic.func)
         core.open_poller(poller)
         self._use_poller(poller)
         core.open = core.alive = True

@@ -110,7 +110,9 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         poller.loop = self
         self._poller = poller
         self._driver = poller.driver
-        self.time = poller.time  # type: ignore[method-assign]  # without the cost of a call
+        if type(self).time is EventLoop.time:  # A subclass has not replaced it.
+            self.time = poller.clock.time  # type: ignore[method-assign]  # without the cost of a call
+        self._core.clock = self._driver.clock = self
 
     async def _open(self, stack: AsyncExitStack) -> None:
         """Begin to run iterations. They end when `stack` is left."""
@@ -152,7 +154,7 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
 
         Source: https://docs.python.org/3/library/asyncio-eventloop.html#asyncio.loop.time
         """
-        return self._core.time()
+        return self._poller.clock.time()
 
     def call_soon(  # type: ignore[override]  # typeshed binds the types of the arguments to the callback's
         self, callback: Callable[..., object], *args: Any, context: Context | None = None

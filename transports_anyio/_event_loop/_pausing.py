@@ -151,7 +151,7 @@ class PausingCore(LoopCore):
         while True:
             try:
                 if deadline != -inf and not selector.always_ready:
-                    selector.block(None if deadline == inf else max(deadline - self.time(), 0))
+                    selector.block(None if deadline == inf else max(deadline - self.clock.time(), 0))
                 deadline = self.run_once()
             except Exception as exc:  # The selector has failed. A last iteration does without it.
                 self.leave_by(exc)

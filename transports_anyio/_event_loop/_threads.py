@@ -1,7 +1,7 @@
 """Work in threads: the event loop's executors and its resolver.
 
 Holds: a mixin class of the event loop. It needs futures and `call_soon_threadsafe`.
-May know: `asyncio`, `socket`, `_logger`.
+May know: `asyncio`, `socket`, `_clock`, `_logger`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from inspect import iscoroutinefunction
 from threading import Thread
-from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .._clock import monotonic
 from ._logger import logger
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """A child process that AnyIO has started.
 
 Holds: how its end is noticed, and how it is signalled and reaped.
-May know: `_child`, `_exit_status`, `_errors`, `_waiters`, `anyio`, `signal`.
+May know: `_child`, `_clock`, `_exit_status`, `_errors`, `_waiters`, `anyio`, `signal`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
+from .._clock import Clock
 from .._errors import logger
 from .._waiters import InterruptSafeEvent
 from ._child import KILLED, STILL_RUNNING, TIME_TO_END, Child, Exited
@@ -27,7 +28,7 @@ TIME_TO_NOTICE = 1.0
 class AnyIOChild(Child):
     """A child that `anyio.open_process` has started, or any other AnyIO process."""
 
-    def __init__(self, process: anyio.abc.Process, clock: Callable[[], float]) -> None:
+    def __init__(self, process: anyio.abc.Process, clock: Clock) -> None:
         self._clock = clock  # The clock of the backend, not of an event loop on it.
         self.process = process
         self.pid = process.pid
@@ -96,12 +97,12 @@ class AnyIOChild(Child):
             except PermissionError:
                 self._end_at(-inf)
                 return None
-            self._end_at(self._clock() + TIME_TO_END)
+            self._end_at(self._clock.time() + TIME_TO_END)
             status = KILLED  # The task reaps it. No other status is possible.
         elif self._process.returncode is None and not is_child(self.pid):
             # A thread of the backend has reaped it, and the backend is about to notice (asyncio before 3.12). Or other
             # code has reaped it, which the backend may never notice (uvloop).
-            self._end_at(self._clock() + TIME_TO_NOTICE)
+            self._end_at(self._clock.time() + TIME_TO_NOTICE)
         return status
 
     def _end_at(self, deadline: float) -> None:
