@@ -18,7 +18,7 @@ import anyio.from_thread
 import anyio.to_thread
 import pytest
 from network import AF_UNIX, needs_unix
-from support import HOST, Peer, Recorder, Stack, collect_contexts, connected, listening, open_descriptors, until
+from support import HOST, Peer, Recorder, Stack, collect_contexts, connected, listening, open_descriptors, turns, until
 
 from transports_anyio import Protocol, SubprocessProtocol, TransportGroup
 from transports_anyio._endpoints._base import Endpoints
@@ -161,6 +161,45 @@ async def test_start_soon_from_another_thread(anyio_backend: Any) -> None:
         assert group.statistics().running_tasks == 0
     assert str(error).startswith("start_soon() was called in another thread")
     assert "anyio.from_thread.run_sync(group.start_soon, ...)" in str(error)
+
+
+@pytest.mark.parametrize("name", ["call_soon", "call_later", "write", "close"])
+async def test_a_mistake_that_asyncio_lets_pass(anyio_backend: Any, name: str) -> None:
+    """What only schedules has an effect, though perhaps late: half of a `close` would leave the group waiting."""
+    async with TransportGroup() as group:
+        (transport, sender), (_, receiver) = await memory_connection(group, Recorder, Recorder)
+        scheduled: list[str] = []
+        calls: dict[str, Callable[[], object]] = {
+            "call_soon": lambda: group.call_soon(scheduled.append, name),
+            "call_later": lambda: group.call_later(0.001, scheduled.append, name),
+            "write": lambda: transport.write(b"data"),
+            "close": transport.close,
+        }
+        await turns(10)  # The group waits now.
+        assert in_a_thread(calls[name]) == []
+        await until(lambda: scheduled == [name] or receiver.received == b"data" or receiver.count("connection_lost"))
+        transport.close()
+        await sender.wait_for("connection_lost")
+
+
+async def test_waking_a_task_from_another_thread(anyio_backend: Any) -> None:
+    """trio cannot do it, and its own error says nothing of threads."""
+    async with TransportGroup() as group:
+        future = group.create_future()
+
+        async def wait() -> None:
+            await future
+
+        group.start_soon(wait)
+        await turns(10)
+        errors = in_a_thread(lambda: future.set_result(None))
+        if anyio_backend[0] == "trio":
+            (error,) = errors
+            assert type(error) is RuntimeError
+            assert "call_soon_threadsafe()" in str(error)
+            future.set_result(None)
+        else:
+            assert errors == []
 
 
 async def test_the_advice_of_the_messages_works(anyio_backend: Any) -> None:

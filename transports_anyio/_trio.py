@@ -32,6 +32,7 @@ __all__ = [
     "Scope",
     "Spawner",
     "TrioDriver",
+    "check_thread",
     "checkpoint",
     "checkpoint_if_cancelled",
     "clock",
@@ -56,8 +57,18 @@ def protect(*functions: Callable[..., object]) -> None:
         enable_ki_protection(function)
 
 
+def check_thread() -> None:
+    """Raise an error that helps in another thread than trio's, where trio's own error says nothing of threads."""
+    if not trio.lowlevel.in_trio_run():
+        raise RuntimeError(
+            "a task that waits can be woken in its own thread only: use call_soon_threadsafe() in this one"
+        ) from None
+
+
 class TrioDriver(TaskDriver):
     """Runs iterations in two tasks: one waits for the selector, the other one is the alarm.
+
+    A call from another thread by mistake has an effect, as on asyncio: `close` must not do half of its work.
 
     Only a cancellation wakes a task that waits for a file descriptor, and that takes a scope for each wait. The alarm
     is woken directly, and keeps its scope while it waits. The deadline of the scope is moved for an earlier time only:
@@ -158,6 +169,9 @@ class TrioDriver(TaskDriver):
     def wait_until(self, deadline: float) -> None:
         if deadline < self._alarm_at:
             check_stack()
+            if not trio.lowlevel.in_trio_run():
+                self.wake_threadsafe()
+                return
             self._alarm_scope.deadline = self._on_backend(deadline)
             self._alarm_at = deadline
         self.deadline = deadline
@@ -166,7 +180,13 @@ class TrioDriver(TaskDriver):
     def wake(self) -> None:
         if self.waiting:
             if self._parked is not None:
-                trio.lowlevel.reschedule(self._parked)  # First: at the recursion limit it raises, and nothing changes.
+                try:
+                    trio.lowlevel.reschedule(self._parked)  # First: at the recursion limit it raises: nothing changes.
+                except RuntimeError:
+                    if trio.lowlevel.in_trio_run():
+                        raise
+                    self.wake_threadsafe()
+                    return
                 self._parked = None
             else:
                 self.deadline = -inf  # The alarm is about to run, or about to wait for the first time.

@@ -71,7 +71,12 @@ class Waiters:
         if not waiting:
             return
         for waiter, wake in tuple(waiting.items()):
-            wake(waiter)  # First: if it raises, in another thread or at the recursion limit, the task goes on waiting.
+            try:
+                wake(waiter)  # First: if it raises, at the recursion limit for example, the task goes on waiting.
+            except RuntimeError:
+                if wake is not wake_future:
+                    trio_functions().check_thread()
+                raise
             del waiting[waiter]
 
 
