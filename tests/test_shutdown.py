@@ -328,6 +328,8 @@ async def test_pipes_of_a_group_that_shuts_down(anyio_backend: Any) -> None:
 
 FOREVER = "import time; time.sleep(3600)"
 TERMINATES = "import sys; print('ready', flush=True); sys.stdin.read()"
+# A program that ended at once could be quicker than the kill.
+TERMINATES_LATE = f"{TERMINATES}; import time; time.sleep({4 * GUARD})"
 # A handler might run just before the program waits, which then never ends: the signal is waited for instead.
 CLEANS_UP = (
     "import signal, sys\n"
@@ -446,7 +448,7 @@ async def test_one_child_of_several(anyio_backend: Any, start: Any) -> None:
 @every_child
 async def test_a_child_that_has_no_time_at_all(anyio_backend: Any, start: Any) -> None:
     async with TransportGroup() as group:
-        transport, child = await start(group, Quitting, TERMINATES)
+        transport, child = await start(group, Quitting, TERMINATES_LATE)
         await ready(child)
         with anyio.fail_after(GUARD):
             await transport.shutdown(0)
