@@ -69,7 +69,7 @@ async def serving(
         with anyio.fail_after(4 * GUARD):
             errors = b"".join([chunk async for chunk in process.stderr])
             assert await process.wait() == 0, errors.decode()
-        assert errors == b""
+        assert errors == b"", errors.decode()
     finally:
         with anyio.CancelScope(shield=True):
             if process.returncode is None:

@@ -34,8 +34,10 @@ ROUNDED_OFF = 0.001
 
 def finish(future: asyncio.Future[None]) -> None:
     """End the wait for `future`."""
-    if not future.done():  # It may be cancelled, or the loop calls this twice.
+    try:
         future.set_result(None)
+    except asyncio.InvalidStateError:
+        pass  # It was cancelled, perhaps by Ctrl-C just now, or the loop calls this twice.
 
 
 class LoopDriver(Driver):

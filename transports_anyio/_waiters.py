@@ -39,8 +39,10 @@ def asyncio_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def wake_future(future: asyncio.Future[None]) -> None:
-    if not future.done():  # Its task may have been cancelled in the same iteration.
+    try:
         future.set_result(None)
+    except asyncio.InvalidStateError:
+        pass  # Its task was cancelled in the same iteration, or by Ctrl-C just now: to look first is not enough.
 
 
 class Waiters:
