@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from network import run_program
+from network import needs_signals, run_program
 from support import Stack
+
+from transports_anyio._waiters import wake_future
 
 pytestmark = [pytest.mark.anyio, pytest.mark.ours_only("the other process uses a group")]
 
@@ -39,3 +45,30 @@ async def test_interrupted_while_everything_is_aborted(stack: Stack, where: str)
         pytest.skip("only trio interrupts a task there")
     output = await run_program(sys.executable, str(Path(__file__).with_name("interrupted.py")), where)
     assert output.decode().split() == ["connection_lost", "KeyboardInterrupt"]
+
+
+@needs_signals
+async def test_interrupted_while_a_task_is_woken(stack: Stack) -> None:
+    """On asyncio Ctrl-C cancels the main task in a signal handler: between any two steps of what wakes it."""
+    if stack.name == "trio":
+        pytest.skip("a future of asyncio's")
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+    interrupts = 0
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        future.cancel()
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 20e-6, 20e-6)
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end or not interrupts:
+            future = loop.create_future()
+            wake_future(future)
+            assert future.done()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
