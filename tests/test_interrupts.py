@@ -63,7 +63,7 @@ async def test_interrupted_while_a_task_is_woken(stack: Stack) -> None:
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 20e-6, 20e-6)
+        signal.setitimer(signal.ITIMER_REAL, 50e-6, 50e-6)
         end = time.monotonic() + 0.2
         while time.monotonic() < end or not interrupts:
             future = loop.create_future()

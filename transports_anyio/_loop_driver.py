@@ -1,7 +1,7 @@
 """The driver where an asyncio event loop runs: asyncio's own or uvloop.
 
 Holds: a driver that runs the iterations in callbacks of the event loop.
-May know: `asyncio`, `anyio`, `sniffio`, `socket`, `_driver`, `_selector`.
+May know: `asyncio`, `anyio`, `sniffio`, `socket`, `_driver`, `_selector`, `_waiters`.
 
 A wait through AnyIO adds our selector to the loop's selector, removes it again, and switches tasks, for every batch.
 With one request at a time, that costs more than everything else together. So the selector stays registered in the
@@ -19,6 +19,7 @@ import anyio
 
 from ._driver import RESOLUTION, ROUNDS_OF_FIRST_STEPS, DrivenScheduler, Driver
 from ._selector import SystemSelector
+from ._waiters import wake_future
 
 # AnyIO asks sniffio which backend runs, if it is installed (trio brings it). sniffio recognizes asyncio by the current
 # task, and callbacks of the loop have none, so iterations name the backend here.
@@ -30,14 +31,6 @@ except ImportError:
 
 # How long to wait, in seconds, for the rest of a time that the loop has cut short: uvloop rounds to milliseconds.
 ROUNDED_OFF = 0.001
-
-
-def finish(future: asyncio.Future[None]) -> None:
-    """End the wait for `future`."""
-    try:
-        future.set_result(None)
-    except asyncio.InvalidStateError:
-        pass  # It was cancelled, perhaps by Ctrl-C just now, or the loop calls this twice.
 
 
 class LoopDriver(Driver):
@@ -188,7 +181,7 @@ class LoopDriver(Driver):
         # AnyIO's function waits for an iteration of the loop first, and costs twice as much.
         writable = self._loop.create_future()
         fd = sock.fileno()
-        self._loop.add_writer(fd, finish, writable)
+        self._loop.add_writer(fd, wake_future, writable)
         try:
             await writable
         finally:

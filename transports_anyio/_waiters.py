@@ -39,10 +39,11 @@ def asyncio_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def wake_future(future: asyncio.Future[None]) -> None:
+    """End the wait for `future`, unless that has ended already."""
     try:
         future.set_result(None)
     except asyncio.InvalidStateError:
-        pass  # Its task was cancelled in the same iteration, or by Ctrl-C just now: to look first is not enough.
+        pass  # Its task was cancelled in the same iteration, or by a signal just now: to look first is not enough.
 
 
 class Waiters:

@@ -1,7 +1,7 @@
 """Crossings: how backend code runs asyncio code, and asyncio code runs backend code.
 
 Holds: what the functions of `to_asyncio` and `from_asyncio` do, on trio and on asyncio's event loops.
-May know: `anyio`, `asyncio`, `_clock`, `_loop`, `_mistakes`, `_scheduler`, `_sides`.
+May know: `anyio`, `asyncio`, `_clock`, `_loop`, `_mistakes`, `_scheduler`, `_sides`, `_waiters`.
 
 On asyncio and uvloop both kinds of code run in tasks of the same event loop; backend code uses AnyIO's cancel scopes
 there. The rules for cancellation are the same on every backend:
@@ -27,6 +27,7 @@ import anyio.lowlevel
 
 from .._clock import monotonic
 from .._scheduler import scheduler_of
+from .._waiters import wake_future
 from ._mistakes import advise, require_function
 from ._sides import current_loop, library_variable, loop_of_backend_code, running_loop
 
@@ -199,8 +200,7 @@ async def wait_in_asyncio(future: asyncio.Future[Any], cancel: Callable[[], obje
 
 
 def _set_done(waiter: asyncio.Future[None], _: object) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+    wake_future(waiter)
 
 
 def cancel_again(cancellation: asyncio.CancelledError) -> None:

@@ -1,7 +1,7 @@
 """Sockets that belong to the caller: the event loop's `sock_*` methods.
 
 Holds: a mixin class of the event loop. It needs readers and writers, futures, and executors.
-May know: `asyncio`, `os`, `socket`, `ssl`, `_channels`, `_endpoints`, `_sockets`.
+May know: `asyncio`, `os`, `socket`, `ssl`, `_channels`, `_endpoints`, `_sockets`, `_waiters`.
 
 Each method tries its system call first, and waits only if the socket is not ready. The wait ends when the socket is
 ready, and the task itself makes the system call then. So a task that is cancelled in between has received nothing, and
@@ -21,6 +21,7 @@ from .._channels._socket import send_from_file
 from .._endpoints._addresses import checked, numeric
 from .._endpoints._sendfile import BLOCK_SIZE, can_seek, check_arguments, send_by_system
 from .._sockets import CONNECTING, address_error
+from .._waiters import wake_future
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -83,8 +84,7 @@ class Direction:
     def _ready(self, fd: int) -> None:
         self._remove(fd)  # Until the tasks have run it would be reported again and again.
         for future in self._waiting.pop(fd).futures:
-            if not future.done():
-                future.set_result(None)
+            wake_future(future)
 
 
 class SendingSocket:
