@@ -7,6 +7,7 @@ import concurrent.futures
 import gc
 import sys
 import weakref
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar, copy_context
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,16 @@ import anyio.lowlevel
 import pytest
 from support import GUARD, Stack, collect_contexts, raises_inside, turns
 
-from transports_anyio import Future, TransportGroup, current_group, open_event_loop, to_asyncio
+from transports_anyio import (
+    Future,
+    Protocol,
+    TransportGroup,
+    TransportStream,
+    current_group,
+    open_event_loop,
+    to_asyncio,
+)
+from transports_anyio.testing import memory_connection
 
 pytestmark = pytest.mark.anyio
 
@@ -540,6 +550,36 @@ def test_a_result_that_cannot_be_set_leaves_the_future_pending() -> None:
             assert got == ["at the limit"] * 2
 
     future: Future[Any]
+    pytest.importorskip("trio").run(main)
+
+
+@pytest.mark.parametrize("what", ["future", "stream"])
+def test_a_wait_that_fails_at_the_recursion_limit_leaves_nothing_behind(what: str) -> None:
+    """Nothing that would wake the task in its next wait: on trio, as above."""
+
+    async def wait_below(depth: int, wait: Callable[[], Awaitable[object]]) -> None:
+        await (wait_below(depth - 1, wait) if depth else wait())
+
+    async def main() -> None:
+        async with TransportGroup() as group:
+            (transport, _), (peer, _) = await memory_connection(group, Protocol, Protocol)
+            stream = TransportStream(transport)
+            refused = 0
+            for depth in range(sys.getrecursionlimit(), 0, -1):
+                future = group.create_future()
+                with anyio.move_on_after(0) as scope:
+                    try:
+                        await wait_below(depth, stream.receive if what == "stream" else lambda future=future: future)
+                    except RecursionError:
+                        refused += 1
+                future.set_result(None)
+                peer.write(b"data")
+                await anyio.lowlevel.checkpoint()
+                if scope.cancelled_caught:
+                    break
+                assert await stream.receive()
+            assert refused
+
     pytest.importorskip("trio").run(main)
 
 

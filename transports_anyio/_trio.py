@@ -203,7 +203,11 @@ async def wait_in(waiting: dict[Any, Callable[[Any], None]]) -> None:
         del waiting[task]
         return trio.lowlevel.Abort.SUCCEEDED
 
-    await trio.lowlevel.wait_task_rescheduled(abort)
+    try:
+        await trio.lowlevel.wait_task_rescheduled(abort)
+    except BaseException:  # Perhaps at the recursion limit, before the wait: nobody may wake this task later.
+        waiting.pop(task, None)
+        raise
 
 
 @disable_ki_protection
