@@ -16,7 +16,7 @@ from typing import Any
 
 import anyio
 
-from transports_anyio import Protocol, TransportGroup
+from transports_anyio import DatagramProtocol, Protocol, TransportDatagrams, TransportGroup, TransportStream
 
 #: The functions of ours that are interrupted while the block is left by an exception: owner and name.
 FUNCTIONS = {"aborting": "abort_all", "losing": "set_reading"}
@@ -38,9 +38,13 @@ def interrupt(when: Callable[[FrameType], object]) -> None:
     sys.settrace(trace)
 
 
+#: The functions of ours that begin a wait of trio's.
+WAITING = {"wait_in", "_receive", "receive", "_until_writable"}
+
+
 def waits(frame: FrameType) -> bool:
     return bool(
-        frame.f_code.co_name == "wait_task_rescheduled" and frame.f_back and frame.f_back.f_code.co_name == "wait_in"
+        frame.f_code.co_name == "wait_task_rescheduled" and frame.f_back and frame.f_back.f_code.co_name in WAITING
     )
 
 
@@ -60,7 +64,8 @@ async def main(where: str) -> None:
                 raise LookupError
             if where.startswith("future"):
                 await future_interrupted(group, where)
-            interrupt(waits)
+            if where != "aclose":
+                interrupt(waits)
             if where == "serve_forever":
                 await server.serve_forever()
             elif where == "wait_closed of the server":
@@ -76,6 +81,40 @@ async def main(where: str) -> None:
             elif where == "start_tls":
                 client, protocol = await group.create_connection(Protocol, *server.sockets[0].getsockname())
                 await group.start_tls(client, protocol, ssl.create_default_context(), server_hostname="localhost")
+            elif where in ("receive", "async for", "send", "aclose"):
+                (transport,) = server_transports(server)
+                await stream_interrupted(TransportStream(transport), where)
+            elif where == "datagrams":
+                endpoint, _ = await group.create_datagram_endpoint(DatagramProtocol, local_addr=("127.0.0.1", 0))
+                await TransportDatagrams(endpoint).receive()
+
+
+async def stream_interrupted(stream: TransportStream, where: str) -> None:
+    if where == "receive":
+        await stream.receive()
+    elif where == "async for":
+        async for _ in stream:
+            pass
+    elif where == "send":
+        while True:
+            await stream.send(bytes(1 << 20))
+    else:
+
+        async def receive() -> None:
+            try:
+                await stream.receive()
+            except anyio.ClosedResourceError:
+                print("closed")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(receive)
+            await anyio.sleep(0.001)
+            interrupt(lambda frame: frame.f_code.co_name == "notify")
+            try:
+                await stream.aclose()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await anyio.sleep(0.001)
 
 
 async def future_interrupted(group: TransportGroup, where: str) -> None:

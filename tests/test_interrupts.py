@@ -39,6 +39,16 @@ async def test_interrupted_between_registering_and_waiting(stack: Stack, where: 
     assert set(before) == {"connection_lost"}
 
 
+@pytest.mark.parametrize("where", ["receive", "async for", "send", "aclose", "datagrams"])
+async def test_interrupted_where_an_anyio_object_over_a_transport_waits(stack: Stack, where: str) -> None:
+    if stack.name != "trio":
+        pytest.skip("only trio interrupts a task there")
+    output = await run_program(sys.executable, str(Path(__file__).with_name("interrupted.py")), where)
+    # The protocol of a transport with a stream gets no more callbacks.
+    before = {"aclose": ["closed"], "datagrams": ["connection_lost"]}.get(where, [])
+    assert output.decode().split() == [*before, "KeyboardInterrupt"]
+
+
 @pytest.mark.parametrize("where", ["aborting", "losing"])
 async def test_interrupted_while_everything_is_aborted(stack: Stack, where: str) -> None:
     if stack.name != "trio":

@@ -21,7 +21,7 @@ from ._errors import ExceptionContext, Group, is_refusal, logger, safe_repr
 from ._poller import make_poller
 from ._resources import PendingHandshake, Resource
 from ._scheduler import Scheduler, wrong_thread
-from ._waiters import Waiters
+from ._waiters import Waiters, asyncio_loop, trio_functions
 
 if TYPE_CHECKING:
     from anyio import CancelScope
@@ -70,6 +70,8 @@ class Core(Scheduler):
 
     async def enter(self, stack: AsyncExitStack) -> None:
         """Open the poller, and run the scheduler in a task until `stack` is left."""
+        if asyncio_loop() is None:
+            trio_functions()
         poller = make_poller()
         stack.callback(poller.close)
         self.open_poller(poller)

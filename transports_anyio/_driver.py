@@ -34,7 +34,7 @@ def check_stack(frames: int = FRAMES_OF_BACKEND) -> None:
 
     For calls of a backend that change its state in several steps: in the middle of them the exception would break it.
     """
-    if frames:
+    if frames > 1:
         check_stack(frames - 1)
 
 

@@ -10,7 +10,7 @@ import asyncio
 import socket
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -23,13 +23,16 @@ from ._transports._base import ChannelTransport
 from ._transports._datagram import DatagramTransport
 from ._transports._stream import StreamTransport
 from ._transports._subprocess import PipeProtocol
-from ._waiters import Waiters, checkpoint_if_cancelled
+from ._waiters import Waiter, checkpoint_if_cancelled, uninterruptible
 
 T = TypeVar("T")
 
 # Reading pauses when so many bytes have arrived that `receive` has not returned yet, and goes on when it has returned
 # them all: each change costs a system call.
 RECEIVE_LIMIT = 256 * 1024
+
+# The most that a receive returns if it is not told how much, in bytes: as AnyIO's own.
+RECEIVED_AT_ONCE = 65536
 
 # How many datagrams are kept for `receive`. What arrives beyond that is dropped, as in the system's own buffers.
 DATAGRAM_LIMIT = 256
@@ -43,8 +46,8 @@ class Bridge(asyncio.BaseProtocol):
     """The protocol below an AnyIO object: remembers what has happened to its transport, and wakes tasks that wait."""
 
     def __init__(self, transport: ChannelTransport) -> None:
-        self.readable = Waiters()
-        self.writable = Waiters()
+        self.readable = Waiter()
+        self.writable = Waiter()
         self.lost = transport.get_protocol() is None  # `connection_lost` has been delivered.
         self.error: Exception | None = None  # Why.
         # Not `lost`: a protocol that is set in `connection_lost` does not get it any more.
@@ -87,6 +90,7 @@ class StreamBridge(Bridge, asyncio.Protocol):
     def __init__(self, transport: StreamTransport, received: bytes) -> None:
         super().__init__(transport)
         self.transport = transport
+        self.can_receive = transport._can_receive()
         self.eof = transport.is_eof_received()
         self.ended = self.ended or self.eof
         self.chunks: deque[bytes | memoryview] = deque([received] if received else ())
@@ -168,6 +172,7 @@ class _TransportObject(Generic[TransportT, BridgeT]):
         self._calls_without_pause = 0
         return anyio.lowlevel.checkpoint()
 
+    @uninterruptible
     async def _until_writable(self) -> None:
         """Wait while writing is paused. Raises when nothing can be sent any more."""
         bridge = self._bridge
@@ -245,13 +250,25 @@ class TransportStream(_TransportObject[StreamTransport, StreamBridge], ByteStrea
         """The transport; `start_tls` replaces it."""
         return self._transport
 
-    async def receive(self, max_bytes: int = 65536) -> bytes:
+    # Not `async`: a coroutine inside another one would cost a fiftieth of an echo.
+
+    def receive(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, max_bytes: int = RECEIVED_AT_ONCE
+    ) -> Coroutine[Any, Any, bytes]:
         """Return between 1 and `max_bytes` bytes; wait until there is at least one.
 
         Raises `anyio.EndOfStream`, `anyio.BrokenResourceError`, `anyio.ClosedResourceError` and
         `anyio.BusyResourceError` as the class says, `ValueError` when `max_bytes` is less than 1, and
         `NotImplementedError` on a transport that only writes.
         """
+        return self._receive(max_bytes, anyio.EndOfStream)
+
+    def __anext__(self) -> Coroutine[Any, Any, bytes]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._receive(RECEIVED_AT_ONCE, StopAsyncIteration)
+
+    @uninterruptible
+    async def _receive(self, max_bytes: int, at_end: type[Exception]) -> bytes:
+        """As `receive`; raise `at_end` at the end of the stream."""
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
         if self._receiving:
@@ -261,24 +278,21 @@ class TransportStream(_TransportObject[StreamTransport, StreamBridge], ByteStrea
             bridge = self._bridge
             if bridge.chunks or bridge.ended:
                 await self._pause()
-            elif not self._transport._can_receive():
+            elif not bridge.can_receive:
                 raise NotImplementedError("this end only writes: it cannot receive")
             else:
                 self._calls_without_pause = 0
                 while not (bridge.chunks or bridge.ended):
                     await bridge.readable.wait()
-            if bridge.chunks and not self._closed:
+            if self._closed:
+                raise anyio.ClosedResourceError
+            if bridge.chunks:
                 return bridge.take(max_bytes)
-            self._end_of_stream()
+            if bridge.eof:
+                raise at_end
+            raise anyio.BrokenResourceError from bridge.error
         finally:
             self._receiving = False
-
-    def _end_of_stream(self) -> NoReturn:
-        if self._closed:
-            raise anyio.ClosedResourceError
-        if self._bridge.eof:
-            raise anyio.EndOfStream
-        raise anyio.BrokenResourceError from self._bridge.error
 
     async def send(self, item: bytes) -> None:
         """Send `item`, and wait while the transport's buffer is above its high watermark.
@@ -392,6 +406,7 @@ class TransportDatagrams(
         """The transport."""
         return self._transport
 
+    @uninterruptible
     async def receive(self) -> tuple[bytes, Any]:
         """Return the next datagram and the address of its sender; wait until there is one.
 

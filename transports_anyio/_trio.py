@@ -1,7 +1,7 @@
 """What trio offers and AnyIO does not: its clock, its protection from Ctrl-C, tasks that another task wakes.
 
 Holds: the driver for trio, and what an event loop needs of trio.
-May know: `asyncio`, `os`, `trio`, `_clock`, `_driver`, `_selector`.
+May know: `asyncio`, `os`, `outcome`, `trio`, `_clock`, `_driver`, `_selector`.
 
 No other module imports trio, and this one is imported only while trio runs. It uses public functions only.
 """
@@ -17,17 +17,33 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from math import inf
 from types import FunctionType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import trio
+from outcome import Outcome  # trio's own dependency, for the values of `reschedule`.
 from trio import sleep
-from trio.lowlevel import checkpoint, checkpoint_if_cancelled, disable_ki_protection, enable_ki_protection
+from trio.lowlevel import (
+    Abort,
+    checkpoint,
+    checkpoint_if_cancelled,
+    current_task,
+    disable_ki_protection,
+    enable_ki_protection,
+    reschedule,
+    wait_task_rescheduled,
+)
 
 from ._clock import monotonic
 from ._driver import RESOLUTION, DrivenScheduler, TaskDriver, check_stack, first_steps
 from ._selector import SystemSelector
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator
+
+ResultT = TypeVar("ResultT")
+
 __all__ = [
+    "Abort",
     "Guest",
     "Scope",
     "Spawner",
@@ -36,9 +52,12 @@ __all__ = [
     "checkpoint",
     "checkpoint_if_cancelled",
     "clock",
+    "current_task",
     "protect",
     "sleep",
     "wait_in",
+    "wait_task_rescheduled",
+    "wake_task",
 ]
 
 Scope = trio.CancelScope
@@ -63,6 +82,35 @@ def check_thread() -> None:
         raise RuntimeError(
             "a task that waits can be woken in its own thread only: use call_soon_threadsafe() in this one"
         ) from None
+
+
+class Nothing(Outcome[None]):
+    """The value `None`, for any number of waits: trio would make an `outcome.Value` for each, at twice the price."""
+
+    __slots__ = ()
+
+    def unwrap(self) -> None:
+        return None
+
+    def send(self, gen: Generator[ResultT, None, object]) -> ResultT:
+        return gen.send(None)
+
+    async def asend(self, agen: AsyncGenerator[ResultT, None]) -> ResultT:
+        return await agen.asend(None)
+
+
+NOTHING = Nothing()
+
+
+# How many frames trio's `reschedule` needs. A `RecursionError` in one of them would leave the task half awake.
+FRAMES_OF_RESCHEDULE = 3
+
+
+@enable_ki_protection
+def wake_task(task: trio.lowlevel.Task) -> None:
+    """Wake `task`, which waits in `wait_task_rescheduled`. It waits on if this raises."""
+    check_stack(FRAMES_OF_RESCHEDULE)
+    reschedule(task, NOTHING)
 
 
 class TrioDriver(TaskDriver):
@@ -124,13 +172,13 @@ class TrioDriver(TaskDriver):
 
     async def _alarm(self, scheduler: DrivenScheduler) -> None:
         """Run iterations after a wake-up, and at the deadline."""
-        task = trio.lowlevel.current_task()
+        task = current_task()
         while True:
             self._alarm_at = self.deadline
             with trio.CancelScope(deadline=self._on_backend(self._alarm_at)) as self._alarm_scope:
                 self._parked = task
                 if self.deadline >= self._alarm_at:  # If not, a finalizer has called `wake` between these lines.
-                    await trio.lowlevel.wait_task_rescheduled(self._abort_alarm)
+                    await wait_task_rescheduled(self._abort_alarm)
             self._parked = None
             self._alarm_at = -inf
             if self.waiting:
@@ -141,9 +189,9 @@ class TrioDriver(TaskDriver):
                     continue  # A later time is wanted by now: the timer was cancelled or moved.
             await self._run_iterations(scheduler)
 
-    def _abort_alarm(self, _: object) -> trio.lowlevel.Abort:
+    def _abort_alarm(self, _: object) -> Abort:
         self._parked = None
-        return trio.lowlevel.Abort.SUCCEEDED
+        return Abort.SUCCEEDED
 
     async def _run_iterations(self, scheduler: DrivenScheduler) -> None:
         """Run iterations until there is something to wait for, unless the other task does so already."""
@@ -181,7 +229,7 @@ class TrioDriver(TaskDriver):
         if self.waiting:
             if self._parked is not None:
                 try:
-                    trio.lowlevel.reschedule(self._parked)  # First: at the recursion limit it raises: nothing changes.
+                    wake_task(self._parked)  # First: at the recursion limit it raises: nothing changes.
                 except RuntimeError:
                     if trio.lowlevel.in_trio_run():
                         raise
@@ -196,15 +244,15 @@ class TrioDriver(TaskDriver):
 @enable_ki_protection
 async def wait_in(waiting: dict[Any, Callable[[Any], None]]) -> None:
     """Wait in `waiting`, under this task and with the function that wakes it. The waking code removes it first."""
-    task = trio.lowlevel.current_task()
-    waiting[task] = trio.lowlevel.reschedule
+    task = current_task()
+    waiting[task] = wake_task
 
-    def abort(_: object) -> trio.lowlevel.Abort:
+    def abort(_: object) -> Abort:
         del waiting[task]
-        return trio.lowlevel.Abort.SUCCEEDED
+        return Abort.SUCCEEDED
 
     try:
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        await wait_task_rescheduled(abort)
     except BaseException:  # Perhaps at the recursion limit, before the wait: nobody may wake this task later.
         waiting.pop(task, None)
         raise
@@ -268,26 +316,26 @@ class Spawner:
         `end` ends the wait, because no callback will make the future done: with the cancellation, or `RuntimeError`
         where this task is shielded from it.
         """
-        task = trio.lowlevel.current_task()
+        task = current_task()
         raise_cancellation: Callable[[], NoReturn] | None = None
 
         def cancel_once() -> None:
             if not future.done():
                 cancel()
 
-        def abort(raise_it: Callable[[], NoReturn]) -> trio.lowlevel.Abort:
+        def abort(raise_it: Callable[[], NoReturn]) -> Abort:
             nonlocal raise_cancellation
             raise_cancellation = raise_it
             # Not at once: trio could not go on after an exception here. `cancel` calls code of the user's, and each of
             # several crossings inside one another would take more of the stack.
             if not self.ending:
                 call_soon(cancel_once, context=task.context)
-            return trio.lowlevel.Abort.FAILED
+            return Abort.FAILED
 
         if not self.ending:
             self._waiting[future] = task
             future.add_done_callback(self._wake, context=task.context)
-            await trio.lowlevel.wait_task_rescheduled(abort)
+            await wait_task_rescheduled(abort)
         if not future.done():
             future.remove_done_callback(self._wake)
             await checkpoint_if_cancelled()
@@ -297,7 +345,7 @@ class Spawner:
     def _wake(self, future: asyncio.Future[Any]) -> None:
         task = self._waiting.get(future)
         if task is not None:  # If not, `end` was first.
-            trio.lowlevel.reschedule(task)
+            wake_task(task)
             del self._waiting[future]
 
     def start(self, async_function: Callable[..., Awaitable[object]], *args: object) -> None:
@@ -313,7 +361,7 @@ class Spawner:
         `flushing` is a scope that is cancelled when this task is cancelled. Return a function that raises the
         cancellation then.
         """
-        task = trio.lowlevel.current_task()
+        task = current_task()
         raise_cancellation: Callable[[], NoReturn] | None = None
         flushing = trio.CancelScope()
 
@@ -322,17 +370,17 @@ class Spawner:
                 with trio.CancelScope(shield=True):
                     await async_function(args[0], flushing, *args[1:])
             finally:
-                trio.lowlevel.reschedule(task)
+                wake_task(task)
 
-        def abort(raise_it: Callable[[], NoReturn]) -> trio.lowlevel.Abort:
+        def abort(raise_it: Callable[[], NoReturn]) -> Abort:
             nonlocal raise_cancellation
             raise_cancellation = raise_it
             flushing.cancel()
-            return trio.lowlevel.Abort.FAILED
+            return Abort.FAILED
 
         # In a task of its own: Ctrl-C raises `KeyboardInterrupt` in the main task only.
         self._nursery.start_soon(enable_ki_protection(run), name="transports_anyio: end of an event loop")
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        await wait_task_rescheduled(abort)
         return raise_cancellation
 
     def spawn(

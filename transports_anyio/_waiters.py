@@ -1,7 +1,7 @@
 """Tasks that wait for a change.
 
-Holds: a condition without a lock, an event, the outcome of an operation that ends in a callback, and the deadline of a
-shutdown.
+Holds: a condition without a lock, for many tasks and for one; an event; the outcome of an operation that ends in a
+callback; the deadline of a shutdown.
 May know: `_trio`, which is imported when a task of trio's waits; `anyio`, `asyncio`.
 """
 
@@ -12,10 +12,12 @@ from asyncio import _get_running_loop  # pyright: ignore[reportPrivateUsage]
 from collections.abc import Awaitable, Callable
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 # Each waiting task makes what wakes it by itself, for the backend that runs this task, and removes it when it stops
 # waiting. One event for all of them has two problems. A `KeyboardInterrupt` at the start of a wait leaves the task in
@@ -23,11 +25,22 @@ import anyio.lowlevel
 # And tasks of two kinds may wait at once: asyncio tasks and trio tasks, where an asyncio event loop runs on trio.
 
 
+# What Ctrl-C must not interrupt on trio.
+uninterruptible_functions: list[Callable[..., Any]] = []
+
+
+def uninterruptible(function: FunctionT) -> FunctionT:
+    """Let no `KeyboardInterrupt` into the middle of `function` on trio. It ends a wait in it as a cancellation does."""
+    uninterruptible_functions.append(function)
+    return function
+
+
 @cache
 def trio_functions() -> ModuleType:
+    """Return `_trio`. The first call, when a group or an event loop opens, protects what is `uninterruptible`."""
     from . import _trio
 
-    _trio.protect(Waiters.notify)  # Otherwise a `KeyboardInterrupt` in the middle of it leaves tasks waiting.
+    _trio.protect(*uninterruptible_functions)
     return _trio
 
 
@@ -68,6 +81,7 @@ class Waiters:
         finally:
             self._waiting.pop(future, None)
 
+    @uninterruptible  # In the middle of it that would leave tasks waiting.
     def notify(self) -> None:
         """Wake every task that waits."""
         waiting = self._waiting
@@ -77,15 +91,64 @@ class Waiters:
             try:
                 wake(waiter)  # First: if it raises, at the recursion limit for example, the task goes on waiting.
             except RuntimeError:
-                if wake is not wake_future:
-                    trio_functions().check_thread()
+                check_thread(wake)
                 raise
             del waiting[waiter]
 
 
+class Waiter:
+    """As `Waiters`, for one task at a time, which costs less. Only what is `uninterruptible` may wait."""
+
+    __slots__ = ("_waiting", "_wake")
+
+    def __init__(self) -> None:
+        self._waiting: Any = None  # What to wake.
+        self._wake: Callable[[Any], None] = wake_future
+
+    def wait(self) -> Awaitable[None]:
+        """Wait for the next `notify`. To be awaited at once."""
+        loop = _get_running_loop() and asyncio_loop()
+        if loop is not None:
+            return self._wait_for(loop.create_future())
+        trio = trio_functions()
+        self._waiting = trio.current_task()
+        self._wake = trio.wake_task
+        return trio.wait_task_rescheduled(self._forget)  # type: ignore[no-any-return]
+
+    def _forget(self, _: object) -> Any:
+        """Let trio interrupt the wait."""
+        self._waiting = None
+        return trio_functions().Abort.SUCCEEDED
+
+    async def _wait_for(self, future: asyncio.Future[None]) -> None:
+        self._waiting = future
+        self._wake = wake_future
+        try:
+            await future
+        finally:
+            self._waiting = None
+
+    @uninterruptible
+    def notify(self) -> None:
+        """Wake the task that waits."""
+        if self._waiting is not None:
+            try:
+                self._wake(self._waiting)
+            except RuntimeError:
+                check_thread(self._wake)
+                raise
+            self._waiting = None
+
+
+def check_thread(wake: Callable[[Any], None]) -> None:
+    """Raise an error that helps if `wake` has failed because this is another thread than trio's."""
+    if wake is not wake_future:
+        trio_functions().check_thread()
+
+
 def checkpoint_if_cancelled() -> Awaitable[None]:
     """As `anyio.lowlevel.checkpoint_if_cancelled`, which on trio costs several times as much."""
-    if asyncio_loop() is None:
+    if _get_running_loop() is None or asyncio_loop() is None:
         return trio_functions().checkpoint_if_cancelled()  # type: ignore[no-any-return]
     return anyio.lowlevel.checkpoint_if_cancelled()
 

@@ -16,6 +16,7 @@ import anyio
 
 from .._clock import monotonic
 from .._poller import assemble
+from .._waiters import trio_functions
 from ._crossing import Answer
 from ._loop import EventLoop as OpenEventLoop
 from ._pausing import PausingCore
@@ -48,6 +49,7 @@ class EventLoop(OpenEventLoop):
     def __init__(self) -> None:
         from .. import _trio  # Here, because it imports trio.
 
+        trio_functions()
         super().__init__(_trio)
         core = self._core
         poller = assemble(None, monotonic.func)
