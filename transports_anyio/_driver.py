@@ -188,6 +188,8 @@ class TaskDriver(Driver):
         try:
             self._wake_sent = True
             self._sender.send(b"\0")
+        except BlockingIOError:
+            pass  # Signals have filled the buffer, by way of `wakeup_fd`: that ends the wait, too.
         except OSError as exc:
             self._wake_sent = False
             raise RuntimeError("the driver is closed") from exc

@@ -193,6 +193,10 @@ class EventLoop(  # type: ignore[misc]  # the endpoint functions are asyncio's, 
         except RecursionError:
             handle._callback = None  # As in `TransportGroup.call_soon_threadsafe`.
             raise
+        except RuntimeError as exc:
+            # Closed since the check, and the callback has run before that, or never runs: asyncio raises nothing.
+            if core.alive:
+                raise core.not_open() from exc
         return handle
 
     def call_later(  # type: ignore[override]  # as `call_soon`

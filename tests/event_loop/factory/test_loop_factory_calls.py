@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
 from loop_factory_helpers import echo_line
-from network import needs_selector
+from network import needs_selector, needs_signals
 from support import GUARD, HOST
 
 from transports_anyio import EventLoop
@@ -75,6 +78,53 @@ def test_nothing_runs_during_a_pause(loop: asyncio.AbstractEventLoop) -> None:
     assert ran == []
     loop.run_until_complete(asyncio.sleep(0))
     assert ran == ["callback", "from a thread"]
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, EventLoop])
+def test_closed_while_another_thread_wakes_it(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """What the other thread has scheduled has run: its call succeeds, although there is nothing to wake any more."""
+
+    def run() -> None:
+        loop.call_soon(spin)
+        loop.run_forever()
+        loop.close()
+
+    def spin() -> None:  # The event loop needs no waking.
+        running.set()
+        loop.call_soon(spin)
+
+    def trace(frame: FrameType, *_: object) -> None:
+        if frame.f_code.co_name in ("wake_threadsafe", "_write_to_self"):
+            thread.join(GUARD)
+
+    loop = new_loop()
+    running = threading.Event()
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert running.wait(GUARD)
+    sys.settrace(trace)
+    try:
+        loop.call_soon_threadsafe(loop.stop)
+    finally:
+        sys.settrace(None)
+    assert loop.is_closed()
+
+
+@needs_signals
+def test_woken_from_a_thread_after_many_signals(loop: asyncio.AbstractEventLoop) -> None:
+    """More than the buffer of what wakes the event loop has room for, while a callback runs."""
+
+    async def main() -> None:
+        for _ in range(5000):
+            signal.raise_signal(signal.SIGUSR1)
+        woken = loop.create_future()
+        await asyncio.gather(loop.run_in_executor(None, loop.call_soon_threadsafe, woken.set_result, None), woken)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        loop.run_until_complete(main())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_tasks_cancelled_during_a_pause(loop: asyncio.AbstractEventLoop) -> None:
