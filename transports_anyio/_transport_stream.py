@@ -315,7 +315,7 @@ class TransportStream(_TransportObject[StreamTransport, StreamBridge], ByteStrea
             if bridge.unwritable:
                 self._refuse_sending()
             self._transport.write(item)
-            if bridge.writing_paused or self._transport.is_closing():
+            if bridge.writing_paused or self._transport._write_blocked:  # The latter if it was dropped, or failed.
                 await self._until_writable()
         finally:
             self._sending = False

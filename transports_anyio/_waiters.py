@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 from asyncio import _get_running_loop  # pyright: ignore[reportPrivateUsage]
 from collections.abc import Awaitable, Callable
-from functools import cache
-from types import ModuleType
 from typing import Any, TypeVar
 
 import anyio
@@ -35,13 +33,19 @@ def uninterruptible(function: FunctionT) -> FunctionT:
     return function
 
 
-@cache
-def trio_functions() -> ModuleType:
-    """Return `_trio`. The first call, when a group or an event loop opens, protects what is `uninterruptible`."""
-    from . import _trio
+# `_trio`, once a group or an event loop has opened on trio. Not `functools.cache`: it is needed for each message.
+loaded: Any = None
 
-    _trio.protect(*uninterruptible_functions)
-    return _trio
+
+def trio_functions() -> Any:
+    """Return `_trio`. The first call, when a group or an event loop opens, protects what is `uninterruptible`."""
+    global loaded  # noqa: PLW0603
+    if loaded is None:
+        from . import _trio
+
+        _trio.protect(*uninterruptible_functions)
+        loaded = _trio
+    return loaded
 
 
 def asyncio_loop() -> asyncio.AbstractEventLoop | None:
@@ -110,7 +114,7 @@ class Waiter:
         loop = _get_running_loop() and asyncio_loop()
         if loop is not None:
             return self._wait_for(loop.create_future())
-        trio = trio_functions()
+        trio = loaded or trio_functions()
         self._waiting = trio.current_task()
         self._wake = trio.wake_task
         return trio.wait_task_rescheduled(self._forget)  # type: ignore[no-any-return]
@@ -149,7 +153,7 @@ def check_thread(wake: Callable[[Any], None]) -> None:
 def checkpoint_if_cancelled() -> Awaitable[None]:
     """As `anyio.lowlevel.checkpoint_if_cancelled`, which on trio costs several times as much."""
     if _get_running_loop() is None or asyncio_loop() is None:
-        return trio_functions().checkpoint_if_cancelled()  # type: ignore[no-any-return]
+        return (loaded or trio_functions()).checkpoint_if_cancelled()  # type: ignore[no-any-return]
     return anyio.lowlevel.checkpoint_if_cancelled()
 
 
