@@ -246,6 +246,33 @@ async def test_sending_to_an_end_that_is_gone(anyio_backend: Any, kind: str, cer
 
 
 @every_kind
+async def test_sending_while_the_transport_is_closing(
+    anyio_backend: Any, kind: str, certificates: Certificates
+) -> None:
+    """What still has something to send takes more, if its kind does, and then it arrives; else the call raises."""
+    async with ends(kind, certificates) as (a, b):
+        a.transport.set_write_buffer_limits(high=1 << 30)
+        b.transport.pause_reading()
+        size = 0
+        while not a.transport.get_write_buffer_size():
+            await a.send(bytes(65536))
+            size += 65536
+        a.transport.close()
+        try:
+            await a.send(b"last")
+        except anyio.BrokenResourceError:
+            pass
+        else:
+            size += len(b"last")
+        b.transport.resume_reading()
+        received = [len(chunk) async for chunk in b]
+        assert sum(received) == size
+        await a.transport.wait_closed()
+        with pytest.raises(anyio.BrokenResourceError):
+            await a.send(b"too late")
+
+
+@every_kind
 async def test_busy(anyio_backend: Any, kind: str, certificates: Certificates) -> None:
     async with ends(kind, certificates) as (a, b):
         async with anyio.create_task_group() as tasks:
