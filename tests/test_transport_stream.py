@@ -430,6 +430,20 @@ async def test_iteration(anyio_backend: Any, kind: str, certificates: Certificat
 # -- two-way kinds
 
 
+async def test_a_subclass_with_its_own_receive(anyio_backend: Any, certificates: Certificates) -> None:
+    """Iteration calls it, as that of every stream of AnyIO's does."""
+
+    class Upper(TransportStream):
+        async def receive(self, max_bytes: int = 65536) -> bytes:
+            return (await super().receive(max_bytes)).upper()
+
+    async with ends("tcp", certificates) as (a, b):
+        stream = Upper(b.transport)
+        await a.send(b"data")
+        await a.send_eof()
+        assert b"".join([chunk async for chunk in stream]) == b"DATA"
+
+
 @half_closing
 async def test_send_eof(anyio_backend: Any, kind: str, certificates: Certificates) -> None:
     async with ends(kind, certificates) as (a, b):

@@ -264,6 +264,8 @@ class TransportStream(_TransportObject[StreamTransport, StreamBridge], ByteStrea
         return self._receive(max_bytes, anyio.EndOfStream)
 
     def __anext__(self) -> Coroutine[Any, Any, bytes]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if type(self) is not TransportStream:
+            return super().__anext__()  # A subclass may have a `receive` of its own.
         return self._receive(RECEIVED_AT_ONCE, StopAsyncIteration)
 
     @uninterruptible
