@@ -39,7 +39,7 @@ def interrupt(when: Callable[[FrameType], object]) -> None:
 
 
 #: The functions of ours that begin a wait of trio's.
-WAITING = {"wait_in", "_receive", "receive", "_until_writable"}
+WAITING = {"wait_in", "receive", "_while_paused"}
 
 
 def waits(frame: FrameType) -> bool:

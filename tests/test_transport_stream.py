@@ -273,6 +273,56 @@ async def test_sending_while_the_transport_is_closing(
 
 
 @every_kind
+async def test_a_large_send_while_the_transport_is_closing(
+    anyio_backend: Any, kind: str, certificates: Certificates
+) -> None:
+    """It waits until it is sent, or raises at once."""
+    sent = 0
+    async with ends(kind, certificates) as (a, b):
+
+        async def send() -> None:
+            nonlocal sent
+            try:
+                await a.send(bytes(1 << 20))
+            except anyio.BrokenResourceError:
+                return
+            sent += 1 << 20
+
+        b.transport.pause_reading()
+        while not a.transport.get_write_buffer_size():
+            a.transport.write(bytes(4096))
+            sent += 4096
+        a.transport.close()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(send)
+            await turns()
+            b.transport.resume_reading()
+            received = sum([len(chunk) async for chunk in b])
+        assert received == sent
+
+
+@every_kind
+async def test_a_receive_that_is_closed_and_not_cancelled(
+    anyio_backend: Any, kind: str, certificates: Certificates
+) -> None:
+    """As by an interpreter of coroutines of one's own. Data that arrives later wakes nobody."""
+
+    class OneStep:
+        def __await__(self) -> Any:
+            waiting = b.receive()
+            step = waiting.send(None)
+            waiting.close()
+            return step
+            yield
+
+    async with ends(kind, certificates) as (a, b):
+        await OneStep()
+        await a.send(b"data")
+        await turns()
+        assert await b.receive() == b"data"
+
+
+@every_kind
 async def test_busy(anyio_backend: Any, kind: str, certificates: Certificates) -> None:
     async with ends(kind, certificates) as (a, b):
         async with anyio.create_task_group() as tasks:

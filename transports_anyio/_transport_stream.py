@@ -10,7 +10,7 @@ import asyncio
 import socket
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -30,9 +30,6 @@ T = TypeVar("T")
 # Reading pauses when so many bytes have arrived that `receive` has not returned yet, and goes on when it has returned
 # them all: each change costs a system call.
 RECEIVE_LIMIT = 256 * 1024
-
-# The most that a receive returns if it is not told how much, in bytes: as AnyIO's own.
-RECEIVED_AT_ONCE = 65536
 
 # How many datagrams are kept for `receive`. What arrives beyond that is dropped, as in the system's own buffers.
 DATAGRAM_LIMIT = 256
@@ -173,14 +170,15 @@ class _TransportObject(Generic[TransportT, BridgeT]):
         return anyio.lowlevel.checkpoint()
 
     @uninterruptible
-    async def _until_writable(self) -> None:
-        """Wait while writing is paused. Raises when nothing can be sent any more."""
+    async def _while_paused(self) -> None:
+        """Wait while writing is paused and something can still be sent."""
         bridge = self._bridge
-        while bridge.writing_paused and not bridge.unwritable:
-            self._calls_without_pause = 0
-            await bridge.writable.wait()
-        if bridge.unwritable or self._transport.is_closing():
-            self._refuse_sending()
+        try:
+            while bridge.writing_paused and not bridge.unwritable:
+                self._calls_without_pause = 0
+                await bridge.writable.wait()
+        finally:
+            bridge.writable.waiting = None
 
     def _refuse_sending(self) -> NoReturn:
         if self._closed or not self._transport.is_closing():  # What is open has sent its end of file.
@@ -250,34 +248,21 @@ class TransportStream(_TransportObject[StreamTransport, StreamBridge], ByteStrea
         """The transport; `start_tls` replaces it."""
         return self._transport
 
-    # Not `async`: a coroutine inside another one would cost a fiftieth of an echo.
-
-    def receive(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, max_bytes: int = RECEIVED_AT_ONCE
-    ) -> Coroutine[Any, Any, bytes]:
+    @uninterruptible
+    async def receive(self, max_bytes: int = 65536) -> bytes:
         """Return between 1 and `max_bytes` bytes; wait until there is at least one.
 
         Raises `anyio.EndOfStream`, `anyio.BrokenResourceError`, `anyio.ClosedResourceError` and
         `anyio.BusyResourceError` as the class says, `ValueError` when `max_bytes` is less than 1, and
         `NotImplementedError` on a transport that only writes.
         """
-        return self._receive(max_bytes, anyio.EndOfStream)
-
-    def __anext__(self) -> Coroutine[Any, Any, bytes]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if type(self) is not TransportStream:
-            return super().__anext__()  # A subclass may have a `receive` of its own.
-        return self._receive(RECEIVED_AT_ONCE, StopAsyncIteration)
-
-    @uninterruptible
-    async def _receive(self, max_bytes: int, at_end: type[Exception]) -> bytes:
-        """As `receive`; raise `at_end` at the end of the stream."""
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
         if self._receiving:
             raise anyio.BusyResourceError("reading from")
         self._receiving = True
+        bridge = self._bridge
         try:
-            bridge = self._bridge
             if bridge.chunks or bridge.ended:
                 await self._pause()
             elif not bridge.can_receive:
@@ -291,10 +276,11 @@ class TransportStream(_TransportObject[StreamTransport, StreamBridge], ByteStrea
             if bridge.chunks:
                 return bridge.take(max_bytes)
             if bridge.eof:
-                raise at_end
+                raise anyio.EndOfStream
             raise anyio.BrokenResourceError from bridge.error
         finally:
             self._receiving = False
+            bridge.readable.waiting = None
 
     async def send(self, item: bytes) -> None:
         """Send `item`, and wait while the transport's buffer is above its high watermark.
@@ -311,14 +297,18 @@ class TransportStream(_TransportObject[StreamTransport, StreamBridge], ByteStrea
         try:
             bridge = self._bridge
             if bridge.writing_paused:
-                await self._until_writable()
+                await self._while_paused()
             else:
                 await self._pause()
             if bridge.unwritable:
                 self._refuse_sending()
             self._transport.write(item)
-            if bridge.writing_paused or self._transport._write_blocked:  # The latter if it was dropped, or failed.
-                await self._until_writable()
+            if self._transport._write_blocked:  # It was dropped, or failed.
+                self._refuse_sending()
+            if bridge.writing_paused:
+                await self._while_paused()
+                if bridge.writing_paused:  # Not everything has been sent.
+                    self._refuse_sending()
         finally:
             self._sending = False
 
@@ -418,8 +408,8 @@ class TransportDatagrams(
         if self._receiving:
             raise anyio.BusyResourceError("reading from")
         self._receiving = True
+        bridge = self._bridge
         try:
-            bridge = self._bridge
             if bridge.datagrams or bridge.reported or bridge.ended:
                 await self._pause()
             else:
@@ -434,6 +424,7 @@ class TransportDatagrams(
             raise anyio.BrokenResourceError from error
         finally:
             self._receiving = False
+            bridge.readable.waiting = None
 
     async def send(self, item: tuple[bytes, Any]) -> None:
         """Send the datagram `item[0]` to the address `item[1]`. As `sendto`."""
@@ -451,7 +442,7 @@ class TransportDatagrams(
         self._sending = True
         try:
             if self._bridge.writing_paused:
-                await self._until_writable()
+                await self._while_paused()
             else:
                 await self._pause()
             if self._bridge.unwritable:

@@ -102,7 +102,7 @@ class Nothing(Outcome[None]):
 NOTHING = Nothing()
 
 
-# How many frames trio's `reschedule` needs. A `RecursionError` in one of them would leave the task half awake.
+# How many frames trio's `reschedule` needs, but in guest mode. A `RecursionError` there would leave a task half awake.
 FRAMES_OF_RESCHEDULE = 3
 
 

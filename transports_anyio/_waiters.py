@@ -101,47 +101,46 @@ class Waiters:
 
 
 class Waiter:
-    """As `Waiters`, for one task at a time, which costs less. Only what is `uninterruptible` may wait."""
+    """As `Waiters`, for one task at a time, which costs less.
 
-    __slots__ = ("_waiting", "_wake")
+    Only what is `uninterruptible` may wait, and in the end it sets `waiting` to `None`: perhaps there was no wait,
+    because the stack had no room for it.
+    """
+
+    __slots__ = ("_wake", "waiting")
 
     def __init__(self) -> None:
-        self._waiting: Any = None  # What to wake.
+        #: What to wake.
+        self.waiting: Any = None
         self._wake: Callable[[Any], None] = wake_future
 
-    def wait(self) -> Awaitable[None]:
+    def wait(self) -> Awaitable[object]:
         """Wait for the next `notify`. To be awaited at once."""
         loop = _get_running_loop() and asyncio_loop()
         if loop is not None:
-            return self._wait_for(loop.create_future())
+            self.waiting = future = loop.create_future()
+            self._wake = wake_future
+            return future
         trio = loaded or trio_functions()
-        self._waiting = trio.current_task()
+        self.waiting = trio.current_task()
         self._wake = trio.wake_task
         return trio.wait_task_rescheduled(self._forget)  # type: ignore[no-any-return]
 
     def _forget(self, _: object) -> Any:
         """Let trio interrupt the wait."""
-        self._waiting = None
+        self.waiting = None
         return trio_functions().Abort.SUCCEEDED
-
-    async def _wait_for(self, future: asyncio.Future[None]) -> None:
-        self._waiting = future
-        self._wake = wake_future
-        try:
-            await future
-        finally:
-            self._waiting = None
 
     @uninterruptible
     def notify(self) -> None:
         """Wake the task that waits."""
-        if self._waiting is not None:
+        if self.waiting is not None:
             try:
-                self._wake(self._waiting)
+                self._wake(self.waiting)
             except RuntimeError:
                 check_thread(self._wake)
                 raise
-            self._waiting = None
+            self.waiting = None
 
 
 def check_thread(wake: Callable[[Any], None]) -> None:
