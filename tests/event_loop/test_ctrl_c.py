@@ -19,9 +19,11 @@ from network import needs_signals
 def test_ctrl_c_at_random_moments(rounds):
     pytest.importorskip("trio")
     moments = random.Random(rounds)
-    # Python warns of a coroutine of `sleep` or `sleep_forever` if the signal comes between making it and awaiting it.
-    warnings = "ignore:coroutine 'sleep:RuntimeWarning"
-    program = [sys.executable, "-u", "-W", warnings, str(Path(__file__).with_name("interrupted_program.py"))]
+    # Python warns of a coroutine if the signal comes between making it and awaiting it: here of `sleep`, of
+    # `sleep_forever`, and of the function that the program gives to `from_asyncio.run`.
+    names = ("sleep", "backend_work")
+    warnings = [option for name in names for option in ("-W", f"ignore:coroutine '{name}:RuntimeWarning")]
+    program = [sys.executable, "-u", *warnings, str(Path(__file__).with_name("interrupted_program.py"))]
     for _ in range(rounds):
         with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout.readline() == "running\n"
