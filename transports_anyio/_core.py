@@ -71,7 +71,7 @@ class Core(Scheduler):
     async def enter(self, stack: AsyncExitStack) -> None:
         """Open the poller, and run the scheduler in a task until `stack` is left."""
         if asyncio_loop() is None:
-            trio_functions()
+            trio_functions()  # Ctrl-C must not interrupt the first wait either.
         poller = make_poller()
         stack.callback(poller.close)
         self.open_poller(poller)

@@ -85,7 +85,7 @@ def check_thread() -> None:
 
 
 class Nothing(Outcome[None]):
-    """The value `None`, for any number of waits: trio would make an `outcome.Value` for each, at twice the price."""
+    """The value `None`, for any number of waits: trio would make an `outcome.Value` for each, which costs more."""
 
     __slots__ = ()
 

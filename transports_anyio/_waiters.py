@@ -85,7 +85,7 @@ class Waiters:
         finally:
             self._waiting.pop(future, None)
 
-    @uninterruptible  # In the middle of it that would leave tasks waiting.
+    @uninterruptible  # A `KeyboardInterrupt` in the middle of it would leave tasks waiting.
     def notify(self) -> None:
         """Wake every task that waits."""
         waiting = self._waiting
@@ -116,7 +116,7 @@ class Waiter:
 
     def wait(self) -> Awaitable[object]:
         """Wait for the next `notify`. To be awaited at once."""
-        loop = _get_running_loop() and asyncio_loop()
+        loop = _get_running_loop() and asyncio_loop()  # The first saves the call on trio.
         if loop is not None:
             self.waiting = future = loop.create_future()
             self._wake = wake_future
@@ -151,7 +151,7 @@ def check_thread(wake: Callable[[Any], None]) -> None:
 
 def checkpoint_if_cancelled() -> Awaitable[None]:
     """As `anyio.lowlevel.checkpoint_if_cancelled`, which on trio costs several times as much."""
-    if _get_running_loop() is None or asyncio_loop() is None:
+    if _get_running_loop() is None or asyncio_loop() is None:  # As in `Waiter.wait`.
         return (loaded or trio_functions()).checkpoint_if_cancelled()  # type: ignore[no-any-return]
     return anyio.lowlevel.checkpoint_if_cancelled()
 

@@ -49,7 +49,7 @@ class EventLoop(OpenEventLoop):
     def __init__(self) -> None:
         from .. import _trio  # Here, because it imports trio.
 
-        trio_functions()
+        trio_functions()  # Ctrl-C must not interrupt the first wait of a trio task either.
         super().__init__(_trio)
         core = self._core
         poller = assemble(None, monotonic.func)
