@@ -18,11 +18,11 @@ import anyio.abc
 import anyio.lowlevel
 import pytest
 from network import needs_selector
-from support import GUARD, HOST, Peer, Recorder, collect_contexts, connected, raises_inside, settle, turns, until
+from support import GUARD, HOST, Peer, Recorder, collect_contexts, connected, fill, raises_inside, settle, turns, until
 
 from transports_anyio import TransportGroup, current_group
 
-#: More than the kernel's buffers of a connection hold, and the high mark.
+#: More than small kernel buffers of a connection hold, and the high watermark.
 MUCH = bytes(4 << 20)
 
 Main: TypeAlias = "Callable[[], Awaitable[None]]"
@@ -329,7 +329,7 @@ def test_a_cancelled_serve_forever_does_not_wait_for_its_clients(run: Run) -> No
             server = await group.create_server(factory, HOST, 0)
             with Peer.connect(server.sockets[0].getsockname()) as peer:
                 assert await answers(peer)
-                made[0].transport.write(MUCH)
+                fill(made[0].transport, len(MUCH))
                 forever = asyncio.create_task(server.serve_forever())
                 await until(server.is_serving)
                 await turns()
